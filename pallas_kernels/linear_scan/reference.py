@@ -1,0 +1,39 @@
+"""The recurrence one token at a time: slow, obvious, and what every other path is held against."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import segments
+
+
+def linear_scan(a, b, initial_state, runs, *, reverse: bool):
+    """`h_t = a_t * h_{t-1} + b_t`, by `jax.lax.scan` over tokens; see `api.linear_scan`.
+
+    Differentiable by JAX itself, any number of times and in forward mode.
+
+    Args:
+      a: `(B, L, D)` or `(D,)`.
+      b: `(B, L, D)`.
+      initial_state: `(B, D)` in the state's dtype.
+      runs: `(B, L)` int32 or None.
+      reverse: from the last token to the first.
+    """
+    batch, length, width = b.shape
+    a = jnp.broadcast_to(a.astype(initial_state.dtype), (batch, length, width))
+    codes = jnp.zeros((batch, length), jnp.int32)
+    if runs is not None:
+        codes = segments.step_codes(runs, reverse=reverse)
+
+    def step(h, token):
+        a_t, b_t, code = token
+        code = code[:, None]
+        entering = jnp.where(code == segments.RESET, jnp.zeros_like(h), h)
+        after = jnp.where(code == segments.SKIP, h, a_t * entering + b_t)
+        return after, jnp.where(code == segments.SKIP, jnp.zeros_like(h), after)
+
+    tokens = (a, b.astype(initial_state.dtype), codes)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    final_state, h = jax.lax.scan(step, initial_state, tokens, reverse=reverse)
+    return jnp.moveaxis(h, 0, 1).astype(b.dtype), final_state

@@ -1,0 +1,88 @@
+"""Packed documents: from segment ids to what the kernels read.
+
+A row of a batch may hold several documents one after the other. `segment_ids (B, L)` names the
+document of each token; 0 is padding and stands only at the end of a row. State never crosses a
+change of id, so what matters is not the id but the *run*: the ids 1, 2, 1 are three documents.
+Kernels see runs, or the step codes made from them, never ids.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+# What a recurrence does with the state before it takes a token (see `step_codes`).
+KEEP, RESET, SKIP = 0, 1, 2
+
+
+def runs(segment_ids: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
+    """Number the runs of equal ids 1, 2, ... along each row; 0 on padding.
+
+    Args:
+      segment_ids: `(B, L)` int32, any ids, 0 is padding.
+    """
+    changed = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1) != 0],
+        axis=1,
+        dtype=jnp.int32,
+    )
+    return jnp.where(segment_ids == 0, 0, jnp.cumsum(changed, axis=1, dtype=jnp.int32))
+
+
+def starts(runs: Int32[Array, "b l"]) -> Bool[Array, "b l"]:
+    """True at the first token of each document, `(B, L)`; False on padding."""
+    before = jnp.pad(runs[:, :-1], ((0, 0), (1, 0)))
+    return (runs != before) & (runs != 0)
+
+
+def positions(runs: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
+    """Position of each token in its own document, from 0, `(B, L)` int32; 0 on padding."""
+    index = jax.lax.broadcasted_iota(jnp.int32, runs.shape, 1)
+    start = jax.lax.cummax(jnp.where(starts(runs), index, 0), axis=1)
+    return jnp.where(runs == 0, 0, index - start)
+
+
+def step_codes(runs: Int32[Array, "b l"], *, reverse: bool = False) -> Int32[Array, "b l"]:
+    """What a recurrence does with its state before each token, `(B, L)` int32.
+
+    `KEEP` (0) inside a document, `RESET` (1) where a new document begins in the direction of
+    travel, `SKIP` (2) on padding, which leaves the state untouched. The first document travelled
+    through is not reset: the initial state belongs to it.
+    """
+    if reverse:
+        before = jnp.pad(runs[:, 1:], ((0, 0), (0, 1)))
+    else:
+        before = jnp.pad(runs[:, :-1], ((0, 0), (1, 0)))
+    reset = (runs != before) & (before != 0)
+    return jnp.where(runs == 0, SKIP, jnp.where(reset, RESET, KEEP)).astype(jnp.int32)
+
+
+def check(segment_ids) -> None:
+    """Validate ids on the host; meant for the data layer, where they are concrete.
+
+    Args:
+      segment_ids: `(B, L)` integers, anything numpy can read.
+
+    Raises:
+      ValueError: wrong rank or dtype, a negative id, or padding that is followed by a real token.
+    """
+    ids = np.asarray(segment_ids)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"segment_ids must be integers of shape (B, L), got {ids.dtype} {ids.shape}"
+        )
+    if (ids < 0).any():
+        row, token = np.argwhere(ids < 0)[0]
+        raise ValueError(
+            f"segment_ids must be >= 0 (0 is padding), got {ids[row, token]} in row {row} at "
+            f"token {token}"
+        )
+    broken = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
+    if broken.any():
+        row, token = np.argwhere(broken)[0]
+        raise ValueError(
+            f"padding (id 0) may stand only at the end of a row, but row {row} has a real token "
+            f"after padding at {token + 1}; give that document an id of its own"
+        )
