@@ -1,0 +1,1 @@
+"""Long Range Arena (Tay et al. 2021, arXiv:2011.04006)."""

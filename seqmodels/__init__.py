@@ -1,0 +1,1 @@
+"""Sequence models in JAX: mixers, models, sequence parallelism, data and training."""

@@ -1,0 +1,1 @@
+"""Data sets, their on-disk cache, and batches with checkpointable iterators."""
