@@ -1,0 +1,142 @@
+"""The maths of one step and of one tile, on values; shared by every backend.
+
+A number is a tuple of planes: `(x,)` when real, `(re, im)` when complex, because Pallas kernels
+have no complex type. All planes of a number have one shape and one floating dtype.
+
+    forward    h_t = a_t h_{t-1} + b_t
+    backward   G_t = dh_t + c_{t+1},   c_t = a_t G_t,   db_t = G_t,   da_t = G_t h_{t-1}
+
+where `c` is the cotangent that flows on to the state before; the cotangent of the final state
+enters as the last `c` and the one of the initial state leaves as the first. JAX's convention for
+complex cotangents needs no conjugates. Step codes are those of `segments.step_codes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.segments import KEEP, RESET, SKIP
+
+Planes = tuple[jax.Array, ...]
+
+
+def split(x: jax.Array, dtype=None) -> Planes:
+    """The planes of an array, upcast to `dtype`."""
+    planes = (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,)
+    return planes if dtype is None else tuple(p.astype(dtype) for p in planes)
+
+
+def join(x: Planes) -> jax.Array:
+    """The array of the planes; the inverse of `split`."""
+    return x[0] if len(x) == 1 else jax.lax.complex(*x)
+
+
+def add(x: Planes, y: Planes) -> Planes:
+    return tuple(p + q for p, q in zip(x, y, strict=True))
+
+
+def mul(x: Planes, y: Planes) -> Planes:
+    if len(x) == 1:
+        return (x[0] * y[0],)
+    (xr, xi), (yr, yi) = x, y
+    return (xr * yr - xi * yi, xr * yi + xi * yr)
+
+
+def where(mask: jax.Array, x: Planes, y: Planes) -> Planes:
+    return tuple(jnp.where(mask, p, q) for p, q in zip(x, y, strict=True))
+
+
+def zeros_like(x: Planes) -> Planes:
+    return tuple(jnp.zeros_like(p) for p in x)
+
+
+def ones_like(x: Planes) -> Planes:
+    """The number one, in planes."""
+    return (jnp.ones_like(x[0]), *zeros_like(x[1:]))
+
+
+def step_decay(a: Planes, code: jax.Array | None) -> Planes:
+    """What the state before is multiplied by: `a`, 0 at a reset, 1 on padding."""
+    if code is None:
+        return a
+    a = where(code == SKIP, ones_like(a), a)
+    return where(code == RESET, zeros_like(a), a)
+
+
+def advance(h: Planes, a: Planes, b: Planes, code: jax.Array | None) -> Planes:
+    """One step forward: `h_t` from `h_{t-1}`.
+
+    A reset selects instead of multiplying by zero: an overflowed document stays its own affair.
+    """
+    after = add(mul(a, h), b)
+    if code is None:
+        return after
+    return where(code == SKIP, h, where(code == RESET, b, after))
+
+
+def retreat(c: Planes, a: Planes, dh: Planes, code: jax.Array | None) -> tuple[Planes, Planes]:
+    """One step backward: `(G_t, c_t)` from `c_{t+1}` and the cotangent of `h_t`."""
+    gradient = add(dh, c)
+    before = mul(a, gradient)
+    if code is None:
+        return gradient, before
+    before = where(code == SKIP, c, where(code == RESET, zeros_like(c), before))
+    return where(code == SKIP, zeros_like(gradient), gradient), before
+
+
+def decay_gradient(gradient: Planes, h_before: Planes, code: jax.Array | None) -> Planes:
+    """`da_t = G_t h_{t-1}`; zero where the step did not use `a_t`."""
+    da = mul(gradient, h_before)
+    return da if code is None else where(code == KEEP, da, zeros_like(da))
+
+
+def prefix(
+    decay: Planes,
+    value: Planes,
+    shift: Callable[[jax.Array, int], jax.Array],
+    index: jax.Array,
+    size: int,
+    *,
+    segmented: bool,
+) -> tuple[Planes, Planes]:
+    """Inclusive scan of the maps `h -> decay h + value` over `size` rows held at once.
+
+    Hillis and Steele's log-step scan: after step k each row holds the map of the 2k rows up to
+    itself. `shift(x, k)` moves rows by k in the direction of travel and may leave anything in the
+    first k (they are masked by `index`, the position of each row in the direction of travel).
+
+    Args:
+      segmented: decays may be exactly 0 at resets; then what lies before is dropped by a select,
+        so that not even an infinity gets through.
+
+    Returns:
+      `(decay, value)` of the maps from before the first row to after each row.
+    """
+    step = 1
+    while step < size:
+        inside = index >= step
+        before = tuple(shift(p, step) for p in value)
+        carried = where(inside, mul(decay, before), zeros_like(value))
+        if segmented:
+            carried = where(is_zero(decay), zeros_like(value), carried)
+        value = add(value, carried)
+        before = tuple(shift(p, step) for p in decay)
+        decay = where(inside, mul(decay, before), decay)
+        step *= 2
+    return decay, value
+
+
+def apply(decay: Planes, value: Planes, h: Planes, *, segmented: bool) -> Planes:
+    """The maps of `prefix` applied to the state that enters the tile."""
+    carried = mul(decay, h)
+    if segmented:
+        carried = where(is_zero(decay), zeros_like(carried), carried)
+    return add(carried, value)
+
+
+def is_zero(x: Planes) -> jax.Array:
+    zero = x[0] == 0
+    return zero if len(x) == 1 else zero & (x[1] == 0)

@@ -1,0 +1,210 @@
+"""The portable path: chunks in parallel, three short loops instead of one long one.
+
+Length is cut into C chunks of T steps. All chunks are reduced to their maps `h -> A h + F` at once
+(T steps), the maps are chained (C steps), and all chunks run again from the state that enters each
+(T steps). Nothing but the output is written: on a CPU the scan costs two reads and a write.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import segments
+from pallas_kernels.linear_scan import tile
+
+# A step of a loop costs about as much as touching this many numbers (measured on x86).
+_MIN_CHUNK, _MAX_CHUNK = 8, 128
+
+
+class _Chunks(NamedTuple):
+    """How `(B, L, ...)` is cut: `count` chunks of `size` steps, `padding` of them added."""
+
+    count: int
+    size: int
+    padding: int
+    reverse: bool
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """`(B, L, ...) -> (B, C, T, ...)`, padded behind."""
+        if self.padding:
+            x = jnp.pad(x, ((0, 0), (0, self.padding)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], self.count, self.size, *x.shape[2:])
+
+    def uncut(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], self.count * self.size, *x.shape[3:])
+        return x[:, : x.shape[1] - self.padding] if self.padding else x
+
+    def step(self, i: int | jax.Array) -> int | jax.Array:
+        """The place in its chunk of the i-th step in the direction of travel."""
+        return self.size - 1 - i if self.reverse else i
+
+
+def chunk_size(length: int) -> int:
+    """Steps per chunk: near the size with the fewest loop steps, `length` cut evenly if it can be."""
+    sizes = range(min(_MIN_CHUNK, length), min(_MAX_CHUNK, length) + 1)
+
+    def cost(size: int) -> float:
+        count = -(-length // size)
+        uneven = 0 if count * size == length else length / 8
+        return 2 * size + count + uneven
+
+    return min(sizes, key=cost)
+
+
+def _chunks(length: int, *, reverse: bool) -> _Chunks:
+    size = chunk_size(length)
+    count = -(-length // size)
+    return _Chunks(count, size, count * size - length, reverse)
+
+
+def _codes(runs, length: int, chunks: _Chunks, *, reverse: bool):
+    """Step codes cut into chunks, `(B, C, T, 1)`, or None where every step is a plain one."""
+    if runs is None and not chunks.padding:
+        return None
+    if runs is None:
+        codes = jnp.full((1, length), segments.KEEP, jnp.int32)
+    else:
+        codes = segments.step_codes(runs, reverse=reverse)
+    codes = jnp.pad(codes, ((0, 0), (0, chunks.padding)), constant_values=segments.SKIP)
+    return codes.reshape(codes.shape[0], chunks.count, chunks.size, 1)
+
+
+def _at(x, t, dtype=None):
+    """Step t of every chunk: `(B, C, T, ...) -> (B, C, ...)`; constants and None pass."""
+    if x is None:
+        return None
+    if x.ndim > 1:
+        x = jax.lax.dynamic_index_in_dim(x, t, 2, keepdims=False)
+    return x if dtype is None else x.astype(dtype)
+
+
+def _put(x, value, t):
+    return jax.lax.dynamic_update_index_in_dim(x, value.astype(x.dtype)[:, :, None], t, 2)
+
+
+def _loop(chunks: _Chunks, body, carry):
+    return jax.lax.fori_loop(0, chunks.size, lambda i, c: body(chunks.step(i), c), carry)
+
+
+def _chunk_decay(a, codes, chunks: _Chunks, shape, dtype):
+    """The product of the decays of each chunk, `(B, C, D)` or `(D,)` if they are all alike."""
+    if a.ndim == 1 and codes is None:
+        return a.astype(dtype) ** chunks.size
+
+    def body(t, product):
+        decay = tile.step_decay((_at(a, t, dtype),), _at(codes, t))
+        return product * decay[0]
+
+    return _loop(chunks, body, jnp.ones(shape, dtype))
+
+
+def _entering(decay, flow, initial, *, reverse: bool):
+    """Chain the chunks' maps: the state that enters each, `(B, C, D)`, and the one that leaves."""
+    decay = jnp.broadcast_to(decay, flow.shape)
+
+    def step(h, chunk):
+        decay, flow = chunk
+        # A chunk with a reset has decay 0 and keeps nothing of h, not even an infinity.
+        return jnp.where(decay == 0, flow, decay * h + flow), h
+
+    maps = (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(flow, 1, 0))
+    final, entering = jax.lax.scan(step, initial, maps, reverse=reverse)
+    return jnp.moveaxis(entering, 0, 1), final
+
+
+def forward(a, b, initial_state, runs, reverse: bool):
+    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
+    batch, length, width = b.shape
+    chunks = _chunks(length, reverse=reverse)
+    dtype = initial_state.dtype
+    codes = _codes(runs, length, chunks, reverse=reverse)
+    b = chunks.cut(b)
+    a = a if a.ndim == 1 else chunks.cut(a)
+    shape = (batch, chunks.count, width)
+
+    def advance(t, h):
+        return tile.advance((h,), (_at(a, t, dtype),), (_at(b, t, dtype),), _at(codes, t))[0]
+
+    flow = _loop(chunks, advance, jnp.zeros(shape, dtype))
+    decay = _chunk_decay(a, codes, chunks, shape, dtype)
+    entering, final_state = _entering(decay, flow, initial_state, reverse=reverse)
+
+    def write(t, carry):
+        h, out = carry
+        h = advance(t, h)
+        code = _at(codes, t)
+        visible = h if code is None else jnp.where(code == segments.SKIP, jnp.zeros_like(h), h)
+        return h, _put(out, visible, t)
+
+    _, h = _loop(chunks, write, (entering, jnp.zeros_like(b)))
+    return chunks.uncut(h), final_state
+
+
+def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
+    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
+    batch, length, width = h.shape
+    chunks = _chunks(length, reverse=not reverse)
+    dtype = initial_state.dtype
+    codes = _codes(runs, length, chunks, reverse=reverse)
+    h, dh = chunks.cut(h), chunks.cut(dh)
+    constant = a.ndim == 1
+    a_cut = a if constant else chunks.cut(a)
+    shape = (batch, chunks.count, width)
+
+    def retreat(t, c):
+        gradient, before = tile.retreat(
+            (c,), (_at(a_cut, t, dtype),), (_at(dh, t, dtype),), _at(codes, t)
+        )
+        return gradient[0], before[0]
+
+    flow = _loop(chunks, lambda t, c: retreat(t, c)[1], jnp.zeros(shape, dtype))
+    decay = _chunk_decay(a_cut, codes, chunks, shape, dtype)
+    c, dinitial_state = _entering(decay, flow, dfinal_state, reverse=not reverse)
+
+    def write(t, carry, h_before):
+        c, da, db = carry
+        gradient, c = retreat(t, c)
+        step_da = tile.decay_gradient((gradient,), (h_before,), _at(codes, t))[0]
+        da = da + step_da if constant else _put(da, step_da, t)
+        return c, da, _put(db, gradient, t)
+
+    def state_after(t):
+        # The output at padding is 0; the state there is still the one that came in (`reverse`).
+        code, state = _at(codes, t), _at(h, t, dtype)
+        if code is None:
+            return state
+        return jnp.where(code == segments.SKIP, initial_state[:, None], state)
+
+    def inside(i, carry):
+        return write(chunks.step(i), carry, state_after(chunks.step(i + 1)))
+
+    da = jnp.zeros(shape, dtype) if constant else jnp.zeros_like(a_cut)
+    carry = jax.lax.fori_loop(0, chunks.size - 1, inside, (c, da, jnp.zeros_like(dh)))
+    last = chunks.step(chunks.size - 1)
+    borders = [initial_state[:, None], state_after(chunks.step(0))]
+    borders = [borders[1][:, 1:], borders[0]] if reverse else [borders[0], borders[1][:, :-1]]
+    _, da, db = write(last, carry, jnp.concatenate(borders, axis=1))
+    da = da.sum((0, 1)) if constant else chunks.uncut(da)
+    return da.astype(a.dtype), chunks.uncut(db), dinitial_state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def linear_scan(a, b, initial_state, runs, reverse: bool):
+    """See `api.linear_scan`; `runs (B, L)` int32 or None."""
+    return forward(a, b, initial_state, runs, reverse)
+
+
+def _vjp_forward(a, b, initial_state, runs, reverse):
+    h, final_state = forward(a, b, initial_state, runs, reverse)
+    return (h, final_state), (a, h, initial_state, runs)
+
+
+def _vjp_backward(reverse, residuals, cotangents):
+    return *backward(*residuals, *cotangents, reverse), None
+
+
+linear_scan.defvjp(_vjp_forward, _vjp_backward)
