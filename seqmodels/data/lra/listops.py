@@ -12,13 +12,15 @@ Token ids are the positions in `SYMBOLS`, with 0 for padding: a vocabulary of 16
 quoted for ListOps counts padding, "unknown" and "end of sequence" besides the 15 symbols.)
 """
 
+import contextlib
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -101,18 +103,23 @@ def generate(config: ListOpsConfig, *, workers: int = 1, progress: bool = True) 
     sequences: list[np.ndarray] = []
     labels: list[int] = []
     barren = 0
-    blocks = _blocks(config, workers)
-    with tqdm(total=wanted, desc="ListOps", unit=" samples", disable=not progress) as bar:
+    with (
+        contextlib.closing(_blocks(config, workers)) as blocks,
+        tqdm(total=wanted, desc="ListOps", unit=" samples", disable=not progress) as bar,
+    ):
         while len(labels) < wanted:
             before = len(labels)
             tokens, offsets, values = next(blocks)
-            for i in range(min(len(values), 10 * wanted)):
+            for i, value in enumerate(values.tolist()):
                 sequence = tokens[offsets[i] : offsets[i + 1]]
-                digest = hashlib.blake2b(sequence, digest_size=16).digest()
-                if digest not in seen and len(labels) < wanted:
-                    seen.add(digest)
-                    sequences.append(sequence)
-                    labels.append(int(values[i]))
+                digest = hashlib.blake2b(sequence.tobytes(), digest_size=16).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+                sequences.append(sequence)
+                labels.append(value)
+                if len(labels) == wanted:
+                    break
             bar.update(len(labels) - before)
             barren = barren + 1 if len(labels) == before else 0
             if barren == _BARREN_BLOCKS:
@@ -120,7 +127,6 @@ def generate(config: ListOpsConfig, *, workers: int = 1, progress: bool = True) 
                     f"{wanted} distinct samples were asked for, but {config} yields no more than "
                     f"about {len(labels)}: widen the length limits or ask for fewer samples"
                 )
-    blocks.close()
     every = Examples.from_sequences(sequences, labels)
     ends = np.cumsum(counts)
     train, validation, test = (
@@ -145,7 +151,7 @@ def task_data(train: Examples, validation: Examples, test: Examples, *, source: 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _blocks(config: ListOpsConfig, workers: int) -> Iterator[Block]:
+def _blocks(config: ListOpsConfig, workers: int) -> Generator[Block, None, None]:
     """Blocks 0, 1, 2, ... in order, the next few of them under way in other processes."""
     draw = functools.partial(draw_block, config)
     if workers == 1:
@@ -305,3 +311,118 @@ def _value(operator: int, values: list[int]) -> int:
         return sum(values) % 10
     ordered = sorted(values)
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) // 2
+
+
+def to_text(tokens: np.ndarray) -> str:
+    """Long Range Arena's text form, nested pairs: `( ( ( [SM 3 ) 2 ) ] )` for `[SM 3 2 ]`."""
+    words: list[str] = []
+    openings: list[int] = []  # where the open operators stand in `words`
+    arguments: list[int] = []
+    for token in np.asarray(tokens).tolist():
+        word = SYMBOLS[token]
+        if MIN <= token <= SM:
+            openings.append(len(words))
+            arguments.append(0)
+            words.append(word)
+            continue
+        if token == CLOSE:
+            start, count = openings.pop(), arguments.pop()
+            words[start] = "( " * (count + 1) + words[start]
+            word = "] )"
+        if openings:
+            arguments[-1] += 1
+            word += " )"
+        words.append(word)
+    return " ".join(words)
+
+
+_IDS = {symbol: i for i, symbol in enumerate(SYMBOLS) if i}
+_NO_PARENTHESES = str.maketrans("()", "  ")
+
+
+def from_text(text: str) -> np.ndarray:
+    """Token ids, `(length,)` uint8, of an expression; parentheses carry no information.
+
+    Raises:
+      ValueError: a word is not one of `SYMBOLS`.
+    """
+    words = text.translate(_NO_PARENTHESES).split()
+    try:
+        return np.array([_IDS[word] for word in words], np.uint8)
+    except KeyError as error:
+        raise ValueError(f"unknown symbol {error.args[0]!r}") from None
+
+
+TSV_FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
+_HEADER = "Source\tTarget"
+
+
+def write_tsv(folder: str | Path, data: TaskData) -> None:
+    """Writes the splits under Long Range Arena's file names, creating `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, examples in data.splits.items():
+        with open(folder / TSV_FILES[split], "w", encoding="ascii", newline="\n") as file:
+            file.write(_HEADER + "\n")
+            for i in range(len(examples)):
+                example = examples[i]
+                file.write(f"{to_text(example['inputs'])}\t{example['label']}\n")
+
+
+def read_tsv(folder: str | Path, *, verify: bool = True, progress: bool = True) -> TaskData:
+    """Reads Long Range Arena's three files as they are: no length limit, repeats kept.
+
+    Args:
+      verify: evaluate every expression and compare with its label.
+
+    Raises:
+      ValueError: a file is missing or a line is malformed; names the file and the line.
+    """
+    paths = tsv_paths(folder)
+    splits = {split: _read_split(path, verify, progress) for split, path in paths.items()}
+    return task_data(**splits, source="Long Range Arena's tsv files")
+
+
+def tsv_paths(folder: str | Path) -> dict[str, Path]:
+    """The file of each split.
+
+    Raises:
+      ValueError: one is missing.
+    """
+    paths = {split: Path(folder) / name for split, name in TSV_FILES.items()}
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} does not hold {', '.join(missing)}: expected the ListOps folder of the "
+            "Long Range Arena release (listops-1000), or leave data_dir out to generate the data"
+        )
+    return paths
+
+
+def _read_split(path: Path, verify: bool, progress: bool) -> Examples:
+    sequences, labels = [], []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        header = file.readline().rstrip("\n")
+        if header != _HEADER:
+            raise ValueError(f"{path}, line 1: expected {_HEADER!r}, found {header[:80]!r}")
+        lines = tqdm(file, desc=path.name, unit=" lines", disable=not progress)
+        for number, line in enumerate(lines, start=2):
+            try:
+                tokens, label = _read_line(line.rstrip("\n"), verify)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            sequences.append(tokens)
+            labels.append(label)
+    return Examples.from_sequences(sequences, labels)
+
+
+def _read_line(line: str, verify: bool) -> tuple[np.ndarray, int]:
+    source, tab, target = line.partition("\t")
+    if not tab or target not in set("0123456789"):
+        raise ValueError(f"expected an expression, a tab and a digit, found {line[-40:]!r}")
+    tokens = from_text(source)
+    if not len(tokens):
+        raise ValueError("the expression is empty")
+    if verify and evaluate(tokens) != int(target):
+        raise ValueError(f"the label is {target}, but the expression is {evaluate(tokens)}")
+    return tokens, int(target)
