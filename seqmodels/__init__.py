@@ -1,1 +1,1 @@
-"""Sequence models in JAX: mixers, models, sequence parallelism, data and training."""
+"""Efficient long-sequence models in JAX: mixers, models, data, training."""

@@ -1,0 +1,1 @@
+"""Layers around the mixers: norms, gates, dropout, embeddings."""

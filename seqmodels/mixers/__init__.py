@@ -1,0 +1,36 @@
+"""Sequence mixers behind one contract, and the registry that builds them by name."""
+
+from typing import Any
+
+from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, State
+from seqmodels.mixers.s5 import S5, S5Config
+
+REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
+    "s5": (S5Config, S5),
+}
+"""Registered name -> config class, module class."""
+
+
+def build(config: MixerConfig, width: int, **module: Any) -> Mixer:
+    """The mixer that ``config`` describes, for inputs ``(B, L, width)``; ``module``: name, parent.
+
+    Raises:
+      ValueError: the config's name is not registered.
+    """
+    if config.mixer not in REGISTRY:
+        raise ValueError(f"mixer={config.mixer!r} is not registered; known: {', '.join(REGISTRY)}")
+    return REGISTRY[config.mixer][1](config=config, width=width, **module)
+
+
+__all__ = [
+    "REGISTRY",
+    "S5",
+    "Mark",
+    "Mixer",
+    "MixerConfig",
+    "RecurrentState",
+    "S5Config",
+    "Segments",
+    "State",
+    "build",
+]

@@ -1,0 +1,306 @@
+"""The mixer contract: segments, carried state, parameter marks, the base classes."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, ClassVar, Generic, TypeVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Inexact, Int
+
+from pallas_kernels import linear_scan
+from pallas_kernels import segments as segment_ops
+
+State = Any
+"""What a mixer carries from call to call: a pytree; ``None`` where a mixer does not stream."""
+
+
+@flax.struct.dataclass
+class Segments:
+    """Which document each token of a batch belongs to; built once per batch.
+
+    Attributes:
+      ids: ``(B, L)`` int32, the caller's document ids; 0 is padding, only at the end of a row.
+      runs: ``(B, L)`` int32, documents numbered 1.. along each row; 0 on padding.
+      positions: ``(B, L)`` int32, from the start of the document within this row.
+      single: static promise that every row is *one* document followed by padding. Mixers then
+        take paths that need no resets.
+    """
+
+    ids: Any
+    runs: Any
+    positions: Any
+    single: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def from_ids(cls, ids: Int[Array, "b l"], single: bool = False) -> "Segments":
+        """Derives runs and positions from ``ids``; ``single`` is trusted, not checked."""
+        ids = jnp.asarray(ids, jnp.int32)
+        runs = segment_ops.runs(ids)
+        return cls(ids=ids, runs=runs, positions=segment_ops.positions(runs), single=single)
+
+    @property
+    def mask(self) -> Bool[Array, "b l"]:
+        """True on real tokens."""
+        return self.ids != 0
+
+    @property
+    def lengths(self) -> Int[Array, " b"]:
+        """Real tokens in each row."""
+        return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """How the optimizer treats one parameter.
+
+    Attributes:
+      group: name of the learning-rate group; "main" follows the global rate, "ssm" has its own.
+      weight_decay: whether decoupled weight decay applies.
+      float32: whether the parameter stays in float32 when the others are stored in bfloat16.
+    """
+
+    group: str = "main"
+    weight_decay: bool = True
+    float32: bool = False
+
+
+SSM = Mark(group="ssm", weight_decay=False, float32=True)
+
+
+@flax.struct.dataclass
+class RecurrentState:
+    """State of a recurrent mixer.
+
+    Attributes:
+      hidden: pytree of ``(B, ...)`` arrays, the recurrent state after the last real token.
+      position: ``(B,)`` int32, tokens seen of the current document.
+      segment: ``(B,)`` int32, id of the current document; 0 before the first token.
+    """
+
+    hidden: Any
+    position: Any
+    segment: Any
+
+    @classmethod
+    def start(cls, hidden: Any, batch_size: int) -> "RecurrentState":
+        """The state before the first token, around an all-zero ``hidden``."""
+        zero = jnp.zeros((batch_size,), jnp.int32)
+        return cls(hidden=hidden, position=zero, segment=zero)
+
+    def resume(self, segments: Segments | None) -> Any:
+        """``hidden``, zeroed in the rows where a new document begins at the first token."""
+        if segments is None:
+            return self.hidden
+        keep = ~self._starts(segments)
+
+        def zero(part: Array) -> Array:
+            return jnp.where(keep.reshape(-1, *(1,) * (part.ndim - 1)), part, jnp.zeros_like(part))
+
+        return jax.tree.map(zero, self.hidden)
+
+    def advance(self, hidden: Any, segments: Segments | None, length: int) -> "RecurrentState":
+        """The state after ``length`` more tokens that led to ``hidden``.
+
+        Without segments the tokens continue the current document. A row of padding leaves
+        position and segment as they are; the caller sees to ``hidden``.
+        """
+        if segments is None:
+            return RecurrentState(hidden, self.position + length, jnp.maximum(self.segment, 1))
+        lengths = segments.lengths
+        last = jnp.maximum(lengths - 1, 0)[:, None]
+        run, place, name = (
+            jnp.take_along_axis(part, last, axis=1)[:, 0]
+            for part in (segments.runs, segments.positions, segments.ids)
+        )
+        before = jnp.where((run == 1) & ~self._starts(segments), self.position, 0)
+        some = lengths > 0
+        return RecurrentState(
+            hidden,
+            jnp.where(some, place + 1 + before, self.position),
+            jnp.where(some, name, self.segment),
+        )
+
+    def _starts(self, segments: Segments) -> Bool[Array, " b"]:
+        first = segments.ids[:, 0]
+        return (first != 0) & (first != self.segment)
+
+
+def recurrence(
+    a: Inexact[Array, " d"],
+    b: Inexact[Array, "b l d"],
+    *,
+    segments: Segments | None = None,
+    hidden: Inexact[Array, "b d"] | None = None,
+    reverse: bool = False,
+) -> tuple[Inexact[Array, "b l d"], Inexact[Array, "b d"]]:
+    """``linear_scan`` that uses the promise of ``segments.single``.
+
+    One document followed by padding needs no resets: with ``b`` zeroed on padding the reverse scan
+    enters the document with a zero state, and the forward scan runs past its end, where outputs
+    are *unspecified* (mixers mask theirs). The final state is that of the last real token.
+    """
+    if segments is None or not segments.single:
+        runs = None if segments is None else segments.runs
+        return linear_scan(a, b, initial_state=hidden, segment_ids=runs, reverse=reverse)
+    h, final = linear_scan(a, mask_padding(b, segments), initial_state=hidden, reverse=reverse)
+    if reverse:
+        return h, final
+    lengths = segments.lengths
+    last = jnp.maximum(lengths - 1, 0)
+    final = jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
+    empty = jnp.zeros_like(final) if hidden is None else hidden
+    return h, jnp.where(lengths[:, None] > 0, final, empty)
+
+
+def mask_padding(x: Inexact[Array, "b l *d"], segments: Segments | None) -> Any:
+    """``x`` with zeros on padding."""
+    if segments is None:
+        return x
+    mask = segments.mask.reshape(*segments.ids.shape, *(1,) * (x.ndim - 2))
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """Base of the mixers' configs; ``mixer`` is the registered name."""
+
+    mixer: ClassVar[str]
+
+    @property
+    def causal(self) -> bool:
+        """Whether output t depends on tokens up to t only."""
+        return True
+
+    @property
+    def streams(self) -> bool:
+        """Whether the mixer takes and returns a state."""
+        return True
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several documents."""
+        return True
+
+    def marks(self) -> dict[str, Mark]:
+        """Parameters (by name within the mixer) that the optimizer must treat specially."""
+        return {}
+
+
+Config = TypeVar("Config", bound=MixerConfig)
+
+
+class Mixer(nn.Module, Generic[Config]):
+    """A layer that mixes tokens along the length.
+
+    One call serves training, chunked prefill (``state`` in, ``state`` out) and decoding
+    (``L == 1``). Outputs are zero on padding. A state is carried across calls only within one
+    document: where the first id of a row differs from the state's segment, the state is zeroed.
+    """
+
+    config: Any
+    width: int
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: State = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], State]:
+        """Returns outputs and the state after the last real token (None if it does not stream).
+
+        Raises:
+          ValueError: ``x``, ``segments`` or ``state`` of a wrong shape, or a feature that this
+            configuration declares absent.
+        """
+        raise NotImplementedError
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> State:
+        """The state before the first token; ``dtype`` is that of cached activations, if any."""
+        raise NotImplementedError
+
+    def state_size(self, length: int) -> int:
+        """Bytes of state that one row holds after ``length`` tokens."""
+        state = jax.eval_shape(lambda: self.initial_state(1, max_length=length))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    @property
+    def causal(self) -> bool:
+        return self.config.causal
+
+    @property
+    def streams(self) -> bool:
+        return self.config.streams
+
+    @property
+    def packs(self) -> bool:
+        return self.config.packs
+
+    def check(self, x: Array, segments: Segments | None, state: State) -> None:
+        """Refuses bad arguments at trace time; see ``__call__``."""
+        name = f"{self.config.mixer} mixer"
+        if x.ndim != 3 or x.shape[-1] != self.width:
+            raise ValueError(
+                f"{name}: x has shape {x.shape}, expected (batch, length, {self.width}); "
+                f"set width={x.shape[-1]} or change the input"
+            )
+        if segments is not None and segments.ids.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name}: segments.ids has shape {segments.ids.shape}, expected {x.shape[:2]}, "
+                "the batch and length of x"
+            )
+        if segments is not None and not self.packs and not segments.single:
+            raise ValueError(
+                f"{name}: segments with several documents a row are not supported; put one "
+                "document in a row and build Segments.from_ids(ids, single=True)"
+            )
+        if state is not None:
+            self.require_streams("state")
+            if state.segment.shape != x.shape[:1]:
+                raise ValueError(
+                    f"{name}: state is for a batch of {state.segment.shape[0]}, x has "
+                    f"{x.shape[0]} rows; take initial_state({x.shape[0]})"
+                )
+
+    def require_streams(self, argument: str) -> None:
+        """Refuses ``argument`` where the configuration carries no state."""
+        if not self.streams:
+            raise ValueError(
+                f"{self.config.mixer} mixer: {argument} is refused, a bidirectional mixer sees the "
+                "whole sequence and carries no state; set bidirectional=False to stream"
+            )
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError unless every ``Literal`` field of a dataclass holds one of its choices."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        members = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+        if (value is None and type(None) in members) or not any(map(_is_literal, members)):
+            continue
+        choices = [c for m in members if _is_literal(m) for c in typing.get_args(m)]
+        if value not in choices:
+            raise ValueError(
+                f"{type(config).__name__}: {name}={value!r} is not one of "
+                + ", ".join(map(repr, choices))
+            )
+
+
+_UNIONS = (typing.Union, types.UnionType)
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
+
+
+def check_step_range(owner: str, dt_min: float, dt_max: float) -> None:
+    """Raises ValueError unless ``0 < dt_min <= dt_max``."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"{owner}: need 0 < dt_min <= dt_max, got {dt_min=} and {dt_max=}")

@@ -1,0 +1,25 @@
+"""Models: a backbone of mixer blocks and the heads on it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from seqmodels.models import backbone
+from seqmodels.models.backbone import Backbone, BackboneConfig, stack_layers, unstack_layers
+from seqmodels.models.classifier import Classifier, ClassifierConfig
+
+
+def marks(config: BackboneConfig | ClassifierConfig, params: Mapping[str, Any]) -> Any:
+    """How the optimizer treats each parameter: a tree like ``params`` whose leaves are Marks."""
+    stack = config if isinstance(config, BackboneConfig) else config.backbone
+    return backbone.marks(stack, params)
+
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Classifier",
+    "ClassifierConfig",
+    "marks",
+    "stack_layers",
+    "unstack_layers",
+]

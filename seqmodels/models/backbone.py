@@ -1,0 +1,293 @@
+"""A residual stack of mixer blocks, scanned over the repeated period of its layout."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqmodels.layers.dropout import tied_dropout
+from seqmodels.layers.gates import Gate, GateKind
+from seqmodels.layers.norms import Norm, NormKind
+from seqmodels.mixers import Mark, MixerConfig, Segments, State, build
+from seqmodels.mixers.base import check_choices
+
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Configuration of a backbone.
+
+    Attributes:
+      layout: names of the mixers from the first block to the last, e.g. ``("s5",) * 8``.
+      mixers: one config for each name in ``layout``.
+      width: channels of the residual stream.
+      norm: "batch" (padding ignored), "layer" or "rms".
+      prenorm: normalise the input of each branch rather than the sum after it.
+      final_norm: one more norm after the last block.
+      gate: what follows the mixer, see ``seqmodels.layers.gates.Gate``; None for nothing.
+      dropout: rate of the dropout in the branches, one mask for all time steps.
+      mlp: None, or the width of the hidden layer of a position-wise MLP over ``width``.
+      batchnorm_momentum: share of the old running statistics that each step keeps.
+      decay_vectors: weight decay on biases and norm scales too, as the S4 and S5 recipes do.
+      remat: what the backward pass recomputes: "none"; "dots", all but matmuls; "full".
+      scan_layers: compile one period of the layout and loop over it; compiles faster.
+    """
+
+    layout: tuple[str, ...]
+    mixers: tuple[MixerConfig, ...]
+    width: int
+    norm: NormKind = "layer"
+    prenorm: bool = True
+    final_norm: bool = False
+    gate: GateKind | None = None
+    dropout: float = 0.0
+    mlp: int | None = None
+    batchnorm_momentum: float = 0.95
+    decay_vectors: bool = True
+    remat: Remat = "none"
+    scan_layers: bool = False
+
+    def __post_init__(self) -> None:
+        names = [config.mixer for config in self.mixers]
+        if not self.layout or set(self.layout) != set(names) or len(names) != len(set(names)):
+            raise ValueError(
+                f"BackboneConfig: layout={self.layout} must name every config in mixers exactly, "
+                f"one config a name; mixers has {names}"
+            )
+        if self.width < 1:
+            raise ValueError(f"BackboneConfig: width={self.width} must be positive")
+        if self.mlp is not None and self.mlp < 1:
+            raise ValueError(f"BackboneConfig: mlp={self.mlp} must be None or positive")
+        for argument in ("dropout", "batchnorm_momentum"):
+            if not 0.0 <= getattr(self, argument) < 1.0:
+                raise ValueError(
+                    f"BackboneConfig: {argument}={getattr(self, argument)} must be in [0, 1)"
+                )
+        check_choices(self)
+
+    def mixer(self, layer: int) -> MixerConfig:
+        """The config of block ``layer``."""
+        return next(config for config in self.mixers if config.mixer == self.layout[layer])
+
+    @property
+    def period(self) -> int:
+        """Length of the shortest pattern that, repeated and cut, gives the layout."""
+        layers = len(self.layout)
+        return next(
+            p
+            for p in range(1, layers + 1)
+            if all(self.layout[i] == self.layout[i % p] for i in range(layers))
+        )
+
+    @property
+    def repeats(self) -> int:
+        """Whole periods that are scanned over; 0 where all blocks are unrolled."""
+        repeats = len(self.layout) // self.period
+        return repeats if self.scan_layers and repeats > 1 else 0
+
+
+class Block(nn.Module):
+    """Norm, mixer, gate, residual; optionally norm, MLP, residual."""
+
+    config: BackboneConfig
+    mixer: MixerConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], segments: Segments | None, state: State
+    ) -> tuple[Float[Array, "b l d"], State]:
+        config = self.config
+
+        def mix(y: Array) -> tuple[Array, State]:
+            y, after = build(self.mixer, config.width, name="mixer")(
+                y, segments=segments, state=state, deterministic=self.deterministic
+            )
+            if config.gate is not None:
+                y = Gate(config.gate, config.dropout, self.deterministic, name="gate")(y)
+            return y, after
+
+        def mlp(y: Array) -> tuple[Array, None]:
+            y = jax.nn.gelu(nn.Dense(config.mlp or 0, name="mlp_in", dtype=y.dtype)(y))
+            y = nn.Dense(config.width, name="mlp_out", dtype=y.dtype)(y)
+            return tied_dropout(config.dropout, self.deterministic)(y), None
+
+        x, state = self._residual(x, segments, "norm", mix)
+        if config.mlp is not None:
+            x, _ = self._residual(x, segments, "mlp_norm", mlp)
+        return x, state
+
+    def _residual(
+        self, x: Array, segments: Segments | None, name: str, branch: Any
+    ) -> tuple[Array, State]:
+        norm = make_norm(self.config, name)
+        mask = None if segments is None else segments.mask
+        y, state = branch(
+            norm(x, mask, deterministic=self.deterministic) if self.config.prenorm else x
+        )
+        x = x + y
+        if not self.config.prenorm:
+            x = norm(x, mask, deterministic=self.deterministic)
+        return x, state
+
+
+class Period(nn.Module):
+    """The blocks of one period; the body of the scan over layers."""
+
+    config: BackboneConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Array, states: tuple[State, ...], segments: Segments | None
+    ) -> tuple[Array, tuple[State, ...]]:
+        after = []
+        for layer in range(self.config.period):
+            block = make_block(self.config, layer, self.deterministic)
+            x, state = block(x, segments, states[layer])
+            after.append(state)
+        return x, tuple(after)
+
+
+class Backbone(nn.Module):
+    """Blocks in the order of ``config.layout``, states passed through.
+
+    Parameters of block i are under ``block_i``; with ``scan_layers`` those of the repeated period
+    are under ``period/block_j`` with a leading axis of repeats, and only the remainder is under
+    ``block_i``. ``stack_layers`` and ``unstack_layers`` convert.
+    """
+
+    config: BackboneConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: tuple[State, ...] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], tuple[State, ...]]:
+        """Returns outputs ``(B, L, width)`` and one state for each block.
+
+        Raises:
+          ValueError: bad arguments of a mixer, or not one state for each block.
+        """
+        config, layers = self.config, len(self.config.layout)
+        states = (None,) * layers if state is None else tuple(state)
+        if len(states) != layers:
+            raise ValueError(f"state has {len(states)} entries, expected one a block: {layers}")
+        after: list[State] = []
+        scanned = config.repeats * config.period
+        if scanned:
+            x, parts = nn.scan(
+                Period,
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=config.repeats,
+            )(
+                config, deterministic, name="period"
+            )(x, _interleaved_stack(states[:scanned], config.period), segments)
+            after += _interleaved_unstack(parts, config.repeats)
+        for layer in range(scanned, layers):
+            x, part = make_block(config, layer, deterministic)(x, segments, states[layer])
+            after.append(part)
+        if config.final_norm:
+            mask = None if segments is None else segments.mask
+            x = make_norm(config, "final_norm")(x, mask, deterministic=deterministic)
+        return x, tuple(after)
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> tuple[State, ...]:
+        """One state for each block, before the first token."""
+        mixers = [
+            build(self.config.mixer(layer), self.config.width, parent=None)
+            for layer in range(len(self.config.layout))
+        ]
+        return tuple(
+            m.initial_state(batch_size, max_length=max_length, dtype=dtype) for m in mixers
+        )
+
+
+def make_block(config: BackboneConfig, layer: int, deterministic: bool) -> nn.Module:
+    """Block ``layer`` under the config's remat policy."""
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
+    kind: Any = Block
+    if config.remat != "none":
+        kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
+    return kind(config, config.mixer(layer), deterministic, name=f"block_{layer}")
+
+
+def make_norm(config: BackboneConfig, name: str) -> Norm:
+    """The norm that the config asks for."""
+    return Norm(config.norm, momentum=config.batchnorm_momentum, name=name)
+
+
+def marks(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
+    """How the optimizer treats each parameter: a tree like ``params`` whose leaves are Marks.
+
+    ``params`` is any tree that holds a backbone's parameters, scanned or not, e.g. a model's.
+    Mixers mark their own; norms stay float32; the rest is "main" with weight decay.
+    """
+
+    def mark(path: tuple[Any, ...], leaf: Any) -> Mark:
+        keys = [entry.key for entry in path]
+        if "mixer" in keys:
+            at = keys.index("mixer")
+            mixer = config.mixer(int(keys[at - 1].removeprefix("block_")))
+            own = mixer.marks().get("/".join(keys[at + 1 :]))
+            if own is not None:
+                return own
+        norm = any(key.endswith("norm") for key in keys)
+        vector = norm or keys[-1] == "bias"
+        return Mark(weight_decay=config.decay_vectors or not vector, float32=norm)
+
+    return jax.tree_util.tree_map_with_path(mark, params)
+
+
+def stack_layers(config: BackboneConfig, collection: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's collection ("params", "batch_stats"), ``scan_layers`` off -> on.
+
+    ``collection`` is the backbone's own subtree; entries other than blocks are kept.
+    """
+    config = dataclasses.replace(config, scan_layers=True)
+    scanned = config.repeats * config.period
+    result = dict(collection)
+    if not scanned:
+        return result
+    blocks = tuple(result.pop(f"block_{layer}") for layer in range(scanned))
+    parts = _interleaved_stack(blocks, config.period)
+    result["period"] = {f"block_{j}": part for j, part in enumerate(parts)}
+    return result
+
+
+def unstack_layers(config: BackboneConfig, collection: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``stack_layers``."""
+    config = dataclasses.replace(config, scan_layers=True)
+    result = dict(collection)
+    if not config.repeats:
+        return result
+    period = result.pop("period")
+    parts = tuple(period[f"block_{j}"] for j in range(config.period))
+    blocks = _interleaved_unstack(parts, config.repeats)
+    return result | {f"block_{layer}": block for layer, block in enumerate(blocks)}
+
+
+def _interleaved_stack(trees: tuple[Any, ...], period: int) -> tuple[Any, ...]:
+    """Trees of layers 0, 1, .. -> for each place in the period, its layers stacked."""
+    return tuple(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[place::period])
+        for place in range(period)
+    )
+
+
+def _interleaved_unstack(parts: tuple[Any, ...], repeats: int) -> list[Any]:
+    """The inverse of ``_interleaved_stack``."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], part) for i in range(repeats) for part in parts]
