@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 
 # What a recurrence does with the state before it takes a token (see `step_codes`).
-KEEP, RESET, SKIP = 0, 1, 2
+KEEP, RESET, SKIP, ENTER = 0, 1, 2, 3
 
 
 def runs(segment_ids: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
@@ -33,8 +33,7 @@ def runs(segment_ids: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
 
 def starts(runs: Int32[Array, "b l"]) -> Bool[Array, "b l"]:
     """True at the first token of each document, `(B, L)`; False on padding."""
-    before = jnp.pad(runs[:, :-1], ((0, 0), (1, 0)))
-    return (runs != before) & (runs != 0)
+    return (runs != _before(runs)) & (runs != 0)
 
 
 def positions(runs: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
@@ -47,16 +46,17 @@ def positions(runs: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
 def step_codes(runs: Int32[Array, "b l"], *, reverse: bool = False) -> Int32[Array, "b l"]:
     """What a recurrence does with its state before each token, `(B, L)` int32.
 
-    `KEEP` (0) inside a document, `RESET` (1) where a new document begins in the direction of
-    travel, `SKIP` (2) on padding, which leaves the state untouched. The first document travelled
-    through is not reset: the initial state belongs to it.
+    `ENTER` (3) at the first real token in the direction of travel, which finds the row's initial
+    state; `KEEP` (0) inside a document; `RESET` (1) where the next document begins; `SKIP` (2) on
+    padding, which leaves the state untouched.
     """
-    if reverse:
-        before = jnp.pad(runs[:, 1:], ((0, 0), (0, 1)))
-    else:
-        before = jnp.pad(runs[:, :-1], ((0, 0), (1, 0)))
-    reset = (runs != before) & (before != 0)
-    return jnp.where(runs == 0, SKIP, jnp.where(reset, RESET, KEEP)).astype(jnp.int32)
+    before = jnp.pad(runs[:, 1:], ((0, 0), (0, 1))) if reverse else _before(runs)
+    code = jnp.where(before == 0, ENTER, jnp.where(runs != before, RESET, KEEP))
+    return jnp.where(runs == 0, SKIP, code).astype(jnp.int32)
+
+
+def _before(runs):
+    return jnp.pad(runs[:, :-1], ((0, 0), (1, 0)))
 
 
 def check(segment_ids) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import KEEP, RESET, SKIP
+from pallas_kernels.segments import ENTER, RESET, SKIP
 
 Planes = tuple[jax.Array, ...]
 
@@ -90,7 +90,14 @@ def retreat(c: Planes, a: Planes, dh: Planes, code: jax.Array | None) -> tuple[P
 def decay_gradient(gradient: Planes, h_before: Planes, code: jax.Array | None) -> Planes:
     """`da_t = G_t h_{t-1}`; zero where the step did not use `a_t`."""
     da = mul(gradient, h_before)
-    return da if code is None else where(code == KEEP, da, zeros_like(da))
+    if code is None:
+        return da
+    return where((code == RESET) | (code == SKIP), zeros_like(da), da)
+
+
+def state_before(h_before: Planes, initial_state: Planes, code: jax.Array | None) -> Planes:
+    """`h_{t-1}` from the saved outputs; they are 0 on the padding before the first token."""
+    return h_before if code is None else where(code == ENTER, initial_state, h_before)
 
 
 def prefix(

@@ -66,9 +66,8 @@ def _codes(runs, length: int, chunks: _Chunks, *, reverse: bool):
     if runs is None and not chunks.padding:
         return None
     if runs is None:
-        codes = jnp.full((1, length), segments.KEEP, jnp.int32)
-    else:
-        codes = segments.step_codes(runs, reverse=reverse)
+        runs = jnp.ones((1, length), jnp.int32)
+    codes = segments.step_codes(runs, reverse=reverse)
     codes = jnp.pad(codes, ((0, 0), (0, chunks.padding)), constant_values=segments.SKIP)
     return codes.reshape(codes.shape[0], chunks.count, chunks.size, 1)
 
@@ -167,26 +166,22 @@ def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
 
     def write(t, carry, h_before):
         c, da, db = carry
+        code = _at(codes, t)
         gradient, c = retreat(t, c)
-        step_da = tile.decay_gradient((gradient,), (h_before,), _at(codes, t))[0]
+        h_before = tile.state_before((h_before,), (initial_state[:, None],), code)
+        step_da = tile.decay_gradient((gradient,), h_before, code)[0]
         da = da + step_da if constant else _put(da, step_da, t)
         return c, da, _put(db, gradient, t)
 
-    def state_after(t):
-        # The output at padding is 0; the state there is still the one that came in (`reverse`).
-        code, state = _at(codes, t), _at(h, t, dtype)
-        if code is None:
-            return state
-        return jnp.where(code == segments.SKIP, initial_state[:, None], state)
-
     def inside(i, carry):
-        return write(chunks.step(i), carry, state_after(chunks.step(i + 1)))
+        return write(chunks.step(i), carry, _at(h, chunks.step(i + 1), dtype))
 
     da = jnp.zeros(shape, dtype) if constant else jnp.zeros_like(a_cut)
     carry = jax.lax.fori_loop(0, chunks.size - 1, inside, (c, da, jnp.zeros_like(dh)))
-    last = chunks.step(chunks.size - 1)
-    borders = [initial_state[:, None], state_after(chunks.step(0))]
+    # The first step of a chunk follows the last of its neighbour.
+    borders = [initial_state[:, None], _at(h, chunks.step(0), dtype)]
     borders = [borders[1][:, 1:], borders[0]] if reverse else [borders[0], borders[1][:, :-1]]
+    last = chunks.step(chunks.size - 1)
     _, da, db = write(last, carry, jnp.concatenate(borders, axis=1))
     da = da.sum((0, 1)) if constant else chunks.uncut(da)
     return da.astype(a.dtype), chunks.uncut(db), dinitial_state
