@@ -19,17 +19,19 @@ from seqmodels.data.lra import ListOpsConfig, TextConfig, load
 
 
 def baselines(data: TaskData) -> dict[str, float]:
-    """Test accuracies, in 0 .. 1, of three predictors fitted to the training split.
+    """Test accuracies, in 0 .. 1, of four predictors fitted to the training split.
 
     - `majority`: the most frequent label.
     - `first_token`: the most frequent label among the sequences that begin with the same token; on
       ListOps, the outermost operator.
     - `token_counts`: multinomial logistic regression on how often each token occurs.
+    - `first_token_and_counts`: the same, given the first token as well.
     """
     return {
         "majority": majority(data),
         "first_token": first_token(data),
         "token_counts": token_counts(data),
+        "first_token_and_counts": token_counts(data, with_first_token=True),
     }
 
 
@@ -47,16 +49,18 @@ def first_token(data: TaskData) -> float:
     return float(np.mean(data.test.labels == guesses[_first_tokens(data.test)]))
 
 
-def token_counts(data: TaskData, *, steps: int = 200, l2: float = 1e-4) -> float:
+def token_counts(
+    data: TaskData, *, with_first_token: bool = False, steps: int = 50, l2: float = 1e-4
+) -> float:
     """Full-batch L-BFGS on each token's share of the sequence and the length, standardised."""
-    train, test = (
-        _features(examples, data.vocabulary_size) for examples in (data.train, data.test)
+    x, x_test = (
+        _features(examples, data.vocabulary_size, with_first_token)
+        for examples in (data.train, data.test)
     )
-    mean, deviation = train.mean(axis=0), train.std(axis=0)
+    mean, deviation = x.mean(axis=0), x.std(axis=0)
     deviation[deviation == 0] = 1
-    x, x_test = ((part - mean) / deviation for part in (train, test))
-    weights, bias = _fit(x, data.train.labels, data.num_classes, steps, l2)
-    guesses = (x_test @ weights + bias).argmax(axis=1)
+    weights, bias = _fit((x - mean) / deviation, data.train.labels, data.num_classes, steps, l2)
+    guesses = ((x_test - mean) / deviation @ weights + bias).argmax(axis=1)
     return float(np.mean(data.test.labels == guesses))
 
 
@@ -64,13 +68,16 @@ def _first_tokens(examples: Examples) -> np.ndarray:
     return examples.tokens[examples.offsets[:-1]]
 
 
-def _features(examples: Examples, vocabulary_size: int) -> np.ndarray:
-    """`(n, vocabulary_size)` float32; column 0, which no token uses, holds the log length."""
+def _features(examples: Examples, vocabulary_size: int, with_first_token: bool) -> np.ndarray:
+    """`(n, features)` float32; column 0, which no token uses, holds the log length."""
     rows = np.repeat(np.arange(len(examples)), examples.lengths)
     cells = rows * vocabulary_size + examples.tokens
     counts = np.bincount(cells, minlength=len(examples) * vocabulary_size)
     features = counts.reshape(len(examples), vocabulary_size) / examples.lengths[:, None]
     features[:, 0] = np.log(examples.lengths)
+    if with_first_token:
+        first = _first_tokens(examples)[:, None] == np.arange(vocabulary_size)[None]
+        features = np.concatenate([features, first], axis=1)
     return features.astype(np.float32)
 
 
@@ -107,7 +114,10 @@ def _fit(
 class Args:
     """Prints the baselines of a task as JSON."""
 
-    task: Annotated[ListOpsConfig | TextConfig, tyro.conf.arg(name="")]
+    task: (
+        Annotated[ListOpsConfig, tyro.conf.subcommand("listops")]
+        | Annotated[TextConfig, tyro.conf.subcommand("text")]
+    )
     cache_dir: Path
     """Where prepared data are kept."""
     data_dir: Path | None = None
@@ -122,4 +132,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    prefixes = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    main(tyro.cli(Args, config=prefixes))
