@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # Up to here a matmul with one-hot rows beats gather forward and scatter-add backward on CPU.
@@ -21,7 +22,7 @@ class Embedding(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+    def __call__(self, tokens: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b l d"]:
         shape = (self.vocabulary_size, self.width)
         table = self.param("embedding", nn.initializers.normal(self.std), shape)
         if self.vocabulary_size > ONE_HOT_UP_TO:

@@ -3,9 +3,11 @@
 from typing import Any
 
 from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, State
+from seqmodels.mixers.s4d import S4D, S4DConfig
 from seqmodels.mixers.s5 import S5, S5Config
 
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
+    "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
 }
 """Registered name -> config class, module class."""
@@ -24,11 +26,13 @@ def build(config: MixerConfig, width: int, **module: Any) -> Mixer:
 
 __all__ = [
     "REGISTRY",
+    "S4D",
     "S5",
     "Mark",
     "Mixer",
     "MixerConfig",
     "RecurrentState",
+    "S4DConfig",
     "S5Config",
     "Segments",
     "State",

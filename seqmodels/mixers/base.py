@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from pallas_kernels import linear_scan
@@ -36,7 +37,7 @@ class Segments:
     single: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def from_ids(cls, ids: Int[Array, "b l"], single: bool = False) -> "Segments":
+    def from_ids(cls, ids: Int[Array | np.ndarray, "b l"], single: bool = False) -> "Segments":
         """Derives runs and positions from ``ids``; ``single`` is trusted, not checked."""
         ids = jnp.asarray(ids, jnp.int32)
         runs = segment_ops.runs(ids)
@@ -298,9 +299,3 @@ _UNIONS = (typing.Union, types.UnionType)
 
 def _is_literal(hint: Any) -> bool:
     return typing.get_origin(hint) is typing.Literal
-
-
-def check_step_range(owner: str, dt_min: float, dt_max: float) -> None:
-    """Raises ValueError unless ``0 < dt_min <= dt_max``."""
-    if not 0 < dt_min <= dt_max:
-        raise ValueError(f"{owner}: need 0 < dt_min <= dt_max, got {dt_min=} and {dt_max=}")

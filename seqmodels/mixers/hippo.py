@@ -43,3 +43,15 @@ def blocked_eigen(
     """``normal_eigen(size / blocks)`` repeated along a block diagonal (S5, appendix B.1.2)."""
     values, vectors = normal_eigen(size // blocks)
     return np.tile(values, blocks), np.kron(np.eye(blocks), vectors)
+
+
+def normal_input(
+    vectors: Complex128[np.ndarray, "n half"], clip: float = 2.0
+) -> Complex128[np.ndarray, " half"]:
+    """HiPPO-LegS input ``B_n = sqrt(2n + 1)`` in the eigenbasis, ``V* B``, ``(n/2,)``.
+
+    Imaginary parts are clipped to ``[-clip, clip]`` as S4's code does; without it they grow with
+    the square of the state size. What is clipped depends on the vectors' phase.
+    """
+    b = vectors.conj().T @ np.sqrt(2.0 * np.arange(len(vectors)) + 1.0)
+    return b.real + 1j * np.clip(b.imag, -clip, clip)

@@ -22,13 +22,12 @@ from seqmodels.mixers.base import (
     RecurrentState,
     Segments,
     check_choices,
-    check_step_range,
     mask_padding,
     recurrence,
 )
+from seqmodels.mixers.ssm import Discretization, check_step_range, constant, discretize, log_uniform
 
 CInit = Literal["lecun_normal", "trunc_standard_normal", "complex_normal"]
-Discretization = Literal["zoh", "bilinear"]
 Decay = Literal["standard", "BandCdecay", "BfastandCdecay", "noBCdecay"]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -151,18 +150,18 @@ class S5(Mixer[S5Config]):
         """Discretised state matrix and input matrix."""
         config, states = self.config, self.config.state_size // 2
         values, vectors = hippo.blocked_eigen(config.state_size, config.blocks)
-        real = self.param("Lambda_re", _constant(values.real))
-        imaginary = self.param("Lambda_im", _constant(values.imag))
+        real = self.param("Lambda_re", constant(values.real))
+        imaginary = self.param("Lambda_im", constant(values.imag))
         b = self.param("B", _b_init(vectors), (config.state_size, self.width))
         log_step = self.param("log_step", log_uniform(config.dt_min, config.dt_max), (states,))
         if config.clip_eigs:
             real = jnp.minimum(real, -1e-4)
-        decay, gain = discretize(
+        log_decay, gain = discretize(
             jax.lax.complex(real, imaginary),
             config.step_rescale * jnp.exp(log_step),
             config.discretization,
         )
-        return decay, gain[:, None] * jax.lax.complex(b[..., 0], b[..., 1])
+        return jnp.exp(log_decay), gain[:, None] * jax.lax.complex(b[..., 0], b[..., 1])
 
     def _readout(self) -> Float[Array, "planes h"]:
         """C of all directions, laid out for the planes [re, im] of each direction's states."""
@@ -174,39 +173,12 @@ class S5(Mixer[S5Config]):
         return jnp.concatenate(rows)
 
 
-def discretize(
-    eigenvalues: Complex[Array, "*p"], step: Float[Array, "*p"], rule: Discretization
-) -> tuple[Complex[Array, "*p"], Complex[Array, "*p"]]:
-    """Continuous eigenvalues and steps -> decay per token, factor on the input matrix.
-
-    Zero-order hold: ``exp(λΔ)``, ``(exp(λΔ) - 1) / λ``; bilinear:
-    ``(1 + λΔ/2) / (1 - λΔ/2)``, ``Δ / (1 - λΔ/2)``.
-    """
-    scaled = eigenvalues * step
-    if rule == "zoh":
-        return jnp.exp(scaled), jnp.expm1(scaled) / eigenvalues
-    return (1.0 + 0.5 * scaled) / (1.0 - 0.5 * scaled), step / (1.0 - 0.5 * scaled)
-
-
-def log_uniform(low: float, high: float) -> Any:
-    """Logarithms of values spread log-uniformly over ``[low, high]``."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, np.log(low), np.log(high))
-
-    return init
-
-
 def _readouts(config: S5Config) -> tuple[str, ...]:
     return ("C1", "C2") if config.bidirectional else ("C",)
 
 
 def _project(x: Float[Array, "b l k"], w: Float[Array, "k n"]) -> Float[Array, "b l n"]:
     return jnp.dot(x, w, precision=_HIGHEST)
-
-
-def _constant(values: np.ndarray) -> Any:
-    return lambda key: jnp.asarray(values, jnp.float32)
 
 
 def _b_init(vectors: np.ndarray) -> Any:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seqmodels.layers.embedding import Embedding
@@ -52,8 +53,8 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: Int[Array, "b l"] | Float[Array, "b l c"],
-        segment_ids: Int[Array, "b l"] | None = None,
+        inputs: Int[Array | np.ndarray, "b l"] | Float[Array | np.ndarray, "b l c"],
+        segment_ids: Int[Array | np.ndarray, "b l"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "b classes"]:
         """Returns float32 logits ``(B, num_classes)``.

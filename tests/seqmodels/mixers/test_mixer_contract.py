@@ -1,0 +1,300 @@
+"""The contract of every registered mixer, in every mode."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, Segments, build
+from seqmodels.mixers.base import RecurrentState, check_choices
+
+WIDTH = 4
+
+CASES = {
+    "s5": S5Config(state_size=8, blocks=2),
+    "s5-bilinear": S5Config(state_size=8, discretization="bilinear", c_init="complex_normal"),
+    "s5-bidirectional": S5Config(state_size=8, blocks=2, bidirectional=True),
+    "s4d": S4DConfig(state_size=6),
+    "s4d-tied-legs": S4DConfig(state_size=6, init="legs", n_ssm=2, discretization="bilinear"),
+    "s4d-bidirectional": S4DConfig(state_size=6, bidirectional=True),
+}
+
+# mode: (causal, streams, packs)
+FLAGS = {
+    "s5": (True, True, True),
+    "s5-bilinear": (True, True, True),
+    "s5-bidirectional": (False, False, True),
+    "s4d": (True, True, True),
+    "s4d-tied-legs": (True, True, True),
+    "s4d-bidirectional": (False, False, True),
+}
+STREAMING = [case for case, flags in FLAGS.items() if flags[1]]
+PACKING = [case for case, flags in FLAGS.items() if flags[2]]
+BIDIRECTIONAL = [case for case, flags in FLAGS.items() if not flags[0]]
+
+# Two documents of one id each side of another, and padding; one row full; one row of padding only.
+IDS = np.array([[1] * 5 + [2] * 3 + [1] * 4 + [0] * 2, [3] * 9 + [4] * 5, [0] * 14], np.int32)
+LENGTH = IDS.shape[1]
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@functools.cache
+def setup(case):
+    """A mixer, its parameters, an input, and the jitted call ``run(x, segments, state)``."""
+    mixer = build(CASES[case], WIDTH)
+    x = jax.random.normal(jax.random.key(1), (*IDS.shape, WIDTH))
+    variables = jax.jit(mixer.init)(jax.random.key(0), x)
+
+    @jax.jit
+    def run(x, segments=None, state=None):
+        return mixer.apply(variables, x, segments=segments, state=state)
+
+    return mixer, variables, x, run
+
+
+def close(actual, expected, tolerance=2e-6):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    error = np.sqrt(np.mean(np.abs(actual - expected) ** 2))
+    assert error <= tolerance * max(np.sqrt(np.mean(np.abs(expected) ** 2)), 1e-3)
+
+
+def close_states(actual, expected):
+    jax.tree.map(close, actual.hidden, expected.hidden)
+    np.testing.assert_array_equal(actual.position, expected.position)
+    np.testing.assert_array_equal(actual.segment, expected.segment)
+
+
+def in_pieces(mixer, run, x, ids, cuts):
+    """Outputs and last state when the row is fed in pieces that end at ``cuts``."""
+    state, outputs = mixer.initial_state(x.shape[0]), []
+    for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        segments = None if ids is None else Segments.from_ids(ids[:, begin:end])
+        y, state = run(x[:, begin:end], segments, state)
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def test_every_registered_mixer_is_covered():
+    assert {config.mixer for config in CASES.values()} == set(REGISTRY)
+    assert CASES.keys() == FLAGS.keys()
+    for name, (config_class, _) in REGISTRY.items():
+        assert config_class.mixer == name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flags(case):
+    mixer = build(CASES[case], WIDTH)
+    assert (mixer.causal, mixer.streams, mixer.packs) == FLAGS[case]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_dtypes_and_marks(case):
+    _, variables, x, run = setup(case)
+    y, _ = run(x)
+    assert (y.shape, y.dtype) == (x.shape, jnp.float32)
+    low, _ = run(x.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    close(low.astype(jnp.float32), y, 2e-2)
+    assert set(CASES[case].marks()) <= set(variables["params"])
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_causality(case):
+    mixer, _, x, run = setup(case)
+    early = np.abs(run(x.at[:, 7].add(1.0))[0] - run(x)[0])[:, :7].max()
+    assert (early < 1e-5) == mixer.causal
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", STREAMING)
+def test_whole_is_split_is_step_by_step(case, packed):
+    mixer, _, x, run = setup(case)
+    ids = IDS if packed else None
+    whole, state = run(x, Segments.from_ids(IDS) if packed else None)
+    # 5 and 8 are document boundaries of row 0; 4, 6 and 9 a token beside them; 12 begins padding.
+    for cuts in ([5, 8, 12], [4, 9], [6], list(range(1, LENGTH))):
+        pieces, last = in_pieces(mixer, run, x, ids, cuts)
+        close(pieces, whole)
+        close_states(last, state)
+    np.testing.assert_array_equal(state.position, [4, 5, 0] if packed else [LENGTH] * 3)
+    np.testing.assert_array_equal(state.segment, [1, 4, 0] if packed else [1] * 3)
+
+
+@pytest.mark.parametrize("case", PACKING)
+def test_packed_equals_unpacked(case):
+    _, _, x, run = setup(case)
+    packed, _ = run(x, Segments.from_ids(IDS))
+    expected = np.zeros_like(packed)
+    for row, begin, end in [(0, 0, 5), (0, 5, 8), (0, 8, 12), (1, 0, 9), (1, 9, 14)]:
+        expected[row, begin:end] = run(x[row : row + 1, begin:end])[0][0]
+    close(packed, expected)
+    assert not np.any(np.asarray(packed)[IDS == 0])
+
+
+@pytest.mark.parametrize("case", PACKING)
+def test_documents_are_isolated_bit_for_bit(case):
+    _, _, x, run = setup(case)
+    segments = Segments.from_ids(IDS)
+    cotangent = jax.random.normal(jax.random.key(5), x.shape)
+
+    @jax.jit
+    def outputs_and_gradient(x):
+        y, vjp = jax.vjp(lambda x: run(x, segments)[0], x)
+        return y, vjp(cotangent)[0]
+
+    for document in ((0, slice(0, 5)), (0, slice(5, 8)), (1, slice(9, 14))):
+        other = x.at[document].set(1e4 * x[document] + 3.0)
+        inside = np.zeros(IDS.shape, bool)
+        inside[document] = True
+        before, after = outputs_and_gradient(x), outputs_and_gradient(other)
+        for one, two in zip(before, after, strict=True):
+            np.testing.assert_array_equal(one[~inside], two[~inside])
+        assert np.any(before[0][inside] != after[0][inside])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_single_document_rows_agree_with_the_general_path(case):
+    mixer, _, x, run = setup(case)
+    ids = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
+    cotangent = jax.random.normal(jax.random.key(5), x.shape)
+
+    @jax.jit
+    def differentiate(x, segments):
+        y, vjp, state = jax.vjp(lambda x: run(x, segments), x, has_aux=True)
+        return y, vjp(cotangent)[0], state
+
+    single = differentiate(x, Segments.from_ids(ids, single=True))
+    general = differentiate(x, Segments.from_ids(ids))
+    close(single[0], general[0])
+    close(single[1], general[1])
+    assert not np.any(np.asarray(single[0])[ids == 0])
+    assert not np.any(np.asarray(single[1])[ids == 0])
+    if mixer.streams:
+        close_states(single[2], general[2])
+        np.testing.assert_array_equal(single[2].position, [9, LENGTH, 0])
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("case", STREAMING)
+def test_padding_leaves_the_state_untouched(case, single):
+    _, _, x, run = setup(case)
+    _, state = run(x)
+    padding = Segments.from_ids(np.zeros_like(IDS), single=single)
+    y, after = run(x, padding, state)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert not np.any(np.asarray(y))
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("case", STREAMING)
+def test_carried_state_is_used_and_zeroed_by_a_new_document(case, single):
+    _, _, x, run = setup(case)
+    _, state = run(x, Segments.from_ids(np.full_like(IDS, 3)))
+    second = np.repeat(np.array([[3], [8], [0]], np.int32), LENGTH, axis=1)
+    y, after = run(x, Segments.from_ids(second, single=single), state)
+    whole, _ = run(jnp.concatenate([x, x], axis=1))
+    fresh, _ = run(x)
+    close(y[0], whole[0, LENGTH:])
+    close(y[1], fresh[1])
+    assert np.abs(whole[1, LENGTH:] - fresh[1]).max() > 1e-3
+    np.testing.assert_array_equal(after.position, [2 * LENGTH, LENGTH, LENGTH])
+    np.testing.assert_array_equal(after.segment, [3, 8, 3])
+
+
+@pytest.mark.parametrize("case", STREAMING)
+def test_gradients_flow_through_the_carried_state(case):
+    _, _, x, run = setup(case)
+
+    def whole(x):
+        return jnp.sum(jnp.sin(run(x)[0]))
+
+    def split(x):
+        first, state = run(x[:, :4])
+        second, _ = run(x[:, 4:], None, state)
+        return jnp.sum(jnp.sin(first)) + jnp.sum(jnp.sin(second))
+
+    close(jax.jit(jax.grad(split))(x), jax.jit(jax.grad(whole))(x))
+
+
+@pytest.mark.parametrize("case", STREAMING)
+def test_state_size_is_that_of_the_real_state(case):
+    mixer = build(CASES[case], WIDTH)
+    leaves = jax.tree.leaves(mixer.initial_state(1, max_length=100))
+    assert mixer.state_size(100) == sum(leaf.nbytes for leaf in leaves)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_arguments_are_refused(case):
+    mixer, _, x, run = setup(case)
+    with pytest.raises(ValueError, match=r"x has shape .* expected \(batch, length, 4\)"):
+        run(x[..., :3])
+    with pytest.raises(ValueError, match=r"segments.ids has shape \(3, 6\)"):
+        run(x, Segments.from_ids(IDS[:, :6]))
+    if mixer.streams:
+        with pytest.raises(ValueError, match=r"state is for a batch of 2, .* initial_state\(3\)"):
+            run(x, None, mixer.initial_state(2))
+
+
+@pytest.mark.parametrize("case", BIDIRECTIONAL)
+def test_bidirectional_mixers_refuse_a_state(case):
+    mixer, _, x, run = setup(case)
+    assert run(x)[1] is None
+    state = RecurrentState.start(jnp.zeros((3, 4), jnp.complex64), 3)
+    with pytest.raises(ValueError, match=r"state is refused.*set bidirectional=False"):
+        run(x, None, state)
+    with pytest.raises(ValueError, match=r"initial_state is refused.*set bidirectional=False"):
+        mixer.initial_state(3)
+    with pytest.raises(ValueError, match="set bidirectional=False"):
+        mixer.state_size(10)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (S5Config, {"state_size": 12, "blocks": 4}, "state_size=12 must be a positive multiple"),
+        (S5Config, {"dt_min": 0.2}, "0 < dt_min <= dt_max"),
+        (S5Config, {"step_rescale": 0.0}, "step_rescale=0.0 must be positive"),
+        (S4DConfig, {"state_size": 7}, "state_size=7 must be an even number"),
+        (S4DConfig, {"n_ssm": 0}, "n_ssm=0 must be positive"),
+    ],
+)
+def test_bad_configs_are_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config(), **change)
+
+
+def test_literal_fields_are_checked():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        rule: Literal["zoh", "bilinear"]
+        gate: Literal["glu"] | None = None
+        size: int | None = 3
+
+    check_choices(Config("zoh"))
+    check_choices(Config("bilinear", "glu"))
+    with pytest.raises(ValueError, match="Config: rule='euler' is not one of 'zoh', 'bilinear'"):
+        check_choices(Config("euler"))
+    with pytest.raises(ValueError, match="Config: gate='relu' is not one of 'glu'"):
+        check_choices(Config("zoh", "relu"))
+
+
+def test_unregistered_names_and_indivisible_widths_are_refused():
+    class Unknown(S5Config):
+        mixer = "unknown"
+
+    with pytest.raises(ValueError, match="mixer='unknown' is not registered; known: s4d, s5"):
+        build(Unknown(), WIDTH)
+    mixer = build(S4DConfig(n_ssm=3), WIDTH)
+    with pytest.raises(ValueError, match="n_ssm=3 must divide the width 4"):
+        mixer.init(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
