@@ -1,0 +1,376 @@
+"""GPU kernels (Triton lowering): chunks of time in parallel, state in registers.
+
+A program owns a strip of channels, one a thread, and walks one chunk of time. Where the batch alone
+fills the GPU there is one chunk: two reads, one write. Otherwise the chunks are first reduced to
+their maps `h -> A h + F`, a third kernel chains the maps, and all chunks walk again from the state
+that enters each.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat, segments
+from pallas_kernels.compat import pl
+from pallas_kernels.linear_scan import tile
+from pallas_kernels.linear_scan.tile import Planes
+
+_ENOUGH_PROGRAMS = 512  # a few for each multiprocessor of the GPUs since Ampere
+
+
+class Tiles(NamedTuple):
+    """`steps` of time a chunk, `width` channels a program, `unroll` steps loaded together."""
+
+    steps: int
+    width: int
+    unroll: int
+
+
+def choose_tiles(batch: int, length: int, width: int) -> Tiles:
+    """One chunk if the batch fills the GPU, else chunks of 256 steps."""
+    strip = min(128, max(32, pl.next_power_of_2(width)))
+    programs = batch * -(-width // strip)
+    steps = length if programs >= _ENOUGH_PROGRAMS else min(length, 256)
+    return Tiles(steps, strip, min(8, pl.next_power_of_2(steps)))
+
+
+class _Job(NamedTuple):
+    """What is static about one kernel."""
+
+    batch: int
+    length: int
+    width: int
+    planes: int
+    tiles: Tiles
+    constant: bool
+    segmented: bool
+    reverse: bool  # the direction of travel of this kernel
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // self.tiles.steps)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.chunks, self.batch, -(-self.width // self.tiles.width)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.tiles.steps // self.tiles.unroll)
+
+    @property
+    def guarded(self) -> bool:
+        """Some steps of the walk lie outside the row or the chunk."""
+        return self.length % self.tiles.steps != 0 or self.tiles.steps % self.tiles.unroll != 0
+
+
+# Loads and stores. References are whole arrays; a strip is the channels of one program.
+
+
+class _Strip(NamedTuple):
+    row: jax.Array  # which sequence
+    lanes: pl.Slice  # which channels
+    valid: jax.Array  # channels that exist, (width,)
+
+    def load(self, refs, index, live=True) -> Planes:
+        """`(width,)` values of each plane at `index` of the axes before the channels."""
+        mask = self.valid & live
+        return tuple(
+            compat.triton.load(ref.at[(*index, self.lanes)], mask=mask, other=0.0).astype(
+                jnp.float32
+            )
+            for ref in refs
+        )
+
+    def store(self, refs, index, values: Planes, live=True) -> None:
+        for ref, value in zip(refs, values, strict=True):
+            compat.triton.store(
+                ref.at[(*index, self.lanes)], value.astype(ref.dtype), mask=self.valid & live
+            )
+
+
+def _strip(job: _Job, row_axis: int = 1) -> _Strip:
+    start = pl.program_id(row_axis + 1) * job.tiles.width
+    valid = start + jnp.arange(job.tiles.width) < job.width
+    return _Strip(pl.program_id(row_axis), pl.ds(start, job.tiles.width), valid)
+
+
+class _Step(NamedTuple):
+    """One step of a walk: its token, whether it exists, its code."""
+
+    t: jax.Array
+    live: jax.Array | bool
+    code: jax.Array | None
+
+
+def _walk(job: _Job, strip: _Strip, codes_ref, body, carry):
+    """`body(step, carry)` over the chunk in the direction of travel, some steps unrolled."""
+    chunk = pl.program_id(0)
+
+    def group(i, carry):
+        for j in range(job.tiles.unroll):
+            place = i * job.tiles.unroll + j
+            place = job.groups * job.tiles.unroll - 1 - place if job.reverse else place
+            t = chunk * job.tiles.steps + place
+            live = (place < job.tiles.steps) & (t < job.length) if job.guarded else True
+            code = None
+            if job.segmented:
+                code = compat.triton.load(
+                    codes_ref.at[strip.row, t], mask=live if job.guarded else None
+                )
+            if job.guarded:
+                code = jnp.where(live, segments.KEEP if code is None else code, segments.SKIP)
+            carry = body(_Step(t, live, code), carry)
+        return carry
+
+    return jax.lax.fori_loop(0, job.groups, group, carry)
+
+
+def _decay(job: _Job, strip: _Strip, a_refs, step: _Step) -> Planes:
+    """`a_t`, `(width,)`."""
+    index = () if job.constant else (strip.row, step.t)
+    return strip.load(a_refs, index, True if job.constant else step.live)
+
+
+# The kernels: maths on values between a load and a store.
+
+
+def _split_refs(refs, planes: int, groups: int, *, segmented: bool):
+    """References in groups of one a plane, and that of the codes (last of the inputs)."""
+    refs = list(refs)
+    inputs = [refs[i * planes : (i + 1) * planes] for i in range(groups)]
+    rest = refs[groups * planes :]
+    codes = rest.pop(0) if segmented else None
+    outputs = [rest[i : i + planes] for i in range(0, len(rest), planes)]
+    return inputs, codes, outputs
+
+
+def _zeros(job: _Job) -> Planes:
+    return (jnp.zeros((job.tiles.width,), jnp.float32),) * job.planes
+
+
+def _reduce_kernel(*refs, job: _Job, backward: bool):
+    """The map of each chunk: `decay, flow (B, C, D)`."""
+    (a_refs, x_refs), codes_ref, (decay_refs, flow_refs) = _split_refs(
+        refs, job.planes, 2, segmented=job.segmented
+    )
+    strip = _strip(job)
+
+    def body(step, carry):
+        decay, flow = carry
+        a = _decay(job, strip, a_refs, step)
+        x = strip.load(x_refs, (strip.row, step.t), step.live)
+        if backward:
+            _, flow = tile.retreat(flow, a, x, step.code)
+        else:
+            flow = tile.advance(flow, a, x, step.code)
+        return tile.mul(decay, tile.step_decay(a, step.code)), flow
+
+    zero = _zeros(job)
+    decay, flow = _walk(job, strip, codes_ref, body, (tile.ones_like(zero), zero))
+    chunk = (strip.row, pl.program_id(0))
+    strip.store(decay_refs, chunk, decay)
+    strip.store(flow_refs, chunk, flow)
+
+
+def _chain_kernel(*refs, job: _Job):
+    """The state that enters each chunk `(B, C, D)` and the one that leaves the last `(B, D)`."""
+    (decay_refs, flow_refs, first_refs), _, (entering_refs, last_refs) = _split_refs(
+        refs, job.planes, 3, segmented=False
+    )
+    strip = _strip(job, row_axis=0)
+
+    def body(i, h):
+        chunk = (strip.row, job.chunks - 1 - i if job.reverse else i)
+        strip.store(entering_refs, chunk, h)
+        decay, flow = strip.load(decay_refs, chunk), strip.load(flow_refs, chunk)
+        return tile.apply(decay, flow, h, segmented=True)
+
+    h = strip.load(first_refs, (strip.row,))
+    h = jax.lax.fori_loop(0, job.chunks, body, h)
+    strip.store(last_refs, (strip.row,), h)
+
+
+def _forward_kernel(*refs, job: _Job):
+    (a_refs, b_refs, entering_refs), codes_ref, (h_refs, leaving_refs) = _split_refs(
+        refs, job.planes, 3, segmented=job.segmented
+    )
+    strip = _strip(job)
+    chunk = (strip.row, pl.program_id(0))
+
+    def body(step, h):
+        a = _decay(job, strip, a_refs, step)
+        b = strip.load(b_refs, (strip.row, step.t), step.live)
+        h = tile.advance(h, a, b, step.code)
+        visible = h
+        if job.segmented:
+            visible = tile.where(step.code == segments.SKIP, tile.zeros_like(h), h)
+        strip.store(h_refs, (strip.row, step.t), visible, step.live)
+        return h
+
+    h = _walk(job, strip, codes_ref, body, strip.load(entering_refs, chunk))
+    strip.store(leaving_refs, chunk, h)
+
+
+def _backward_kernel(*refs, job: _Job):
+    (a_refs, h_refs, initial_refs, dh_refs, entering_refs), codes_ref, outputs = _split_refs(
+        refs, job.planes, 5, segmented=job.segmented
+    )
+    da_refs, db_refs, leaving_refs = outputs
+    strip = _strip(job)
+    chunk = (strip.row, pl.program_id(0))
+    initial = strip.load(initial_refs, (strip.row,))
+
+    def body(step, carry):
+        c, da_sum = carry
+        a = _decay(job, strip, a_refs, step)
+        dh = strip.load(dh_refs, (strip.row, step.t), step.live)
+        # This kernel travels against the forward pass: the state before is one step ahead.
+        before = step.t + 1 if job.reverse is False else step.t - 1
+        exists = (before >= 0) & (before < job.length)
+        h_before = strip.load(h_refs, (strip.row, before), step.live & exists)
+        h_before = tile.where(exists, h_before, initial)
+        h_before = tile.state_before(h_before, initial, step.code)
+        gradient, c = tile.retreat(c, a, dh, step.code)
+        da = tile.decay_gradient(gradient, h_before, step.code)
+        strip.store(db_refs, (strip.row, step.t), gradient, step.live)
+        if job.constant:
+            da_sum = tile.add(da_sum, da)
+        else:
+            strip.store(da_refs, (strip.row, step.t), da, step.live)
+        return c, da_sum
+
+    carry = strip.load(entering_refs, chunk), _zeros(job) if job.constant else ()
+    c, da_sum = _walk(job, strip, codes_ref, body, carry)
+    strip.store(leaving_refs, chunk, c)
+    if job.constant:
+        strip.store(da_refs, chunk, da_sum)
+
+
+# The calls.
+
+
+def _job(a, b, runs, tiles: Tiles | None, *, reverse: bool) -> _Job:
+    batch, length, width = b.shape
+    planes = 2 if jnp.iscomplexobj(b) else 1
+    tiles = tiles or choose_tiles(batch, length, width)
+    return _Job(batch, length, width, planes, tiles, a.ndim == 1, runs is not None, reverse)
+
+
+def _call(kernel, job: _Job, name: str, grid, operands, outputs, flops: int):
+    """Run `kernel`; `outputs` are `(shape, dtype)` pairs, each made once a plane."""
+    structs = [compat.out_struct(*output, *operands) for output in outputs]
+    out = compat.pallas_call(
+        kernel,
+        backend="gpu",
+        name=name,
+        grid=grid,
+        out_shape=[struct for struct in structs for _ in range(job.planes)],
+        compiler_params=compat.triton.CompilerParams(
+            num_warps=max(1, job.tiles.width // 32), num_stages=1
+        ),
+        flops=flops * job.batch * job.length * job.width * job.planes**2,
+    )(*operands)
+    return [tuple(out[i : i + job.planes]) for i in range(0, len(out), job.planes)]
+
+
+def _entering(job: _Job, a: Planes, x: Planes, first: Planes, codes, *, backward: bool):
+    """The state that enters each chunk, `(B, C, D)`, and what leaves the last if that is known."""
+    if job.chunks == 1:
+        return tuple(p[:, None] for p in first), None
+    per_chunk = ((job.batch, job.chunks, job.width), jnp.float32)
+    decay, flow = _call(
+        functools.partial(_reduce_kernel, job=job, backward=backward),
+        job,
+        "linear_scan_reduce",
+        job.grid,
+        [*a, *x, *codes],
+        [per_chunk, per_chunk],
+        flops=4,
+    )
+    return _call(
+        functools.partial(_chain_kernel, job=job),
+        job,
+        "linear_scan_chain",
+        job.grid[1:],
+        [*decay, *flow, *first],
+        [per_chunk, ((job.batch, job.width), jnp.float32)],
+        flops=0,
+    )
+
+
+def _codes(runs, *, reverse: bool) -> list[jax.Array]:
+    return [] if runs is None else [segments.step_codes(runs, reverse=reverse)]
+
+
+def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
+    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
+    job = _job(a, b, runs, tiles, reverse=reverse)
+    a, b_planes, codes = tile.split(a), tile.split(b), _codes(runs, reverse=reverse)
+    entering, final_state = _entering(
+        job, a, b_planes, tile.split(initial_state), codes, backward=False
+    )
+    h, leaving = _call(
+        functools.partial(_forward_kernel, job=job),
+        job,
+        "linear_scan_forward",
+        job.grid,
+        [*a, *b_planes, *entering, *codes],
+        [(b.shape, b_planes[0].dtype), ((job.batch, job.chunks, job.width), jnp.float32)],
+        flops=2,
+    )
+    final_state = final_state or tuple(p[:, 0] for p in leaving)
+    return tile.join(h), tile.join(final_state)
+
+
+def backward(
+    a, h, initial_state, runs, dh, dfinal_state, reverse: bool, tiles: Tiles | None = None
+):
+    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
+    job = _job(a, h, runs, tiles, reverse=not reverse)
+    a_planes, h_planes, dh_planes = tile.split(a), tile.split(h), tile.split(dh)
+    codes = _codes(runs, reverse=reverse)
+    entering, dinitial = _entering(
+        job, a_planes, dh_planes, tile.split(dfinal_state), codes, backward=True
+    )
+    per_chunk = ((job.batch, job.chunks, job.width), jnp.float32)
+    da, db, leaving = _call(
+        functools.partial(_backward_kernel, job=job),
+        job,
+        "linear_scan_backward",
+        job.grid,
+        [*a_planes, *h_planes, *tile.split(initial_state), *dh_planes, *entering, *codes],
+        [
+            per_chunk if job.constant else (a.shape, a_planes[0].dtype),
+            (h.shape, h_planes[0].dtype),
+            per_chunk,
+        ],
+        flops=5,
+    )
+    dinitial = dinitial or tuple(p[:, 0] for p in leaving)
+    da = tile.join(da)
+    if job.constant:
+        da = da.sum((0, 1)).astype(a.dtype)
+    return da, tile.join(db), tile.join(dinitial)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def linear_scan(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
+    """See `api.linear_scan`; `runs (B, L)` int32 or None, `tiles` for tests."""
+    return forward(a, b, initial_state, runs, reverse, tiles)
+
+
+def _vjp_forward(a, b, initial_state, runs, reverse, tiles):
+    h, final_state = forward(a, b, initial_state, runs, reverse, tiles)
+    return (h, final_state), (a, h, initial_state, runs)
+
+
+def _vjp_backward(reverse, tiles, residuals, cotangents):
+    return *backward(*residuals, *cotangents, reverse, tiles), None
+
+
+linear_scan.defvjp(_vjp_forward, _vjp_backward)

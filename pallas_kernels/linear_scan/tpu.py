@@ -1,0 +1,408 @@
+"""TPU kernels: eight time steps in registers, log-step scan by sublane rolls, carry in VMEM.
+
+Grid `(B, D / width, L / steps)`, time last and in the direction of travel. A block is `steps` rows
+of `width` channels; inside, groups of 8 rows (one register tile high) are scanned in 3 log steps
+and joined to the state so far. Forward moves each input and output byte once; backward rereads
+only the 8 rows before each block, for `h_{t-1}`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat, segments
+from pallas_kernels.compat import pl
+from pallas_kernels.linear_scan import tile
+from pallas_kernels.linear_scan.tile import Planes
+
+_LANES, _SUBLANES = 128, 8
+
+
+class Tiles(NamedTuple):
+    """`(steps, width)` of a block."""
+
+    steps: int
+    width: int
+
+
+def choose_tiles(length: int, width: int, planes: int) -> Tiles:
+    """The block shape: the widest that wastes little, within a small share of the smallest VMEM."""
+    widest = 1024 // planes
+    widths = range(_LANES, max(_LANES, min(widest, _round_up(width, _LANES))) + 1, _LANES)
+    best = min(widths, key=lambda w: (_round_up(width, w), -w))
+    return Tiles(min(256, _round_up(length, 16)), best)
+
+
+def vmem_bytes(tiles: Tiles, planes: int, *, backward: bool, itemsize: int = 4) -> int:
+    """Bytes of VMEM that a kernel's blocks take, double-buffered, with codes."""
+    arrays = 5 if backward else 3
+    block = tiles.steps * tiles.width * itemsize * planes
+    codes = tiles.steps * _LANES * 4
+    edges = _SUBLANES * tiles.width * 4 * planes * 6
+    return 2 * (arrays * block + codes + edges)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+class _Job(NamedTuple):
+    """What is static about one kernel."""
+
+    batch: int
+    length: int
+    width: int
+    planes: int
+    tiles: Tiles
+    constant: bool  # one decay for all steps
+    segmented: bool  # step codes come with the arguments
+    reverse: bool  # the direction of travel of this kernel
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.tiles.steps)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, -(-self.width // self.tiles.width), self.blocks
+
+    @property
+    def ragged(self) -> bool:
+        return self.length % self.tiles.steps != 0
+
+    def time(self, i):
+        """The block that is the i-th in the direction of travel."""
+        return self.blocks - 1 - i if self.reverse else i
+
+
+# Tile bookkeeping: which block of which array a grid step sees.
+
+
+def _block(job: _Job) -> pl.BlockSpec:
+    return pl.BlockSpec(
+        block_shape=(None, job.tiles.steps, job.tiles.width),
+        index_map=lambda b, d, i: (b, job.time(i), d),
+    )
+
+
+def _row(job: _Job) -> pl.BlockSpec:
+    """One `(1, width)` row a sequence: states."""
+    return pl.BlockSpec(block_shape=(None, 1, job.tiles.width), index_map=lambda b, d, i: (b, 0, d))
+
+
+def _decay_block(job: _Job) -> pl.BlockSpec:
+    if not job.constant:
+        return _block(job)
+    return pl.BlockSpec(block_shape=(1, job.tiles.width), index_map=lambda b, d, i: (0, d))
+
+
+def _codes_block(job: _Job) -> pl.BlockSpec:
+    return pl.BlockSpec(
+        block_shape=(None, job.tiles.steps, _LANES),
+        index_map=lambda b, d, i: (b, job.time(i), 0),
+    )
+
+
+def _edge(job: _Job) -> pl.BlockSpec:
+    """The 8 rows that come before a block in the direction of the forward pass."""
+    per_block = job.tiles.steps // _SUBLANES
+    last = -(-job.length // _SUBLANES) - 1
+
+    def index(b, d, i):
+        first = job.time(i) * per_block
+        neighbour = first - 1 if job.reverse else first + per_block
+        return b, jnp.clip(neighbour, 0, last), d
+
+    return pl.BlockSpec(block_shape=(None, _SUBLANES, job.tiles.width), index_map=index)
+
+
+# Loads and stores.
+
+
+def _load(refs, rows=slice(None)) -> Planes:
+    return tuple(ref[rows, :].astype(jnp.float32) for ref in refs)
+
+
+def _store(refs, values: Planes, rows=slice(None)) -> None:
+    for ref, value in zip(refs, values, strict=True):
+        ref[rows, :] = value.astype(ref.dtype)
+
+
+def _take(refs: list, count: int) -> list:
+    taken = refs[:count]
+    del refs[:count]
+    return taken
+
+
+class _Group(NamedTuple):
+    """Eight rows of a block and what is known of them before they are loaded."""
+
+    rows: pl.Slice
+    code: jax.Array | None
+    index: jax.Array  # position of each row in the direction of travel, (8, width)
+    job: _Job
+
+    def shift(self, x: jax.Array, by: int) -> jax.Array:
+        """Rows moved by `by` in the direction of travel; the first `by` are arbitrary."""
+        return compat.tpu.roll(x, _SUBLANES - by if self.job.reverse else by, 0)
+
+    def back(self, x: Planes, before: Planes) -> Planes:
+        """Each row replaced by the one before it in the direction of travel."""
+        shifted = tuple(self.shift(p, 1) for p in x)
+        return tile.where(self.index >= 1, shifted, before)
+
+    def last(self, x: Planes) -> Planes:
+        row = 0 if self.job.reverse else _SUBLANES - 1
+        return tuple(p[row : row + 1] for p in x)
+
+    def broadcast(self, row: Planes) -> Planes:
+        return tuple(jnp.broadcast_to(p, self.index.shape) for p in row)
+
+
+def _group(job: _Job, i, codes_ref, *, forward_reverse: bool) -> _Group:
+    """The i-th group of the block in the direction of travel."""
+    groups = job.tiles.steps // _SUBLANES
+    start = (groups - 1 - i if job.reverse else i) * _SUBLANES
+    rows = pl.ds(pl.multiple_of(start, _SUBLANES), _SUBLANES)
+    shape = (_SUBLANES, job.tiles.width)
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    code = None
+    if job.segmented:
+        code = jnp.tile(codes_ref[rows, :], (1, job.tiles.width // _LANES))
+    if job.ragged:
+        place = row + start + job.time(pl.program_id(2)) * job.tiles.steps
+        if code is None:
+            first = job.length - 1 if forward_reverse else 0
+            code = jnp.where(place == first, segments.ENTER, segments.KEEP)
+        code = jnp.where(place < job.length, code, segments.SKIP)
+    return _Group(rows, code, _SUBLANES - 1 - row if job.reverse else row, job)
+
+
+# The kernels: maths on values between a load and a store.
+
+
+def _forward_kernel(*refs, job: _Job):
+    refs, n = list(refs), job.planes
+    a_refs, b_refs, initial_refs = (_take(refs, n) for _ in range(3))
+    codes_ref = refs.pop(0) if job.segmented else None
+    h_refs, final_refs = (_take(refs, n) for _ in range(2))
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        _store(final_refs, _load(initial_refs))
+
+    def scan_group(i, h):
+        group = _group(job, i, codes_ref, forward_reverse=job.reverse)
+        a = _load(a_refs) if job.constant else _load(a_refs, group.rows)
+        decay = tile.step_decay(group.broadcast(a) if job.constant else a, group.code)
+        value = _load(b_refs, group.rows)
+        if group.code is not None:
+            value = tile.where(group.code == segments.SKIP, tile.zeros_like(value), value)
+        maps = tile.prefix(
+            decay, value, group.shift, group.index, _SUBLANES, segmented=job.segmented
+        )
+        after = tile.apply(*maps, group.broadcast(h), segmented=job.segmented)
+        visible = after
+        if group.code is not None:
+            visible = tile.where(group.code == segments.SKIP, tile.zeros_like(after), after)
+        _store(h_refs, visible, group.rows)
+        return group.last(after)
+
+    # The final state's block stays in VMEM over all of a sequence: it is the carry too.
+    h = _load(final_refs)
+    h = jax.lax.fori_loop(0, job.tiles.steps // _SUBLANES, scan_group, h)
+    _store(final_refs, h)
+
+
+def _backward_kernel(*refs, job: _Job):
+    refs, n = list(refs), job.planes
+    a_refs, h_refs, edge_refs, initial_refs = (_take(refs, n) for _ in range(4))
+    dh_refs, dfinal_refs = (_take(refs, n) for _ in range(2))
+    codes_ref = refs.pop(0) if job.segmented else None
+    da_refs, db_refs, dinitial_refs = (_take(refs, n) for _ in range(3))
+    groups = job.tiles.steps // _SUBLANES
+    i_block = pl.program_id(2)
+
+    @pl.when(i_block == 0)
+    def _():
+        _store(dinitial_refs, _load(dfinal_refs))
+        if job.constant:
+            for ref in da_refs:
+                ref[...] = jnp.zeros_like(ref)
+
+    initial = _load(initial_refs)
+    edge_row = _SUBLANES - 1 if job.reverse else 0
+    edge = tuple(p[edge_row : edge_row + 1] for p in _load(edge_refs))
+    edge = tile.where(i_block == job.blocks - 1, initial, edge)
+
+    def scan_group(i, carry):
+        c, da_sum = carry
+        group = _group(job, i, codes_ref, forward_reverse=not job.reverse)
+        a = _load(a_refs) if job.constant else _load(a_refs, group.rows)
+        a = group.broadcast(a) if job.constant else a
+        dh = _load(dh_refs, group.rows)
+        if group.code is not None:
+            dh = tile.where(group.code == segments.SKIP, tile.zeros_like(dh), dh)
+        decay = tile.step_decay(a, group.code)
+        maps = tile.prefix(
+            decay,
+            tile.mul(decay, dh),
+            group.shift,
+            group.index,
+            _SUBLANES,
+            segmented=job.segmented,
+        )
+        c_rows = tile.apply(*maps, group.broadcast(c), segmented=job.segmented)
+        gradient = tile.add(dh, group.back(c_rows, group.broadcast(c)))
+        if group.code is not None:
+            gradient = tile.where(group.code == segments.SKIP, tile.zeros_like(gradient), gradient)
+        _store(db_refs, gradient, group.rows)
+
+        before = tile.state_before(
+            _states_before(job, group, i, h_refs, edge), group.broadcast(initial), group.code
+        )
+        da = tile.decay_gradient(gradient, before, group.code)
+        if job.constant:
+            da_sum = tile.add(da_sum, da)
+        else:
+            _store(da_refs, da, group.rows)
+        return group.last(c_rows), da_sum
+
+    zero = jnp.zeros((_SUBLANES, job.tiles.width), jnp.float32)
+    da_sum = (zero,) * n if job.constant else ()
+    c, da_sum = jax.lax.fori_loop(0, groups, scan_group, (_load(dinitial_refs), da_sum))
+    _store(dinitial_refs, c)
+    if job.constant:
+        total = tuple(p.sum(0, keepdims=True) for p in da_sum)
+        _store(da_refs, tile.add(_load(da_refs), total))
+
+
+def _states_before(job: _Job, group: _Group, i, h_refs, edge: Planes) -> Planes:
+    """`h_{t-1}` of each row: the group's own rows moved by one, and one row of its neighbour."""
+    groups = job.tiles.steps // _SUBLANES
+    neighbour = jnp.minimum(i + 1, groups - 1)
+    start = (groups - 1 - neighbour if job.reverse else neighbour) * _SUBLANES
+    rows = _load(h_refs, pl.ds(pl.multiple_of(start, _SUBLANES), _SUBLANES))
+    # Against the direction of travel: backward travels from the last step to the first.
+    row = _SUBLANES - 1 if job.reverse else 0
+    before = tile.where(i == groups - 1, edge, tuple(p[row : row + 1] for p in rows))
+    own = _load(h_refs, group.rows)
+    shifted = tuple(compat.tpu.roll(p, 1 if job.reverse else _SUBLANES - 1, 0) for p in own)
+    return tile.where(group.index == _SUBLANES - 1, group.broadcast(before), shifted)
+
+
+# The calls.
+
+
+def _job(a, b, runs, tiles: Tiles | None, *, reverse: bool) -> _Job:
+    batch, length, width = b.shape
+    planes = 2 if jnp.iscomplexobj(b) else 1
+    tiles = tiles or choose_tiles(length, width, planes)
+    return _Job(batch, length, width, planes, tiles, a.ndim == 1, runs is not None, reverse)
+
+
+def _decay_planes(a) -> Planes:
+    return tile.split(a[None] if a.ndim == 1 else a)
+
+
+def _codes(runs, *, reverse: bool) -> list[jax.Array]:
+    """Step codes over a row of lanes, `(B, L, 128)`, as a list of at most one operand."""
+    if runs is None:
+        return []
+    codes = segments.step_codes(runs, reverse=reverse)
+    return [jnp.broadcast_to(codes[:, :, None], (*codes.shape, _LANES))]
+
+
+def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, flops: int):
+    return compat.pallas_call(
+        functools.partial(kernel, job=job),
+        backend="tpu",
+        name=name,
+        grid=job.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out,
+        compiler_params=compat.tpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        flops=flops * job.batch * job.length * job.width,
+    )(*operands)
+
+
+def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
+    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
+    job = _job(a, b, runs, tiles, reverse=reverse)
+    n = job.planes
+    b_planes = tile.split(b)
+    initial = tile.split(initial_state[:, None])
+    operands = [*_decay_planes(a), *b_planes, *initial, *_codes(runs, reverse=reverse)]
+    in_specs = [_decay_block(job)] * n + [_block(job)] * n + [_row(job)] * n
+    in_specs += [_codes_block(job)] * job.segmented
+    block = compat.out_struct(b.shape, b_planes[0].dtype, *operands)
+    row = compat.out_struct((job.batch, 1, job.width), jnp.float32, *operands)
+    out = _call(
+        _forward_kernel,
+        job,
+        "linear_scan_forward",
+        operands,
+        in_specs,
+        [block] * n + [row] * n,
+        [_block(job)] * n + [_row(job)] * n,
+        flops=20 * n * n,
+    )
+    return tile.join(tuple(out[:n])), tile.join(tuple(out[n:]))[:, 0]
+
+
+def backward(
+    a, h, initial_state, runs, dh, dfinal_state, reverse: bool, tiles: Tiles | None = None
+):
+    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
+    job = _job(a, h, runs, tiles, reverse=not reverse)
+    n = job.planes
+    h_planes, dh_planes = tile.split(h), tile.split(dh)
+    initial, dfinal = tile.split(initial_state[:, None]), tile.split(dfinal_state[:, None])
+    operands = [*_decay_planes(a), *h_planes, *h_planes, *initial, *dh_planes, *dfinal]
+    operands += _codes(runs, reverse=reverse)
+    in_specs = [_decay_block(job)] * n + [_block(job)] * n + [_edge(job)] * n + [_row(job)] * n
+    in_specs += [_block(job)] * n + [_row(job)] * n + [_codes_block(job)] * job.segmented
+    block = compat.out_struct(h.shape, h_planes[0].dtype, *operands)
+    row = compat.out_struct((job.batch, 1, job.width), jnp.float32, *operands)
+    da = row
+    if not job.constant:
+        da = compat.out_struct(a.shape, operands[0].dtype, *operands)
+    out = _call(
+        _backward_kernel,
+        job,
+        "linear_scan_backward",
+        operands,
+        in_specs,
+        [da] * n + [block] * n + [row] * n,
+        [_row(job) if job.constant else _block(job)] * n + [_block(job)] * n + [_row(job)] * n,
+        flops=30 * n * n,
+    )
+    da, db, dinitial = (tile.join(tuple(out[i * n : (i + 1) * n])) for i in range(3))
+    if job.constant:
+        da = da.sum((0, 1))
+    return da.astype(a.dtype), db, dinitial[:, 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def linear_scan(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
+    """See `api.linear_scan`; `runs (B, L)` int32 or None, `tiles` for tests."""
+    return forward(a, b, initial_state, runs, reverse, tiles)
+
+
+def _vjp_forward(a, b, initial_state, runs, reverse, tiles):
+    h, final_state = forward(a, b, initial_state, runs, reverse, tiles)
+    return (h, final_state), (a, h, initial_state, runs)
+
+
+def _vjp_backward(reverse, tiles, residuals, cotangents):
+    return *backward(*residuals, *cotangents, reverse, tiles), None
+
+
+linear_scan.defvjp(_vjp_forward, _vjp_backward)
