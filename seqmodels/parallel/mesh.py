@@ -1,0 +1,95 @@
+"""The device mesh and where batches and parameters live on it.
+
+A mesh always has the axes ``("data", "model", "seq")``; an unused one has size 1, so that a
+program written for one device is the program for many.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "model", "seq")
+
+
+def make_mesh(
+    data: int = -1,
+    model: int = 1,
+    seq: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Arranges devices as a mesh with axes ``("data", "model", "seq")``.
+
+    Args:
+      data: size of the axis that splits the rows of a batch; -1 takes all devices that the other
+        axes leave.
+      model: size of the axis that splits parameters.
+      seq: size of the axis that splits the length.
+      devices: the devices to use; default all of them, of all processes.
+
+    Raises:
+      ValueError: a size is not positive, or the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    for name, size in (("model", model), ("seq", seq)):
+        if size < 1:
+            raise ValueError(f"mesh axis {name}={size} must be at least 1")
+    if data < 1 and data != -1:
+        raise ValueError(f"mesh axis data={data} must be at least 1, or -1 for all devices left")
+    rest = model * seq
+    if data == -1:
+        if len(devices) % rest:
+            raise ValueError(
+                f"{len(devices)} devices do not divide by model*seq={rest}; "
+                "choose sizes that divide the number of devices"
+            )
+        data = len(devices) // rest
+    if data * rest != len(devices):
+        raise ValueError(
+            f"mesh data={data} x model={model} x seq={seq} needs {data * rest} devices, "
+            f"there are {len(devices)}; use data=-1 to take all, or pass a subset of devices"
+        )
+    grid = np.asarray(devices).reshape(data, model, seq)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on each device: parameters, optimizer state, metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The rows (axis 0) of a batch are split over ``data``."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    """Puts a host batch on the mesh, rows split over ``data``.
+
+    With several processes each one passes its own rows, and the result is the global batch.
+
+    Args:
+      batch: arrays ``(B, ...)`` that agree on ``B``.
+      mesh: a mesh of ``make_mesh``.
+
+    Raises:
+      ValueError: ``B`` does not divide by the data axis.
+    """
+    processes = jax.process_count()
+    for name, value in batch.items():
+        rows = value.shape[0] * processes
+        if rows % mesh.shape["data"]:
+            raise ValueError(
+                f"batch['{name}'] has {rows} rows, which do not divide over the mesh's data axis "
+                f"of {mesh.shape['data']}; choose a batch_size that is a multiple of "
+                f"{mesh.shape['data']}, or a smaller data axis"
+            )
+    sharding = batch_sharding(mesh)
+    if processes == 1:
+        return jax.device_put(dict(batch), sharding)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+        for name, value in batch.items()
+    }

@@ -1,0 +1,1 @@
+"""Training: config, optimizer groups, state, step, loop, checkpoints, metrics."""

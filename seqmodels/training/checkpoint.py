@@ -1,0 +1,230 @@
+"""Checkpoints: asynchronous, atomic, the latest and the best.
+
+One step's directory holds the state and the position (data iterator, counters); the directory
+appears under its name only when it is complete, so a killed process leaves either all or nothing.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from seqmodels.training.config import RESUMABLE
+from seqmodels.training.errors import CheckpointError
+from seqmodels.training.state import TrainState
+
+METRIC = "validation_accuracy"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train": {"steps": 3}}`` -> ``{"train.steps": 3}``."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What keeps a checkpoint of config ``saved`` from being continued with ``wanted``.
+
+    Fields named in ``RESUMABLE`` may differ.
+    """
+    # Through JSON, so that a tuple equals the list it was stored as.
+    old, new = flatten(json.loads(json.dumps(saved))), flatten(json.loads(json.dumps(wanted)))
+    return [
+        f"{name}={new.get(name)!r} (checkpoint: {old.get(name)!r})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name.rsplit(".", 1)[-1] not in RESUMABLE
+    ]
+
+
+def _storable(state: TrainState) -> TrainState:
+    return state.replace(rng=jax.random.key_data(state.rng))
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``directory/<step>``.
+
+    Keeps the ``keep`` latest ones and, of those saved with an accuracy, the best one. Use it as a
+    context manager: leaving it waits for a save under way.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+    ) -> None:
+        self.directory = Path(directory).absolute()
+        self.config = config
+        # Orbax tells of every phase of every save; a run has better things to print.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        preserve = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=None if read_only else preserve,
+            cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_names=("state", "position", "config")
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot open the checkpoints in {self.directory}: {_first_line(error)}"
+            ) from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if error is None:
+                raise
+        finally:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, state: TrainState, position: Mapping[str, Any], *, accuracy: float | None = None
+    ) -> None:
+        """Starts to save; returns when the state is copied. Saves of one step happen once.
+
+        Args:
+          state: any state; the caller may donate it afterwards.
+          position: JSON-able; where the data is and what was counted so far.
+          accuracy: validation accuracy; the best checkpoint is the one with the highest.
+
+        Raises:
+          CheckpointError: this save cannot start, or the one before it failed.
+        """
+        step = int(state.step)
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        # On the CPU a host array may be a view of the device's, which the next step overwrites.
+        copy = jax.tree.map(lambda x: x.copy(), _storable(state))
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(copy),
+                    position=ocp.args.JsonSave(dict(position)),
+                    config=ocp.args.JsonSave(dict(self.config)),
+                ),
+                metrics=None if accuracy is None else {METRIC: accuracy},
+                force=True,
+            )
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Waits until the save under way is complete.
+
+        Raises:
+          CheckpointError: it failed; earlier checkpoints are intact.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise self._failed(error) from error
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save under way has failed already; does not wait."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"could not write a checkpoint to {self.directory} ({_first_line(error)}); earlier "
+            "checkpoints are intact: make room and continue with --resume"
+        )
+
+    def latest(self) -> int:
+        """The latest step.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"there is no complete checkpoint in {self.directory}")
+        return steps[-1]
+
+    def restore(self, template: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the position saved at ``step``.
+
+        Args:
+          template: a state of the right structure and shardings; its values are not used.
+          step: one of ``steps()``.
+
+        Raises:
+          CheckpointError: no such step, another config, or a file that cannot be read.
+        """
+        if step not in self.steps():
+            raise CheckpointError(
+                f"there is no checkpoint of step {step} in {self.directory}; "
+                f"there are {', '.join(map(str, self.steps())) or 'none'}"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(template))
+        try:
+            config = self._manager.restore(
+                step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+            ).config
+            self._check(config)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise CheckpointError(
+                f"cannot read the checkpoint {self.directory / str(step)}: {_first_line(error)}"
+            ) from error
+        state = restored.state.replace(rng=jax.random.wrap_key_data(restored.state.rng))
+        return state, restored.position
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        different = differences(saved, self.config)
+        if different:
+            raise CheckpointError(
+                f"the checkpoints in {self.directory} belong to another config: "
+                f"{'; '.join(different)}. Use the saved values, or start in another run directory"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,452 @@
+"""The training loop: from a task, batches and a config to a run directory."""
+
+import contextlib
+import dataclasses
+import hashlib
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from seqmodels.parallel.mesh import make_mesh, put_batch, replicated
+from seqmodels.training.checkpoint import Checkpoints
+from seqmodels.training.config import TrainConfig
+from seqmodels.training.errors import Interrupted, NonFiniteError
+from seqmodels.training.evaluation import Evaluation, PerShape, evaluate
+from seqmodels.training.metrics import JsonLines, MetricsWriter, truncate_jsonl
+from seqmodels.training.optimizer import schedule
+from seqmodels.training.run_directory import prepare
+from seqmodels.training.state import TrainState, create_state
+from seqmodels.training.step import StepMetrics, make_eval_step, make_train_step
+from seqmodels.training.task import Batch, Task
+
+OnEvent = Callable[[str, int], None]
+"""Called with what was just done ("step", "log", "eval", "save", "saved") and the step."""
+
+
+class BatchIterator(Protocol):
+    """Endless batches with a JSON-able position, as grain's iterators have it."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass
+class Window:
+    """Sums since the last logged line."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    weight: float = 0.0
+    grad_norm: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done up to ``step``; stored as JSON in each checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    order: str = ""
+    best_step: int | None = None
+    best_accuracy: float | None = None
+    wall_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    window: Window = dataclasses.field(default_factory=Window)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Progress":
+        return cls(**{**data, "window": Window(**data["window"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      progress: counters at the end.
+      complete: all steps were made; False when ``max_minutes`` ended the run.
+      chosen_step: the step whose checkpoint to test: the best on validation, or the last.
+    """
+
+    progress: Progress
+    complete: bool
+
+    @property
+    def chosen_step(self) -> int:
+        best = self.progress.best_step
+        return self.progress.step if best is None else best
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step that the device may still be working on."""
+
+    step: int
+    index: list[int]
+    tokens: int
+    data_before: Any
+    metrics: StepMetrics
+
+
+def fit(
+    task: Task,
+    batches: Iterable[Batch],
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    identity: Mapping[str, Any],
+    validation: Iterable[Batch] | None = None,
+    resume: bool = False,
+    mesh: Mesh | None = None,
+    show_progress: bool = True,
+    on_event: OnEvent | None = None,
+) -> Outcome:
+    """Trains and leaves everything in ``run_dir`` (see ``run_directory``).
+
+    A run that was killed at any moment and resumed gives the same parameters and metrics, bit for
+    bit, as one that was not; only the fields in ``metrics.TIMING_FIELDS`` differ.
+
+    Args:
+      task: the model.
+      batches: ``iter(batches)`` is a ``BatchIterator``. A batch is a dict of arrays ``(B, ...)``
+        with "index" ``(B,)`` (which examples) and what the task needs; "segment_ids", where there
+        is one, counts the real tokens.
+      config: how to train.
+      run_dir: a new directory, or with ``resume`` that of an earlier run.
+      identity: the whole experiment as JSON-able data; a run resumes only under the same one
+        (fields in ``config.RESUMABLE`` may differ).
+      validation: batches evaluated every ``eval_every`` steps and at the end.
+      resume: continue from the latest checkpoint, or from the start if there is none.
+      mesh: default: made from ``config.mesh``.
+      show_progress: whether to draw a progress bar.
+      on_event: called with ``(what, step)`` in the thread of the loop.
+
+    Raises:
+      RunDirectoryError, CheckpointError: see there.
+      NonFiniteError: a loss or gradient was not finite and ``config.on_nan`` is "stop".
+      Interrupted: SIGTERM or SIGINT; the step was finished and saved.
+      ValueError: the config does not fit the model or the devices.
+    """
+    if mesh is None:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    run_dir = Path(run_dir)
+    prepare(run_dir, identity, resume=resume)
+    iterator: Any = iter(batches)
+    with Checkpoints(run_dir / "checkpoints", identity, keep=config.keep) as checkpoints:
+        state, optimizer = create_state(task, config, mesh)
+        progress = Progress()
+        if resume and checkpoints.steps():
+            state, position = checkpoints.restore(state, checkpoints.latest())
+            progress = Progress.from_json(position["progress"])
+            iterator.set_state(position["data"])
+        if resume:
+            truncate_jsonl(run_dir / "nonfinite.jsonl", progress.step)
+        train_step = make_train_step(
+            task,
+            optimizer,
+            mesh,
+            accumulate=config.accumulate,
+            skip_non_finite=config.on_nan == "skip",
+        )
+        with (
+            MetricsWriter(run_dir, progress.step if resume else None) as writer,
+            _stop_signals() as stop,
+            tqdm(
+                total=config.steps,
+                initial=progress.step,
+                unit="step",
+                disable=not show_progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            run = _Run(
+                config=config,
+                run_dir=run_dir,
+                mesh=mesh,
+                iterator=iterator,
+                validation=validation,
+                train_step=PerShape(train_step, 1),
+                eval_step=PerShape(make_eval_step(task, mesh), 1),
+                state=state,
+                progress=progress,
+                checkpoints=checkpoints,
+                writer=writer,
+                bar=bar,
+                stop=stop,
+                on_event=on_event or (lambda what, step: None),
+            )
+            return run.run()
+
+
+class _Run:
+    """The loop's moving parts; ``state`` may be one step ahead of ``progress``."""
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        run_dir: Path,
+        mesh: Mesh,
+        iterator: BatchIterator,
+        validation: Iterable[Batch] | None,
+        train_step: PerShape,
+        eval_step: PerShape,
+        state: TrainState,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        bar: Any,
+        stop: list[int],
+        on_event: OnEvent,
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.mesh = mesh
+        self.iterator = iterator
+        self.validation = validation
+        self.train_step = train_step
+        self.eval_step = eval_step
+        self.state = state
+        self.progress = progress
+        self.checkpoints = checkpoints
+        self.writer = writer
+        self.bar = bar
+        self.stop = stop
+        self.on_event = on_event
+        self.pending: deque[_Pending] = deque()
+        self.rate = schedule(config, config.learning_rate)
+        self.go_on = jax.device_put(jnp.asarray(True), replicated(mesh))
+        self.proceed = self.go_on
+        self.started = time.perf_counter() - progress.wall_seconds
+        self.compiled_before = progress.compile_seconds
+
+    def run(self) -> Outcome:
+        step = self.progress.step
+        self._restart_clock()
+        while step < self.config.steps:
+            step += 1
+            self._dispatch(step)
+            last = self._out_of_time() or bool(self.stop) or step == self.config.steps
+            evaluates = step % self.config.eval_every == 0 or step == self.config.steps
+            saves = step % self.config.checkpoint_every == 0 or last
+            # Reading a step's result one step late keeps the device busy.
+            while len(self.pending) > (0 if evaluates or saves else 1):
+                self._finish(self.pending.popleft())
+            if evaluates or saves:
+                self._at_boundary(evaluates, saves)
+            if self.stop:
+                self._interrupt(self.stop[0])
+            if last:
+                break
+        self.checkpoints.wait()
+        self.on_event("saved", step)
+        return Outcome(progress=self.progress, complete=step >= self.config.steps)
+
+    def _at_boundary(self, evaluates: bool, saves: bool) -> None:
+        """Evaluates and saves; nothing is under way, state and progress agree."""
+        accuracy = None
+        if evaluates and self.validation is not None:
+            accuracy = self._evaluate(self.validation)
+        if saves or accuracy is not None:
+            self._save(data=self.iterator.get_state(), accuracy=accuracy)
+        self._restart_clock()
+
+    def _evaluate(self, validation: Iterable[Batch]) -> float | None:
+        """Logs an evaluation; the accuracy if it is the best so far."""
+        progress = self.progress
+        result: Evaluation = evaluate(self.eval_step, self.state.variables, validation, self.mesh)
+        self.writer.write("eval", progress.step, dataclasses.asdict(result) | self._timing())
+        self.bar.write(
+            f"step {progress.step}: validation loss {result.loss:.4f}, "
+            f"accuracy {result.accuracy:.4f}"
+        )
+        self.on_event("eval", progress.step)
+        if progress.best_accuracy is not None and result.accuracy <= progress.best_accuracy:
+            return None
+        progress.best_step, progress.best_accuracy = progress.step, result.accuracy
+        return result.accuracy
+
+    def _save(self, data: Any, accuracy: float | None = None) -> None:
+        """Starts to save; metrics up to here reach the disk first."""
+        self._timing()
+        self.writer.sync()
+        position = {"progress": self.progress.to_json(), "data": data}
+        self.checkpoints.save(self.state, position, accuracy=accuracy)
+        self.on_event("save", self.progress.step)
+
+    def _interrupt(self, number: int) -> None:
+        self.checkpoints.wait()
+        raise Interrupted(
+            number,
+            f"{signal.Signals(number).name}: stopped after step {self.progress.step}, the "
+            f"checkpoint is in {self.run_dir}; continue with --resume",
+        )
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.max_minutes
+        return limit is not None and time.perf_counter() - self.started > 60 * limit
+
+    def _timing(self) -> dict[str, float]:
+        """Wall and compile time so far, over all starts of the run."""
+        self.progress.wall_seconds = time.perf_counter() - self.started
+        self.progress.compile_seconds = (
+            self.compiled_before + self.train_step.seconds + self.eval_step.seconds
+        )
+        return {
+            "wall_seconds": self.progress.wall_seconds,
+            "compile_seconds": self.progress.compile_seconds,
+        }
+
+    def _restart_clock(self) -> None:
+        """Leaves the time since the last step out of tokens/s."""
+        self.clock, self.compiled = time.perf_counter(), self.train_step.seconds
+
+    def _lap(self) -> float:
+        """Training seconds since the last lap, without compiling."""
+        seconds = time.perf_counter() - self.clock - (self.train_step.seconds - self.compiled)
+        self._restart_clock()
+        return seconds
+
+    def _dispatch(self, step: int) -> None:
+        """Hands the next batch to the device without waiting for the result."""
+        data_before = self.iterator.get_state()
+        batch = next(self.iterator)
+        segment_ids = batch.get("segment_ids")
+        self.state, metrics = self.train_step(self.state, put_batch(batch, self.mesh), self.proceed)
+        if self.config.on_nan == "stop":
+            self.proceed = metrics.finite
+        self.pending.append(
+            _Pending(
+                step=step,
+                index=np.asarray(batch["index"]).tolist(),
+                tokens=0 if segment_ids is None else int(np.count_nonzero(segment_ids)),
+                data_before=data_before,
+                metrics=metrics,
+            )
+        )
+
+    def _finish(self, done: _Pending) -> None:
+        """Waits for a step and counts it."""
+        metrics = jax.device_get(done.metrics)
+        if not metrics.finite:
+            self._not_finite(done, metrics)
+        progress, window = self.progress, self.progress.window
+        progress.step = done.step
+        progress.tokens += done.tokens
+        progress.order = chain_digest(progress.order, done.index)
+        window.tokens += done.tokens
+        if metrics.finite:
+            window.loss += float(metrics.sums.loss)
+            window.correct += float(metrics.sums.correct)
+            window.weight += float(metrics.sums.weight)
+            window.grad_norm += float(metrics.grad_norm)
+            window.steps += 1
+        window.seconds += self._lap()
+        self.bar.update()
+        self.on_event("step", done.step)
+        if done.step % self.config.log_every == 0:
+            self._log()
+
+    def _not_finite(self, done: _Pending, metrics: StepMetrics) -> None:
+        record = {
+            "step": done.step,
+            "index": done.index,
+            "loss": float(metrics.sums.loss),
+            "grad_norm": float(metrics.grad_norm),
+            "data": done.data_before,
+        }
+        lines = JsonLines(self.run_dir / "nonfinite.jsonl")
+        lines.write(record)
+        lines.sync()
+        lines.close()
+        what = (
+            f"step {done.step}: loss {record['loss']}, gradient norm {record['grad_norm']}; the "
+            f"batch is described in {lines.path}"
+        )
+        if self.config.on_nan == "stop":
+            # Neither this step nor the one already under way has changed the state.
+            self.pending.clear()
+            self._save(data=done.data_before)
+            self.checkpoints.wait()
+            raise NonFiniteError(
+                f"not finite at {what}; the state before it is saved. A lower learning rate or "
+                "clip_norm may help, on_nan=skip leaves such batches out"
+            )
+        self.progress.skipped += 1
+        self.bar.write(f"skipped a batch that is not finite at {what}")
+        if self.progress.skipped > self.config.max_skips:
+            raise NonFiniteError(f"more than max_skips={self.config.max_skips} skipped; {what}")
+
+    def _log(self) -> None:
+        """Writes the averages since the last line."""
+        progress, window = self.progress, self.progress.window
+        weight, steps = max(window.weight, 1e-9), max(window.steps, 1)
+        values = {
+            "loss": window.loss / weight if window.steps else float("nan"),
+            "accuracy": window.correct / weight,
+            "grad_norm": window.grad_norm / steps,
+            "learning_rate": float(self.rate(progress.step - 1 - progress.skipped)),
+            "tokens": progress.tokens,
+            "skipped": progress.skipped,
+            "order": progress.order,
+            **self._timing(),
+            "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
+        }
+        self.writer.write("train", progress.step, values)
+        self.bar.set_postfix(
+            loss=f"{values['loss']:.4f}",
+            accuracy=f"{values['accuracy']:.4f}",
+            tokens_per_s=f"{values['tokens_per_second']:.3g}",
+        )
+        progress.window = Window()
+        self.on_event("log", progress.step)
+        self.checkpoints.check()
+
+
+def chain_digest(previous: str, index: list[int]) -> str:
+    """Digest of the order of all examples so far: equal digests, equal data order."""
+    return hashlib.sha256(f"{previous}{index}".encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT; a second one acts as usual. Only in the main thread."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        restore()

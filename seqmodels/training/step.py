@@ -1,0 +1,131 @@
+"""One training step and one evaluation step, as pure functions under jit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from seqmodels.parallel.mesh import batch_sharding, replicated
+from seqmodels.training.state import TrainState
+from seqmodels.training.task import Batch, Sums, Task, Variables
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """What one training step measured; ``finite`` is False when the update was not applied."""
+
+    sums: Sums
+    grad_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def micro_batches(batch: Batch, count: int) -> dict[str, Array]:
+    """Splits ``(B, ...)`` into ``(count, B / count, ...)``.
+
+    Micro-batch i holds the rows i, i + count, ...: each device splits its own rows, and nothing
+    moves between devices.
+    """
+    return {
+        name: jnp.swapaxes(value.reshape(-1, count, *value.shape[1:]), 0, 1)
+        for name, value in batch.items()
+    }
+
+
+def gradients(
+    task: Task, variables: Variables, batch: Batch, key: Array, accumulate: int
+) -> tuple[Any, Sums, Any]:
+    """Gradient of the weighted mean loss over the batch, its sums and the new statistics.
+
+    With ``accumulate`` micro-batches the gradients of the summed losses are added up, and divided
+    by the weight of the whole batch once: the same gradient as of one big batch.
+    """
+
+    def summed_loss(params: Any, statistics: Any, rows: Batch, k: Array) -> tuple[Array, Any]:
+        model = {"params": params} | ({"batch_stats": statistics} if statistics else {})
+        sums, new_statistics = task.loss(model, rows, k)
+        return sums.loss, (sums, new_statistics)
+
+    grad = jax.grad(summed_loss, has_aux=True)
+    params, statistics = variables["params"], variables.get("batch_stats", {})
+    if accumulate == 1:
+        total, (sums, statistics) = grad(params, statistics, batch, key)
+    else:
+
+        def body(carry: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
+            total, sums, statistics = carry
+            new, (new_sums, statistics) = grad(params, statistics, *xs)
+            return (jax.tree.map(jnp.add, total, new), sums + new_sums, statistics), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        zero_sums = Sums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+        xs = (micro_batches(batch, accumulate), jax.random.split(key, accumulate))
+        (total, sums, statistics), _ = jax.lax.scan(body, (zeros, zero_sums, statistics), xs)
+    weight = jnp.maximum(sums.weight, 1e-9)
+    return jax.tree.map(lambda g: g / weight.astype(g.dtype), total), sums, statistics
+
+
+def make_train_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    skip_non_finite: bool = False,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, StepMetrics]]:
+    """``train_step(state, batch, proceed) -> (state, metrics)``, jitted; ``state`` is donated.
+
+    A loss, gradient or statistic that is not finite leaves parameters, statistics and optimizer
+    as they were; the step is counted only with ``skip_non_finite``. With ``proceed`` False (bool
+    scalar) nothing changes: a caller who passes the last step's ``finite`` can read it while the
+    next step is already under way, and still has the state from before the bad batch.
+    """
+
+    def train_step(
+        state: TrainState, batch: Batch, proceed: Array
+    ) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.rng, state.step)
+        grads, sums, statistics = gradients(task, state.variables, batch, key, accumulate)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        for leaf in jax.tree.leaves(statistics):
+            finite &= jnp.all(jnp.isfinite(leaf))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        apply = finite & proceed
+        counted = proceed if skip_non_finite else apply
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(apply, new, old),
+            (params, statistics, opt_state),
+            (state.params, state.batch_stats, state.opt_state),
+        )
+        new_state = TrainState(
+            step=state.step + counted.astype(state.step.dtype),
+            params=kept[0],
+            batch_stats=kept[1],
+            opt_state=kept[2],
+            rng=state.rng,
+        )
+        return new_state, StepMetrics(sums=sums, grad_norm=grad_norm, finite=finite)
+
+    whole = replicated(mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(whole, batch_sharding(mesh), whole),
+        out_shardings=whole,
+    )
+
+
+def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Variables, Batch], Sums]:
+    """``eval_step(variables, batch) -> sums``, jitted, without dropout."""
+
+    def eval_step(variables: Variables, batch: Batch) -> Sums:
+        return task.loss(variables, batch, None)[0]
+
+    whole = replicated(mesh)
+    return jax.jit(eval_step, in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole)

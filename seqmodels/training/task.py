@@ -1,0 +1,92 @@
+"""What training knows of a model: three functions."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+Batch = Mapping[str, Any]
+Variables = dict[str, Any]
+"""A model's collections: "params" and, with BatchNorm, "batch_stats"."""
+
+
+@flax.struct.dataclass
+class Sums:
+    """Sums over the examples of a batch, each times its weight; all float32 scalars."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+    weight: Float[Array, ""]
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return jax.tree.map(jnp.add, self, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model and its loss.
+
+    Attributes:
+      init: ``init(key) -> variables``.
+      loss: ``loss(variables, batch, key) -> (sums, batch_stats)``. With ``key=None`` the model is
+        evaluated: no dropout, running statistics, ``batch_stats`` returned as given.
+      marks: ``marks(params) -> tree like params`` of the models' ``Mark``: learning rate group
+        and weight decay of each parameter.
+    """
+
+    init: Callable[[Array], Variables]
+    loss: Callable[[Variables, Batch, Array | None], tuple[Sums, Any]]
+    marks: Callable[[Any], Any]
+
+
+def classification_sums(
+    logits: Float[Array, "b c"], labels: Int[Array, " b"], weights: Float[Array, " b"]
+) -> Sums:
+    """Weighted softmax cross entropy and number of correct predictions."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    # A row of weight 0 must not turn the sum into NaN, whatever it holds.
+    used = weights > 0
+    return Sums(
+        loss=jnp.sum(jnp.where(used, losses * weights, 0.0)),
+        correct=jnp.sum(jnp.where(used, correct * weights, 0.0)),
+        weight=jnp.sum(weights),
+    )
+
+
+def classification(model: nn.Module, marks: Callable[[Any], Any], *, length: int) -> Task:
+    """The task of a Linen classifier.
+
+    Args:
+      model: ``model.apply(variables, inputs, segment_ids, deterministic=...) -> logits (B, C)``.
+      marks: see ``Task.marks``.
+      length: length of the dummy batch that initialises the parameters; they do not depend on it.
+    """
+
+    def init(key: Array) -> Variables:
+        tokens = jnp.ones((1, length), jnp.int32)
+        return dict(model.init(key, tokens, tokens, deterministic=True))
+
+    def loss(variables: Variables, batch: Batch, key: Array | None) -> tuple[Sums, Any]:
+        inputs = (batch["inputs"], batch["segment_ids"])
+        statistics = variables.get("batch_stats", {})
+        if key is None:
+            logits = model.apply(variables, *inputs, deterministic=True)
+        else:
+            logits, updated = model.apply(
+                variables,
+                *inputs,
+                deterministic=False,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            statistics = updated.get("batch_stats", statistics)
+        return classification_sums(logits, batch["labels"], batch["weights"]), statistics
+
+    return Task(init=init, loss=loss, marks=marks)
