@@ -5,6 +5,7 @@ python -m experiments.lra.baselines listops --cache-dir ~/.cache/seqmodels
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,13 +125,21 @@ class Args:
     """Where the raw data are; see `seqmodels.data.lra.load`."""
 
 
+def parse(arguments: Sequence[str] | None = None) -> Args:
+    prefixes = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    return tyro.cli(Args, args=arguments, config=prefixes)
+
+
 def main(args: Args) -> None:
     data = load(args.task, cache_dir=args.cache_dir, data_dir=args.data_dir)
-    print(
-        json.dumps({"task": dataclasses.asdict(args.task), "accuracy": baselines(data)}, indent=1)
-    )
+    report = {
+        "name": data.name,
+        "config": dataclasses.asdict(args.task),
+        "examples": {split: len(examples) for split, examples in data.splits.items()},
+        "accuracy": baselines(data),
+    }
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    prefixes = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    main(tyro.cli(Args, config=prefixes))
+    main(parse())

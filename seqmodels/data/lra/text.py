@@ -11,6 +11,7 @@ trained on. (About a hundred texts are in both the training and the test split, 
 """
 
 import hashlib
+import logging
 import lzma
 import os
 import re
@@ -36,11 +37,14 @@ WHERE = (
 CLASSES = ("neg", "pos")  # the position is the label
 SPLITS = ("train", "test")
 
+_REVIEWS_OF_A_CLASS = 12_500
 _ROOT = "aclImdb"
 _FILE = re.compile(r"\d+_\d+\.txt")  # <id>_<rating>.txt
 _MEMBER = re.compile(
     rf"(?:\./)?{_ROOT}/({'|'.join(SPLITS)})/({'|'.join(CLASSES)})/({_FILE.pattern})"
 )
+
+_log = logging.getLogger(__name__)
 
 Reviews = dict[tuple[str, str], dict[str, bytes]]  # by split and class: file name -> text
 
@@ -80,7 +84,8 @@ def read(
       workers: threads that read files of a folder.
 
     Raises:
-      ValueError: the data set is not there, or not whole.
+      ValueError: the data set is not there, a class of it is absent, a review is empty, or
+        `validation` is more than there is. Other numbers than the official ones are logged.
     """
     source = locate(data_dir)
     with tqdm(desc="IMDB", unit=" reviews", disable=not progress) as bar:
@@ -88,12 +93,7 @@ def read(
             reviews = _read_folder(source, config.max_length, workers, bar)
         else:
             reviews = _read_archive(source, config.max_length, bar)
-    for (split, name), texts in reviews.items():
-        if not texts:
-            raise ValueError(f"no review {split}/{name}/<id>_<rating>.txt in {source}; {WHERE}")
-        for file, text in texts.items():
-            if not text:
-                raise ValueError(f"the review {split}/{name}/{file} in {source} is empty; {WHERE}")
+    _check(reviews, source)
     train, test = (_examples(reviews, split) for split in SPLITS)
     held_out = _held_out(config, train)
     return TaskData(
@@ -203,6 +203,24 @@ def _read_archive(path: Path, max_length: int, bar: tqdm) -> Reviews:
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); {WHERE}") from error
     return reviews
+
+
+def _check(reviews: Reviews, source: Path) -> None:
+    for (split, name), texts in reviews.items():
+        if not texts:
+            raise ValueError(f"no review {split}/{name}/<id>_<rating>.txt in {source}; {WHERE}")
+        for file, text in texts.items():
+            if not text:
+                raise ValueError(f"the review {split}/{name}/{file} in {source} is empty; {WHERE}")
+    counts = {f"{split}/{name}": len(texts) for (split, name), texts in reviews.items()}
+    if set(counts.values()) != {_REVIEWS_OF_A_CLASS}:
+        found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        _log.warning(
+            "%s holds %s reviews; the whole data set has %d of each",
+            source,
+            found,
+            _REVIEWS_OF_A_CLASS,
+        )
 
 
 def _examples(reviews: Reviews, split: str) -> Examples:

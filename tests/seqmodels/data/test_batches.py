@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 
+import grain.python as grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -135,6 +136,11 @@ def test_resuming_at_every_step_continues_exactly(prefetch):
     for step in (7, 0, 10):
         iterator.set_state(json.loads(states[step]))
         assert equal(next(iterator), expected[step])
+
+
+def test_grains_own_check_of_checkpoints():
+    limited = grain.experimental.LimitIterDataset(stream(batch_size=25), 6)
+    grain.experimental.assert_equal_output_after_checkpoint(limited)
 
 
 def test_a_far_position_is_reached_without_replay(monkeypatch):

@@ -1,0 +1,113 @@
+"""`load`: cached by everything that the data depend on."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from seqmodels.data import cache, lra
+from seqmodels.data.lra import ListOpsConfig, TextConfig, listops, load
+
+SMALL = ListOpsConfig(8, 40, max_depth=5, train=50, validation=10, test=5)
+
+
+def same(first, second):
+    facts = ("name", "vocabulary_size", "num_classes", "description")
+    return all(getattr(first, fact) == getattr(second, fact) for fact in facts) and all(
+        np.array_equal(getattr(first.splits[split], array), getattr(second.splits[split], array))
+        for split in first.splits
+        for array in ("tokens", "offsets", "labels")
+    )
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The configs that were really generated, not read from the cache."""
+    configs = []
+    generate = listops.generate
+
+    def counted(config, **options):
+        configs.append(config)
+        return generate(config, **options)
+
+    monkeypatch.setattr(listops, "generate", counted)
+    return configs
+
+
+def listops_data(folder, config=SMALL, **options):
+    return load(config, cache_dir=folder, progress=False, **options)
+
+
+def test_the_second_time_comes_from_the_cache(tmp_path, generated):
+    first = listops_data(tmp_path)
+    second = listops_data(str(tmp_path), workers=2)
+    assert len(generated) == 1
+    assert same(first, second)
+    assert same(first, listops.generate(SMALL, progress=False))
+
+
+def test_every_field_counts(tmp_path, generated):
+    changes = {"min_length": 9, "max_length": 41, "max_depth": 6, "max_arguments": 9, "seed": 1}
+    changes |= {"train": 51, "validation": 11, "test": 6}
+    assert set(changes) == {field.name for field in dataclasses.fields(SMALL)}
+    configs = [SMALL, *(dataclasses.replace(SMALL, **{k: v}) for k, v in changes.items())]
+    for config in configs:
+        listops_data(tmp_path, config)
+    assert generated == configs
+
+
+def test_tsv_files_are_read_and_noticed_when_they_change(tmp_path, generated):
+    listops_data(tmp_path / "cache")
+    for seed in (1, 2):
+        other = listops.generate(dataclasses.replace(SMALL, seed=seed), progress=False)
+        listops.write_tsv(tmp_path / "tsv", other)
+        data = listops_data(tmp_path / "cache", data_dir=tmp_path / "tsv")
+        assert np.array_equal(data.train.tokens, other.train.tokens)
+    assert data.description["source"] == "Long Range Arena's tsv files"
+    with pytest.raises(ValueError, match="does not hold"):  # not the generated data instead
+        listops_data(tmp_path / "cache", data_dir=tmp_path)
+
+
+def test_text_is_cached_by_its_source(tmp_path, monkeypatch):
+    root = tmp_path / "aclImdb"
+    for split in ("train", "test"):
+        for name in ("neg", "pos"):
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "1_1.txt").write_bytes(b"first")
+    config = TextConfig(validation=0)
+
+    def read():
+        return load(config, cache_dir=tmp_path / "cache", data_dir=root, progress=False)
+
+    first = read()
+    monkeypatch.setattr(lra.text, "_read_folder", None)  # not read again
+    assert same(first, read())
+    monkeypatch.undo()
+    (root / "train" / "pos" / "1_1.txt").write_bytes(b"second")
+    assert not same(first, read())
+
+
+def test_text_needs_its_data(tmp_path):
+    with pytest.raises(ValueError, match=r"Text needs data_dir: get aclImdb_v1\.tar\.gz"):
+        load(TextConfig(), cache_dir=tmp_path)
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="workers=0"):
+        listops_data(tmp_path, workers=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_entry_is_generated_again(tmp_path, generated):
+    first = listops_data(tmp_path)
+    (entry,) = tmp_path.iterdir()
+    content = bytearray((entry / "train_tokens.npy").read_bytes())
+    content[-1] ^= 1
+    (entry / "train_tokens.npy").write_bytes(content)
+    assert same(first, listops_data(tmp_path))
+    assert len(generated) == 2
+
+
+def test_the_names_of_the_tasks():
+    assert {"listops": ListOpsConfig, "text": TextConfig} == lra.TASKS
+    assert cache.FORMAT == 1

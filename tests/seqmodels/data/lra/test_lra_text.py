@@ -1,0 +1,240 @@
+"""IMDB: found in a folder or an archive, read safely, split as documented."""
+
+import io
+import lzma
+import re
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from seqmodels.data.lra import text
+from seqmodels.data.lra.text import TextConfig
+
+CONFIG = TextConfig(max_length=12, validation=4)
+
+
+def reviews():
+    """Path in the data set -> content: 10 reviews for each split and class."""
+    contents = {}
+    for split in ("train", "test"):
+        for name, rating in (("neg", 2), ("pos", 9)):
+            for i in range(10):
+                # "10_2.txt" sorts before "1_2.txt"; the third is longer than max_length
+                body = f"{split}{name}{i + 1}" + "é<br />!" * (i == 2)
+                contents[f"aclImdb/{split}/{name}/{i + 1}_{rating}.txt"] = body.encode()
+    return contents
+
+
+OTHERS = {
+    "aclImdb/README": b"read me",
+    "aclImdb/train/unsup/1_0.txt": b"no label",
+    "aclImdb/train/pos/notes.txt": b"no review",
+    "aclImdb/train/urls_pos.txt": b"http://",
+}
+
+
+def write_folder(root, contents):
+    for path, body in contents.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(body)
+    return root
+
+
+def write_archive(path, contents, mode="w:gz", extra=()):
+    with tarfile.open(path, mode) as archive:
+        for name, body in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+        for member, body in extra:
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+    return path
+
+
+def read(path, config=CONFIG, **options):
+    return text.read(config, path, progress=False, **options)
+
+
+def words(examples):
+    """The reviews back as bytes, with their labels."""
+    items = [examples[i] for i in range(len(examples))]
+    return [(bytes((item["inputs"] - 1).tolist()), item["label"]) for item in items]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data", reviews() | OTHERS)
+
+
+def test_tokens_labels_and_order(folder):
+    data = read(folder)
+    assert (data.vocabulary_size, data.num_classes) == (257, 2)
+    expected = [f"testneg{i}".encode() for i in (10, 1, 2, 3, 4, 5, 6, 7, 8, 9)]
+    expected[3] = "testneg3é<br />!".encode()[:12]  # cut between bytes, not characters
+    assert words(data.test)[:10] == [(body, 0) for body in expected]
+    assert [label for _, label in words(data.test)] == [0] * 10 + [1] * 10
+    assert data.test.lengths.max() == 12
+    assert data.test.tokens.max() == 0xC3 + 1
+    assert data.test.tokens.min() > 0
+
+
+def test_validation_is_held_out_of_training_evenly(folder):
+    data = read(folder)
+    assert np.bincount(data.validation.labels).tolist() == [2, 2]
+    assert np.bincount(data.train.labels).tolist() == [8, 8]
+    whole = read(folder, TextConfig(max_length=12, validation=0))
+    assert not len(whole.validation)
+    assert sorted(words(data.train) + words(data.validation)) == sorted(words(whole.train))
+    held_out = [words(read(folder, TextConfig(12, 4, seed)).validation) for seed in range(4)]
+    assert held_out[0] == words(data.validation)
+    assert len({tuple(each) for each in held_out}) > 1
+
+
+def test_repeated_reviews_are_not_held_out(tmp_path):
+    contents = reviews()
+    for i in range(1, 8):
+        contents[f"aclImdb/train/neg/{i}_2.txt"] = b"again"
+    folder = write_folder(tmp_path, contents)
+    for seed in range(5):
+        assert b"again" not in dict(words(read(folder, TextConfig(12, 4, seed)).validation))
+
+
+def test_the_same_from_every_kind_of_source(folder, tmp_path):
+    expected = read(folder)
+    (tmp_path / "packed").mkdir()
+    sources = [
+        folder / "aclImdb",
+        write_archive(tmp_path / "a.tar", reviews() | OTHERS, "w"),
+        write_archive(tmp_path / "a.tgz", reviews() | OTHERS, "w:gz"),
+        write_archive(tmp_path / "a.tar.xz", dict(reversed(reviews().items())), "w:xz"),
+        write_archive(tmp_path / "packed" / "aclImdb_v1.tar.gz", reviews()).parent,
+    ]
+    for source in sources:
+        data = read(source, workers=2)
+        for split, examples in expected.splits.items():
+            assert words(data.splits[split]) == words(examples)
+
+
+def test_nothing_but_reviews_is_taken_from_an_archive(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_bytes(b"secret")
+    link = tarfile.TarInfo("aclImdb/train/pos/77_9.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, str(secret)
+    hard = tarfile.TarInfo("aclImdb/train/pos/78_9.txt")
+    hard.type, hard.linkname = tarfile.LNKTYPE, "aclImdb/train/pos/1_9.txt"
+    names = [
+        "../aclImdb/train/pos/79_9.txt",
+        "/aclImdb/train/pos/80_9.txt",
+        "aclImdb/train/pos/../../../81_9.txt",
+        "aclImdb/train/pos/82_9.txt/83_9.txt",
+        "other/aclImdb/train/pos/84_9.txt",
+        str(tmp_path / "escaped_9.txt"),
+    ]
+    extra = [(link, b""), (hard, b""), *((tarfile.TarInfo(name), b"evil") for name in names)]
+    archive = write_archive(tmp_path / "a.tar.gz", reviews(), extra=extra)
+    before = sorted(tmp_path.rglob("*"))
+    data = read(archive, TextConfig(max_length=100, validation=0))
+    assert len(data.train) == len(data.test) == 20
+    assert not {b"secret", b"evil"} & set(dict(words(data.train)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_in_a_folder_are_ignored(folder, tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    (folder / "aclImdb/train/pos/77_9.txt").symlink_to(tmp_path / "secret")
+    assert len(read(folder, TextConfig(validation=0)).train) == 20
+
+
+def remove(path):
+    return lambda root: shutil.rmtree(root / path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (remove("aclImdb"), "holds neither train/ and test/"),
+        (remove("aclImdb/test"), "holds neither train/ and test/"),
+        (remove("aclImdb/test/pos"), "has no folder test/pos"),
+        (
+            lambda root: [path.unlink() for path in (root / "aclImdb/train/neg").iterdir()],
+            "no review train/neg/",
+        ),
+        (
+            lambda root: (root / "aclImdb/train/neg/3_2.txt").write_bytes(b""),
+            r"the review train/neg/3_2\.txt .* is empty",
+        ),
+    ],
+)
+def test_an_incomplete_folder_is_explained(folder, spoil, problem):
+    spoil(folder)
+    with pytest.raises(ValueError, match=problem) as caught:
+        read(folder)
+    assert str(folder) in str(caught.value)
+    assert "Large Movie Review Dataset v1.0" in str(caught.value)
+
+
+def test_a_data_set_that_is_not_whole_is_reported(folder, caplog):
+    read(folder)
+    (record,) = caplog.records
+    assert "train/neg 10, train/pos 10, test/neg 10, test/pos 10" in record.getMessage()
+    assert str(folder) in record.getMessage()
+
+
+def test_wrong_paths_are_explained(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"data_dir='{tmp_path}/no' does not exist")):
+        read(tmp_path / "no")
+    (tmp_path / "file").write_text("hello")
+    with pytest.raises(ValueError, match="file is not a tar archive"):
+        read(tmp_path / "file")
+    for name in ("aclImdb_v1.tar.gz", "aclImdb_v2.tar"):
+        write_archive(tmp_path / name, reviews())
+    with pytest.raises(ValueError, match=r"several archives \(aclImdb_v1.tar.gz, aclImdb_v2.tar\)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "plain"])
+def test_a_truncated_archive_is_explained(kind, tmp_path):
+    rng = np.random.default_rng(0)  # incompressible, so that half the file is half the members
+    contents = {name: rng.bytes(2000) for name in reviews()}
+    modes = {"gz": "w:gz", "xz": "w:xz", "plain": "w"}
+    whole = write_archive(tmp_path / "whole", contents, modes[kind]).read_bytes()
+    (tmp_path / "half.tar").write_bytes(whole[: len(whole) // 2 - 700])
+    with pytest.raises(ValueError, match=r"half\.tar is damaged .*Large Movie Review Dataset"):
+        read(tmp_path / "half.tar")
+
+
+def test_too_large_a_validation_split(folder):
+    with pytest.raises(ValueError, match="validation=20 is too much for 20 training reviews"):
+        read(folder, TextConfig(validation=20))
+
+
+@pytest.mark.parametrize("changes", [{"max_length": 0}, {"validation": -1}, {"seed": -1}])
+def test_bad_configs_are_refused(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
+        TextConfig(**changes)
+
+
+def test_the_fingerprint_follows_the_source(folder, tmp_path):
+    first = text.source_fingerprint(folder)
+    assert first == text.source_fingerprint(folder / "aclImdb")
+    (folder / "aclImdb/train/unsup/2_0.txt").write_bytes(b"not read")
+    assert first == text.source_fingerprint(folder)
+    (folder / "aclImdb/train/neg/1_2.txt").write_bytes(b"another review")
+    assert first != text.source_fingerprint(folder)
+    archives = [write_archive(tmp_path / f"{i}.tar", reviews(), "w") for i in (1, 2)]
+    assert len({text.source_fingerprint(archive) for archive in archives}) == 1
+
+
+def test_a_damaged_xz_stream_is_explained(tmp_path):
+    path = write_archive(tmp_path / "a.tar.xz", reviews(), "w:xz")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(lzma.LZMAError):
+        lzma.decompress(content)
+    with pytest.raises(ValueError, match=r"tar archive|damaged"):
+        read(path)
