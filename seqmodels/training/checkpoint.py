@@ -4,6 +4,7 @@ One step's directory holds the state and the position (data iterator, counters);
 appears under its name only when it is complete, so a killed process leaves either all or nothing.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -46,8 +47,12 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     ]
 
 
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    return metrics[METRIC]
+
+
 def _storable(state: TrainState) -> TrainState:
-    return state.replace(rng=jax.random.key_data(state.rng))
+    return dataclasses.replace(state, rng=jax.random.key_data(state.rng))
 
 
 class Checkpoints:
@@ -69,11 +74,11 @@ class Checkpoints:
         self.config = config
         # Orbax tells of every phase of every save; a run has better things to print.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        preserve = policies.AnyPreservationPolicy(
+        preserve: Any = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    get_metric_fn=_accuracy,
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -81,6 +86,7 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else preserve,
+            best_fn=_accuracy,  # without it orbax does not store the metrics
             cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
             create=not read_only,
@@ -213,7 +219,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"cannot read the checkpoint {self.directory / str(step)}: {_first_line(error)}"
             ) from error
-        state = restored.state.replace(rng=jax.random.wrap_key_data(restored.state.rng))
+        state = dataclasses.replace(
+            restored.state, rng=jax.random.wrap_key_data(restored.state.rng)
+        )
         return state, restored.position
 
     def _check(self, saved: Mapping[str, Any]) -> None:

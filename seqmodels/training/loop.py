@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -30,7 +31,10 @@ from seqmodels.training.step import StepMetrics, make_eval_step, make_train_step
 from seqmodels.training.task import Batch, Task
 
 OnEvent = Callable[[str, int], None]
-"""Called with what was just done ("step", "log", "eval", "save", "saved") and the step."""
+"""Called with what was just done ("prepared", "step", "log", "eval", "save", "saved") and the step.
+
+"save": a save has started; "saved": the last one is complete.
+"""
 
 
 class BatchIterator(Protocol):
@@ -83,11 +87,13 @@ class Outcome:
     Attributes:
       progress: counters at the end.
       complete: all steps were made; False when ``max_minutes`` ended the run.
+      parameters: the model's number of parameters.
       chosen_step: the step whose checkpoint to test: the best on validation, or the last.
     """
 
     progress: Progress
     complete: bool
+    parameters: int
 
     @property
     def chosen_step(self) -> int:
@@ -149,6 +155,8 @@ def fit(
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     run_dir = Path(run_dir)
     prepare(run_dir, identity, resume=resume)
+    tell = on_event or (lambda what, step: None)
+    tell("prepared", 0)
     iterator: Any = iter(batches)
     with Checkpoints(run_dir / "checkpoints", identity, keep=config.keep) as checkpoints:
         state, optimizer = create_state(task, config, mesh)
@@ -175,6 +183,7 @@ def fit(
                 unit="step",
                 disable=not show_progress,
                 dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 30,
             ) as bar,
         ):
             run = _Run(
@@ -191,7 +200,7 @@ def fit(
                 writer=writer,
                 bar=bar,
                 stop=stop,
-                on_event=on_event or (lambda what, step: None),
+                on_event=tell,
             )
             return run.run()
 
@@ -258,7 +267,11 @@ class _Run:
                 break
         self.checkpoints.wait()
         self.on_event("saved", step)
-        return Outcome(progress=self.progress, complete=step >= self.config.steps)
+        return Outcome(
+            progress=self.progress,
+            complete=step >= self.config.steps,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+        )
 
     def _at_boundary(self, evaluates: bool, saves: bool) -> None:
         """Evaluates and saves; nothing is under way, state and progress agree."""
@@ -414,6 +427,7 @@ class _Run:
         self.bar.set_postfix(
             loss=f"{values['loss']:.4f}",
             accuracy=f"{values['accuracy']:.4f}",
+            refresh=False,
             tokens_per_s=f"{values['tokens_per_second']:.3g}",
         )
         progress.window = Window()

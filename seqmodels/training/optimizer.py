@@ -47,9 +47,7 @@ def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
 
 
 class GroupRatesState(NamedTuple):
-    """Number of updates made."""
-
-    count: jax.Array
+    updates: jax.Array  # int32 scalar: how many were made
 
 
 def scale_by_group_rates(
@@ -70,11 +68,11 @@ def scale_by_group_rates(
         updates: Any, state: GroupRatesState, params: Any = None
     ) -> tuple[Any, GroupRatesState]:
         del params
-        rates = {name: rate(state.count) for name, rate in schedules.items()}
+        rates = {name: rate(state.updates) for name, rate in schedules.items()}
         scaled = jax.tree.map(
             lambda group, u: u * jnp.asarray(-rates[group], u.dtype), groups, updates
         )
-        return scaled, GroupRatesState(optax.safe_increment(state.count))
+        return scaled, GroupRatesState(optax.safe_increment(state.updates))
 
     return optax.GradientTransformation(init, update)
 

@@ -77,7 +77,7 @@ def classification(model: nn.Module, marks: Callable[[Any], Any], *, length: int
         inputs = (batch["inputs"], batch["segment_ids"])
         statistics = variables.get("batch_stats", {})
         if key is None:
-            logits = model.apply(variables, *inputs, deterministic=True)
+            logits: Any = model.apply(variables, *inputs, deterministic=True)
         else:
             logits, updated = model.apply(
                 variables,

@@ -1,0 +1,133 @@
+"""Evaluates a checkpoint on the test split; needs nothing but the run directory.
+
+    python -m experiments.lra.eval --checkpoint runs/lra/listops-s5-cpu-seed0
+    python -m experiments.lra.eval --checkpoint runs/lra/listops-s5-cpu-seed0/checkpoints/5000
+
+Without a step it takes the one the run was tested at (else the latest), and says whether the
+accuracy is the recorded one.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.lra.presets import ExperimentConfig
+from experiments.lra.run import (
+    Locations,
+    UsageError,
+    absolute,
+    data_digest,
+    evaluate_checkpoint,
+    load_data,
+    main_guard,
+)
+from seqmodels.config import from_dict
+from seqmodels.training.checkpoint import Checkpoints
+from seqmodels.training.run_directory import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the command line."""
+
+    checkpoint: Path
+    """A run directory, its checkpoints/ or one step in there."""
+    data_dir: Path | None = None
+    """Where the raw data are now, if they have moved."""
+    cache_dir: Path | None = None
+    """Where the prepared data are now, if they have moved."""
+    progress: bool = True
+    """Draw progress bars."""
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
+
+def locate(checkpoint: Path) -> tuple[Path, int | None]:
+    """The run directory and the step, if one is named.
+
+    Raises:
+      UsageError: the path is not in a run directory.
+    """
+    path = checkpoint.expanduser()
+    candidates: list[tuple[Path, int | None]] = [(path, None), (path.parent, None)]
+    if path.name.isdigit():
+        candidates.append((path.parent.parent, int(path.name)))
+    for run_dir, step in candidates:
+        if (run_dir / "config.json").exists():
+            return run_dir, step
+    raise UsageError(
+        f"--checkpoint {checkpoint}: no run there; give a run directory (it has a config.json), "
+        "its checkpoints/ or checkpoints/<step>"
+    )
+
+
+def evaluate_run(arguments: Arguments) -> dict[str, Any]:
+    """Tests a checkpoint.
+
+    Returns:
+      ``step``, ``accuracy``, ``loss``, ``examples`` and, where the run recorded a test of this
+      step, ``recorded_accuracy``.
+
+    Raises:
+      ValueError, OSError, TrainingError: with a message for the user.
+    """
+    run_dir, step = locate(arguments.checkpoint)
+    identity = read_config(run_dir)
+    config = from_dict(ExperimentConfig, identity, where="config")
+    locations = Locations.read(run_dir)
+    recorded = _recorded(run_dir)
+    if step is None:
+        step = recorded.get("test_step")
+    if step is None:
+        with Checkpoints(run_dir / "checkpoints", identity, read_only=True) as checkpoints:
+            step = checkpoints.latest()
+    data = load_data(
+        config,
+        cache_dir=absolute(arguments.cache_dir) or locations.cache_dir,
+        data_dir=absolute(arguments.data_dir) or locations.data_dir,
+        progress=arguments.progress,
+    )
+    if data_digest(data) != locations.digest:
+        raise ValueError(f"the data are not those that the run in {run_dir} was trained on")
+    test = evaluate_checkpoint(config, identity, run_dir / "checkpoints", step, data.test)
+    result: dict[str, Any] = {"step": step, **dataclasses.asdict(test)}
+    if recorded.get("test_step") == step:
+        result["recorded_accuracy"] = recorded["test_accuracy"]
+    return result
+
+
+def _recorded(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def report(arguments: Arguments) -> None:
+    """Prints the test; ValueError if it differs from what was recorded."""
+    result = evaluate_run(arguments)
+    print(
+        f"step {result['step']}: test accuracy {result['accuracy']:.6f}, loss "
+        f"{result['loss']:.6f}, {result['examples']:.0f} examples"
+    )
+    recorded = result.get("recorded_accuracy")
+    if recorded is None:
+        return
+    if recorded != result["accuracy"]:
+        raise ValueError(
+            f"the run recorded test accuracy {recorded}, now it is {result['accuracy']}: another "
+            "device, or other versions than in environment.json?"
+        )
+    print("equal to the recorded accuracy")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lra.eval")
+    return main_guard(lambda: report(parsed), show_traceback=parsed.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Trains one model on one task and writes down what came out.
+
+    python -m experiments.lra.train --task listops --model s5 --preset cpu
+    python -m experiments.lra.train --resume --run-dir runs/lra/listops-s5-cpu-seed0
+
+Presets: "paper" has the published settings and is meant for an accelerator; "cpu" is what two
+processor cores do in an hour, with shorter inputs (see experiments/lra/presets.py for each
+difference). Any field of the config can be changed, for example
+
+    --set train.learning_rate=0.002 --set classifier.backbone.width=128
+
+The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result and
+its learning curve go to --results-dir as <task>-<model>-<preset>-seed<k>.json and .png.
+Exit codes: 0 done; 1 an error; 2 a wrong command line; 3 the loss was not finite; 130 and 143
+stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.lra.baselines import baselines
+from experiments.lra.plots import learning_curve
+from experiments.lra.presets import ExperimentConfig, experiment, parse_changes, with_changes
+from experiments.lra.run import (
+    Locations,
+    UsageError,
+    absolute,
+    data_digest,
+    eval_batches,
+    evaluate_checkpoint,
+    load_data,
+    main_guard,
+    make_task,
+)
+from seqmodels.config import from_dict, to_dict
+from seqmodels.data import batches
+from seqmodels.data.examples import TaskData
+from seqmodels.training.evaluation import Evaluation
+from seqmodels.training.loop import Outcome, fit
+from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl, write_atomically
+from seqmodels.training.run_directory import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the command line."""
+
+    task: str | None = None
+    """listops or text; needed unless --resume."""
+    model: str | None = None
+    """s5 or s4d; needed unless --resume."""
+    preset: str = "cpu"
+    """paper or cpu."""
+    seed: int = 0
+    """Seed of parameters, dropout and data order."""
+    data_dir: Path | None = None
+    """Where the raw data are: IMDB's archive or folder for text; for listops, optionally a folder
+    with Long Range Arena's tsv files, which then replace the generated ones."""
+    cache_dir: Path = Path("~/.cache/seqmodels")
+    """Where prepared data are kept."""
+    run_dir: Path | None = None
+    """Where the run goes; default runs/lra/<task>-<model>-<preset>-seed<k>."""
+    results_dir: Path = Path("experiments/results/lra")
+    """Where the result and the learning curve go."""
+    steps: int | None = None
+    """Number of steps, instead of the preset's; the schedule follows."""
+    max_minutes: float | None = None
+    """Stop after this much training time, with a checkpoint, and test what there is."""
+    resume: bool = False
+    """Continue the run in --run-dir; everything else comes from there."""
+    set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
+    """Change a field of the config, e.g. train.learning_rate=0.002; may be repeated."""
+    progress: bool = True
+    """Draw progress bars."""
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
+
+def resolve(arguments: Arguments) -> tuple[ExperimentConfig, Path]:
+    """The experiment and its run directory.
+
+    Raises:
+      UsageError: a name is missing or unknown, or the run to resume is not one.
+    """
+    changes = parse_changes(arguments.set)
+    if arguments.steps is not None:
+        changes["train.steps"] = arguments.steps
+    if arguments.max_minutes is not None:
+        changes["train.max_minutes"] = arguments.max_minutes
+    if arguments.resume and arguments.run_dir is not None:
+        config = from_dict(ExperimentConfig, read_config(arguments.run_dir), where="config")
+        for name in ("task", "model"):
+            given, saved = getattr(arguments, name), getattr(config, name)
+            if given not in (None, saved):
+                raise UsageError(f"--{name} {given}: the run in {arguments.run_dir} has {saved}")
+        return with_changes(config, changes), arguments.run_dir
+    if arguments.task is None or arguments.model is None:
+        raise UsageError(
+            "a new run needs --task and --model, e.g. --task listops --model s5; "
+            "a run to --resume needs its --run-dir. See --help"
+        )
+    config = experiment(arguments.task, arguments.model, arguments.preset, arguments.seed)
+    config = with_changes(config, changes)
+    return config, arguments.run_dir or Path("runs/lra") / config.name
+
+
+def train(arguments: Arguments) -> None:
+    """Trains, tests and writes the result.
+
+    Raises:
+      ValueError, OSError, TrainingError: with a message for the user.
+    """
+    config, run_dir = resolve(arguments)
+    identity = to_dict(config)
+    data, locations = _data(arguments, config, run_dir)
+    task = make_task(config)
+    print(f"{config.name}: {run_dir}", file=sys.stderr)
+    outcome = fit(
+        task,
+        batches.train_batches(
+            data.train,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            lengths=config.lengths,
+        ),
+        config.train,
+        run_dir,
+        identity=identity,
+        validation=eval_batches(config, data.validation) if len(data.validation) else None,
+        resume=arguments.resume,
+        show_progress=arguments.progress,
+        on_event=lambda what, _: locations.write(run_dir) if what == "prepared" else None,
+    )
+    step = outcome.chosen_step
+    test = evaluate_checkpoint(config, identity, run_dir / "checkpoints", step, data.test)
+    result = make_result(config, run_dir, data, outcome, test)
+    print(
+        f"test accuracy {test.accuracy:.4f} at step {step} of {outcome.progress.step}; baselines: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
+    )
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomically(run_dir / "result.json", text)
+    arguments.results_dir.mkdir(parents=True, exist_ok=True)
+    path = arguments.results_dir / f"{config.name}.json"
+    write_atomically(path, text)
+    learning_curve(result, path.with_suffix(".png"))
+    print(f"result: {path}")
+
+
+def _data(
+    arguments: Arguments, config: ExperimentConfig, run_dir: Path
+) -> tuple[TaskData, Locations]:
+    """The data and where they are; a resumed run insists on the data it began with."""
+    saved = None
+    cache_dir, data_dir = str(absolute(arguments.cache_dir)), absolute(arguments.data_dir)
+    if arguments.resume and (run_dir / "data.json").exists():
+        saved = Locations.read(run_dir)
+        cache_dir, data_dir = saved.cache_dir, data_dir or saved.data_dir
+    data = load_data(config, cache_dir=cache_dir, data_dir=data_dir, progress=arguments.progress)
+    locations = Locations(cache_dir, data_dir, data_digest(data))
+    if saved is not None and saved.digest != locations.digest:
+        raise ValueError(f"the data are not those that the run in {run_dir} began with")
+    return data, locations
+
+
+def make_result(
+    config: ExperimentConfig, run_dir: Path, data: TaskData, outcome: Outcome, test: Evaluation
+) -> dict[str, Any]:
+    """What is published of a run: no path of the machine it ran on."""
+    progress = outcome.progress
+    starts = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    environment = {
+        name: value for name, value in starts[-1].items() if name not in ("command", "started")
+    }
+    curve = [
+        {name: value for name, value in record.items() if name not in {"order", *TIMING_FIELDS}}
+        for record in read_jsonl(run_dir / "metrics.jsonl")
+    ]
+    return {
+        "task": config.task,
+        "model": config.model,
+        "preset": config.preset,
+        "seed": config.train.seed,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "test_examples": test.examples,
+        "test_step": outcome.chosen_step,
+        "selection": "best validation accuracy" if progress.best_step is not None else "last step",
+        "validation_accuracy": progress.best_accuracy,
+        "baselines": baselines(data),
+        "steps": progress.step,
+        "complete": outcome.complete,
+        "tokens": progress.tokens,
+        "skipped": progress.skipped,
+        "parameters": outcome.parameters,
+        "wall_seconds": progress.wall_seconds,
+        "compile_seconds": progress.compile_seconds,
+        "starts": len(starts),
+        "environment": environment,
+        "config": to_dict(config),
+        "data": {"digest": data_digest(data), **dict(data.description)},
+        "curve": curve,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lra.train")
+    return main_guard(lambda: train(parsed), show_traceback=parsed.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
