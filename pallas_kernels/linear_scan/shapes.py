@@ -1,0 +1,168 @@
+"""Shapes of the linear scan in published models: what tests compile and benchmarks time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_scan.api import linear_scan
+
+Mode = Literal["forward", "forward+backward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One use of the scan.
+
+    Attributes:
+      name: what tests and commands call it.
+      source: the model and where its numbers are published.
+      batch, length, width: B, L, D of `b (B, L, D)`.
+      dtype: "float32", "bfloat16" or "complex64", of the input.
+      constant: the decay is one `(D,)` for all steps, as in S5 and LRU.
+      segmented: rows hold several documents.
+      reverse: from the last token to the first.
+      decay_dtype: where it is not `dtype`.
+    """
+
+    name: str
+    source: str
+    batch: int
+    length: int
+    width: int
+    dtype: str = "float32"
+    constant: bool = False
+    segmented: bool = False
+    reverse: bool = False
+    decay_dtype: str | None = None
+
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype == "complex64"
+
+    @property
+    def state_dtype(self) -> str:
+        return "complex64" if self.is_complex else "float32"
+
+    def scaled(self, factor: float) -> Shape:
+        """The same with another length."""
+        length = max(1, round(self.length * factor))
+        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
+
+    def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """`a (B, L, D)` or `(D,)`, `b (B, L, D)`, `initial_state (B, D)` and, if segmented,
+        `segment_ids (B, L)` int32."""
+        block = (self.batch, self.length, self.width)
+        decay_dtype = self.decay_dtype or self.dtype
+        a = jax.ShapeDtypeStruct(block[2:] if self.constant else block, decay_dtype)
+        b = jax.ShapeDtypeStruct(block, self.dtype)
+        state = jax.ShapeDtypeStruct((self.batch, self.width), self.state_dtype)
+        segment_ids = jax.ShapeDtypeStruct(block[:2], jnp.int32)
+        return (a, b, state, segment_ids) if self.segmented else (a, b, state)
+
+
+_GRIFFIN = "De et al. 2024, arXiv:2402.19427"
+_GEMMA = "RecurrentGemma-2B, Botev et al. 2024, arXiv:2404.07839: lru_width 2560, 8192 tokens"
+_S5 = "S5, Smith et al. 2023, arXiv:2208.04933"
+_LRU = "LRU, Orvieto et al. 2023, arXiv:2303.06349"
+_ODD = "no model: lengths and widths that divide nothing"
+
+SHAPES: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape("recurrentgemma-2b", _GEMMA, 1, 8192, 2560),
+        Shape("recurrentgemma-2b-bf16", _GEMMA, 1, 8192, 2560, "bfloat16"),
+        Shape("recurrentgemma-2b-packed", _GEMMA, 1, 8192, 2560, segmented=True),
+        Shape(
+            "griffin-9b",
+            f"{_GRIFFIN}: width 4096",
+            1,
+            8192,
+            4096,
+            "bfloat16",
+            decay_dtype="float32",
+        ),
+        Shape("s5-listops", f"{_S5}: ListOps", 50, 2048, 8, "complex64", True),
+        Shape("s5-listops-packed", f"{_S5}: ListOps", 8, 8192, 8, "complex64", True, True),
+        Shape("s5-text", f"{_S5}: Text", 50, 4096, 96, "complex64", True),
+        Shape("s5-text-reverse", f"{_S5}: Text", 50, 4096, 96, "complex64", True, reverse=True),
+        Shape("s5-pathx", f"{_S5}: Path-X", 32, 16384, 128, "complex64", True),
+        Shape("lru-scifar", f"{_LRU}: sCIFAR", 50, 1024, 384, "complex64", True),
+        Shape("odd", _ODD, 2, 1000, 60),
+        Shape("odd-packed-reverse", _ODD, 2, 1000, 60, "float32", False, True, True),
+        Shape("odd-complex", _ODD, 2, 1000, 60, "complex64"),
+        Shape("odd-constant-bf16", _ODD, 2, 1000, 60, "bfloat16", True),
+        Shape("short", _ODD, 3, 15, 200),
+    )
+}
+
+
+def case(
+    shape: str | Shape, implementation: str = "tpu", mode: Mode = "forward", scale: str = "1"
+) -> tuple[Any, ...]:
+    """`(fn, *operands)`: a scan as one jitted program sees it, for `pallas_kernels.aot`.
+
+    Complex arrays enter and leave as a pair of float32 arrays. Forward is `(a, b, initial_state) ->
+    (h, final_state)`; "forward+backward" takes the cotangent of h last, and returns h and the
+    gradients of a, b and the initial state, as a layer inside a larger program does.
+
+    Args:
+      shape: a name in `SHAPES`, or a shape of your own.
+      implementation: as in `linear_scan`.
+      mode: "forward" or "forward+backward".
+      scale: factor on the length, as a string so that the command line can give it.
+
+    Raises:
+      ValueError: unknown shape or mode, or what `linear_scan` refuses.
+    """
+    if isinstance(shape, str):
+        shape = _known("shape", shape, SHAPES).scaled(float(scale))
+    _known("mode", mode, dict.fromkeys(get_args(Mode)))
+    operands = shape.operands()
+    reverse, segmented = shape.reverse, shape.segmented
+
+    def forward(a, b, initial_state, *segment_ids):
+        return linear_scan(
+            a,
+            b,
+            initial_state=initial_state,
+            segment_ids=segment_ids[0] if segmented else None,
+            reverse=reverse,
+            implementation=implementation,
+        )
+
+    def forward_backward(a, b, initial_state, *rest):
+        *segment_ids, cotangent = rest
+        h, vjp = jax.vjp(lambda *x: forward(*x, *segment_ids)[0], a, b, initial_state)
+        return h, vjp(cotangent)
+
+    if mode == "forward":
+        return _as_pairs(forward, operands)
+    return _as_pairs(forward_backward, (*operands, operands[1]))
+
+
+def _known(what: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise ValueError(f"{what}={name!r} is unknown; one of {', '.join(table)}")
+    return table[name]
+
+
+def _as_pairs(fn: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`fn` with every complex array, in or out, replaced by `(real, imaginary)`."""
+
+    def split(x):
+        return (x.real, x.imag) if jnp.iscomplexobj(x) else x
+
+    def split_struct(x):
+        part = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return (part, part) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+
+    def wrapped(*parts):
+        joined = [jax.lax.complex(*p) if isinstance(p, tuple) else p for p in parts]
+        return jax.tree.map(split, fn(*joined))
+
+    return wrapped, *map(split_struct, operands)
