@@ -48,6 +48,9 @@ def load_or_build(
         another config never finds it.
       build: makes the arrays (any dtype but object) and a JSON-able description.
 
+    Returns:
+      The arrays, read-only, and the description as JSON gives it back.
+
     Raises:
       ValueError: `cache_dir` is a file.
       OSError: the disk is full (nothing is left behind) or cannot be written.
@@ -66,7 +69,9 @@ def load_or_build(
     arrays, description = build()
     _remove_leftovers(entry)
     _publish(entry, config, arrays, description)
-    return read(entry, config)
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays, json.loads(_json(description))
 
 
 def fingerprint(value: Any) -> str:
