@@ -45,7 +45,7 @@ class Tpu:
 
     topology: str
     clock: float
-    bandwidth: float
+    bandwidth: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,12 +316,15 @@ def _in_subprocess(chip: str, case: str, *arguments: str) -> Any:
     if ":" not in case:
         raise ValueError(f"case={case!r} must be 'package.module:function'")
     with tempfile.TemporaryDirectory() as dump:
-        flags = os.environ.get("LIBTPU_INIT_ARGS", ""), os.environ.get("XLA_FLAGS", "")
+        variable, flag = (
+            ("LIBTPU_INIT_ARGS", "--xla_jf_dump_static_llo_profile_to")
+            if chip in TPUS
+            else ("XLA_FLAGS", "--xla_dump_to")
+        )
         environment = os.environ | {
+            variable: f"{os.environ.get(variable, '')} {flag}={dump}",
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
-            "LIBTPU_INIT_ARGS": f"{flags[0]} --xla_jf_dump_static_llo_profile_to={dump}",
-            "XLA_FLAGS": f"{flags[1]} --xla_dump_to={dump}",
             "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
         }
         command = [sys.executable, "-m", "pallas_kernels.aot", case, *arguments]
@@ -341,7 +344,7 @@ def _in_subprocess(chip: str, case: str, *arguments: str) -> Any:
 
 def _estimate_here(chip: str, dump: Path, fn: Callable[..., Any], *shapes: Any) -> Estimate:
     compiled = compile_for(chip, fn, *shapes)
-    program = aot_hlo.parse(compiled.as_text())
+    program = aot_hlo.parse(compiled.as_text() or "")
     ops: dict[str, int] = {}
     for path in dump.rglob("*"):
         if path.is_file():

@@ -12,8 +12,20 @@ _OP = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 # What moves nothing: names for arrays that are already there, or waiting for a transfer.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast iota after-all partition-id replica-id "
-    "copy-done async-done slice-done".split()
+    (
+        "parameter",
+        "constant",
+        "iota",
+        "partition-id",
+        "replica-id",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "copy-done",
+        "slice-done",
+        "async-done",
+    )
 )
 _LOOPS = frozenset(("while", "conditional", "call"))
 _MOVES = frozenset(("copy", "transpose"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_scan.api import linear_scan
 
-Mode = Literal["forward", "forward+backward"]
+MODES = ("forward", "forward+backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Shape:
         return (a, b, state, segment_ids) if self.segmented else (a, b, state)
 
 
-_GRIFFIN = "De et al. 2024, arXiv:2402.19427"
+_GRIFFIN = "Griffin, De et al. 2024, arXiv:2402.19427: width 4096"
 _GEMMA = "RecurrentGemma-2B, Botev et al. 2024, arXiv:2404.07839: lru_width 2560, 8192 tokens"
 _S5 = "S5, Smith et al. 2023, arXiv:2208.04933"
 _LRU = "LRU, Orvieto et al. 2023, arXiv:2303.06349"
@@ -101,8 +101,19 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+def named(name: str) -> Shape:
+    """The entry of `SHAPES`.
+
+    Raises:
+      ValueError: no such name; the message lists them.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape={name!r} is unknown; one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
 def case(
-    shape: str | Shape, implementation: str = "tpu", mode: Mode = "forward", scale: str = "1"
+    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
 ) -> tuple[Any, ...]:
     """`(fn, *operands)`: a scan as one jitted program sees it, for `pallas_kernels.aot`.
 
@@ -119,11 +130,13 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `linear_scan` refuses.
     """
-    if isinstance(shape, str):
-        shape = _known("shape", shape, SHAPES).scaled(float(scale))
-    _known("mode", mode, dict.fromkeys(get_args(Mode)))
-    operands = shape.operands()
-    reverse, segmented = shape.reverse, shape.segmented
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; one of {', '.join(MODES)}")
+    chosen = named(shape) if isinstance(shape, str) else shape
+    if float(scale) != 1:
+        chosen = chosen.scaled(float(scale))
+    operands = chosen.operands()
+    reverse, segmented = chosen.reverse, chosen.segmented
 
     def forward(a, b, initial_state, *segment_ids):
         return linear_scan(
@@ -143,12 +156,6 @@ def case(
     if mode == "forward":
         return _as_pairs(forward, operands)
     return _as_pairs(forward_backward, (*operands, operands[1]))
-
-
-def _known(what: str, name: str, table: dict[str, Any]) -> Any:
-    if name not in table:
-        raise ValueError(f"{what}={name!r} is unknown; one of {', '.join(table)}")
-    return table[name]
 
 
 def _as_pairs(fn: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:

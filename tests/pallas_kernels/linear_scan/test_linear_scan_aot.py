@@ -1,0 +1,75 @@
+"""The linear scan compiles for absent TPUs and GPUs at the shapes of real models."""
+
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.linear_scan.shapes import SHAPES, case, named
+
+CASE = "pallas_kernels.linear_scan.shapes:case"
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_for_tpu(chip, shape, mode):
+    compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
+    kernels = {"forward": 1, "forward+backward": 2}[mode]
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["a100", "h100"])
+def test_compiles_for_gpu(chip, shape):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    assert "linear_scan_forward" in text
+    assert "linear_scan_backward" in text
+
+
+@pytest.mark.parametrize("shape", ["recurrentgemma-2b-packed", "s5-text"])
+def test_forward_spills_no_registers(shape):
+    if aot.missing("a100"):
+        pytest.skip("not run: needs seqmodels[aot]")
+    kernels = aot.report("a100", CASE, shape, "gpu", "forward")
+    assert any("linear_scan_forward" in kernel.name for kernel in kernels)
+    assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+
+
+def test_forward_moves_three_arrays_and_backward_five():
+    shape = named("recurrentgemma-2b")
+    fn, *operands = case(shape, "tpu", "forward")
+    array, row = shape.length * shape.width * 4, shape.width * 4
+    assert aot.kernel_bytes(fn, *operands) == 3 * array + 2 * row
+    fn, *operands = case(shape, "tpu", "forward+backward")
+    moved = aot.kernel_bytes(fn, *operands)
+    assert moved is not None
+    # The rest: states, and the 8 rows of h before each block.
+    assert 8 * array < moved < 8.05 * array
+
+
+def test_forward_on_a_tpu_is_at_the_floor_without_layout_copies():
+    cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward")
+    assert cost.times_floor < 1.05
+    assert cost.layout_copies == {}
+
+
+def test_forward_and_backward_on_a_tpu():
+    cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward+backward")
+    assert cost.times_floor < 1.4
+    assert cost.layout_copies == {}
+
+
+def test_scaled_shape_keeps_all_but_the_length():
+    shape = named("s5-text").scaled(0.5)
+    assert (shape.batch, shape.length, shape.width) == (50, 2048, 96)
+    assert shape.constant
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("gpt", "tpu"), "shape='gpt'"), (("odd", "tpu", "sideways"), "mode='sideways'")],
+)
+def test_unknown_case(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        case(*arguments)
