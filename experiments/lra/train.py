@@ -40,10 +40,11 @@ from experiments.lra.run import (
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data import batches
 from seqmodels.data.examples import TaskData
+from seqmodels.training.checkpoint import differences
 from seqmodels.training.evaluation import Evaluation
 from seqmodels.training.loop import Outcome, fit
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl, write_atomically
-from seqmodels.training.run_directory import read_config
+from seqmodels.training.run_directory import check, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +93,23 @@ def resolve(arguments: Arguments) -> tuple[ExperimentConfig, Path]:
         changes["train.steps"] = arguments.steps
     if arguments.max_minutes is not None:
         changes["train.max_minutes"] = arguments.max_minutes
-    if arguments.resume and arguments.run_dir is not None:
-        config = from_dict(ExperimentConfig, read_config(arguments.run_dir), where="config")
+    run_dir, config = arguments.run_dir, None
+    if run_dir is None or not arguments.resume:
+        if arguments.task is None or arguments.model is None:
+            raise UsageError(
+                "a new run needs --task and --model, e.g. --task listops --model s5; "
+                "a run to --resume needs its --run-dir. See --help"
+            )
+        config = experiment(arguments.task, arguments.model, arguments.preset, arguments.seed)
+        run_dir = run_dir or Path("runs/lra") / config.name
+    if arguments.resume:
+        config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
         for name in ("task", "model"):
             given, saved = getattr(arguments, name), getattr(config, name)
             if given not in (None, saved):
-                raise UsageError(f"--{name} {given}: the run in {arguments.run_dir} has {saved}")
-        return with_changes(config, changes), arguments.run_dir
-    if arguments.task is None or arguments.model is None:
-        raise UsageError(
-            "a new run needs --task and --model, e.g. --task listops --model s5; "
-            "a run to --resume needs its --run-dir. See --help"
-        )
-    config = experiment(arguments.task, arguments.model, arguments.preset, arguments.seed)
-    config = with_changes(config, changes)
-    return config, arguments.run_dir or Path("runs/lra") / config.name
+                raise UsageError(f"--{name} {given}: the run in {run_dir} has {saved}")
+    assert config is not None
+    return with_changes(config, changes), run_dir
 
 
 def train(arguments: Arguments) -> None:
@@ -117,6 +120,8 @@ def train(arguments: Arguments) -> None:
     """
     config, run_dir = resolve(arguments)
     identity = to_dict(config)
+    check(run_dir, identity, resume=arguments.resume)
+    result_path = _result_path(arguments.results_dir, config)
     data, locations = _data(arguments, config, run_dir)
     task = make_task(config)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
@@ -145,11 +150,24 @@ def train(arguments: Arguments) -> None:
     )
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(run_dir / "result.json", text)
-    arguments.results_dir.mkdir(parents=True, exist_ok=True)
-    path = arguments.results_dir / f"{config.name}.json"
-    write_atomically(path, text)
-    learning_curve(result, path.with_suffix(".png"))
-    print(f"result: {path}")
+    result_path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(result_path, text)
+    learning_curve(result, result_path.with_suffix(".png"))
+    print(f"result: {result_path}")
+
+
+def _result_path(results_dir: Path, config: ExperimentConfig) -> Path:
+    """Where the result goes; UsageError if it would replace that of another config."""
+    path = results_dir / f"{config.name}.json"
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+        different = differences(saved, to_dict(config))
+        if different:
+            raise UsageError(
+                f"{path} is the result of another config ({'; '.join(different)}); "
+                "choose another --results-dir, or move it away"
+            )
+    return path
 
 
 def _data(

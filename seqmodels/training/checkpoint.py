@@ -41,7 +41,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     # Through JSON, so that a tuple equals the list it was stored as.
     old, new = flatten(json.loads(json.dumps(saved))), flatten(json.loads(json.dumps(wanted)))
     return [
-        f"{name}={new.get(name)!r} (checkpoint: {old.get(name)!r})"
+        f"{name}={new.get(name)!r} (saved: {old.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and name.rsplit(".", 1)[-1] not in RESUMABLE
     ]

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
 
-Schedule = Literal["cosine", "constant", "linear"]
-NonFinitePolicy = Literal["stop", "skip"]
+SCHEDULES = ("cosine", "constant", "linear")
+NON_FINITE_POLICIES = ("stop", "skip")
 
 # Fields that may change when a run is resumed: they do not touch the sequence of updates.
 RESUMABLE = frozenset(
@@ -43,7 +42,7 @@ class TrainConfig:
     """Decoupled weight decay of the parameters that are marked for it, times the learning rate."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0 to the peak."""
-    schedule: Schedule = "cosine"
+    schedule: str = "cosine"
     """After the warm-up: "cosine" or "linear" to `min_lr` at the last step, or "constant"."""
     min_lr: float = 0.0
     """Learning rate that cosine and linear end with, in each group."""
@@ -65,7 +64,7 @@ class TrainConfig:
     """Latest checkpoints to keep, beside the best one."""
     seed: int = 0
     """Seed of the parameters and of dropout."""
-    on_nan: NonFinitePolicy = "stop"
+    on_nan: str = "stop"
     """A loss or gradient that is not finite: "stop" the run, or "skip" the batch and count it."""
     max_skips: int = 100
     """With on_nan="skip": stop after this many skipped batches."""
@@ -95,8 +94,8 @@ class TrainConfig:
         for group, rate in self.group_learning_rates.items():
             if not 0 <= rate < math.inf:
                 raise ValueError(f"group_learning_rates[{group!r}]={rate} must be at least 0")
-        self._choice("schedule", get_args(Schedule))
-        self._choice("on_nan", get_args(NonFinitePolicy))
+        self._choice("schedule", SCHEDULES)
+        self._choice("on_nan", NON_FINITE_POLICIES)
         self._require(
             "accumulate",
             self.batch_size % self.accumulate == 0,

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from seqmodels.training.errors import Interrupted, NonFiniteError
 from seqmodels.training.evaluation import Evaluation, PerShape, evaluate
 from seqmodels.training.metrics import JsonLines, MetricsWriter, truncate_jsonl
 from seqmodels.training.optimizer import schedule
-from seqmodels.training.run_directory import prepare
+from seqmodels.training.run_directory import check, prepare
 from seqmodels.training.state import TrainState, create_state
 from seqmodels.training.step import StepMetrics, make_eval_step, make_train_step
 from seqmodels.training.task import Batch, Task
@@ -37,6 +37,7 @@ OnEvent = Callable[[str, int], None]
 """
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     """Endless batches with a JSON-able position, as grain's iterators have it."""
 
@@ -154,7 +155,8 @@ def fit(
     if mesh is None:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     run_dir = Path(run_dir)
-    prepare(run_dir, identity, resume=resume)
+    check(run_dir, identity, resume=resume)
+    prepare(run_dir, identity)
     tell = on_event or (lambda what, step: None)
     tell("prepared", 0)
     iterator: Any = iter(batches)
@@ -205,47 +207,31 @@ def fit(
             return run.run()
 
 
+@dataclasses.dataclass
 class _Run:
     """The loop's moving parts; ``state`` may be one step ahead of ``progress``."""
 
-    def __init__(
-        self,
-        *,
-        config: TrainConfig,
-        run_dir: Path,
-        mesh: Mesh,
-        iterator: BatchIterator,
-        validation: Iterable[Batch] | None,
-        train_step: PerShape,
-        eval_step: PerShape,
-        state: TrainState,
-        progress: Progress,
-        checkpoints: Checkpoints,
-        writer: MetricsWriter,
-        bar: Any,
-        stop: list[int],
-        on_event: OnEvent,
-    ) -> None:
-        self.config = config
-        self.run_dir = run_dir
-        self.mesh = mesh
-        self.iterator = iterator
-        self.validation = validation
-        self.train_step = train_step
-        self.eval_step = eval_step
-        self.state = state
-        self.progress = progress
-        self.checkpoints = checkpoints
-        self.writer = writer
-        self.bar = bar
-        self.stop = stop
-        self.on_event = on_event
+    config: TrainConfig
+    run_dir: Path
+    mesh: Mesh
+    iterator: BatchIterator
+    validation: Iterable[Batch] | None
+    train_step: PerShape
+    eval_step: PerShape
+    state: TrainState
+    progress: Progress
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    bar: Any
+    stop: list[int]
+    on_event: OnEvent
+
+    def __post_init__(self) -> None:
         self.pending: deque[_Pending] = deque()
-        self.rate = schedule(config, config.learning_rate)
-        self.go_on = jax.device_put(jnp.asarray(True), replicated(mesh))
-        self.proceed = self.go_on
-        self.started = time.perf_counter() - progress.wall_seconds
-        self.compiled_before = progress.compile_seconds
+        self.rate = schedule(self.config, self.config.learning_rate)
+        self.proceed = jax.device_put(jnp.asarray(True), replicated(self.mesh))
+        self.started = time.perf_counter() - self.progress.wall_seconds
+        self.compiled_before = self.progress.compile_seconds
 
     def run(self) -> Outcome:
         step = self.progress.step

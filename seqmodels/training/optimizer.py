@@ -6,22 +6,15 @@ group "ssm" is plain Adam with its own rate and the rest AdamW (lindermanlab/S5,
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from seqmodels.mixers.base import Mark
 from seqmodels.training.config import TrainConfig
-
-
-class ParameterMark(Protocol):
-    """The part of the models' ``Mark`` that the optimizer reads."""
-
-    @property
-    def group(self) -> str: ...
-    @property
-    def weight_decay(self) -> bool: ...
 
 
 def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
@@ -98,14 +91,15 @@ def make_optimizer(config: TrainConfig, marks: Any) -> optax.GradientTransformat
 
     Args:
       config: rates, decay, schedule, clipping.
-      marks: tree like the parameters whose leaves have ``group`` and ``weight_decay``.
+      marks: tree like the parameters, of Marks.
 
     Raises:
       ValueError: see ``group_rates``.
     """
-    is_mark = lambda leaf: hasattr(leaf, "weight_decay")  # noqa: E731
-    groups = jax.tree.map(lambda mark: mark.group, marks, is_leaf=is_mark)
-    decays = jax.tree.map(lambda mark: mark.weight_decay, marks, is_leaf=is_mark)
+    groups, decays = (
+        jax.tree.map(attrgetter(name), marks, is_leaf=lambda leaf: isinstance(leaf, Mark))
+        for name in ("group", "weight_decay")
+    )
     rates = group_rates(config, groups)
     parts = [
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),

@@ -44,8 +44,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{path} is damaged: {error}") from None
 
 
-def prepare(run_dir: Path, config: Mapping[str, Any], *, resume: bool) -> None:
-    """Makes a new run directory, or checks that one can be continued with ``config``.
+def check(run_dir: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+    """Checks that a run with ``config`` can begin, or with ``resume`` go on, in ``run_dir``.
 
     Raises:
       RunDirectoryError: a new run in the directory of another; or a resumed one whose directory
@@ -62,6 +62,10 @@ def prepare(run_dir: Path, config: Mapping[str, Any], *, resume: bool) -> None:
         raise RunDirectoryError(
             f"{run_dir} already holds a run: continue it with --resume, or choose another --run-dir"
         )
+
+
+def prepare(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Makes the directory if it is not there; writes the config and notes this start."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
     _append_environment(run_dir / "environment.json")

@@ -26,11 +26,11 @@ class TrainState:
       rng: key that dropout's keys are derived from, together with ``step``.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     batch_stats: Any
-    opt_state: optax.OptState
-    rng: jax.Array
+    opt_state: Any
+    rng: Any
 
     @property
     def variables(self) -> dict[str, Any]:

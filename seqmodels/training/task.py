@@ -18,11 +18,11 @@ Variables = dict[str, Any]
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over the examples of a batch, each times its weight; all float32 scalars."""
+    """Sums over the examples of a batch, each times its weight: float32 scalars on any device."""
 
-    loss: Float[Array, ""]
-    correct: Float[Array, ""]
-    weight: Float[Array, ""]
+    loss: Any
+    correct: Any
+    weight: Any
 
     def __add__(self, other: "Sums") -> "Sums":
         return jax.tree.map(jnp.add, self, other)

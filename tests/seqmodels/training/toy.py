@@ -1,6 +1,8 @@
 """A tiny classifier with BatchNorm and dropout, its data, and runs of it."""
 
 import dataclasses
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels.mixers.base import Mark
+from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.loop import fit
 from seqmodels.training.task import Task, classification
@@ -109,8 +112,6 @@ def run_toy(run_dir, config=CONFIG, *, poison=(), resume=False, on_event=None, *
     """Trains the toy on one device."""
     mesh = options.pop("mesh", None)
     if mesh is None:
-        from seqmodels.parallel.mesh import make_mesh
-
         mesh = make_mesh(devices=jax.devices()[:1])
     return fit(
         toy_task(**options),
@@ -126,5 +127,32 @@ def run_toy(run_dir, config=CONFIG, *, poison=(), resume=False, on_event=None, *
     )
 
 
+def killer(what, step):
+    """An `on_event` that ends this process at an event, as SIGKILL does."""
+
+    def on_event(event, at):
+        if (event, at) == (what, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return on_event
+
+
+def kill_at_commit(step):
+    """Kills this process when all of a checkpoint is written, but not yet under its name."""
+    rename = os.rename
+
+    def killing(source, target, *args, **options):
+        if Path(target).name == str(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(source, target, *args, **options)
+
+    os.rename = killing
+
+
 if __name__ == "__main__":
-    print(run_toy(sys.argv[1]))
+    # python -m tests.seqmodels.training.toy RUN_DIR EVENT STEP [resume]
+    jax.config.update("jax_num_cpu_devices", 8)
+    directory, event, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    if event == "commit":
+        kill_at_commit(at)
+    run_toy(directory, resume="resume" in sys.argv, on_event=killer(event, at))
