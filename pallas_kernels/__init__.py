@@ -1,6 +1,8 @@
 """Efficient sequence operators: arrays in, arrays out, on TPU, GPU and CPU."""
 
 from pallas_kernels import segments
+from pallas_kernels.dispatch import explain
 from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels.validate import checked
 
-__all__ = ["linear_scan", "segments"]
+__all__ = ["checked", "explain", "linear_scan", "segments"]

@@ -15,10 +15,18 @@ from typing import Any, Literal
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu
-from jax.experimental.pallas import triton
+from jax.experimental.pallas import tpu, triton
 
-__all__ = ["interpreting", "out_struct", "pallas_call", "pl", "tpu", "triton", "using_interpreter"]
+__all__ = [
+    "interpreting",
+    "out_struct",
+    "pallas_call",
+    "pl",
+    "race_found",
+    "tpu",
+    "triton",
+    "using_interpreter",
+]
 
 # Part of jax's trace cache: what is traced inside the context never runs outside, nor vice versa.
 _interpreter = jax.make_user_context(default_value=None)
@@ -39,6 +47,13 @@ def using_interpreter(params: tpu.InterpretParams) -> Iterator[None]:
         tpu.reset_tpu_interpret_mode_state()
 
 
+def race_found() -> bool:
+    """Whether the TPU interpreter saw two grid steps race in the last kernel it ran."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return bool(interpret_pallas_call.races and interpret_pallas_call.races.races_found)
+
+
 def out_struct(shape: Sequence[int], dtype: Any, *like: jax.Array) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a kernel's output that varies over the mesh axes its inputs vary over.
 
@@ -53,7 +68,7 @@ def out_struct(shape: Sequence[int], dtype: Any, *like: jax.Array) -> jax.ShapeD
             shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
         )
     varying = frozenset().union(*(getattr(t, "vma", frozenset()) for t in types))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying or None)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=varying or None)  # type: ignore[call-arg]
 
 
 def pallas_call(

@@ -1,12 +1,108 @@
+"""The public op: signature, validation, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
-from pallas_kernels import segments
-from pallas_kernels.linear_scan import reference
+from pallas_kernels import dispatch, segments, validate
+from pallas_kernels.linear_scan import gpu, reference, tpu, xla
+
+_OP = "linear_scan"
 
 
-def linear_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False, implementation=None):
-    state_dtype = jnp.promote_types(b.dtype, jnp.float32)
+def linear_scan(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    initial_state: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    reverse: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The diagonal recurrence `h_t = a_t * h_{t-1} + b_t` (LRU, S5, RG-LRU, Mamba's core).
+
+    Args:
+      a: decays, `(B, L, D)`, or `(D,)` when they do not change; float32 or bfloat16 for a real `b`
+        (float32 recommended), complex64 for a complex one.
+      b: inputs `(B, L, D)`; float32, bfloat16 or complex64. float64 and complex128 are kept by
+        `reference` and `xla`.
+      initial_state: the state before the first token, `(B, D)` float32 (complex64, or `b`'s own
+        dtype if that is wider); zeros if None. It belongs to the row's first document.
+      segment_ids: `(B, L)` int32, the document of each token; 0 is padding and stands only at the
+        end of a row. State never crosses a change of id; padding leaves it untouched and its
+        output is 0.
+      reverse: run from the last real token to the first: the initial state enters at the last,
+        the final state is the one after token 0.
+      implementation: None, or a name or a sequence of names of `"reference" | "xla" | "tpu" |
+        "gpu"`; see `dispatch.run`.
+
+    Returns:
+      `h (B, L, D)` in `b`'s dtype and `final_state (B, D)` in the state's dtype: the state after
+      the last real token (`initial_state` for a row of padding).
+
+    Gradients flow through `a`, `b`, `initial_state` and both outputs. Forward mode and second
+    derivatives: `implementation="reference"`.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit; the message names the argument.
+      NotImplementedError: a forced implementation cannot serve the arguments.
+    """
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    state_dtype = _validate(a, b, initial_state, segment_ids)
     if initial_state is None:
         initial_state = jnp.zeros((b.shape[0], b.shape[2]), state_dtype)
-    runs = None if segment_ids is None else segments.runs(segment_ids)
-    return reference.linear_scan(a, b, initial_state, runs, reverse=reverse)
+    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    h, final_state = dispatch.run(
+        _OP,
+        {
+            "reference": lambda *x: reference.linear_scan(*x, reverse=reverse),
+            "xla": lambda *x: xla.linear_scan(*x, reverse),
+            "tpu": lambda *x: tpu.linear_scan(*x, reverse),
+            "gpu": lambda *x: gpu.linear_scan(*x, reverse),
+        },
+        a,
+        b,
+        initial_state,
+        runs,
+        requested=implementation,
+        refusals=_refusals(b),
+    )
+    return checkpoint_name(h, "linear_scan"), checkpoint_name(final_state, "linear_scan_state")
+
+
+def _validate(a, b, initial_state, segment_ids) -> Any:
+    """The dtype of the state."""
+    validate.shape(_OP, "b", b, "(B, L, D)", (None, None, None))
+    if any(size == 0 for size in b.shape):
+        raise ValueError(f"{_OP}: b must not be empty, got shape {b.shape}")
+    batch, length, width = b.shape
+    if a.ndim == 1:
+        validate.shape(_OP, "a", a, "(D,)", (width,))
+    else:
+        validate.shape(_OP, "a", a, "(B, L, D) or (D,)", (batch, length, width))
+    numbers = ("float32", "bfloat16", "complex64", "float64", "complex128")
+    validate.dtype(_OP, "b", b, numbers)
+    state_dtype = jnp.dtype(jnp.float32) if b.dtype == jnp.bfloat16 else b.dtype
+    allowed = (state_dtype.name, "bfloat16") if state_dtype == jnp.float32 else (state_dtype.name,)
+    validate.dtype(_OP, "a", a, allowed, because=f"b is {b.dtype}")
+    if initial_state is not None:
+        validate.shape(_OP, "initial_state", initial_state, "(B, D)", (batch, width))
+        validate.dtype(_OP, "initial_state", initial_state, (state_dtype.name,))
+    if segment_ids is not None:
+        validate.segment_ids(_OP, segment_ids, batch, length)
+    return state_dtype
+
+
+def _refusals(b: jax.Array) -> dict[str, str]:
+    reasons = {}
+    if b.dtype in (jnp.float64, jnp.complex128):
+        wide = f"it has no {b.dtype}; reference and xla do"
+        reasons = {"tpu": wide, "gpu": wide}
+    if b.size >= 2**31:
+        reasons.setdefault("gpu", f"b has {b.size} elements, its addresses hold 2**31")
+    return reasons

@@ -73,7 +73,7 @@ class _Job(NamedTuple):
 
 class _Strip(NamedTuple):
     row: jax.Array  # which sequence
-    lanes: pl.Slice  # which channels
+    lanes: slice | pl.Slice  # which channels
     valid: jax.Array  # channels that exist, (width,)
 
     def load(self, refs, index, live=True) -> Planes:
@@ -116,14 +116,14 @@ def _walk(job: _Job, strip: _Strip, codes_ref, body, carry):
             place = i * job.tiles.unroll + j
             place = job.groups * job.tiles.unroll - 1 - place if job.reverse else place
             t = chunk * job.tiles.steps + place
-            live = (place < job.tiles.steps) & (t < job.length) if job.guarded else True
-            code = None
-            if job.segmented:
-                code = compat.triton.load(
-                    codes_ref.at[strip.row, t], mask=live if job.guarded else None
-                )
+            live: jax.Array | bool = True
+            code, mask, other = None, None, None
             if job.guarded:
-                code = jnp.where(live, segments.KEEP if code is None else code, segments.SKIP)
+                live = mask = (place < job.tiles.steps) & (t < job.length)
+                code = jnp.where(live, segments.KEEP, segments.SKIP)
+                other = segments.SKIP
+            if job.segmented:
+                code = compat.triton.load(codes_ref.at[strip.row, t], mask=mask, other=other)
             carry = body(_Step(t, live, code), carry)
         return carry
 
@@ -168,7 +168,7 @@ def _reduce_kernel(*refs, job: _Job, backward: bool):
             _, flow = tile.retreat(flow, a, x, step.code)
         else:
             flow = tile.advance(flow, a, x, step.code)
-        return tile.mul(decay, tile.step_decay(a, step.code)), flow
+        return tile.compose(decay, a, step.code), flow
 
     zero = _zeros(job)
     decay, flow = _walk(job, strip, codes_ref, body, (tile.ones_like(zero), zero))
@@ -230,7 +230,7 @@ def _backward_kernel(*refs, job: _Job):
         a = _decay(job, strip, a_refs, step)
         dh = strip.load(dh_refs, (strip.row, step.t), step.live)
         # This kernel travels against the forward pass: the state before is one step ahead.
-        before = step.t + 1 if job.reverse is False else step.t - 1
+        before = step.t - 1 if job.reverse else step.t + 1
         exists = (before >= 0) & (before < job.length)
         h_before = strip.load(h_refs, (strip.row, before), step.live & exists)
         h_before = tile.where(exists, h_before, initial)
@@ -370,7 +370,9 @@ def _vjp_forward(a, b, initial_state, runs, reverse, tiles):
 
 
 def _vjp_backward(reverse, tiles, residuals, cotangents):
-    return *backward(*residuals, *cotangents, reverse, tiles), None
+    a, h, initial_state, runs = residuals
+    dh, dfinal_state = cotangents
+    return *backward(a, h, initial_state, runs, dh, dfinal_state, reverse, tiles), None
 
 
 linear_scan.defvjp(_vjp_forward, _vjp_backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -112,14 +113,44 @@ def named(name: str) -> Shape:
     return SHAPES[name]
 
 
+def program(
+    scan: Callable[..., Any], shape: Shape, mode: str
+) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
+    """`(fn, operands)`: a scan with `linear_scan`'s signature as one program, to jit and measure.
+
+    Forward is `(a, b, initial_state[, segment_ids]) -> (h, final_state)`. "forward+backward" takes
+    the cotangent of h last, and returns h and the gradients of a, b and the initial state, as a
+    layer inside a larger program does.
+
+    Raises:
+      ValueError: unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; one of {', '.join(MODES)}")
+    operands = shape.operands()
+    reverse, segmented = shape.reverse, shape.segmented
+
+    def forward(a, b, initial_state, *segment_ids):
+        ids = segment_ids[0] if segmented else None
+        return scan(a, b, initial_state=initial_state, segment_ids=ids, reverse=reverse)
+
+    def forward_backward(a, b, initial_state, *rest):
+        *segment_ids, cotangent = rest
+        h, vjp = jax.vjp(lambda *x: forward(*x, *segment_ids)[0], a, b, initial_state)
+        return h, vjp(cotangent)
+
+    if mode == "forward":
+        return forward, operands
+    return forward_backward, (*operands, operands[1])
+
+
 def case(
     shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
 ) -> tuple[Any, ...]:
-    """`(fn, *operands)`: a scan as one jitted program sees it, for `pallas_kernels.aot`.
+    """`(fn, *operands)` of a scan's `program`, for `pallas_kernels.aot`.
 
-    Complex arrays enter and leave as a pair of float32 arrays. Forward is `(a, b, initial_state) ->
-    (h, final_state)`; "forward+backward" takes the cotangent of h last, and returns h and the
-    gradients of a, b and the initial state, as a layer inside a larger program does.
+    Complex arrays enter and leave as pairs of float32 arrays: splitting them at the border of a
+    program costs more than the scan.
 
     Args:
       shape: a name in `SHAPES`, or a shape of your own.
@@ -130,35 +161,14 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `linear_scan` refuses.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown; one of {', '.join(MODES)}")
     chosen = named(shape) if isinstance(shape, str) else shape
     if float(scale) != 1:
         chosen = chosen.scaled(float(scale))
-    operands = chosen.operands()
-    reverse, segmented = chosen.reverse, chosen.segmented
-
-    def forward(a, b, initial_state, *segment_ids):
-        return linear_scan(
-            a,
-            b,
-            initial_state=initial_state,
-            segment_ids=segment_ids[0] if segmented else None,
-            reverse=reverse,
-            implementation=implementation,
-        )
-
-    def forward_backward(a, b, initial_state, *rest):
-        *segment_ids, cotangent = rest
-        h, vjp = jax.vjp(lambda *x: forward(*x, *segment_ids)[0], a, b, initial_state)
-        return h, vjp(cotangent)
-
-    if mode == "forward":
-        return _as_pairs(forward, operands)
-    return _as_pairs(forward_backward, (*operands, operands[1]))
+    scan = functools.partial(linear_scan, implementation=implementation)
+    return as_pairs(*program(scan, chosen, mode))
 
 
-def _as_pairs(fn: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
+def as_pairs(fn: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
     """`fn` with every complex array, in or out, replaced by `(real, imaginary)`."""
 
     def split(x):

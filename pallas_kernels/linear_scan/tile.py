@@ -66,6 +66,12 @@ def step_decay(a: Planes, code: jax.Array | None) -> Planes:
     return where(code == RESET, zeros_like(a), a)
 
 
+def compose(product: Planes, a: Planes, code: jax.Array | None) -> Planes:
+    """The product of decays with one more step; a reset wins over an infinity."""
+    longer = mul(product, step_decay(a, code))
+    return longer if code is None else where(code == RESET, zeros_like(product), longer)
+
+
 def advance(h: Planes, a: Planes, b: Planes, code: jax.Array | None) -> Planes:
     """One step forward: `h_t` from `h_{t-1}`.
 
@@ -126,18 +132,18 @@ def prefix(
     while step < size:
         inside = index >= step
         before = tuple(shift(p, step) for p in value)
-        carried = where(inside, mul(decay, before), zeros_like(value))
-        if segmented:
-            carried = where(is_zero(decay), zeros_like(value), carried)
-        value = add(value, carried)
+        value = where(inside, apply(decay, value, before, segmented=segmented), value)
         before = tuple(shift(p, step) for p in decay)
-        decay = where(inside, mul(decay, before), decay)
+        longer = mul(decay, before)
+        if segmented:
+            longer = where(is_zero(decay) | is_zero(before), zeros_like(longer), longer)
+        decay = where(inside, longer, decay)
         step *= 2
     return decay, value
 
 
 def apply(decay: Planes, value: Planes, h: Planes, *, segmented: bool) -> Planes:
-    """The maps of `prefix` applied to the state that enters the tile."""
+    """The maps `h -> decay h + value` applied to `h`."""
     carried = mul(decay, h)
     if segmented:
         carried = where(is_zero(decay), zeros_like(carried), carried)

@@ -8,6 +8,7 @@ only the 8 rows before each block, for `h_{t-1}`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -138,10 +139,11 @@ def _take(refs: list, count: int) -> list:
     return taken
 
 
-class _Group(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Group:
     """Eight rows of a block and what is known of them before they are loaded."""
 
-    rows: pl.Slice
+    rows: slice | pl.Slice
     code: jax.Array | None
     index: jax.Array  # position of each row in the direction of travel, (8, width)
     job: _Job
@@ -185,13 +187,18 @@ def _group(job: _Job, i, codes_ref, *, forward_reverse: bool) -> _Group:
 # The kernels: maths on values between a load and a store.
 
 
-def _forward_kernel(*refs, job: _Job):
-    refs, n = list(refs), job.planes
+def _sequence_begins():
+    """True in the first block of a strip of channels of a sequence."""
+    return pl.program_id(2) == 0
+
+
+def _forward_kernel(*all_refs, job: _Job):
+    refs, n = list(all_refs), job.planes
     a_refs, b_refs, initial_refs = (_take(refs, n) for _ in range(3))
     codes_ref = refs.pop(0) if job.segmented else None
     h_refs, final_refs = (_take(refs, n) for _ in range(2))
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(_sequence_begins())
     def _():
         _store(final_refs, _load(initial_refs))
 
@@ -218,16 +225,15 @@ def _forward_kernel(*refs, job: _Job):
     _store(final_refs, h)
 
 
-def _backward_kernel(*refs, job: _Job):
-    refs, n = list(refs), job.planes
+def _backward_kernel(*all_refs, job: _Job):
+    refs, n = list(all_refs), job.planes
     a_refs, h_refs, edge_refs, initial_refs = (_take(refs, n) for _ in range(4))
     dh_refs, dfinal_refs = (_take(refs, n) for _ in range(2))
     codes_ref = refs.pop(0) if job.segmented else None
     da_refs, db_refs, dinitial_refs = (_take(refs, n) for _ in range(3))
     groups = job.tiles.steps // _SUBLANES
-    i_block = pl.program_id(2)
 
-    @pl.when(i_block == 0)
+    @pl.when(_sequence_begins())
     def _():
         _store(dinitial_refs, _load(dfinal_refs))
         if job.constant:
@@ -237,7 +243,7 @@ def _backward_kernel(*refs, job: _Job):
     initial = _load(initial_refs)
     edge_row = _SUBLANES - 1 if job.reverse else 0
     edge = tuple(p[edge_row : edge_row + 1] for p in _load(edge_refs))
-    edge = tile.where(i_block == job.blocks - 1, initial, edge)
+    edge = tile.where(pl.program_id(2) == job.blocks - 1, initial, edge)
 
     def scan_group(i, carry):
         c, da_sum = carry
@@ -371,16 +377,14 @@ def backward(
     in_specs += [_block(job)] * n + [_row(job)] * n + [_codes_block(job)] * job.segmented
     block = compat.out_struct(h.shape, h_planes[0].dtype, *operands)
     row = compat.out_struct((job.batch, 1, job.width), jnp.float32, *operands)
-    da = row
-    if not job.constant:
-        da = compat.out_struct(a.shape, operands[0].dtype, *operands)
+    decays = row if job.constant else compat.out_struct(a.shape, operands[0].dtype, *operands)
     out = _call(
         _backward_kernel,
         job,
         "linear_scan_backward",
         operands,
         in_specs,
-        [da] * n + [block] * n + [row] * n,
+        [decays] * n + [block] * n + [row] * n,
         [_row(job) if job.constant else _block(job)] * n + [_block(job)] * n + [_row(job)] * n,
         flops=30 * n * n,
     )
@@ -402,7 +406,9 @@ def _vjp_forward(a, b, initial_state, runs, reverse, tiles):
 
 
 def _vjp_backward(reverse, tiles, residuals, cotangents):
-    return *backward(*residuals, *cotangents, reverse, tiles), None
+    a, h, initial_state, runs = residuals
+    dh, dfinal_state = cotangents
+    return *backward(a, h, initial_state, runs, dh, dfinal_state, reverse, tiles), None
 
 
 linear_scan.defvjp(_vjp_forward, _vjp_backward)

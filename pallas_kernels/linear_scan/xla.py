@@ -7,8 +7,8 @@ Length is cut into C chunks of T steps. All chunks are reduced to their maps `h 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from pallas_kernels.linear_scan import tile
 _MIN_CHUNK, _MAX_CHUNK = 8, 128
 
 
-class _Chunks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
     """How `(B, L, ...)` is cut: `count` chunks of `size` steps, `padding` of them added."""
 
     count: int
@@ -44,12 +45,12 @@ class _Chunks(NamedTuple):
 
 
 def chunk_size(length: int) -> int:
-    """Steps per chunk: near the size with the fewest loop steps, `length` cut evenly if it can be."""
+    """Steps per chunk: about the fewest loop steps, with `length` cut evenly if it can be."""
     sizes = range(min(_MIN_CHUNK, length), min(_MAX_CHUNK, length) + 1)
 
     def cost(size: int) -> float:
         count = -(-length // size)
-        uneven = 0 if count * size == length else length / 8
+        uneven = 0.0 if count * size == length else length / 8
         return 2 * size + count + uneven
 
     return min(sizes, key=cost)
@@ -73,10 +74,10 @@ def _codes(runs, length: int, chunks: _Chunks, *, reverse: bool):
 
 
 def _at(x, t, dtype=None):
-    """Step t of every chunk: `(B, C, T, ...) -> (B, C, ...)`; constants and None pass."""
+    """Step t of every chunk: `(B, C, T, ...) -> (B, C, ...)`; `(1, 1, D)` and None pass."""
     if x is None:
         return None
-    if x.ndim > 1:
+    if x.ndim > 3:
         x = jax.lax.dynamic_index_in_dim(x, t, 2, keepdims=False)
     return x if dtype is None else x.astype(dtype)
 
@@ -89,14 +90,18 @@ def _loop(chunks: _Chunks, body, carry):
     return jax.lax.fori_loop(0, chunks.size, lambda i, c: body(chunks.step(i), c), carry)
 
 
+def _cut_decay(a, chunks: _Chunks):
+    """`(B, C, T, D)`, or `(1, 1, D)` for one decay for all steps."""
+    return a[None, None] if a.ndim == 1 else chunks.cut(a)
+
+
 def _chunk_decay(a, codes, chunks: _Chunks, shape, dtype):
-    """The product of the decays of each chunk, `(B, C, D)` or `(D,)` if they are all alike."""
-    if a.ndim == 1 and codes is None:
+    """The product of the decays of each chunk, `(B, C, D)`, or `(1, 1, D)` if all are alike."""
+    if a.ndim == 3 and codes is None:
         return a.astype(dtype) ** chunks.size
 
     def body(t, product):
-        decay = tile.step_decay((_at(a, t, dtype),), _at(codes, t))
-        return product * decay[0]
+        return tile.compose((product,), (_at(a, t, dtype),), _at(codes, t))[0]
 
     return _loop(chunks, body, jnp.ones(shape, dtype))
 
@@ -122,7 +127,7 @@ def forward(a, b, initial_state, runs, reverse: bool):
     dtype = initial_state.dtype
     codes = _codes(runs, length, chunks, reverse=reverse)
     b = chunks.cut(b)
-    a = a if a.ndim == 1 else chunks.cut(a)
+    a = _cut_decay(a, chunks)
     shape = (batch, chunks.count, width)
 
     def advance(t, h):
@@ -151,7 +156,7 @@ def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
     codes = _codes(runs, length, chunks, reverse=reverse)
     h, dh = chunks.cut(h), chunks.cut(dh)
     constant = a.ndim == 1
-    a_cut = a if constant else chunks.cut(a)
+    a_cut = _cut_decay(a, chunks)
     shape = (batch, chunks.count, width)
 
     def retreat(t, c):
@@ -199,7 +204,9 @@ def _vjp_forward(a, b, initial_state, runs, reverse):
 
 
 def _vjp_backward(reverse, residuals, cotangents):
-    return *backward(*residuals, *cotangents, reverse), None
+    a, h, initial_state, runs = residuals
+    dh, dfinal_state = cotangents
+    return *backward(a, h, initial_state, runs, dh, dfinal_state, reverse), None
 
 
 linear_scan.defvjp(_vjp_forward, _vjp_backward)

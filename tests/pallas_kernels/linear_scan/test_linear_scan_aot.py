@@ -49,13 +49,13 @@ def test_forward_moves_three_arrays_and_backward_five():
 
 
 def test_forward_on_a_tpu_is_at_the_floor_without_layout_copies():
-    cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward")
+    cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward", "0.25")
     assert cost.times_floor < 1.05
     assert cost.layout_copies == {}
 
 
-def test_forward_and_backward_on_a_tpu():
-    cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward+backward")
+def test_forward_and_backward_on_a_tpu_move_eight_arrays_where_six_is_the_floor():
+    cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward+backward", "0.25")
     assert cost.times_floor < 1.4
     assert cost.layout_copies == {}
 

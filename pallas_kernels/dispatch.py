@@ -1,0 +1,154 @@
+"""Which implementation of an op runs where, and why.
+
+Every op offers some of the implementations `reference` (one token at a time), `xla` (portable),
+`tpu` and `gpu` (Pallas). What runs is decided where a program is lowered, not where it is traced:
+one traced program compiles for any platform, also on a machine without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+_RUNS_ON = {
+    "reference": PLATFORMS,
+    "xla": PLATFORMS,
+    "tpu": ("tpu",),
+    "gpu": ("cuda",),
+}
+_DEFAULT = ("tpu", "gpu", "xla")
+
+Implementation = str | Sequence[str] | None
+
+
+class Choice(NamedTuple):
+    """What runs on one platform, and why not something before it."""
+
+    op: str
+    platform: str
+    implementation: str | None
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        why = "".join(f"; not {name}: {reason}" for name, reason in self.skipped.items())
+        return f"{self.op} on {self.platform}: {self.implementation or 'nothing'}{why}"
+
+
+_record: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+    "record", default=None
+)
+
+
+def run(
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    *args: Any,
+    requested: Implementation,
+    refusals: Mapping[str, str],
+) -> Any:
+    """Call the implementation of `op` that each platform takes.
+
+    Args:
+      op: the op's name, for messages.
+      implementations: functions of `*args` by name; each carries its own derivative.
+      requested: the caller's `implementation`. None lets every platform take its fastest; a name
+        forces it; a sequence is tried in order on each platform.
+      refusals: why an implementation cannot serve these arguments, by name.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: a forced implementation, or all of a sequence, cannot serve the
+        arguments; the reasons are in the message.
+    """
+    names = _names(op, implementations, requested)
+    choices = [_choose(op, platform, names, refusals, requested) for platform in PLATFORMS]
+    if (record := _record.get()) is not None:
+        record.extend(choices)
+    by_platform = {c.platform: c.implementation for c in choices if c.implementation}
+    if not by_platform:
+        reasons = "; ".join(f"{name}: {refusals[name]}" for name in names)
+        raise NotImplementedError(f"{op}: implementation={requested!r} cannot run here: {reasons}")
+    if len(set(by_platform.values())) == 1:
+        return implementations[next(iter(by_platform.values()))](*args)
+    branches = {platform: implementations[name] for platform, name in by_platform.items()}
+    default = branches.pop("cpu", None)
+    special = {p: f for p, f in branches.items() if f is not default}
+    # Outermost, around complete custom VJPs: inside one, branches would have to share residuals.
+    return jax.lax.platform_dependent(*args, default=default, **special)
+
+
+def _names(op: str, implementations: Mapping[str, Any], requested: Implementation) -> list[str]:
+    if requested is None:
+        return [name for name in _DEFAULT if name in implementations]
+    names = [requested] if isinstance(requested, str) else list(requested)
+    unknown = [name for name in names if name not in implementations]
+    if unknown or not names:
+        raise ValueError(
+            f"{op}: implementation={requested!r}; choose among {', '.join(implementations)}, "
+            "a sequence of them, or None for the fastest on each platform"
+        )
+    return names
+
+
+def _choose(op, platform, names, refusals, requested) -> Choice:
+    skipped: dict[str, str] = {}
+    for name in names:
+        # A single forced name is taken at its word: it may be lowered elsewhere, or interpreted.
+        if not isinstance(requested, str) and platform not in _RUNS_ON[name]:
+            skipped[name] = f"it does not run on {platform}"
+        elif name in refusals:
+            skipped[name] = refusals[name]
+        elif name == "gpu" and (old := _old_gpu()):
+            skipped[name] = old
+        else:
+            return Choice(op, platform, name, skipped)
+    return Choice(op, platform, None, skipped)
+
+
+def _old_gpu() -> str | None:
+    """Why the GPU of this machine, if it has one, does not run our kernels."""
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None or float(capability) >= 8.0:
+        return None
+    return f"the GPU has compute capability {capability}, the kernels need 8.0"
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
+    """What `op(*args, **kwargs)` runs on each platform and why; nothing is computed.
+
+    Works for any function that calls our ops, such as a model's `apply`. Arguments may be
+    `jax.ShapeDtypeStruct`.
+
+    >>> for choice in explain(linear_scan, a, b):
+    ...     print(choice)
+    """
+    arrays = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
+
+    def call(*arrays):
+        # Only arrays are traced: flags and names stay what they are.
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        rest = iter(arrays)
+        leaves = [next(rest) if hasattr(x, "shape") else x for x in leaves]
+        args_, kwargs_ = jax.tree.unflatten(structure, leaves)
+        return op(*args_, **kwargs_)
+
+    with _recording() as choices:
+        jax.eval_shape(call, *arrays)
+    return choices
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[Choice]]:
+    choices: list[Choice] = []
+    token = _record.set(choices)
+    try:
+        yield choices
+    finally:
+        _record.reset(token)

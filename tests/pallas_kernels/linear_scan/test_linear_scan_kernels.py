@@ -1,0 +1,115 @@
+"""The TPU and GPU kernels, interpreted on the host: poisoned memory, bounds and races checked."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import testing
+from pallas_kernels.linear_scan import gpu, tpu
+from tests.pallas_kernels.linear_scan.cases import COMPLEX, Case, assert_isolated
+
+# Small tiles: 3 blocks of time and 2 of channels, neither of which divides.
+LENGTH, WIDTH = {"tpu": 37, "gpu": 37}, {"tpu": 200, "gpu": 40}
+TILES = {"tpu": tpu.Tiles(16, 128), "gpu": gpu.Tiles(16, 32, 4)}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles_and_strict_promotion(monkeypatch):
+    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: TILES["tpu"])
+    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: TILES["gpu"])
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def case_for(backend, **options):
+    return Case(**({"length": LENGTH[backend], "width": WIDTH[backend]} | options))
+
+
+def interpreted(case, backend, **options):
+    with testing.interpret():
+        return jax.tree.map(np.asarray, case.run(backend, **options))
+
+
+# Each feature with each other at least once, not the full product: interpretation is slow.
+FEATURES = [
+    {},
+    {"reverse": True},
+    {"dtype": COMPLEX, "packed": True},
+    {"dtype": COMPLEX, "constant": True, "reverse": True},
+    {"packed": True, "reverse": True},
+    {"constant": True, "packed": True},
+    {"dtype": "bfloat16", "packed": True},
+    {"length": 48, "packed": True, "constant": True, "reverse": True, "dtype": COMPLEX},
+    {"length": 1, "width": 3},
+    {"length": 2, "packed": True, "dtype": COMPLEX},
+    {"length": 15, "reverse": True},
+]
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+    "features", FEATURES, ids=lambda f: "-".join(map(str, f.values())) or "plain"
+)
+def test_kernels_equal_the_oracle(backend, features):
+    case = case_for(backend, **features)
+    if features.get("dtype") == "bfloat16":
+        expected, tolerance = case.in_float32().run("reference"), testing.BFLOAT16_TOLERANCE
+    else:
+        expected, tolerance = case.run("reference"), testing.FLOAT32_TOLERANCE
+    testing.assert_close(interpreted(case, backend), expected, tolerance)
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_documents_are_isolated_to_the_bit(backend, reverse):
+    case = case_for(backend, reverse=reverse, width=4)
+    run = functools.partial(interpreted, case, backend)
+    assert_isolated(run, case)
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_the_same_call_twice_is_bitwise_equal(backend):
+    case = case_for(backend, dtype=COMPLEX, packed=True, width=4)
+    once, twice = interpreted(case, backend), interpreted(case, backend)
+    for x, y in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_one_chunk_on_a_gpu_that_the_batch_fills(monkeypatch):
+    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(64, 32, 4))
+    case = case_for("gpu", packed=True)
+    testing.assert_close(interpreted(case, "gpu"), case.run("reference"), testing.FLOAT32_TOLERANCE)
+
+
+def broken_carry_not_reset(monkeypatch):
+    monkeypatch.setattr(tpu, "_sequence_begins", lambda: tpu.pl.program_id(0) < 0)
+
+
+def broken_carry_shifted_by_one(monkeypatch):
+    monkeypatch.setattr(tpu._Group, "last", lambda self, x: tuple(p[3:4] for p in x))
+
+
+@pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
+def test_mutants_are_caught(mutant, monkeypatch):
+    case = case_for("tpu")
+    expected = case.run("reference")
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match=r"not finite|>"):
+        testing.assert_close(interpreted(case, "tpu"), expected, testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize(("length", "width"), [(1, 1), (15, 60), (1000, 2560), (8192, 2560)])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_tpu_tiles_fit_the_smallest_memory(length, width, planes):
+    tiles = CHOOSE_TPU(length, width, planes)
+    assert tiles.steps % 16 == 0
+    assert tiles.width % 128 == 0
+    assert tiles.width - 128 < width
+    for backward in (False, True):
+        # Half of the 16 MiB that a kernel may take on v5e without asking for more.
+        assert tpu.vmem_bytes(tiles, planes, backward=backward) <= 2**24 // 2 * planes
+
+
+CHOOSE_TPU = tpu.choose_tiles

@@ -1,0 +1,58 @@
+"""Segment ids to runs, positions and step codes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels import segments
+from pallas_kernels.segments import ENTER, KEEP, RESET, SKIP
+
+
+def test_a_repeated_id_is_another_document():
+    ids = jnp.array([[1, 1, 2, 1, 0], [5, 5, 5, 5, 5], [0, 0, 0, 0, 0]], jnp.int32)
+    runs = segments.runs(ids)
+    np.testing.assert_array_equal(runs, [[1, 1, 2, 3, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        segments.positions(runs), [[0, 1, 0, 0, 0], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(segments.starts(runs)[0], [True, False, True, True, False])
+
+
+def test_step_codes_in_both_directions():
+    runs = jnp.array([[1, 1, 2, 3, 0]], jnp.int32)
+    np.testing.assert_array_equal(segments.step_codes(runs)[0], [ENTER, KEEP, RESET, RESET, SKIP])
+    np.testing.assert_array_equal(
+        segments.step_codes(runs, reverse=True)[0], [KEEP, RESET, RESET, ENTER, SKIP]
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), max_size=6), st.integers(0, 3))
+def test_positions_count_from_each_start(documents, padding):
+    ids = [i for i, n in documents for _ in range(n)] + [0] * padding
+    expected, count, before = [], 0, 0
+    for i in ids:
+        count = count + 1 if i == before and i else 0
+        expected.append(count)
+        before = i
+    runs = segments.runs(jnp.array([ids], jnp.int32).reshape(1, -1))
+    np.testing.assert_array_equal(segments.positions(runs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 0, 1]], "real token after padding at 2"),
+        ([[1, -2, 0]], "got -2 in row 0 at token 1"),
+        ([1, 1], r"shape \(B, L\)"),
+        ([[1.0, 1.0]], "integers"),
+    ],
+)
+def test_check_names_what_is_wrong(ids, message):
+    with pytest.raises(ValueError, match=message):
+        segments.check(np.array(ids))
+
+
+def test_check_accepts_packed_rows():
+    segments.check(np.array([[3, 3, 1, 0], [0, 0, 0, 0], [1, 2, 1, 2]]))
