@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels against what users would write without them."""

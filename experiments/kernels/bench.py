@@ -1,0 +1,125 @@
+"""Times the kernels against plain JAX and prints one table; every ratio is of one run.
+
+python -m experiments.kernels.bench                      everything this machine can measure
+python -m experiments.kernels.bench --only cpu           wall times on this machine's CPU
+python -m experiments.kernels.bench --only tpu           static estimates for absent TPUs
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import rich.console
+import rich.table
+import tyro
+
+from experiments.kernels import cases, s5_step
+from experiments.kernels.cases import Result
+from seqmodels.training.metrics import write_atomically
+from seqmodels.training.run_directory import environment
+
+RESULTS = Path(__file__).parents[1] / "results" / "kernels"
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """What to measure."""
+
+    family: Literal["linear_scan"] = "linear_scan"
+    """The family of kernels."""
+    only: Literal["cpu", "step", "tpu", "gpu"] | None = None
+    """Only this part: "cpu" times the op, "step" a training step of S5, "tpu" estimates for absent
+    TPUs, "gpu" times the GPU if there is one and reads ptxas' report for absent ones."""
+    repetitions: int = 15
+    """Interleaved repetitions of every timed program; medians are reported."""
+    tpu_chips: tuple[str, ...] = ("v5e",)
+    """TPUs to estimate for: v5e, v5p, v6e, tpu7x."""
+    gpu_chips: tuple[str, ...] = ("a100", "h100")
+    """GPUs to compile for: a100, h100, h200, b200."""
+    output: Path | None = None
+    """The JSON file. By default experiments/results/kernels/<family>.json, with `-<only>` added."""
+
+    def __post_init__(self) -> None:
+        if self.repetitions < 1:
+            raise ValueError(f"repetitions={self.repetitions} must be at least 1")
+
+    @property
+    def path(self) -> Path:
+        suffix = f"-{self.only}" if self.only else ""
+        return self.output or RESULTS / f"{self.family}{suffix}.json"
+
+
+def measure(config: BenchConfig) -> Iterator[Result]:
+    """The rows, each as soon as it is known."""
+    parts = {
+        "cpu": lambda: cases.cpu(config.repetitions),
+        "step": lambda: s5_step.results(config.repetitions),
+        "tpu": lambda: cases.tpu(config.tpu_chips),
+        "gpu": lambda: cases.gpu(config.repetitions, config.gpu_chips),
+    }
+    for name, part in parts.items():
+        if config.only in (None, name):
+            yield from part()
+
+
+def run(config: BenchConfig, rows: Iterable[Result], console: rich.console.Console) -> list[Result]:
+    """Collects the rows, naming each on `console` as it comes, and writes them after each."""
+    start, done = time.perf_counter(), []
+    settings = {**vars(config), "output": None}
+    with console.status("measuring"):
+        for row in rows:
+            done.append(row)
+            console.print(f"[dim]{row.device}: {row.case} {row.shape}[/dim]")
+            record = {
+                "config": settings,
+                **environment(),
+                "wall_s": time.perf_counter() - start,
+                "cases": [row.to_json() for row in done],
+            }
+            config.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(config.path, json.dumps(record, indent=2) + "\n")
+    return done
+
+
+def table(rows: Iterable[Result]) -> rich.table.Table:
+    """One line a row: the figure that matters, the ratios, the targets beside them."""
+    view = rich.table.Table("device", "case", "shape", "figure", "ratio", "target", "how")
+    for row in rows:
+        view.add_row(row.device, row.case, row.shape, _figure(row), *_ratios(row), row.kind)
+    return view
+
+
+def _figure(row: Result) -> str:
+    figures: dict[str, Any] = row.figures
+    if row.kind == cases.TIMED:
+        return "\n".join(f"{name.removesuffix(' ms')} {ms:.2f} ms" for name, ms in figures.items())
+    if row.kind == cases.STATIC:
+        return f"{figures['us']:.0f} us, floor {figures['floor_us']:.0f}"
+    if row.kind == cases.PTXAS:
+        return f"{figures['registers']} registers, {figures['spilled bytes']} bytes spilled"
+    return figures.get("reason", "")
+
+
+def _ratios(row: Result) -> tuple[str, str]:
+    values, targets = [], []
+    for of, ratio in row.ratios.items():
+        target = row.targets.get(of)
+        values.append(f"{ratio:.0f} {of}" if of == "layout copies" else f"{ratio:.2f} x {of}")
+        targets.append(f"{target} {'met' if target.met(ratio) else 'MISSED'}" if target else "")
+    return "\n".join(values), "\n".join(targets)
+
+
+def main() -> None:
+    config = tyro.cli(BenchConfig, description=__doc__, prog="python -m experiments.kernels.bench")
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    rows = run(config, measure(config), console)
+    console.print(table(rows))
+    console.print(f"written to {config.path}")
+
+
+if __name__ == "__main__":
+    main()

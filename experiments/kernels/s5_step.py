@@ -1,0 +1,127 @@
+"""One training step of S5 on Long Range Arena with our scan, and with what S5 used, in its place.
+
+The gradient of the loss of the "cpu" presets' model: everything of a step but the optimizer.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.kernels import baselines
+from experiments.kernels.cases import TIMED, Result
+from experiments.kernels.timing import milliseconds
+from experiments.lra import presets
+from seqmodels.mixers import base
+from seqmodels.models import Classifier, ClassifierConfig, backbone, marks
+from seqmodels.training.task import classification
+
+
+def _identity_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False):
+    return b, b[:, -1]
+
+
+class _IdentityNorm(nn.Module):
+    """Stands in for `seqmodels.layers.norms.Norm`."""
+
+    kind: Any = None
+    momentum: Any = None
+
+    def __call__(self, x, *args: Any, **kwargs: Any):
+        return x
+
+
+@contextlib.contextmanager
+def replaced(module: Any, name: str, by: Any) -> Iterator[None]:
+    """While a program is traced inside, `module.name` is something else."""
+    with mock.patch.object(module, name, by):
+        yield
+
+
+def gradient(config: ClassifierConfig, length: int) -> Callable[..., Any]:
+    """`(variables, batch, key) -> gradients` of the mean loss."""
+    task = classification(Classifier(config), lambda p: marks(config, p), length=length)
+
+    def fn(variables, batch, key):
+        def loss(params):
+            sums, _ = task.loss({**variables, "params": params}, batch, key)
+            return sums.loss / sums.weight
+
+        return jax.grad(loss)(variables["params"])
+
+    return fn
+
+
+def programs(
+    config: ClassifierConfig, batch_size: int, length: int
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Compiled steps by name, and their arguments.
+
+    "step" is the step as it is, "associative_scan" the one to compare with, "without ..." are
+    ablations: the time they save is the share of what they leave out.
+    """
+    task = classification(Classifier(config), lambda p: marks(config, p), length=length)
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens = jax.random.randint(keys[0], (batch_size, length), 0, config.vocabulary_size or 2)
+    batch = {
+        "inputs": tokens,
+        "segment_ids": jnp.ones_like(tokens),
+        "labels": jnp.arange(batch_size, dtype=jnp.int32) % config.num_classes,
+        "weights": jnp.ones((batch_size,), jnp.float32),
+    }
+    args = (task.init(keys[1]), batch, keys[2])
+    no_gate = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, gate=None))
+    variants: dict[str, tuple[ClassifierConfig, Any]] = {
+        "step": (config, contextlib.nullcontext()),
+        "associative_scan": (
+            config, replaced(base, "linear_scan", baselines.associative_scan)
+        ),
+        "without scan": (config, replaced(base, "linear_scan", _identity_scan)),
+        "without norm": (config, replaced(backbone, "Norm", _IdentityNorm)),
+        "without gate": (no_gate, contextlib.nullcontext()),
+    }  # fmt: skip
+    compiled = {}
+    for name, (variant, context) in variants.items():
+        with context:
+            compiled[name] = jax.jit(gradient(variant, length)).lower(*args).compile()
+    return compiled, args
+
+
+def result(
+    case: str, config: ClassifierConfig, batch_size: int, length: int, repetitions: int
+) -> Result:
+    compiled, args = programs(config, batch_size, length)
+    figures = milliseconds(compiled, args, repetitions)
+    step = figures["step"]
+    shares = {
+        f"share of {name.removeprefix('without ')}": 1 - figures[name] / step
+        for name in figures
+        if name.startswith("without ")
+    }
+    layers = f"{len(config.backbone.layout)} layers of width {config.backbone.width}"
+    return Result(
+        case=case,
+        device=jax.devices()[0].device_kind,
+        kind=TIMED,
+        shape=f"batch {batch_size}, length {length}, {layers}",
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={"associative_scan": figures["associative_scan"] / step, **shares},
+    )
+
+
+def results(repetitions: int) -> Iterator[Result]:
+    """ListOps and Text at the longest rows of their "cpu" presets."""
+    for task in ("listops", "text"):
+        experiment = presets.experiment(task, "s5", "cpu")
+        yield result(
+            f"S5 step, {task}",
+            experiment.classifier,
+            experiment.train.batch_size,
+            experiment.lengths[-1],
+            repetitions,
+        )
