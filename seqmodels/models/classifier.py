@@ -91,11 +91,8 @@ class Classifier(nn.Module):
 
 def pool(x: Float[Array, "b l d"], segments: Segments | None, kind: Pooling) -> Float[Array, "b d"]:
     """Pools over the real tokens; zeros for a row that has none."""
-    ids = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments.ids
-    weights = (ids != 0).astype(x.dtype)
+    mask = jnp.ones(x.shape[:2], bool) if segments is None else segments.mask
     if kind == "last":
-        weights = weights * jnp.concatenate(
-            [1.0 - weights[:, 1:], jnp.ones_like(weights[:, :1])], axis=1
-        )
-    total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
-    return jnp.sum(x * weights[..., None], axis=1) / total
+        mask = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    total = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True, dtype=x.dtype), 1.0)
+    return jnp.sum(jnp.where(mask[..., None], x, 0.0), axis=1) / total

@@ -13,6 +13,7 @@ from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, Segments, build
 from seqmodels.mixers.base import RecurrentState, check_choices
 
 WIDTH = 4
+from_ids = jax.jit(Segments.from_ids, static_argnames="single")
 
 CASES = {
     "s5": S5Config(state_size=8, blocks=2),
@@ -78,7 +79,7 @@ def in_pieces(mixer, run, x, ids, cuts):
     """Outputs and last state when the row is fed in pieces that end at ``cuts``."""
     state, outputs = mixer.initial_state(x.shape[0]), []
     for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
-        segments = None if ids is None else Segments.from_ids(ids[:, begin:end])
+        segments = None if ids is None else from_ids(ids[:, begin:end])
         y, state = run(x[:, begin:end], segments, state)
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1), state
@@ -121,7 +122,7 @@ def test_causality(case):
 def test_whole_is_split_is_step_by_step(case, packed):
     mixer, _, x, run = setup(case)
     ids = IDS if packed else None
-    whole, state = run(x, Segments.from_ids(IDS) if packed else None)
+    whole, state = run(x, from_ids(IDS) if packed else None)
     # 5 and 8 are document boundaries of row 0; 4, 6 and 9 a token beside them; 12 begins padding.
     for cuts in ([5, 8, 12], [4, 9], [6], list(range(1, LENGTH))):
         pieces, last = in_pieces(mixer, run, x, ids, cuts)
@@ -134,7 +135,7 @@ def test_whole_is_split_is_step_by_step(case, packed):
 @pytest.mark.parametrize("case", PACKING)
 def test_packed_equals_unpacked(case):
     _, _, x, run = setup(case)
-    packed, _ = run(x, Segments.from_ids(IDS))
+    packed, _ = run(x, from_ids(IDS))
     expected = np.zeros_like(packed)
     for row, begin, end in [(0, 0, 5), (0, 5, 8), (0, 8, 12), (1, 0, 9), (1, 9, 14)]:
         expected[row, begin:end] = run(x[row : row + 1, begin:end])[0][0]
@@ -145,7 +146,7 @@ def test_packed_equals_unpacked(case):
 @pytest.mark.parametrize("case", PACKING)
 def test_documents_are_isolated_bit_for_bit(case):
     _, _, x, run = setup(case)
-    segments = Segments.from_ids(IDS)
+    segments = from_ids(IDS)
     cotangent = jax.random.normal(jax.random.key(5), x.shape)
 
     @jax.jit
@@ -174,8 +175,8 @@ def test_single_document_rows_agree_with_the_general_path(case):
         y, vjp, state = jax.vjp(lambda x: run(x, segments), x, has_aux=True)
         return y, vjp(cotangent)[0], state
 
-    single = differentiate(x, Segments.from_ids(ids, single=True))
-    general = differentiate(x, Segments.from_ids(ids))
+    single = differentiate(x, from_ids(ids, single=True))
+    general = differentiate(x, from_ids(ids))
     close(single[0], general[0])
     close(single[1], general[1])
     assert not np.any(np.asarray(single[0])[ids == 0])
@@ -190,7 +191,7 @@ def test_single_document_rows_agree_with_the_general_path(case):
 def test_padding_leaves_the_state_untouched(case, single):
     _, _, x, run = setup(case)
     _, state = run(x)
-    padding = Segments.from_ids(np.zeros_like(IDS), single=single)
+    padding = from_ids(np.zeros_like(IDS), single=single)
     y, after = run(x, padding, state)
     jax.tree.map(np.testing.assert_array_equal, after, state)
     assert not np.any(np.asarray(y))
@@ -200,9 +201,9 @@ def test_padding_leaves_the_state_untouched(case, single):
 @pytest.mark.parametrize("case", STREAMING)
 def test_carried_state_is_used_and_zeroed_by_a_new_document(case, single):
     _, _, x, run = setup(case)
-    _, state = run(x, Segments.from_ids(np.full_like(IDS, 3)))
+    _, state = run(x, from_ids(np.full_like(IDS, 3)))
     second = np.repeat(np.array([[3], [8], [0]], np.int32), LENGTH, axis=1)
-    y, after = run(x, Segments.from_ids(second, single=single), state)
+    y, after = run(x, from_ids(second, single=single), state)
     whole, _ = run(jnp.concatenate([x, x], axis=1))
     fresh, _ = run(x)
     close(y[0], whole[0, LENGTH:])
@@ -240,7 +241,7 @@ def test_bad_arguments_are_refused(case):
     with pytest.raises(ValueError, match=r"x has shape .* expected \(batch, length, 4\)"):
         run(x[..., :3])
     with pytest.raises(ValueError, match=r"segments.ids has shape \(3, 6\)"):
-        run(x, Segments.from_ids(IDS[:, :6]))
+        run(x, from_ids(IDS[:, :6]))
     if mixer.streams:
         with pytest.raises(ValueError, match=r"state is for a batch of 2, .* initial_state\(3\)"):
             run(x, None, mixer.initial_state(2))

@@ -1,0 +1,189 @@
+"""Classifier: padding, pooling, training variables, and the configs' JSON round trip."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.config import from_dict, to_dict
+from seqmodels.mixers import S4DConfig, S5Config, Segments
+from seqmodels.models import BackboneConfig, Classifier, ClassifierConfig
+from seqmodels.models.classifier import pool
+
+CONFIG = ClassifierConfig(
+    backbone=BackboneConfig(
+        layout=("s5",) * 2,
+        mixers=(S5Config(state_size=4, blocks=2, bidirectional=True),),
+        width=8,
+        norm="batch",
+        gate="half_glu2",
+        dropout=0.3,
+    ),
+    num_classes=3,
+    vocabulary_size=11,
+)
+LENGTHS = np.array([[7], [3], [0]])
+TOKENS = np.random.default_rng(0).integers(0, 11, (3, 7)).astype(np.int32)
+IDS = (np.arange(7)[None] < LENGTHS).astype(np.int32)
+
+
+def init(config=CONFIG):
+    return jax.jit(Classifier(config).init)(jax.random.key(0), TOKENS, IDS)
+
+
+def test_logits_ignore_padding():
+    model, variables = Classifier(CONFIG), init()
+    logits = model.apply(variables, TOKENS, IDS)
+    assert (logits.shape, logits.dtype) == ((3, 3), jnp.float32)
+    np.testing.assert_array_equal(model.apply(variables, np.where(IDS, TOKENS, 5), IDS), logits)
+    alone = model.apply(variables, TOKENS[1:2, :3])
+    np.testing.assert_allclose(alone[0], logits[1], rtol=1e-4, atol=1e-5)
+    assert np.all(np.isfinite(logits))
+
+
+def test_training_updates_statistics_and_draws_dropout():
+    model, variables = Classifier(CONFIG), init()
+
+    @jax.jit
+    def step(key):
+        return model.apply(
+            variables,
+            TOKENS,
+            IDS,
+            deterministic=False,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+
+    one, updates = step(jax.random.key(0))
+    two, _ = step(jax.random.key(1))
+    assert np.any(one != two)
+    assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(
+        variables["batch_stats"]
+    )
+    gradient = jax.grad(lambda p: jnp.sum(model.apply(variables | {"params": p}, TOKENS, IDS) ** 2))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient(variables["params"]))[0]:
+        assert np.all(np.isfinite(leaf)), path
+        assert np.any(leaf != 0), path
+
+
+def test_embedding_starts_like_a_linear_layer_on_one_hot_tokens():
+    wide = dataclasses.replace(CONFIG.backbone, width=256)
+    config = dataclasses.replace(CONFIG, backbone=wide)
+    table = init(config)["params"]["encoder"]["embedding"]
+    np.testing.assert_allclose(np.std(table), 11**-0.5, rtol=0.1)
+    table = init(dataclasses.replace(config, embedding_std=1.0))["params"]["encoder"]["embedding"]
+    np.testing.assert_allclose(np.std(table), 1.0, rtol=0.1)
+
+
+def test_pooling():
+    x = jax.random.normal(jax.random.key(0), (3, 7, 2))
+    segments = Segments.from_ids(IDS, single=True)
+    mean, last = (np.asarray(pool(x, segments, kind)) for kind in ("mean", "last"))
+    np.testing.assert_allclose(mean[1], np.asarray(x)[1, :3].mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(last[:2], np.stack([x[0, 6], x[1, 2]]))
+    assert not np.any(mean[2])
+    assert not np.any(last[2])
+    np.testing.assert_allclose(pool(x, None, "mean"), np.mean(x, 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(pool(x, None, "last"), x[:, -1])
+
+
+def test_real_valued_inputs():
+    config = dataclasses.replace(CONFIG, vocabulary_size=None)
+    x = jax.random.normal(jax.random.key(0), (3, 7, 2))
+    model = Classifier(config)
+    variables = model.init(jax.random.key(0), x, IDS)
+    assert variables["params"]["encoder"]["kernel"].shape == (2, 8)
+    assert model.apply(variables, x, IDS).shape == (3, 3)
+    with pytest.raises(ValueError, match="vocabulary_size=None the classifier takes real values"):
+        model.apply(variables, TOKENS, IDS)
+    with pytest.raises(ValueError, match="vocabulary_size=11 the classifier takes integer ids"):
+        Classifier(CONFIG).apply(init(), x, IDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_classes": 1}, "num_classes=1"), ({"vocabulary_size": 0}, "vocabulary_size=0")],
+)
+def test_bad_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Large:
+    size: int = 2
+    rates: tuple[float, float] = (0.1, 0.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    part: Small | Large
+    table: dict[str, Small]
+    names: tuple[str, ...] = ()
+    rate: float | None = None
+
+
+MIXED = BackboneConfig(
+    layout=("s4d", "s5"), mixers=(S4DConfig(n_ssm=1), S5Config(decay="noBCdecay")), width=4, mlp=3
+)
+OUTER = Outer(Large(rates=(0.5, 1.0)), {"a": Small(4)}, ("x", "y"), 0.25)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MIXED, OUTER, Outer(Small(), {})])
+def test_configs_survive_json(config):
+    text = json.dumps(to_dict(config))
+    assert from_dict(type(config), json.loads(text)) == config
+
+
+def test_absent_keys_take_their_defaults_and_integers_become_floats():
+    data = {"part": {"type": "Large", "rates": [1, 2]}, "table": {}}
+    outer = from_dict(Outer, data)
+    assert outer == Outer(Large(rates=(1.0, 2.0)), {})
+    assert isinstance(outer.part.rates[0], float)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"wdth": 4},
+            "BackboneConfig: unknown key 'wdth'; BackboneConfig has layout, mixers, width",
+        ),
+        ({"width": "4"}, "BackboneConfig.width='4' must be of type int"),
+        ({"width": True}, "BackboneConfig.width=True must be of type int"),
+        ({"norm": "group"}, "BackboneConfig.norm='group' is not one of 'batch', 'layer', 'rms'"),
+        ({"layout": "s5"}, "BackboneConfig.layout='s5' must be a list"),
+        (
+            {"mixers": [{"mixer": "s6"}]},
+            r"mixers\[0\]: mixer='s6' is not registered; known: s4d, s5",
+        ),
+        (
+            {"mixers": [{"mixer": "s5", "order": 2}]},
+            r"mixers\[0\]: unknown key 'order'; S5Config has",
+        ),
+        ({"mixers": [3]}, r"mixers\[0\]: expected the fields of MixerConfig, got 3"),
+    ],
+)
+def test_bad_dicts_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(BackboneConfig, to_dict(MIXED) | change)
+
+
+def test_missing_keys_and_wrong_choices_are_refused():
+    with pytest.raises(ValueError, match="BackboneConfig: missing key 'layout', 'mixers'"):
+        from_dict(BackboneConfig, {"width": 4})
+    with pytest.raises(ValueError, match=r"Outer.part: type='Huge' is not one of Small, Large"):
+        from_dict(Outer, {"part": {"type": "Huge"}, "table": {}})
+    with pytest.raises(ValueError, match=r"Outer.part.rates=\[1.0\] must have 2 entries"):
+        from_dict(Outer, {"part": {"type": "Large", "rates": [1.0]}, "table": {}})
+    with pytest.raises(ValueError, match="mixer='s4d' is a S4DConfig, not a S5Config"):
+        from_dict(S5Config, {"mixer": "s4d"})
