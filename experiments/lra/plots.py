@@ -1,10 +1,12 @@
 """Figures of the LRA experiments, as PNG files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from experiments.lra.published import Row
 
 
 def learning_curve(result: Mapping[str, Any], path: Path) -> None:
@@ -37,4 +39,37 @@ def learning_curve(result: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{result['task']}, {result['model']}, {result['preset']}, seed {result['seed']}"
     )
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def comparison(
+    results: Sequence[tuple[Mapping[str, Any], bool]], published: Sequence[Row], path: Path
+) -> None:
+    """Accuracies of each task as bars.
+
+    Args:
+      results: our results, each with whether it may be compared with the published ones; those
+        that may not are hatched.
+      published: rows of other authors.
+      path: the PNG file.
+    """
+    tasks = sorted({result["task"] for result, _ in results})
+    most = max(sum(result["task"] == task for result, _ in results) for task in tasks)
+    height = 0.24 * (len(published) + most) + 1.2
+    figure = Figure(figsize=(5.5 * len(tasks), height), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        theirs = [(row.model, value) for row in published if (value := row.accuracy(task))]
+        axes.barh([name for name, _ in theirs], [value for _, value in theirs], color="lightgray")
+        for result, comparable in results:
+            if result["task"] == task:
+                axes.barh(
+                    f"{result['model']} {result['preset']} seed {result['seed']}",
+                    100 * result["test_accuracy"],
+                    color="tab:blue",
+                    hatch=None if comparable else "//",
+                    edgecolor="white",
+                )
+        axes.invert_yaxis()
+        axes.set_title(task)
+        axes.set_xlabel("test accuracy in %; ours blue, hatched: shorter inputs or fewer steps")
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -22,7 +22,7 @@ from seqmodels.training.checkpoint import Checkpoints
 from seqmodels.training.errors import RunDirectoryError, TrainingError
 from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.metrics import write_atomically
-from seqmodels.training.state import create_state
+from seqmodels.training.state import abstract_state
 from seqmodels.training.step import make_eval_step
 from seqmodels.training.task import Task, classification
 
@@ -150,7 +150,7 @@ def evaluate_checkpoint(
     """
     mesh = make_mesh(devices=jax.devices()[:1])
     task = make_task(config)
-    template, _ = create_state(task, config.train, mesh)
+    template = abstract_state(task, config.train, mesh)
     with Checkpoints(path, identity, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(template, step)
     return evaluate(

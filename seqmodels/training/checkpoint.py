@@ -5,8 +5,11 @@ appears under its name only when it is complete, so a killed process leaves eith
 """
 
 import dataclasses
+import errno
+import gc
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,8 +75,8 @@ class Checkpoints:
     ) -> None:
         self.directory = Path(directory).absolute()
         self.config = config
-        # Orbax tells of every phase of every save; a run has better things to print.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs every phase of every save, and failures that are raised here anyway.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         preserve: Any = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -98,7 +101,7 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"cannot open the checkpoints in {self.directory}: {_first_line(error)}"
+                f"cannot open the checkpoints in {self.directory}: {_reason(error)}"
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -112,6 +115,8 @@ class Checkpoints:
                 raise
         finally:
             self._manager.close()
+            if error is not None:
+                gc.collect()  # orbax's failed coroutines complain if the interpreter ends first
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -170,7 +175,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"could not write a checkpoint to {self.directory} ({_first_line(error)}); earlier "
+            f"could not write a checkpoint to {self.directory} ({_reason(error)}); earlier "
             "checkpoints are intact: make room and continue with --resume"
         )
 
@@ -189,7 +194,7 @@ class Checkpoints:
         """The state and the position saved at ``step``.
 
         Args:
-          template: a state of the right structure and shardings; its values are not used.
+          template: the state's shapes, dtypes and shardings, see ``state.abstract_state``.
           step: one of ``steps()``.
 
         Raises:
@@ -200,7 +205,11 @@ class Checkpoints:
                 f"there is no checkpoint of step {step} in {self.directory}; "
                 f"there are {', '.join(map(str, self.steps())) or 'none'}"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(template))
+        abstract = jax.tree.map(
+            lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
+            jax.eval_shape(_storable, template),
+            template,
+        )
         try:
             config = self._manager.restore(
                 step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
@@ -217,7 +226,7 @@ class Checkpoints:
             raise
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise CheckpointError(
-                f"cannot read the checkpoint {self.directory / str(step)}: {_first_line(error)}"
+                f"cannot read the checkpoint {self.directory / str(step)}: {_reason(error)}"
             ) from error
         state = dataclasses.replace(
             restored.state, rng=jax.random.wrap_key_data(restored.state.rng)
@@ -233,6 +242,8 @@ class Checkpoints:
             )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if os.strerror(errno.ENOSPC) in text:
+        return os.strerror(errno.ENOSPC)
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -26,7 +26,7 @@ from seqmodels.training.evaluation import Evaluation, PerShape, evaluate
 from seqmodels.training.metrics import JsonLines, MetricsWriter, truncate_jsonl
 from seqmodels.training.optimizer import schedule
 from seqmodels.training.run_directory import check, prepare
-from seqmodels.training.state import TrainState, create_state
+from seqmodels.training.state import TrainState, abstract_state, create_state, optimizer_of
 from seqmodels.training.step import StepMetrics, make_eval_step, make_train_step
 from seqmodels.training.task import Batch, Task
 
@@ -161,17 +161,19 @@ def fit(
     tell("prepared", 0)
     iterator: Any = iter(batches)
     with Checkpoints(run_dir / "checkpoints", identity, keep=config.keep) as checkpoints:
-        state, optimizer = create_state(task, config, mesh)
         progress = Progress()
         if resume and checkpoints.steps():
-            state, position = checkpoints.restore(state, checkpoints.latest())
+            template = abstract_state(task, config, mesh)
+            state, position = checkpoints.restore(template, checkpoints.latest())
             progress = Progress.from_json(position["progress"])
             iterator.set_state(position["data"])
+        else:
+            state = create_state(task, config, mesh)
         if resume:
             truncate_jsonl(run_dir / "nonfinite.jsonl", progress.step)
         train_step = make_train_step(
             task,
-            optimizer,
+            optimizer_of(task, config),
             mesh,
             accumulate=config.accumulate,
             skip_non_finite=config.on_nan == "skip",
@@ -239,7 +241,8 @@ class _Run:
         while step < self.config.steps:
             step += 1
             self._dispatch(step)
-            last = self._out_of_time() or bool(self.stop) or step == self.config.steps
+            stopping = bool(self.stop)  # read once: a later signal waits for the next step
+            last = stopping or self._out_of_time() or step == self.config.steps
             evaluates = step % self.config.eval_every == 0 or step == self.config.steps
             saves = step % self.config.checkpoint_every == 0 or last
             # Reading a step's result one step late keeps the device busy.
@@ -247,7 +250,7 @@ class _Run:
                 self._finish(self.pending.popleft())
             if evaluates or saves:
                 self._at_boundary(evaluates, saves)
-            if self.stop:
+            if stopping:
                 self._interrupt(self.stop[0])
             if last:
                 break
@@ -368,7 +371,7 @@ class _Run:
         record = {
             "step": done.step,
             "index": done.index,
-            "loss": float(metrics.sums.loss),
+            "loss": float(metrics.sums.loss / metrics.sums.weight),
             "grad_norm": float(metrics.grad_norm),
             "data": done.data_before,
         }

@@ -1,5 +1,6 @@
 """Everything that training changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -39,14 +40,9 @@ class TrainState:
         return {"params": self.params, **statistics}
 
 
-def create_state(
-    task: Task, config: TrainConfig, mesh: Mesh
-) -> tuple[TrainState, optax.GradientTransformation]:
-    """Initialises the model and its optimizer, replicated over the mesh.
-
-    Raises:
-      ValueError: the config names a parameter group that the model does not have.
-    """
+def _initializer(
+    task: Task, config: TrainConfig
+) -> tuple[Callable[[], TrainState], optax.GradientTransformation]:
     init_key, rng = jax.random.split(jax.random.key(config.seed))
     abstract = jax.eval_shape(task.init, init_key)
     optimizer = make_optimizer(config, task.marks(abstract["params"]))
@@ -61,4 +57,26 @@ def create_state(
             rng=rng,
         )
 
-    return jax.jit(init, out_shardings=replicated(mesh))(), optimizer
+    return init, optimizer
+
+
+def optimizer_of(task: Task, config: TrainConfig) -> optax.GradientTransformation:
+    """The optimizer for the task's parameters.
+
+    Raises:
+      ValueError: the config names a parameter group that the model does not have.
+    """
+    return _initializer(task, config)[1]
+
+
+def create_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The state before the first step, replicated over the mesh; raises as the optimizer does."""
+    return jax.jit(_initializer(task, config)[0], out_shardings=replicated(mesh))()
+
+
+def abstract_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of ``create_state``'s result, without computing it."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(_initializer(task, config)[0]),
+    )

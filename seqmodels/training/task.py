@@ -52,7 +52,7 @@ def classification_sums(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     # A row of weight 0 must not turn the sum into NaN, whatever it holds.
-    used = weights > 0
+    used = weights != 0
     return Sums(
         loss=jnp.sum(jnp.where(used, losses * weights, 0.0)),
         correct=jnp.sum(jnp.where(used, correct * weights, 0.0)),

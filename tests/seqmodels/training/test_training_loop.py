@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.checkpoint import Checkpoints
@@ -24,7 +25,7 @@ from seqmodels.training.errors import (
 )
 from seqmodels.training.loop import chain_digest
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
-from seqmodels.training.state import create_state
+from seqmodels.training.state import abstract_state
 from tests.seqmodels.training.toy import CONFIG, ToyBatches, run_toy, toy_task
 
 ROOT = Path(__file__).parents[3]
@@ -53,7 +54,7 @@ def metrics(run_dir):
 def saved(run_dir, step=None, config=CONFIG):
     """A checkpoint's state, as numpy, and its data position."""
     identity = {"train": dataclasses.asdict(config)}
-    template, _ = create_state(toy_task(), config, make_mesh(devices=jax.devices()[:1]))
+    template = abstract_state(toy_task(), config, make_mesh(devices=jax.devices()[:1]))
     with Checkpoints(run_dir / "checkpoints", identity, read_only=True) as checkpoints:
         state, position = checkpoints.restore(template, step or checkpoints.latest())
     state = state.replace(rng=jax.random.key_data(state.rng))
@@ -65,6 +66,24 @@ def assert_same_run(run_dir, reference):
     (state, data), (expected, expected_data) = saved(run_dir), saved(reference)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert data == expected_data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """The same toy is trained over and over."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +116,11 @@ def test_tokens_and_order_are_those_of_the_data(unbroken):
     assert (last["tokens"], last["order"]) == (tokens, order)
 
 
-def test_training_learns(unbroken, tmp_path):
+def test_training_learns(tmp_path):
     config = dataclasses.replace(CONFIG, steps=60, eval_every=60, log_every=20)
     run_toy(tmp_path, config)
     train = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
-    assert train[-1]["loss"] < 0.7 * train[0]["loss"]
+    assert train[-1]["loss"] < 0.8 * np.log(3)  # guessing has log(3)
 
 
 def test_killed_while_saving_and_again_after_a_log(unbroken, tmp_path):
@@ -246,7 +265,7 @@ def test_a_full_disk_while_saving(unbroken, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "save", full)
-        with pytest.raises(CheckpointError, match="No space left on device.*intact") as caught:
+        with pytest.raises(CheckpointError, match=r"No space left on device.*intact") as caught:
             run_toy(tmp_path)
     assert caught.value.exit_code == 1
     assert saved(tmp_path)[0].step == 5
@@ -254,16 +273,15 @@ def test_a_full_disk_while_saving(unbroken, tmp_path, monkeypatch):
     assert_same_run(tmp_path, unbroken)
 
 
-def test_a_failure_in_the_background_is_reported(tmp_path):
-    """The directory that the save at step 8 wants to make is a file."""
+def test_a_failure_in_the_background_is_reported_at_the_next_log(tmp_path, monkeypatch):
+    def fail(self):
+        if 8 in self.all_steps():
+            raise ValueError(f"RESOURCE_EXHAUSTED: {os.strerror(errno.ENOSPC)} and more\nlines")
 
-    def on_event(what, step):
-        if (what, step) == ("step", 7):
-            (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").write_text("in the way")
-
-    with pytest.raises(CheckpointError, match="earlier checkpoints are intact"):
-        run_toy(tmp_path, on_event=on_event)
-    assert saved(tmp_path)[0].step == 5
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
+    with pytest.raises(CheckpointError, match=r"\(No space left on device\)"):
+        run_toy(tmp_path)
+    assert [r["step"] for r in metrics(tmp_path)] == [3, 5, 6, 9]
 
 
 def test_the_time_budget_ends_with_a_checkpoint(tmp_path):

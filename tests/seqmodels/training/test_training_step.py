@@ -7,7 +7,7 @@ import pytest
 
 from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.training.evaluation import evaluate
-from seqmodels.training.state import create_state
+from seqmodels.training.state import create_state, optimizer_of
 from seqmodels.training.step import gradients, make_eval_step, make_train_step
 from tests.seqmodels.training.toy import CONFIG, VALIDATION, make_batch, toy_task
 
@@ -20,7 +20,7 @@ def one_device():
 
 def train(mesh, *, steps=3, poison=(), proceed=TRUE, skip=False, **options):
     task = toy_task(**options)
-    state, optimizer = create_state(task, CONFIG, mesh)
+    state, optimizer = create_state(task, CONFIG, mesh), optimizer_of(task, CONFIG)
     step = make_train_step(task, optimizer, mesh, skip_non_finite=skip)
     metrics = []
     for number in range(steps):
@@ -28,6 +28,9 @@ def train(mesh, *, steps=3, poison=(), proceed=TRUE, skip=False, **options):
         state, measured = step(state, put_batch(batch, mesh), proceed)
         metrics.append(jax.device_get(measured))
     return state, metrics
+
+
+grad = jax.jit(gradients, static_argnums=(0, 4))
 
 
 def assert_equal(a, b):
@@ -40,8 +43,8 @@ def test_accumulated_gradients_equal_the_big_batch(count):
     variables = task.init(jax.random.key(0))
     batch = make_batch(np.arange(8)) | {"weights": np.asarray([1, 1, 0, 1, 1, 0, 0, 1], np.float32)}
     key = jax.random.key(1)
-    big, big_sums, _ = gradients(task, variables, batch, key, 1)
-    small, small_sums, _ = gradients(task, variables, batch, key, count)
+    big, big_sums, _ = grad(task, variables, batch, key, 1)
+    small, small_sums, _ = grad(task, variables, batch, key, count)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), big, small)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), big_sums, small_sums)
 
@@ -50,9 +53,9 @@ def test_accumulation_updates_the_statistics_by_each_micro_batch():
     task = toy_task()
     variables = task.init(jax.random.key(0))
     batch, key = make_batch(np.arange(8)), jax.random.key(1)
-    _, _, statistics = gradients(task, variables, batch, key, 2)
+    _, _, statistics = grad(task, variables, batch, key, 2)
     for half in (batch_rows(batch, 0), batch_rows(batch, 1)):
-        _, _, stats = gradients(task, variables, half, key, 1)
+        _, _, stats = grad(task, variables, half, key, 1)
         variables = {**variables, "batch_stats": stats}
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
@@ -100,7 +103,7 @@ def test_statistics_that_overflow_are_not_finite():
     """BatchNorm hides an overflow: an infinite variance makes finite outputs."""
     mesh = one_device()
     task = toy_task()
-    state, optimizer = create_state(task, CONFIG, mesh)
+    state, optimizer = create_state(task, CONFIG, mesh), optimizer_of(task, CONFIG)
     params = jax.tree.map(lambda p: p, state.params)
     params["ssm_embedding"]["embedding"] = params["ssm_embedding"]["embedding"] * 1e25
     step = make_train_step(task, optimizer, mesh)
@@ -119,7 +122,7 @@ def test_without_proceed_nothing_changes():
 def test_each_step_has_its_own_dropout():
     task = toy_task(dropout=0.5)
     mesh = one_device()
-    state, optimizer = create_state(task, CONFIG, mesh)
+    state, optimizer = create_state(task, CONFIG, mesh), optimizer_of(task, CONFIG)
     step = make_train_step(task, optimizer, mesh)
     batch = put_batch(make_batch(np.arange(8)), mesh)
     losses = []
@@ -133,7 +136,7 @@ def test_each_step_has_its_own_dropout():
 def test_rows_of_weight_0_do_not_count():
     mesh = one_device()
     task = toy_task()
-    state, _ = create_state(task, CONFIG, mesh)
+    state = create_state(task, CONFIG, mesh)
     eval_step = make_eval_step(task, mesh)
     whole = evaluate(eval_step, state.variables, VALIDATION[:1], mesh)
     padded = make_batch(np.asarray([*range(8), 50, 51, 52, 53]))
@@ -147,6 +150,6 @@ def test_rows_of_weight_0_do_not_count():
 def test_evaluating_nothing_is_an_error():
     mesh = one_device()
     task = toy_task()
-    state, _ = create_state(task, CONFIG, mesh)
+    state = create_state(task, CONFIG, mesh)
     with pytest.raises(ValueError, match="no examples"):
         evaluate(make_eval_step(task, mesh), state.variables, [], mesh)

@@ -1,0 +1,221 @@
+"""The commands, end to end, on a tiny ListOps."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from experiments.lra import eval as lra_eval
+from experiments.lra import report as lra_report
+from experiments.lra import train as lra_train
+from seqmodels.training.metrics import read_jsonl
+
+TINY = [
+    "data.min_length=8", "data.max_length=24", "data.max_depth=4", "data.train=64",
+    "data.validation=16", "data.test=20", "lengths=[24]", "train.batch_size=8",
+    "train.warmup_steps=1", "train.eval_every=3", "train.log_every=2", "train.mesh.data=1",
+    'classifier.backbone.layout=["s5"]', "classifier.backbone.width=8",
+    "classifier.backbone.mixers.0.state_size=4", "classifier.backbone.mixers.0.blocks=1",
+]  # fmt: skip
+
+
+def command(folder, *more, steps=4):
+    return [
+        "--task", "listops", "--model", "s5", "--steps", str(steps), "--no-progress",
+        "--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache"),
+        "--results-dir", str(folder / "results"),
+        *[word for setting in TINY for word in ("--set", setting)], *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """The tiny batch does not need the suite's eight devices."""
+    import jax
+
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lra")
+    with pytest.MonkeyPatch.context() as patch:
+        import jax
+
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: first)
+        assert lra_train.main(command(folder)) == 0
+    return folder
+
+
+def result_of(folder):
+    return json.loads((folder / "results" / "listops-s5-cpu-seed0.json").read_text())
+
+
+def test_the_result_says_what_was_run(trained):
+    result = result_of(trained)
+    assert 0 <= result["test_accuracy"] <= 1
+    assert result["test_examples"] == 20
+    assert result["steps"] == 4
+    assert result["complete"]
+    assert result["selection"] == "best validation accuracy"
+    assert set(result["baselines"]) >= {"majority", "first_token"}
+    assert {"commit", "versions", "device", "cpu"} <= result["environment"].keys()
+    assert [(r["kind"], r["step"]) for r in result["curve"]] == [
+        ("train", 2), ("eval", 3), ("train", 4), ("eval", 4),
+    ]  # fmt: skip
+    assert str(trained) not in json.dumps(result)
+    assert (trained / "results" / "listops-s5-cpu-seed0.png").read_bytes()[:4] == b"\x89PNG"
+    files = {path.name for path in (trained / "run").iterdir()}
+    assert files == {
+        "config.json", "data.json", "environment.json", "metrics.jsonl", "result.json",
+        "tensorboard", "checkpoints",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/STEP"])
+def test_evaluating_the_checkpoint_alone_gives_the_recorded_accuracy(trained, part, capsys):
+    path = trained / "run" / part.replace("STEP", str(result_of(trained)["test_step"]))
+    assert lra_eval.main(["--checkpoint", str(path), "--no-progress"]) == 0
+    assert "equal to the recorded accuracy" in capsys.readouterr().out
+
+
+def test_evaluation_notices_another_accuracy(trained, tmp_path, capsys):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "test_accuracy": 2.0}))
+    assert lra_eval.main(["--checkpoint", str(run), "--no-progress"]) == 1
+    assert "recorded test accuracy 2.0" in capsys.readouterr().err
+
+
+def test_evaluation_notices_other_data(trained, tmp_path, capsys):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    locations = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**locations, "digest": "0"}))
+    assert lra_eval.main(["--checkpoint", str(run), "--no-progress"]) == 1
+    assert "the data are not those" in capsys.readouterr().err
+
+
+def test_evaluating_what_is_not_a_run(tmp_path, capsys):
+    assert lra_eval.main(["--checkpoint", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_resuming_needs_only_the_run_directory(trained, tmp_path):
+    whole = read_jsonl(trained / "run" / "metrics.jsonl")
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "4")
+    arguments = ["--resume", "--run-dir", str(run), "--results-dir", str(tmp_path / "results")]
+    assert lra_train.main([*arguments, "--no-progress"]) == 0
+    assert [r.get("loss") for r in read_jsonl(run / "metrics.jsonl")] == [
+        r.get("loss") for r in whole
+    ]
+    ours, first = result_of(tmp_path), result_of(trained)
+    assert ours["starts"] == 2
+    assert ours["curve"] == first["curve"]
+    assert ours["test_accuracy"] == first["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "lstops", "--model", "s5"], "choose one of listops, text"),
+        (["--task", "listops", "--model", "s6"], "choose one of s4d, s5"),
+        (["--task", "listops", "--model", "s5", "--preset", "x"], "choose one of paper, cpu"),
+        (["--task", "listops"], "needs --task and --model"),
+        (["--task", "listops", "--model", "s5", "--set", "train.x=1"], "no field 'train.x'"),
+        (["--task", "listops", "--model", "s5", "--steps", "0"], "steps=0"),
+        (["--resume", "--run-dir", "nowhere"], "not a run directory"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path):
+    assert lra_train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_text_without_data_says_where_to_get_them(tmp_path, capsys):
+    arguments = ["--task", "text", "--model", "s5", "--run-dir", str(tmp_path / "run")]
+    assert lra_train.main([*arguments, "--cache-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "data_dir" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_does_not_touch_the_first(trained, capsys):
+    assert lra_train.main(command(trained)) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_result_is_not_replaced_by_that_of_another_config(trained, capsys):
+    other = ["--run-dir", str(trained / "other")]
+    assert lra_train.main(command(trained, *other, "--set", "train.learning_rate=0.1")) == 2
+    error = capsys.readouterr().err
+    assert "train.learning_rate" in error
+    assert "--results-dir" in error
+    assert not (trained / "other").exists()
+
+
+def test_resuming_with_another_config_names_the_field(trained, capsys):
+    arguments = ["--resume", "--run-dir", str(trained / "run"), "--set", "train.weight_decay=0.5"]
+    assert lra_train.main(arguments) == 2
+    assert "train.weight_decay=0.5 (saved: 0.04)" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as caught:
+        lra_train.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--task listops --model s5 --preset cpu" in text
+    assert "--resume" in text
+
+
+def test_the_traceback_is_shown_on_request(capsys):
+    assert lra_train.main(["--task", "x", "--model", "s5", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_report_shows_ours_beside_the_published(trained, capsys):
+    assert lra_report.main(["--results-dir", str(trained / "results")]) == 0
+    out = capsys.readouterr().out
+    result = result_of(trained)
+    assert f"{100 * result['test_accuracy']:.2f}" in out
+    assert "not the published 2K task" in out
+    assert "62.15" in out  # S5 on ListOps
+    assert "counts 50" in out
+    assert (trained / "results" / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_only_the_published_task_is_comparable(trained):
+    paper = lra_train.resolve(lra_train.Arguments(task="listops", model="s5", preset="paper"))[0]
+    steps = paper.train.steps
+    config = lra_train.to_dict(paper)
+    result = {**result_of(trained), "config": config, "steps": steps}
+    assert lra_report.caveats(result) == []
+    assert lra_report.caveats({**result, "steps": 100}) == [f"published recipe {steps} steps"]
+    short = {**config, "data": {**config["data"], "max_length": 700}}
+    assert lra_report.caveats({**result, "config": short}) == [
+        "ListOps of at most 699 tokens, not the published 2K task"
+    ]
+
+
+def test_a_report_of_nothing_or_of_damage(tmp_path, capsys):
+    assert lra_report.main(["--results-dir", str(tmp_path)]) == 1
+    assert "no results" in capsys.readouterr().err
+    (tmp_path / "a.json").write_text("{}")
+    assert lra_report.main(["--results-dir", str(tmp_path)]) == 1
+    assert "a.json is not a result" in capsys.readouterr().err
+
+
+def test_averages_count_a_failure_as_50():
+    rows = {row.model: row for row in lra_report.ROWS}
+    assert rows["Transformer"].accuracy("path-x") is None
+    assert round(rows["Transformer"].average, 2) == 53.66
+    assert round(rows["S5"].average, 2) == 87.46
+    assert all(dataclasses.is_dataclass(row) and len(row.accuracies) == 6 for row in rows.values())
+    assert set(lra_report.SELECTED) <= rows.keys()
