@@ -25,8 +25,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def from_dict(kind: type[C], data: Mapping[str, Any], *, where: str = "") -> C:
-    """Builds ``kind`` from what ``to_dict`` made of it; absent keys take their defaults.
+def from_dict(kind: type[C], data: Any, *, where: str = "") -> C:
+    """Builds ``kind`` from the mapping ``data`` (see ``to_dict``); absent keys take their defaults.
 
     ``where`` is the path of ``data`` within a larger config, for messages.
 

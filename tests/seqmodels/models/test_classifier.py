@@ -1,6 +1,7 @@
 """Classifier: padding, pooling, training variables, and the configs' JSON round trip."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -15,7 +16,7 @@ from seqmodels.models.classifier import pool
 
 CONFIG = ClassifierConfig(
     backbone=BackboneConfig(
-        layout=("s5",) * 2,
+        layout=("s5",),
         mixers=(S5Config(state_size=4, blocks=2, bidirectional=True),),
         width=8,
         norm="batch",
@@ -30,16 +31,18 @@ TOKENS = np.random.default_rng(0).integers(0, 11, (3, 7)).astype(np.int32)
 IDS = (np.arange(7)[None] < LENGTHS).astype(np.int32)
 
 
+@functools.cache
 def init(config=CONFIG):
     return jax.jit(Classifier(config).init)(jax.random.key(0), TOKENS, IDS)
 
 
 def test_logits_ignore_padding():
     model, variables = Classifier(CONFIG), init()
-    logits = model.apply(variables, TOKENS, IDS)
+    apply = jax.jit(model.apply)
+    logits = apply(variables, TOKENS, IDS)
     assert (logits.shape, logits.dtype) == ((3, 3), jnp.float32)
-    np.testing.assert_array_equal(model.apply(variables, np.where(IDS, TOKENS, 5), IDS), logits)
-    alone = model.apply(variables, TOKENS[1:2, :3])
+    np.testing.assert_array_equal(apply(variables, np.where(IDS, TOKENS, 5), IDS), logits)
+    alone = apply(variables, TOKENS[1:2, :3])
     np.testing.assert_allclose(alone[0], logits[1], rtol=1e-4, atol=1e-5)
     assert np.all(np.isfinite(logits))
 
@@ -64,7 +67,12 @@ def test_training_updates_statistics_and_draws_dropout():
     assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(
         variables["batch_stats"]
     )
-    gradient = jax.grad(lambda p: jnp.sum(model.apply(variables | {"params": p}, TOKENS, IDS) ** 2))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(model.apply(variables | {"params": params}, TOKENS, IDS) ** 2)
+
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient(variables["params"]))[0]:
         assert np.all(np.isfinite(leaf)), path
         assert np.any(leaf != 0), path
@@ -95,9 +103,9 @@ def test_real_valued_inputs():
     config = dataclasses.replace(CONFIG, vocabulary_size=None)
     x = jax.random.normal(jax.random.key(0), (3, 7, 2))
     model = Classifier(config)
-    variables = model.init(jax.random.key(0), x, IDS)
+    variables = jax.jit(model.init)(jax.random.key(0), x, IDS)
     assert variables["params"]["encoder"]["kernel"].shape == (2, 8)
-    assert model.apply(variables, x, IDS).shape == (3, 3)
+    assert jax.eval_shape(model.apply, variables, x, IDS).shape == (3, 3)
     with pytest.raises(ValueError, match="vocabulary_size=None the classifier takes real values"):
         model.apply(variables, TOKENS, IDS)
     with pytest.raises(ValueError, match="vocabulary_size=11 the classifier takes integer ids"):
