@@ -4,12 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import pytest
 
 from experiments.lra import eval as lra_eval
 from experiments.lra import report as lra_report
 from experiments.lra import train as lra_train
 from seqmodels.training.metrics import read_jsonl
+from tests.seqmodels.training.compilation import compiled_once
 
 TINY = [
     "data.min_length=8", "data.max_length=24", "data.max_depth=4", "data.train=64",
@@ -29,24 +31,20 @@ def command(folder, *more, steps=4):
     ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    """The tiny batch does not need the suite's eight devices."""
-    import jax
-
+@pytest.fixture(scope="module", autouse=True)
+def _setting(tmp_path_factory):
+    """One device is enough for the tiny batches, and one compilation for all runs."""
     first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        with compiled_once(tmp_path_factory.mktemp("compiled")):
+            yield
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lra")
-    with pytest.MonkeyPatch.context() as patch:
-        import jax
-
-        first = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: first)
-        assert lra_train.main(command(folder)) == 0
+    assert lra_train.main(command(folder)) == 0
     return folder
 
 

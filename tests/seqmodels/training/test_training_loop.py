@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.checkpoint import Checkpoints
@@ -26,6 +25,7 @@ from seqmodels.training.errors import (
 from seqmodels.training.loop import chain_digest
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
 from seqmodels.training.state import abstract_state
+from tests.seqmodels.training.compilation import compiled_once
 from tests.seqmodels.training.toy import CONFIG, ToyBatches, run_toy, toy_task
 
 ROOT = Path(__file__).parents[3]
@@ -70,20 +70,8 @@ def assert_same_run(run_dir, reference):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_once(tmp_path_factory):
-    """The same toy is trained over and over."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

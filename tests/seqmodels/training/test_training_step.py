@@ -9,9 +9,16 @@ from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.training.evaluation import evaluate
 from seqmodels.training.state import create_state, optimizer_of
 from seqmodels.training.step import gradients, make_eval_step, make_train_step
+from tests.seqmodels.training.compilation import compiled_once
 from tests.seqmodels.training.toy import CONFIG, VALIDATION, make_batch, toy_task
 
 TRUE = np.asarray(True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def one_device():
