@@ -2,6 +2,7 @@
 
 import copy
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,12 +44,16 @@ class Case:
         self.ids = jnp.asarray(testing.random_ids(rng, batch, length)) if packed else None
         self.reverse = reverse
 
-    def in_float32(self):
-        """The same numbers, for the oracle of a narrower dtype."""
-        wide = copy.copy(self)
-        wide.args = tuple(x.astype(jnp.float32) for x in self.args)
-        wide.cotangents = tuple(x.astype(jnp.float32) for x in self.cotangents)
-        return wide
+    def oracle(self):
+        """The same numbers through the sequential reference in double precision."""
+        kinds = {"c": np.complex128}
+        with jax.enable_x64(True):
+            wide = copy.copy(self)
+            wide.args, wide.cotangents = jax.tree.map(
+                lambda x: jnp.asarray(np.asarray(x).astype(kinds.get(x.dtype.kind, np.float64))),
+                (self.args, self.cotangents),
+            )
+            return jax.tree.map(np.asarray, wide.run("reference"))
 
     def run(self, implementation, *, args=None, ids=None):
         ids = self.ids if ids is None else ids

@@ -54,11 +54,9 @@ FEATURES = [
 )
 def test_kernels_equal_the_oracle(backend, features):
     case = case_for(backend, **features)
-    if features.get("dtype") == "bfloat16":
-        expected, tolerance = case.in_float32().run("reference"), testing.BFLOAT16_TOLERANCE
-    else:
-        expected, tolerance = case.run("reference"), testing.FLOAT32_TOLERANCE
-    testing.assert_close(interpreted(case, backend), expected, tolerance)
+    narrow = features.get("dtype") == "bfloat16"
+    tolerance = testing.BFLOAT16_TOLERANCE if narrow else testing.FLOAT32_TOLERANCE
+    testing.assert_close(interpreted(case, backend), case.oracle(), tolerance)
 
 
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
@@ -80,7 +78,7 @@ def test_the_same_call_twice_is_bitwise_equal(backend):
 def test_one_chunk_on_a_gpu_that_the_batch_fills(monkeypatch):
     monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(64, 32, 4))
     case = case_for("gpu", packed=True)
-    testing.assert_close(interpreted(case, "gpu"), case.run("reference"), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(interpreted(case, "gpu"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 def broken_carry_not_reset(monkeypatch):
@@ -94,7 +92,7 @@ def broken_carry_shifted_by_one(monkeypatch):
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = case_for("tpu")
-    expected = case.run("reference")
+    expected = case.oracle()
     mutant(monkeypatch)
     with pytest.raises(AssertionError, match=r"not finite|>"):
         testing.assert_close(interpreted(case, "tpu"), expected, testing.FLOAT32_TOLERANCE)
