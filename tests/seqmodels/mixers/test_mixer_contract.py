@@ -44,7 +44,7 @@ LENGTH = IDS.shape[1]
 
 @pytest.fixture(autouse=True)
 def _strict_promotion():
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("strict"):
         yield
 
 
