@@ -48,7 +48,7 @@ def sequential_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False
 
     def step(h, token):
         decay, value = token
-        h = (a if decay is None else decay) * h + value
+        h = (a[None] if decay is None else decay) * h + value
         return h, h.astype(b.dtype)
 
     final, h = jax.lax.scan(step, initial_state, (decays, inputs), reverse=reverse, unroll=unroll)

@@ -101,7 +101,7 @@ def _figure(row: Result) -> str:
         return f"{figures['us']:.0f} us, floor {figures['floor_us']:.0f}"
     if row.kind == cases.PTXAS:
         return f"{figures['registers']} registers, {figures['spilled bytes']} bytes spilled"
-    return figures.get("reason", "")
+    return figures["reason"].strip().splitlines()[-1]
 
 
 def _ratios(row: Result) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 def medians(
     programs: Mapping[str, Callable[..., Any]], args: tuple[Any, ...], repetitions: int
 ) -> dict[str, float]:
-    """`milliseconds` of functions that compute the same: jitted, and compared before they are timed.
+    """`milliseconds` of functions that compute the same; they are jitted, and compared first.
 
     Raises:
       AssertionError: the output of one is not that of the first.
