@@ -142,7 +142,8 @@ def train(arguments: Arguments) -> None:
         on_event=lambda what, _: locations.write(run_dir) if what == "prepared" else None,
     )
     if not outcome.complete:
-        print(f"stopped after {outcome.progress.step} steps: max_minutes={config.train.max_minutes}")
+        limit = config.train.max_minutes
+        print(f"stopped after {outcome.progress.step} steps: max_minutes={limit}")
     step = outcome.chosen_step
     test = evaluate_checkpoint(config, identity, run_dir / "checkpoints", step, data.test)
     result = make_result(config, run_dir, data, outcome, test)
