@@ -71,7 +71,7 @@ def programs(
         "labels": jnp.arange(batch_size, dtype=jnp.int32) % config.num_classes,
         "weights": jnp.ones((batch_size,), jnp.float32),
     }
-    args = (task.init(keys[1]), batch, keys[2])
+    args = (jax.jit(task.init)(keys[1]), batch, keys[2])
     no_gate = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, gate=None))
     variants: dict[str, tuple[ClassifierConfig, Any]] = {
         "step": (config, contextlib.nullcontext()),
