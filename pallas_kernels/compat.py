@@ -26,6 +26,7 @@ __all__ = [
     "tpu",
     "triton",
     "using_interpreter",
+    "vary_alike",
 ]
 
 # Part of jax's trace cache: what is traced inside the context never runs outside, nor vice versa.
@@ -54,21 +55,42 @@ def race_found() -> bool:
     return bool(interpret_pallas_call.races and interpret_pallas_call.races.races_found)
 
 
-def out_struct(shape: Sequence[int], dtype: Any, *like: jax.Array) -> jax.ShapeDtypeStruct:
+def varying_axes(*arrays: Any) -> frozenset[Any]:
+    """The mesh axes of an enclosing `jax.shard_map` over which any of the arrays varies."""
+    axes: frozenset[Any] = frozenset()
+    for array in arrays:
+        aval = jax.typeof(array)
+        axes |= aval.mat.varying if hasattr(aval, "mat") else getattr(aval, "vma", frozenset())
+    return axes
+
+
+def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays (None stays None), all typed to vary over the axes that any of them varies over.
+
+    `jax.shard_map(check_vma=True)` wants loops and kernels to agree on this type. The gradient of
+    an array that was the same on all devices is summed over them.
+    """
+    axes = varying_axes(*(x for x in arrays if x is not None))
+
+    def cast(x: Any) -> Any:
+        missing = tuple(axes - varying_axes(x)) if x is not None else ()
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return tuple(map(cast, arrays))
+
+
+def out_struct(shape: Sequence[int], dtype: Any, *like: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a kernel's output that varies over the mesh axes its inputs vary over.
 
-    `jax.shard_map(check_vma=True)` wants this axis type; its name differs between versions.
+    The name of this axis type differs between versions of jax.
     """
-    types = [jax.typeof(x) for x in like]
-    if types and hasattr(types[0], "mat"):
-        varying = frozenset().union(*(t.mat.varying for t in types))
-        if not varying:
-            return jax.ShapeDtypeStruct(shape, dtype)
-        return jax.ShapeDtypeStruct(
-            shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
-        )
-    varying = frozenset().union(*(getattr(t, "vma", frozenset()) for t in types))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying or None)  # type: ignore[call-arg]
+    axes = varying_axes(*like)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    if hasattr(jax.typeof(like[0]), "mat"):
+        kind = jax.sharding.ManualAxisType(varying=axes)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)  # type: ignore[call-arg]
 
 
 def pallas_call(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, validate
 from pallas_kernels.linear_scan import gpu, reference, tpu, xla
 
 _OP = "linear_scan"
@@ -57,6 +57,9 @@ def linear_scan(
     if initial_state is None:
         initial_state = jnp.zeros((b.shape[0], b.shape[2]), state_dtype)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    if b.shape[1] == 1 and implementation is None:
+        implementation = "xla"  # decoding: one step needs no kernel
+    a, b, initial_state, runs = compat.vary_alike(a, b, initial_state, runs)
     h, final_state = dispatch.run(
         _OP,
         {
@@ -98,7 +101,7 @@ def _validate(a, b, initial_state, segment_ids) -> Any:
     return state_dtype
 
 
-def _refusals(b: jax.Array) -> dict[str, str]:
+def _refusals(b: Any) -> dict[str, str]:
     reasons = {}
     if b.dtype in (jnp.float64, jnp.complex128):
         wide = f"it has no {b.dtype}; reference and xla do"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels import compat, segments
 
 
 def linear_scan(a, b, initial_state, runs, *, reverse: bool):
@@ -22,7 +22,7 @@ def linear_scan(a, b, initial_state, runs, *, reverse: bool):
     """
     batch, length, width = b.shape
     a = jnp.broadcast_to(a.astype(initial_state.dtype), (batch, length, width))
-    codes = jnp.zeros((batch, length), jnp.int32)
+    codes = compat.vary_alike(jnp.zeros((batch, length), jnp.int32), b)[0]
     if runs is not None:
         codes = segments.step_codes(runs, reverse=reverse)
 

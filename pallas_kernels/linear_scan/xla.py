@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels import compat, segments
 from pallas_kernels.linear_scan import tile
 
 # A step of a loop costs about as much as touching this many numbers (measured on x86).
@@ -86,8 +86,15 @@ def _put(x, value, t):
     return jax.lax.dynamic_update_index_in_dim(x, value.astype(x.dtype)[:, :, None], t, 2)
 
 
-def _loop(chunks: _Chunks, body, carry):
-    return jax.lax.fori_loop(0, chunks.size, lambda i, c: body(chunks.step(i), c), carry)
+def _loop(chunks: _Chunks, body, carry, steps: int | None = None):
+    """`body(t, carry)` over the steps of the chunks in the direction of travel."""
+    steps = chunks.size if steps is None else steps
+    return jax.lax.fori_loop(0, steps, lambda i, c: body(chunks.step(i), c), carry)
+
+
+def _full(fill: int, shape, dtype, like):
+    """A constant to begin a loop with, typed under `jax.shard_map` as what it will become."""
+    return compat.vary_alike(jnp.full(shape, fill, dtype), like)[0]
 
 
 def _cut_decay(a, chunks: _Chunks):
@@ -103,7 +110,7 @@ def _chunk_decay(a, codes, chunks: _Chunks, shape, dtype):
     def body(t, product):
         return tile.compose((product,), (_at(a, t, dtype),), _at(codes, t))[0]
 
-    return _loop(chunks, body, jnp.ones(shape, dtype))
+    return _loop(chunks, body, _full(1, shape, dtype, a))
 
 
 def _entering(decay, flow, initial, *, reverse: bool):
@@ -133,7 +140,7 @@ def forward(a, b, initial_state, runs, reverse: bool):
     def advance(t, h):
         return tile.advance((h,), (_at(a, t, dtype),), (_at(b, t, dtype),), _at(codes, t))[0]
 
-    flow = _loop(chunks, advance, jnp.zeros(shape, dtype))
+    flow = _loop(chunks, advance, _full(0, shape, dtype, b))
     decay = _chunk_decay(a, codes, chunks, shape, dtype)
     entering, final_state = _entering(decay, flow, initial_state, reverse=reverse)
 
@@ -144,7 +151,7 @@ def forward(a, b, initial_state, runs, reverse: bool):
         visible = h if code is None else jnp.where(code == segments.SKIP, jnp.zeros_like(h), h)
         return h, _put(out, visible, t)
 
-    _, h = _loop(chunks, write, (entering, jnp.zeros_like(b)))
+    _, h = _loop(chunks, write, (entering, _full(0, b.shape, b.dtype, b)))
     return chunks.uncut(h), final_state
 
 
@@ -165,7 +172,7 @@ def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
         )
         return gradient[0], before[0]
 
-    flow = _loop(chunks, lambda t, c: retreat(t, c)[1], jnp.zeros(shape, dtype))
+    flow = _loop(chunks, lambda t, c: retreat(t, c)[1], _full(0, shape, dtype, dh))
     decay = _chunk_decay(a_cut, codes, chunks, shape, dtype)
     c, dinitial_state = _entering(decay, flow, dfinal_state, reverse=not reverse)
 
@@ -178,11 +185,14 @@ def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
         da = da + step_da if constant else _put(da, step_da, t)
         return c, da, _put(db, gradient, t)
 
-    def inside(i, carry):
-        return write(chunks.step(i), carry, _at(h, chunks.step(i + 1), dtype))
+    towards_start = 1 if reverse else -1
 
-    da = jnp.zeros(shape, dtype) if constant else jnp.zeros_like(a_cut)
-    carry = jax.lax.fori_loop(0, chunks.size - 1, inside, (c, da, jnp.zeros_like(dh)))
+    def inside(t, carry):
+        return write(t, carry, _at(h, t + towards_start, dtype))
+
+    da = _full(0, shape, dtype, dh) if constant else _full(0, a_cut.shape, a.dtype, dh)
+    carry = (c, da, _full(0, dh.shape, dh.dtype, dh))
+    carry = _loop(chunks, inside, carry, steps=chunks.size - 1)
     # The first step of a chunk follows the last of its neighbour.
     borders = [initial_state[:, None], _at(h, chunks.step(0), dtype)]
     borders = [borders[1][:, 1:], borders[0]] if reverse else [borders[0], borders[1][:, :-1]]
@@ -192,9 +202,27 @@ def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
     return da.astype(a.dtype), chunks.uncut(db), dinitial_state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_scan(a, b, initial_state, runs, reverse: bool):
     """See `api.linear_scan`; `runs (B, L)` int32 or None."""
+    if b.shape[1] == 1:
+        return _one_token(a, b, initial_state, runs)
+    return _linear_scan(a, b, initial_state, runs, reverse)
+
+
+def _one_token(a, b, initial_state, runs):
+    """A decoding step: no loops; JAX differentiates it."""
+    dtype = initial_state.dtype
+    a = jnp.broadcast_to(a, b.shape)[:, 0].astype(dtype)
+    h = a * initial_state + b[:, 0].astype(dtype)
+    if runs is None:
+        return h[:, None].astype(b.dtype), h
+    padding = runs == 0
+    visible = jnp.where(padding, jnp.zeros_like(h), h)
+    return visible[:, None].astype(b.dtype), jnp.where(padding, initial_state, h)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear_scan(a, b, initial_state, runs, reverse: bool):
     return forward(a, b, initial_state, runs, reverse)
 
 
@@ -209,4 +237,4 @@ def _vjp_backward(reverse, residuals, cotangents):
     return *backward(a, h, initial_state, runs, dh, dfinal_state, reverse), None
 
 
-linear_scan.defvjp(_vjp_forward, _vjp_backward)
+_linear_scan.defvjp(_vjp_forward, _vjp_backward)

@@ -115,21 +115,17 @@ def test_a_row_of_padding_returns_its_initial_state(reverse):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_whole_equals_split_equals_step_by_step(implementation):
+@pytest.mark.parametrize("cuts", [[0, 7, 20, 33], list(range(34))], ids=["split", "steps"])
+def test_whole_equals_split_equals_step_by_step(implementation, cuts):
     a, b, initial = Case(length=33, dtype=COMPLEX).args
-    whole, final = linear_scan(a, b, initial_state=initial, implementation=implementation)
-    for cuts in ([0, 7, 20, 33], range(34)):
-        state, parts = initial, []
-        for start, stop in itertools.pairwise(cuts):
-            part, state = linear_scan(
-                a[:, start:stop],
-                b[:, start:stop],
-                initial_state=state,
-                implementation=implementation,
-            )
-            parts.append(part)
-        testing.assert_close(jnp.concatenate(parts, 1), whole, testing.FLOAT32_TOLERANCE)
-        testing.assert_close(state, final, testing.FLOAT32_TOLERANCE)
+    run = jax.jit(functools.partial(linear_scan, implementation=implementation))
+    whole, final = run(a, b, initial_state=initial)
+    state, parts = initial, []
+    for start, stop in itertools.pairwise(cuts):
+        part, state = run(a[:, start:stop], b[:, start:stop], initial_state=state)
+        parts.append(part)
+    testing.assert_close(jnp.concatenate(parts, 1), whole, testing.FLOAT32_TOLERANCE)
+    testing.assert_close(state, final, testing.FLOAT32_TOLERANCE)
 
 
 def test_reverse_is_flip_run_flip():
