@@ -77,11 +77,15 @@ class Program(NamedTuple):
                     "outside the kernels (lax.scan, fori_loop, cond) cannot be read off"
                 )
         sizes = {op.name: op.bytes for op in self.entry}
-        return sum(
-            sizes[op.name] + sum(sizes.get(name, 0) for name in set(op.operands))
-            for op in self.entry
-            if op.kind not in _FREE
-        )
+        total = 0
+        for op in self.entry:
+            if op.kind in _FREE:
+                continue
+            total += op.bytes
+            # The result of a transfer that starts is a tuple of its source and its destination.
+            if not op.kind.endswith("-start"):
+                total += sum(sizes.get(name, 0) for name in set(op.operands))
+        return total
 
     def layout_copies(self) -> dict[str, int]:
         """Bytes written by each op that copies to another layout or transposes."""

@@ -51,11 +51,8 @@ def gradient(config: ClassifierConfig, length: int) -> Callable[..., Any]:
     return fn
 
 
-VARIANTS = ("step", "associative_scan", "without scan", "without norm", "without gate")
-
-
 def programs(
-    config: ClassifierConfig, batch_size: int, length: int, names: tuple[str, ...] = VARIANTS
+    config: ClassifierConfig, batch_size: int, length: int
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """Compiled steps by name, and their arguments.
 
@@ -83,8 +80,7 @@ def programs(
         "without gate": (no_gate, contextlib.nullcontext()),
     }  # fmt: skip
     compiled = {}
-    for name in names:
-        variant, context = variants[name]
+    for name, (variant, context) in variants.items():
         with context:
             compiled[name] = jax.jit(gradient(variant, length)).lower(*args).compile()
     return compiled, args

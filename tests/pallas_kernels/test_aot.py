@@ -31,6 +31,8 @@ ENTRY %main (a.1: f32[8,128], b.1: bf16[8,128]) -> (f32[128,8], f32[8,128]) {
 custom_call_target="tpu_custom_call", operand_layout_constraints={f32[8,128]{1,0}}
   %kept = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%k.1), index=0
   %turned = f32[8,128]{0,1:T(8,128)} copy(%a.1)
+  %start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a.1)
+  %done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)
   %out = f32[8,128]{1,0:T(8,128)} copy(%kept)
   %fusion.1 = f32[128,8]{1,0:T(8,128)} fusion(%a.1), kind=kLoop, calls=%fused
   ROOT %tuple.1 = (f32[128,8], f32[8,128]) tuple(%fusion.1, %out)
@@ -59,8 +61,8 @@ def test_traffic_counts_each_array_of_an_op_once_and_nothing_in_vmem():
     program = aot_hlo.parse(PROGRAM)
     f32, bf16 = 4096, 2048
     kernel = f32 + bf16 + f32  # a once although it is passed twice; one result stays in VMEM
-    turned, out, fusion = 2 * f32, f32, 2 * f32
-    assert program.traffic() == kernel + turned + out + fusion
+    turned, prefetch, out, fusion = 2 * f32, f32, f32, 2 * f32
+    assert program.traffic() == kernel + turned + prefetch + out + fusion
     assert program.kernels() == 1
 
 
