@@ -185,11 +185,11 @@ _CPU_TEXT: dict[str, Any] = {
     "data.max_length": 1024,
     "lengths": [512, 768, 1024],
     "classifier.backbone.width": 64,
-    "train.steps": 2_500,
-    "train.batch_size": 32,
-    "train.warmup_steps": 250,
-    "train.eval_every": 250,
-    "train.checkpoint_every": 250,
+    "train.steps": 8_000,
+    "train.batch_size": 16,
+    "train.warmup_steps": 500,
+    "train.eval_every": 1_000,
+    "train.checkpoint_every": 1_000,
 }
 
 CPU_CHANGES: dict[tuple[str, str], dict[str, Any]] = {

@@ -63,10 +63,10 @@ def linear_scan(
     h, final_state = dispatch.run(
         _OP,
         {
-            "reference": lambda *x: reference.linear_scan(*x, reverse=reverse),
-            "xla": lambda *x: xla.linear_scan(*x, reverse),
-            "tpu": lambda *x: tpu.linear_scan(*x, reverse),
-            "gpu": lambda *x: gpu.linear_scan(*x, reverse),
+            "reference": lambda a, b, h, r: reference.linear_scan(a, b, h, r, reverse=reverse),
+            "xla": lambda a, b, h, r: xla.linear_scan(a, b, h, r, reverse),
+            "tpu": lambda a, b, h, r: tpu.linear_scan(a, b, h, r, reverse),
+            "gpu": lambda a, b, h, r: gpu.linear_scan(a, b, h, r, reverse),
         },
         a,
         b,
