@@ -173,10 +173,10 @@ _CPU_LISTOPS: dict[str, Any] = {
     # Trees of 65 to 199 tokens instead of 501 to 1999: not the published task.
     "data.min_length": 64,
     "data.max_length": 200,
-    "lengths": [104, 136, 168, 200],
+    "lengths": [136, 200],
     "classifier.backbone.width": 64,
-    "train.steps": 10_000,
-    "train.warmup_steps": 500,
+    "train.steps": 5_000,
+    "train.warmup_steps": 250,
     "train.eval_every": 500,
     "train.checkpoint_every": 500,
 }
@@ -186,7 +186,6 @@ _CPU_TEXT: dict[str, Any] = {
     "lengths": [512, 768, 1024],
     "classifier.backbone.width": 64,
     "train.steps": 8_000,
-    "train.batch_size": 16,
     "train.warmup_steps": 500,
     "train.eval_every": 1_000,
     "train.checkpoint_every": 1_000,
@@ -200,6 +199,7 @@ CPU_CHANGES: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("text", "s5"): {
         **_CPU_TEXT,
+        "train.batch_size": 16,
         "classifier.backbone.layout": ["s5"] * 4,
         "classifier.backbone.mixers.0.state_size": 64,
         "classifier.backbone.mixers.0.blocks": 4,

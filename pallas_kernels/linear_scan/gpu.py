@@ -120,7 +120,7 @@ def _walk(job: _Job, strip: _Strip, codes_ref, body, carry):
             code, mask, other = None, None, None
             if job.guarded:
                 live = mask = (place < job.tiles.steps) & (t < job.length)
-                code = jnp.where(live, segments.KEEP, segments.SKIP)
+                code = jnp.where(live, jnp.int32(segments.KEEP), jnp.int32(segments.SKIP))
                 other = segments.SKIP
             if job.segmented:
                 code = compat.triton.load(codes_ref.at[strip.row, t], mask=mask, other=other)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from pallas_kernels import linear_scan
 from pallas_kernels import segments as segment_ops
+from seqmodels.parallel.rows import over_rows
 
 State = Any
 """What a mixer carries from call to call: a pytree; ``None`` where a mixer does not stream."""
@@ -144,10 +145,14 @@ def recurrence(
     enters the document with a zero state, and the forward scan runs past its end, where outputs
     are *unspecified* (mixers mask theirs). The final state is that of the last real token.
     """
+
+    def scan(a: Array, b: Array, hidden: Array | None, runs: Array | None) -> tuple[Array, Array]:
+        return linear_scan(a, b, initial_state=hidden, segment_ids=runs, reverse=reverse)
+
     if segments is None or not segments.single:
         runs = None if segments is None else segments.runs
-        return linear_scan(a, b, initial_state=hidden, segment_ids=runs, reverse=reverse)
-    h, final = linear_scan(a, mask_padding(b, segments), initial_state=hidden, reverse=reverse)
+        return over_rows(scan, [a], [b, hidden, runs])
+    h, final = over_rows(scan, [a], [mask_padding(b, segments), hidden, None])
     if reverse:
         return h, final
     lengths = segments.lengths

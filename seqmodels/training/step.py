@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from seqmodels.parallel.mesh import batch_sharding, replicated
+from seqmodels.parallel.rows import on_mesh
 from seqmodels.training.state import TrainState
 from seqmodels.training.task import Batch, Sums, Task, Variables
 
@@ -120,7 +121,7 @@ def make_train_step(
 
     whole = replicated(mesh)
     return jax.jit(
-        train_step,
+        on_mesh(train_step, mesh),
         donate_argnums=0,
         in_shardings=(whole, batch_sharding(mesh), whole),
         out_shardings=whole,
@@ -134,4 +135,6 @@ def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Variables, Batch], Sums]
         return task.loss(variables, batch, None)[0]
 
     whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole)
+    return jax.jit(
+        on_mesh(eval_step, mesh), in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole
+    )
