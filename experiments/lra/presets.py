@@ -185,7 +185,7 @@ _CPU_TEXT: dict[str, Any] = {
     "data.max_length": 1024,
     "lengths": [512, 768, 1024],
     "classifier.backbone.width": 64,
-    "train.steps": 8_000,
+    "train.steps": 7_000,
     "train.warmup_steps": 500,
     "train.eval_every": 1_000,
     "train.checkpoint_every": 1_000,

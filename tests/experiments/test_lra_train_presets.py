@@ -86,7 +86,7 @@ def test_changes_by_path():
     [
         ("train.lr=1", "no field 'train.lr'.*learning_rate"),
         ("trian.steps=1", "no field 'trian'.*train"),
-        ("lengths.9=1", "no field 'lengths.9'.*0 to 3"),
+        ("lengths.9=1", "no field 'lengths.9'.*0 to 1"),
         ("train.steps.x=1", "no field 'train.steps.x'"),
         ("train.steps=many", "train.steps='many'"),
         ("train.steps=0", "steps=0"),
