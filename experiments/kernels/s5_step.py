@@ -17,8 +17,8 @@ from experiments.kernels import baselines
 from experiments.kernels.cases import TIMED, Result
 from experiments.kernels.timing import milliseconds
 from experiments.lra import presets
-from seqmodels.mixers import base
-from seqmodels.models import Classifier, ClassifierConfig, backbone, marks
+from seqmodels.mixers import S5Config, base
+from seqmodels.models import BackboneConfig, Classifier, ClassifierConfig, backbone, marks
 from seqmodels.training.task import classification
 
 
@@ -107,12 +107,25 @@ def result(
     )
 
 
+def path_x() -> tuple[ClassifierConfig, int, int]:
+    """Two of the six layers of the published Path-X model, one row of a quarter of the length."""
+    mixer = S5Config(state_size=256, blocks=16, c_init="complex_normal", bidirectional=True)
+    stack = BackboneConfig(
+        layout=("s5",) * 2, mixers=(mixer,), width=128, norm="batch", gate="half_glu1"
+    )
+    return ClassifierConfig(backbone=stack, num_classes=2, vocabulary_size=256), 1, 4096
+
+
 def results(repetitions: int) -> Iterator[Result]:
-    """The "cpu" presets at their longest rows; Text with a quarter of its batch, for time."""
+    """The "cpu" presets at their longest rows (Text with a quarter of its batch) and Path-X."""
+    rows = {}
     for task, share in (("listops", 1), ("text", 4)):
         experiment = presets.experiment(task, "s5", "cpu")
-        batch_size, length = experiment.train.batch_size // share, experiment.lengths[-1]
-        stack = experiment.classifier.backbone
+        batch_size = experiment.train.batch_size // share
+        rows[task] = experiment.classifier, batch_size, experiment.lengths[-1]
+    rows["path-x"] = path_x()
+    for task, (config, batch_size, length) in rows.items():
+        stack = config.backbone
         shape = f"batch {batch_size}, length {length}, {len(stack.layout)} layers of {stack.width}"
-        compiled, args = programs(experiment.classifier, batch_size, length)
+        compiled, args = programs(config, batch_size, length)
         yield result(f"S5 step, {task}", shape, compiled, args, repetitions)
