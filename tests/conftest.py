@@ -1,7 +1,12 @@
-"""Settings of the whole suite: 8 simulated devices, no silent rank promotion."""
+"""Settings of the whole suite: 8 simulated devices, no silent rank promotion, no timed asserts."""
 
+import hypothesis
 import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a test compiles, which takes long; how long is not what is tested.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
