@@ -175,7 +175,7 @@ _CPU_LISTOPS: dict[str, Any] = {
     "data.max_length": 200,
     "lengths": [136, 200],
     "classifier.backbone.width": 64,
-    "train.steps": 4_000,
+    "train.steps": 2_500,
     "train.warmup_steps": 250,
     "train.eval_every": 500,
     "train.checkpoint_every": 500,
