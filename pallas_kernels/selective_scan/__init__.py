@@ -1,0 +1,5 @@
+"""Mamba's selective scan: discretise, scan and contract in one pass."""
+
+from pallas_kernels.selective_scan.api import selective_scan
+
+__all__ = ["selective_scan"]

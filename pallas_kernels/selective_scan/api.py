@@ -1,0 +1,153 @@
+"""The public op: signature, validation, dispatch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+
+from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels.selective_scan import reference
+from pallas_kernels.selective_scan.config import Config
+
+try:
+    from pallas_kernels.selective_scan import tpu
+except ImportError:
+    tpu = reference
+xla = gpu = reference
+
+_OP = "selective_scan"
+
+
+def selective_scan(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    gate: ArrayLike | None = None,
+    dt_bias: ArrayLike | None = None,
+    dt_softplus: bool = False,
+    initial_state: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    reverse: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The state space model of Mamba (Gu and Dao 2023, arXiv:2312.00752, section 3).
+
+    For each channel d and state n, with `A` discretised exactly and `B` by Euler's rule:
+
+        h_t[d, n] = exp(dt_t[d] A[d, n]) h_{t-1}[d, n] + dt_t[d] x_t[d] B_t[n]
+        y_t[d]    = (sum_n C_t[n] h_t[d, n] + D[d] x_t[d]) * silu(gate_t[d])
+
+    Nothing of shape `(B, L, D, N)` is ever stored, forward or backward.
+
+    Args:
+      x: inputs `(B, L, D)`; float32 or bfloat16. float64 is kept by `reference` and `xla`.
+      dt: step sizes `(B, L, D)`, >= 0 after bias and softplus; float32 (float64 for such an x) or
+        bfloat16, as are `B`, `C` and `gate`.
+      A: `(D, N)` float32 (float64 for such an x), <= 0.
+      B: what each token writes to the states, `(B, L, N)`.
+      C: what each token reads from the states, `(B, L, N)`.
+      D: weight of the skip connection, `(D,)` in A's dtype, or None.
+      gate: `(B, L, D)`: the output is multiplied by `silu(gate)`, or None.
+      dt_bias: added to dt first, `(D,)` in A's dtype, or None.
+      dt_softplus: dt, with its bias, goes through `log(1 + exp(dt))`.
+      initial_state: the state before the first token, `(B, D, N)` in A's dtype; zeros if None. It
+        belongs to the row's first document.
+      segment_ids: `(B, L)` int32, the document of each token; 0 is padding and stands only at the
+        end of a row. State never crosses a change of id; padding leaves it untouched and its
+        output is 0.
+      reverse: run from the last real token to the first: the initial state enters at the last,
+        the final state is the one after token 0.
+      implementation: None, or a name or a sequence of names of `"reference" | "xla" | "tpu" |
+        "gpu"`; see `dispatch.run`.
+
+    Returns:
+      `y (B, L, D)` in `x`'s dtype and `final_state (B, D, N)` in A's dtype: the state after the
+      last real token (`initial_state` for a row of padding).
+
+    Gradients flow through all arrays but `segment_ids`, and through both outputs. Forward mode and
+    second derivatives: `implementation="reference"`.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit, or a positive value in an `A` of numpy; the
+        message names the argument.
+      NotImplementedError: a forced implementation cannot serve the arguments.
+    """
+    if isinstance(A, np.ndarray) and (A > 0).any():
+        raise ValueError(f"{_OP}: A must be <= 0, got a value of {A.max()}; Mamba's is -exp(A_log)")
+    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "dt_bias": dt_bias}
+    arrays = {name: None if z is None else jnp.asarray(z) for name, z in arrays.items()}
+    state_dtype = _validate(arrays, initial_state, segment_ids)
+    batch, length = arrays["x"].shape[:2]
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, *arrays["A"].shape), state_dtype)
+    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    if length == 1 and implementation is None:
+        implementation = "xla"  # decoding: one step needs no kernel
+    config = Config(dt_softplus=dt_softplus, reverse=reverse)
+    implementations = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
+    y, final_state = dispatch.run(
+        _OP,
+        {
+            name: functools.partial(module.selective_scan, config)
+            for name, module in implementations.items()
+        },
+        *compat.vary_alike(*arrays.values(), initial_state, runs),
+        requested=implementation,
+        refusals=_refusals(arrays["x"]),
+    )
+    return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
+
+
+def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> Any:
+    """The dtype of the state."""
+    x, A = arrays["x"], arrays["A"]
+    validate.shape(_OP, "x", x, "(B, L, D)", (None, None, None))
+    batch, length, width = x.shape
+    validate.shape(_OP, "A", A, "(D, N)", (width, None))
+    states = A.shape[1]
+    if x.size == 0 or states == 0:
+        raise ValueError(f"{_OP}: x and A must not be empty, got shapes {x.shape} and {A.shape}")
+    validate.dtype(_OP, "x", x, ("float32", "bfloat16", "float64"))
+    state_dtype = jnp.dtype(jnp.float32) if x.dtype == jnp.bfloat16 else x.dtype
+    because = f"x is {x.dtype}"
+    # By argument: the rule on its shape, the sizes, and whether it may be narrow.
+    rules: dict[str, tuple[str, tuple[int, ...], bool]] = {
+        "dt": ("(B, L, D)", (batch, length, width), True),
+        "A": ("(D, N)", (width, states), False),
+        "B": ("(B, L, N)", (batch, length, states), True),
+        "C": ("(B, L, N)", (batch, length, states), True),
+        "D": ("(D,)", (width,), False),
+        "gate": ("(B, L, D)", (batch, length, width), True),
+        "dt_bias": ("(D,)", (width,), False),
+        "initial_state": ("(B, D, N)", (batch, width, states), False),
+    }
+    for name, (rule, sizes, narrow) in rules.items():
+        array = initial_state if name == "initial_state" else arrays[name]
+        if array is not None:
+            validate.shape(_OP, name, array, rule, sizes)
+            either = narrow and state_dtype == jnp.float32
+            allowed = (state_dtype.name, "bfloat16") if either else (state_dtype.name,)
+            validate.dtype(_OP, name, array, allowed, because)
+    if segment_ids is not None:
+        validate.segment_ids(_OP, segment_ids, batch, length)
+    return state_dtype
+
+
+def _refusals(x: Any) -> dict[str, str]:
+    reasons = {}
+    if x.dtype == jnp.float64:
+        wide = f"it has no {x.dtype}; reference and xla do"
+        reasons = {"tpu": wide, "gpu": wide}
+    if x.size >= 2**31:
+        reasons.setdefault("gpu", f"x has {x.size} elements, its addresses hold 2**31")
+    return reasons
