@@ -17,11 +17,12 @@ import rich.console
 import rich.table
 import tyro
 
-from experiments.kernels import cases, s5_step
-from experiments.kernels.cases import Result
+from experiments.kernels import linear_scan, results, s5_step
+from experiments.kernels.results import Result
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment
 
+FAMILIES = {"linear_scan": linear_scan}
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 
 
@@ -29,10 +30,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 class BenchConfig:
     """What to measure."""
 
-    family: Literal["linear_scan"] = "linear_scan"
-    """The family of kernels."""
+    family: str = "linear_scan"
+    """The family of kernels, a key of FAMILIES."""
     only: Literal["cpu", "step", "tpu", "gpu"] | None = None
-    """Only this part: "cpu" times the op, "step" a training step of S5, "tpu" estimates for absent
+    """Only this part: "cpu" times the op, "step" a training step of S5
+    (linear_scan only), "tpu" estimates for absent
     TPUs, "gpu" times the GPU if there is one and reads ptxas' report for absent ones."""
     repetitions: int = 15
     """Interleaved repetitions of every timed program; medians are reported."""
@@ -44,6 +46,10 @@ class BenchConfig:
     """The JSON file. By default experiments/results/kernels/<family>.json, with `-<only>` added."""
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r} is unknown; one of {', '.join(FAMILIES)}")
+        if self.only == "step" and self.family != "linear_scan":
+            raise ValueError(f"only='step' measures linear_scan, not family={self.family!r}")
         if self.repetitions < 1:
             raise ValueError(f"repetitions={self.repetitions} must be at least 1")
 
@@ -55,12 +61,14 @@ class BenchConfig:
 
 def measure(config: BenchConfig) -> Iterator[Result]:
     """The rows, each as soon as it is known."""
+    family = FAMILIES[config.family]
     parts = {
-        "cpu": lambda: cases.cpu(config.repetitions),
-        "step": lambda: s5_step.results(config.repetitions),
-        "tpu": lambda: cases.tpu(config.tpu_chips),
-        "gpu": lambda: cases.gpu(config.repetitions, config.gpu_chips),
+        "cpu": lambda: family.cpu(config.repetitions),
+        "tpu": lambda: family.tpu(config.tpu_chips),
+        "gpu": lambda: family.gpu(config.repetitions, config.gpu_chips),
     }
+    if config.family == "linear_scan":
+        parts["step"] = lambda: s5_step.results(config.repetitions)
     for name, part in parts.items():
         if config.only in (None, name):
             yield from part()
@@ -95,11 +103,11 @@ def table(rows: Iterable[Result]) -> rich.table.Table:
 
 def _figure(row: Result) -> str:
     figures: dict[str, Any] = row.figures
-    if row.kind == cases.TIMED:
+    if row.kind == results.TIMED:
         return "\n".join(f"{name.removesuffix(' ms')} {ms:.2f} ms" for name, ms in figures.items())
-    if row.kind == cases.STATIC:
+    if row.kind == results.STATIC:
         return f"{figures['us']:.0f} us, floor {figures['floor_us']:.0f}"
-    if row.kind == cases.PTXAS:
+    if row.kind == results.PTXAS:
         return f"{figures['registers']} registers, {figures['spilled bytes']} bytes spilled"
     return figures["reason"].strip().splitlines()[-1]
 

@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.kernels import baselines
-from experiments.kernels.cases import TIMED, Result
+from experiments.kernels.baselines import linear_scan as baselines
+from experiments.kernels.results import TIMED, Result
 from experiments.kernels.timing import milliseconds
 from experiments.lra import presets
 from seqmodels.mixers import S5Config, base

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import programs
 from pallas_kernels.linear_scan.api import linear_scan
-
-MODES = ("forward", "forward+backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,54 +102,26 @@ SHAPES: dict[str, Shape] = {
 
 
 def named(name: str) -> Shape:
-    """The entry of `SHAPES`.
-
-    Raises:
-      ValueError: no such name; the message lists them.
-    """
-    if name not in SHAPES:
-        raise ValueError(f"shape={name!r} is unknown; one of {', '.join(SHAPES)}")
-    return SHAPES[name]
+    """The entry of `SHAPES`; ValueError if there is none."""
+    return programs.named(SHAPES, name)
 
 
-def program(
-    scan: Callable[..., Any], shape: Shape, mode: str
-) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
-    """`(fn, operands)`: a scan with `linear_scan`'s signature as one program, to jit and measure.
+def program(scan: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
+    """A scan with `linear_scan`'s signature as a program of `(a, b, initial_state[, segment_ids])`;
+    see `programs.program`."""
 
-    Forward is `(a, b, initial_state[, segment_ids]) -> (h, final_state)`. "forward+backward" takes
-    the cotangent of h last, and returns h and the gradients of a, b and the initial state, as a
-    layer inside a larger program does.
+    def forward(a, b, initial_state, segment_ids=None):
+        return scan(
+            a, b, initial_state=initial_state, segment_ids=segment_ids, reverse=shape.reverse
+        )
 
-    Raises:
-      ValueError: unknown mode.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown; one of {', '.join(MODES)}")
-    operands = shape.operands()
-    reverse, segmented = shape.reverse, shape.segmented
-
-    def forward(a, b, initial_state, *segment_ids):
-        ids = segment_ids[0] if segmented else None
-        return scan(a, b, initial_state=initial_state, segment_ids=ids, reverse=reverse)
-
-    def forward_backward(a, b, initial_state, *rest):
-        *segment_ids, cotangent = rest
-        h, vjp = jax.vjp(lambda *x: forward(*x, *segment_ids)[0], a, b, initial_state)
-        return h, vjp(cotangent)
-
-    if mode == "forward":
-        return forward, operands
-    return forward_backward, (*operands, operands[1])
+    return programs.program(forward, shape.operands(), mode)
 
 
 def case(
     shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
 ) -> tuple[Any, ...]:
-    """`(fn, *operands)` of a scan's `program`, for `pallas_kernels.aot`.
-
-    Complex arrays enter and leave as pairs of float32 arrays: splitting them at the border of a
-    program costs more than the scan.
+    """`(fn, *operands)` of the op's `program`, complex arrays as pairs, for `pallas_kernels.aot`.
 
     Args:
       shape: a name in `SHAPES`, or a shape of your own.
@@ -165,21 +136,4 @@ def case(
     if float(scale) != 1:
         chosen = chosen.scaled(float(scale))
     scan = functools.partial(linear_scan, implementation=implementation)
-    return as_pairs(*program(scan, chosen, mode))
-
-
-def as_pairs(fn: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`fn` with every complex array, in or out, replaced by `(real, imaginary)`."""
-
-    def split(x):
-        return (x.real, x.imag) if jnp.iscomplexobj(x) else x
-
-    def split_struct(x):
-        part = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-        return (part, part) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-
-    def wrapped(*parts):
-        joined = [jax.lax.complex(*p) if isinstance(p, tuple) else p for p in parts]
-        return jax.tree.map(split, fn(*joined))
-
-    return wrapped, *map(split_struct, operands)
+    return programs.as_pairs(*program(scan, chosen, mode))

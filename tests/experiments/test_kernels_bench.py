@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import rich.console
 
-from experiments.kernels import baselines, bench, cases, s5_step, timing
-from experiments.kernels.cases import Result, Target
+from experiments.kernels import bench, results, s5_step, timing
+from experiments.kernels import linear_scan as cases
+from experiments.kernels.baselines import linear_scan as baselines
+from experiments.kernels.results import Result, Target
 from pallas_kernels import aot, linear_scan
 from pallas_kernels.linear_scan.shapes import Shape
 from seqmodels.mixers import S5Config
@@ -21,11 +23,11 @@ TINY = Shape("tiny", "a test", 2, 6, 4, "complex64")
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("name", baselines.LINEAR_SCAN)
+@pytest.mark.parametrize("name", baselines.SCANS)
 def test_baselines_compute_what_the_op_computes(name, constant, reverse):
     shape = dataclasses.replace(TINY, constant=constant)
     a, b, state = cases.inputs(shape.operands())
-    baseline = jax.jit(baselines.LINEAR_SCAN[name], static_argnames="reverse")
+    baseline = jax.jit(baselines.SCANS[name], static_argnames="reverse")
     for initial in (None, state):
         expected = linear_scan(a, b, initial_state=initial, reverse=reverse)
         actual = baseline(a, b, initial_state=initial, reverse=reverse)
@@ -33,11 +35,11 @@ def test_baselines_compute_what_the_op_computes(name, constant, reverse):
             np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", baselines.LINEAR_SCAN)
+@pytest.mark.parametrize("name", baselines.SCANS)
 def test_baselines_refuse_segments(name):
     a, b, _ = cases.inputs(TINY.operands())
     with pytest.raises(NotImplementedError, match="no segments"):
-        baselines.LINEAR_SCAN[name](a, b, segment_ids=jnp.ones((2, 6), jnp.int32))
+        baselines.SCANS[name](a, b, segment_ids=jnp.ones((2, 6), jnp.int32))
 
 
 def test_a_program_that_computes_something_else_is_not_timed():
@@ -49,7 +51,7 @@ def test_a_program_that_computes_something_else_is_not_timed():
 def test_timed_row_has_all_programs_and_ratios_of_their_medians():
     row = cases.timed(TINY, 2, targets=cases.TWICE)
     ms = {name.removesuffix(" ms"): value for name, value in row.figures.items()}
-    assert set(ms) == {"linear_scan", *baselines.LINEAR_SCAN}
+    assert set(ms) == {"linear_scan", *baselines.SCANS}
     assert row.ratios == {
         "associative_scan": ms["associative_scan"] / ms["linear_scan"],
         "scan": min(ms["scan, unroll 1"], ms["scan, unroll 8"]) / ms["linear_scan"],
@@ -64,7 +66,7 @@ def test_timed_row_has_all_programs_and_ratios_of_their_medians():
 )
 def test_targets(bound, value, ratio, met):
     row = Result(
-        "c", "cpu", cases.TIMED, "s", ratios={"x": ratio}, targets={"x": Target(bound, value)}
+        "c", "cpu", results.TIMED, "s", ratios={"x": ratio}, targets={"x": Target(bound, value)}
     )
     assert row.to_json()["met"] == {"x": met}
     assert row.to_json()["targets"] == {"x": f"{bound} {value}"}
@@ -72,21 +74,21 @@ def test_targets(bound, value, ratio, met):
 
 def test_static_estimate_of_a_baseline_and_a_missing_compiler(monkeypatch):
     row = cases.static("short", "forward", baseline="associative_scan")
-    assert row.kind == cases.STATIC
+    assert row.kind == results.STATIC
     assert row.ratios["floor"] > 1
     monkeypatch.setattr(aot, "missing", lambda chip: "pip install something")
     row = cases.static("short", "forward")
-    assert (row.kind, row.figures) == (cases.NOT_RUN, {"reason": "pip install something"})
+    assert (row.kind, row.figures) == (results.NOT_RUN, {"reason": "pip install something"})
 
 
 def test_a_program_that_does_not_compile_is_a_row():
     row = cases.static("short", "forward", baseline="scan, unroll 1")
-    assert row.kind == cases.FAILED
+    assert row.kind == results.FAILED
     assert "while" in row.figures["reason"]
 
 
 def test_gpu_rows_say_that_nothing_was_run():
-    assert {row.kind for row in cases.gpu(1, ())} == {cases.NOT_RUN}
+    assert {row.kind for row in cases.gpu(1, ())} == {results.NOT_RUN}
 
 
 def test_s5_step_compares_scans_and_gives_the_shares_of_its_parts():
@@ -115,7 +117,7 @@ def test_results_are_complete_after_every_row(tmp_path):
     def rows():
         yield cases.timed(TINY, 1, targets=cases.TWICE)
         assert len(json.loads(config.path.read_text())["cases"]) == 1
-        yield Result("c", "gpu", cases.NOT_RUN, "s", figures={"reason": "no GPU"})
+        yield Result("c", "gpu", results.NOT_RUN, "s", figures={"reason": "no GPU"})
 
     console = rich.console.Console(record=True, width=200)
     console.print(bench.table(bench.run(config, rows(), console)))
@@ -126,12 +128,22 @@ def test_results_are_complete_after_every_row(tmp_path):
     expected = {"config", "commit", "versions", "device", "started", "wall_s", "cases"}
     assert expected <= record.keys()
     assert record["config"]["repetitions"] == 1
-    assert [case["kind"] for case in record["cases"]] == [cases.TIMED, cases.NOT_RUN]
+    assert [case["kind"] for case in record["cases"]] == [results.TIMED, results.NOT_RUN]
     assert {"figures", "ratios", "targets", "met", "shape"} <= record["cases"][0].keys()
 
 
 def test_partial_results_do_not_overwrite_the_full_ones():
     assert bench.BenchConfig().path.name == "linear_scan.json"
     assert bench.BenchConfig(only="tpu").path.name == "linear_scan-tpu.json"
-    with pytest.raises(ValueError, match="repetitions=0"):
-        bench.BenchConfig(repetitions=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repetitions": 0}, "repetitions=0"),
+        ({"family": "quadratic_scan"}, "family='quadratic_scan' is unknown"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        bench.BenchConfig(**options)

@@ -1,4 +1,4 @@
-"""What the kernels are measured against: the same maths as one would write it with JAX alone.
+"""What the linear scan is measured against: the same maths as one would write it with JAX alone.
 
 Each has the signature of the op it stands in for.
 """
@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_scan.shapes import as_pairs, named, program
+from pallas_kernels.linear_scan.shapes import named, program
+from pallas_kernels.programs import as_pairs
 
 
 def associative_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False):
@@ -55,7 +56,7 @@ def sequential_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False
     return jnp.moveaxis(h, 0, 1), final
 
 
-LINEAR_SCAN: dict[str, Any] = {
+SCANS: dict[str, Any] = {
     "associative_scan": associative_scan,
     "scan, unroll 1": sequential_scan,
     "scan, unroll 8": functools.partial(sequential_scan, unroll=8),
@@ -63,8 +64,8 @@ LINEAR_SCAN: dict[str, Any] = {
 
 
 def case(shape: str, baseline: str, mode: str, scale: str = "1") -> tuple[Any, ...]:
-    """As `pallas_kernels.linear_scan.shapes.case`, of a key of `LINEAR_SCAN`."""
-    return as_pairs(*program(LINEAR_SCAN[baseline], named(shape).scaled(float(scale)), mode))
+    """As `pallas_kernels.linear_scan.shapes.case`, of a key of `SCANS`."""
+    return as_pairs(*program(SCANS[baseline], named(shape).scaled(float(scale)), mode))
 
 
 def _no_segments(segment_ids):
