@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -63,10 +64,10 @@ def linear_scan(
     h, final_state = dispatch.run(
         _OP,
         {
-            "reference": lambda a, b, h, r: reference.linear_scan(a, b, h, r, reverse=reverse),
-            "xla": lambda a, b, h, r: xla.linear_scan(a, b, h, r, reverse),
-            "tpu": lambda a, b, h, r: tpu.linear_scan(a, b, h, r, reverse),
-            "gpu": lambda a, b, h, r: gpu.linear_scan(a, b, h, r, reverse),
+            "reference": functools.partial(reference.linear_scan, reverse=reverse),
+            "xla": functools.partial(xla.linear_scan, (reverse,)),
+            "tpu": functools.partial(tpu.linear_scan, (reverse,)),
+            "gpu": functools.partial(gpu.linear_scan, (reverse,)),
         },
         a,
         b,

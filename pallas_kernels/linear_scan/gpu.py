@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import compat, segments
 from pallas_kernels.compat import pl
 from pallas_kernels.linear_scan import tile
+from pallas_kernels.linear_scan.differentiable import differentiable
 from pallas_kernels.linear_scan.tile import Planes
 
 _ENOUGH_PROGRAMS = 512  # a few for each multiprocessor of the GPUs since Ampere
@@ -358,21 +359,4 @@ def backward(
     return da, tile.join(db), tile.join(dinitial)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def linear_scan(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
-    """See `api.linear_scan`; `runs (B, L)` int32 or None, `tiles` for tests."""
-    return forward(a, b, initial_state, runs, reverse, tiles)
-
-
-def _vjp_forward(a, b, initial_state, runs, reverse, tiles):
-    h, final_state = forward(a, b, initial_state, runs, reverse, tiles)
-    return (h, final_state), (a, h, initial_state, runs)
-
-
-def _vjp_backward(reverse, tiles, residuals, cotangents):
-    a, h, initial_state, runs = residuals
-    dh, dfinal_state = cotangents
-    return *backward(a, h, initial_state, runs, dh, dfinal_state, reverse, tiles), None
-
-
-linear_scan.defvjp(_vjp_forward, _vjp_backward)
+linear_scan = differentiable(forward, backward)

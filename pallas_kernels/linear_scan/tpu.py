@@ -18,9 +18,12 @@ import jax.numpy as jnp
 from pallas_kernels import compat, segments
 from pallas_kernels.compat import pl
 from pallas_kernels.linear_scan import tile
+from pallas_kernels.linear_scan.differentiable import differentiable
 from pallas_kernels.linear_scan.tile import Planes
 
 _LANES, _SUBLANES = 128, 8
+# Of the 16 MiB that a kernel may take on the smallest TPU without asking for more.
+_VMEM_BUDGET = 12 * 2**20
 
 
 class Tiles(NamedTuple):
@@ -30,21 +33,21 @@ class Tiles(NamedTuple):
     width: int
 
 
-def choose_tiles(length: int, width: int, planes: int) -> Tiles:
-    """The block shape: the widest that wastes little, within a small share of the smallest VMEM."""
-    widest = 1024 // planes
-    widths = range(_LANES, max(_LANES, min(widest, _round_up(width, _LANES))) + 1, _LANES)
-    best = min(widths, key=lambda w: (_round_up(width, w), -w))
-    return Tiles(min(256, _round_up(length, 16)), best)
-
-
-def vmem_bytes(tiles: Tiles, planes: int, *, backward: bool, itemsize: int = 4) -> int:
-    """Bytes of VMEM that a kernel's blocks take, double-buffered, with codes."""
-    arrays = 5 if backward else 3
-    block = tiles.steps * tiles.width * itemsize * planes
+def vmem_bytes(tiles: Tiles, planes: int) -> int:
+    """Bytes of VMEM that the blocks of the backward kernel, the larger one, take: each twice, so
+    that the next is fetched while one is worked on."""
+    block = tiles.steps * tiles.width * 4 * planes
     codes = tiles.steps * _LANES * 4
-    edges = _SUBLANES * tiles.width * 4 * planes * 6
-    return 2 * (arrays * block + codes + edges)
+    rows = 6 * _SUBLANES * tiles.width * 4 * planes
+    return 2 * (5 * block + codes + rows)
+
+
+def choose_tiles(length: int, width: int, planes: int) -> Tiles:
+    """The widest block that fits and wastes the fewest channels."""
+    steps = min(256, _round_up(length, 16))
+    tiles = [Tiles(steps, w) for w in range(_LANES, _round_up(width, _LANES) + 1, _LANES)]
+    fitting = [t for t in tiles if vmem_bytes(t, planes) <= _VMEM_BUDGET]
+    return min(fitting, key=lambda t: (_round_up(width, t.width), -t.width))
 
 
 def _round_up(x: int, multiple: int) -> int:
@@ -394,21 +397,4 @@ def backward(
     return da.astype(a.dtype), db, dinitial[:, 0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def linear_scan(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
-    """See `api.linear_scan`; `runs (B, L)` int32 or None, `tiles` for tests."""
-    return forward(a, b, initial_state, runs, reverse, tiles)
-
-
-def _vjp_forward(a, b, initial_state, runs, reverse, tiles):
-    h, final_state = forward(a, b, initial_state, runs, reverse, tiles)
-    return (h, final_state), (a, h, initial_state, runs)
-
-
-def _vjp_backward(reverse, tiles, residuals, cotangents):
-    a, h, initial_state, runs = residuals
-    dh, dfinal_state = cotangents
-    return *backward(a, h, initial_state, runs, dh, dfinal_state, reverse, tiles), None
-
-
-linear_scan.defvjp(_vjp_forward, _vjp_backward)
+linear_scan = differentiable(forward, backward)

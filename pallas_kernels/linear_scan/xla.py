@@ -8,13 +8,13 @@ Length is cut into C chunks of T steps. All chunks are reduced to their maps `h 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat, segments
 from pallas_kernels.linear_scan import tile
+from pallas_kernels.linear_scan.differentiable import differentiable
 
 # A step of a loop costs about as much as touching this many numbers (measured on x86).
 _MIN_CHUNK, _MAX_CHUNK = 8, 128
@@ -202,13 +202,6 @@ def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
     return da.astype(a.dtype), chunks.uncut(db), dinitial_state
 
 
-def linear_scan(a, b, initial_state, runs, reverse: bool):
-    """See `api.linear_scan`; `runs (B, L)` int32 or None."""
-    if b.shape[1] == 1:
-        return _one_token(a, b, initial_state, runs)
-    return _linear_scan(a, b, initial_state, runs, reverse)
-
-
 def _one_token(a, b, initial_state, runs):
     """A decoding step: no loops; JAX differentiates it."""
     dtype = initial_state.dtype
@@ -221,20 +214,11 @@ def _one_token(a, b, initial_state, runs):
     return visible[:, None].astype(b.dtype), jnp.where(padding, initial_state, h)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _linear_scan(a, b, initial_state, runs, reverse: bool):
-    return forward(a, b, initial_state, runs, reverse)
+_linear_scan = differentiable(forward, backward)
 
 
-def _vjp_forward(a, b, initial_state, runs, reverse):
-    h, final_state = forward(a, b, initial_state, runs, reverse)
-    return (h, final_state), (a, h, initial_state, runs)
-
-
-def _vjp_backward(reverse, residuals, cotangents):
-    a, h, initial_state, runs = residuals
-    dh, dfinal_state = cotangents
-    return *backward(a, h, initial_state, runs, dh, dfinal_state, reverse), None
-
-
-_linear_scan.defvjp(_vjp_forward, _vjp_backward)
+def linear_scan(config, a, b, initial_state, runs):
+    """See `differentiable`."""
+    if b.shape[1] == 1:
+        return _one_token(a, b, initial_state, runs)
+    return _linear_scan(config, a, b, initial_state, runs)

