@@ -102,6 +102,7 @@ def pallas_call(
     grid: tuple[int, ...],
     in_specs: Any = pl.no_block_spec,
     out_specs: Any = pl.no_block_spec,
+    scratch_shapes: Sequence[Any] = (),
     compiler_params: Any,
     flops: int,
 ) -> Callable[..., Any]:
@@ -122,6 +123,7 @@ def pallas_call(
             grid=grid,
             in_specs=in_specs,
             out_specs=out_specs,
+            scratch_shapes=scratch_shapes,
             compiler_params=compiler_params,
             cost_estimate=cost,
             interpret=interpret or False,
