@@ -12,14 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.selective_scan import reference
+from pallas_kernels.selective_scan import reference, xla
 from pallas_kernels.selective_scan.config import Config
 
 try:
     from pallas_kernels.selective_scan import tpu
 except ImportError:
     tpu = reference
-xla = gpu = reference
+gpu = reference
 
 _OP = "selective_scan"
 
@@ -84,8 +84,8 @@ def selective_scan(
     """
     if isinstance(A, np.ndarray) and (A > 0).any():
         raise ValueError(f"{_OP}: A must be <= 0, got a value of {A.max()}; Mamba's is -exp(A_log)")
-    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "dt_bias": dt_bias}
-    arrays = {name: None if z is None else jnp.asarray(z) for name, z in arrays.items()}
+    given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "dt_bias": dt_bias}
+    arrays: dict[str, Any] = {k: None if z is None else jnp.asarray(z) for k, z in given.items()}
     state_dtype = _validate(arrays, initial_state, segment_ids)
     batch, length = arrays["x"].shape[:2]
     if initial_state is None:

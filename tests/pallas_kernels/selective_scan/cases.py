@@ -1,0 +1,104 @@
+"""Arguments, cotangents and checks that every implementation of `selective_scan` is tested with."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import selective_scan, testing
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "initial_state")
+
+
+class Case:
+    """Random arguments and cotangents, as Mamba begins: A from -1 to -N, dt from 1e-3 to 0.1.
+
+    `full` adds what is optional: D, the gate, the bias of dt and its softplus.
+    """
+
+    def __init__(
+        self,
+        *,
+        length,
+        dtype="float32",
+        batch=2,
+        width=5,
+        states=4,
+        full=True,
+        packed=False,
+        reverse=False,
+        seed=0,
+    ):
+        rng = np.random.default_rng(seed)
+        wide = "float64" if dtype == "float64" else "float32"
+
+        def normal(*shape, dtype=dtype):
+            return jnp.asarray(rng.standard_normal(shape), dtype)
+
+        dt = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), (batch, length, width)))
+        bias = rng.uniform(-0.5, 0.5, width)
+        if full:
+            dt = np.log(np.expm1(dt)) - bias
+        A = -np.arange(1, states + 1) * np.ones((width, 1))
+        self.args = {
+            "x": normal(batch, length, width),
+            "dt": jnp.asarray(dt, dtype),
+            "A": jnp.asarray(A, wide),
+            "B": normal(batch, length, states),
+            "C": normal(batch, length, states),
+            "D": normal(width, dtype=wide) if full else None,
+            "gate": normal(batch, length, width) if full else None,
+            "dt_bias": jnp.asarray(bias, wide) if full else None,
+            "initial_state": normal(batch, width, states, dtype=wide),
+        }
+        self.cotangents = (
+            normal(batch, length, width),
+            normal(batch, width, states, dtype=wide),
+        )
+        self.ids = jnp.asarray(testing.random_ids(rng, batch, length)) if packed else None
+        self.options = {"dt_softplus": full, "reverse": reverse}
+
+    def oracle(self):
+        """The same numbers through the sequential reference in double precision."""
+        with jax.enable_x64(True):
+            wide = copy.copy(self)
+            wide.args, wide.cotangents = jax.tree.map(
+                lambda z: jnp.asarray(np.asarray(z).astype(np.float64)),
+                (self.args, self.cotangents),
+            )
+            return jax.tree.map(np.asarray, wide.run("reference"))
+
+    def run(self, implementation, *, args=None, ids=None):
+        """`{"outputs": (y, final_state), "gradients": {name: gradient}}`."""
+        ids = self.ids if ids is None else ids
+
+        def op(args):
+            options = {**self.options, "segment_ids": ids, "implementation": implementation}
+            return selective_scan(**args, **options)
+
+        result = testing.value_and_gradients(op, args or self.args, cotangents=self.cotangents)
+        return {"outputs": result["outputs"], "gradients": result["gradients"][0]}
+
+
+def assert_isolated(run, case):
+    """New finite values in the second document change no bit of the others."""
+    batch, length = case.args["x"].shape[:2]
+    ids = np.ones((batch, length), np.int32)
+    ids[:, length // 3 :] = 2
+    ids[:, 2 * length // 3 :] = 1
+    inside = jnp.asarray(ids == 2)[..., None]
+    # Large enough to overflow to infinity inside the document.
+    tokens = [name for name in ("x", "dt", "B", "C", "gate") if case.args[name] is not None]
+    huge = {name: jnp.where(inside, 1e30, case.args[name]) for name in tokens}
+    before = run(ids=jnp.asarray(ids))
+    after = run(args=case.args | huge, ids=jnp.asarray(ids))
+
+    def elsewhere(result):
+        y, final = result["outputs"]
+        gradients = result["gradients"]
+        by_token = [np.asarray(z)[ids != 2] for z in (y, *(gradients[name] for name in tokens))]
+        return [*by_token, np.asarray(final), np.asarray(gradients["initial_state"])]
+
+    for old, new in zip(elsewhere(before), elsewhere(after), strict=True):
+        np.testing.assert_array_equal(old, new)
