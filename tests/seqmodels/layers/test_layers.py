@@ -151,3 +151,33 @@ def test_embedding():
     np.testing.assert_array_equal(embedding.apply(variables, tokens), np.asarray(table)[tokens])
     np.testing.assert_allclose(np.std(table), 0.5, rtol=0.05)
     assert np.all(np.isnan(embedding.apply(variables, np.array([[300]]))))
+
+
+def test_batch_norm_has_the_gradients_of_its_definition():
+    def definition(x, params):
+        kept = jnp.where(MASK[..., None], x, 0.0)
+        count = MASK.sum(dtype=x.dtype)
+        mean = kept.sum((0, 1)) / count
+        centred = jnp.where(MASK[..., None], x - mean[None, None], 0.0)
+        var = (centred**2).sum((0, 1)) / count
+        unit = (x - mean[None, None]) / jnp.sqrt(var + 1e-5)[None, None]
+        return unit * params["scale"][None, None] + params["bias"][None, None], mean, var
+
+    def layer(x, params):
+        variables = {"params": params, "batch_stats": before}
+        y, updates = norm.apply(variables, x, MASK, deterministic=False, mutable=["batch_stats"])
+        return y, updates["batch_stats"]["mean"], updates["batch_stats"]["var"]
+
+    norm, before = BatchNorm(momentum=0.0), {"mean": jnp.zeros(4), "var": jnp.ones(4)}
+    keys = jax.random.split(jax.random.key(7), 5)
+    params = {"scale": jax.random.normal(keys[0], (4,)), "bias": jax.random.normal(keys[1], (4,))}
+    cotangents = (
+        jax.random.normal(keys[2], X.shape),
+        jax.random.normal(keys[3], (4,)),
+        jax.random.normal(keys[4], (4,)),
+    )
+    expected = jax.vjp(definition, X, params)[1](cotangents)
+    actual = jax.vjp(layer, X, params)[1](cotangents)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
+    )
