@@ -1,0 +1,165 @@
+"""The public op: signature, validation, dispatch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+
+from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels.diagonal_ssm import gpu, powers, reference, tpu, xla
+
+_OP = "diagonal_ssm"
+METHODS = ("fft", "chunked", "scan")
+
+
+def diagonal_ssm(
+    u: ArrayLike,
+    log_a: ArrayLike,
+    c: ArrayLike,
+    *,
+    initial_state: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    reverse: bool = False,
+    method: Literal["fft", "chunked", "scan"] | None = None,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A diagonal state-space model for each channel (S4D, DSS).
+
+    `h_t = exp(log_a) h_{t-1} + u_t` and `y_t = 2 Re sum_n c_n h_tn`, in every channel h, with one
+    eigenvalue of each conjugate pair; the input matrix is folded into `c`. Gu, Gupta, Goel & Ré,
+    "On the Parameterization and Initialization of Diagonal State Space Models", NeurIPS 2022,
+    equations 2 and 3; Gupta, Gu & Berant, "Diagonal State Spaces are as Effective as Structured
+    State Spaces", NeurIPS 2022. (S5 and LRU mix channels: see `linear_scan`.)
+
+    Args:
+      u: inputs `(B, L, H)`; float32 or bfloat16. float64 is kept by `reference` and `xla`.
+      log_a: `(H, N)` complex64 (complex128 for float64), real part <= 0.
+      c: `(H, N)`, `log_a`'s dtype.
+      initial_state: the state before the first token, `(B, H, N)`, `log_a`'s dtype; zeros if None.
+        It belongs to the row's first document.
+      segment_ids: `(B, L)` int32, the document of each token; 0 is padding and stands only at the
+        end of a row. State never crosses a change of id; padding leaves it untouched and its
+        output is 0.
+      reverse: run from the last real token to the first: the initial state enters at the last,
+        the final state is the one after token 0.
+      method: how it is computed. "fft": one convolution (`xla`; no segments but one document a
+        row, known when traced; L < 2**17). "chunked": matrix products over chunks and a carried
+        state (`xla`). "scan": token by token (`xla`, `tpu`, `gpu`). None takes the fastest that
+        serves the arguments.
+      implementation: None, or a name or a sequence of names of `"reference" | "xla" | "tpu" |
+        "gpu"`; see `dispatch.run`. `reference` has one method of its own, whatever `method` says.
+
+    Returns:
+      `y (B, L, H)` in `u`'s dtype and `final_state (B, H, N)` in `log_a`'s: the state after the
+      last real token (`initial_state` for a row of padding).
+
+    Accuracy in float32: powers `exp(t log_a)` are within 1.5e-7 of exact for any imaginary part
+    and t < 2**17, so "fft" and "chunked" stay near 1e-6 (RMS error over RMS) at any length. "scan"
+    multiplies by the rounded `exp(log_a)`, which adds about 2e-8 times the number of steps that
+    the model remembers, `1 / |Re log_a|`; the kernels' chunks bound that number on a GPU.
+
+    Gradients flow through `u`, `log_a`, `c`, `initial_state` and both outputs. Forward mode and
+    second derivatives: `implementation="reference"`.
+
+    Raises:
+      ValueError: a shape, dtype or name that does not fit; the message names the argument.
+      NotImplementedError: a forced implementation or method cannot serve the arguments.
+    """
+    u, log_a, c = jnp.asarray(u), jnp.asarray(log_a), jnp.asarray(c)
+    _validate(u, log_a, c, initial_state, segment_ids, method)
+    if method == "fft":
+        _check_fft(u, segment_ids)
+    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    if u.shape[1] == 1 and implementation is None and method is None:
+        implementation = "xla"  # decoding: one step needs no kernel
+    if initial_state is None:
+        initial_state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
+    u, log_a, c, initial_state, runs = compat.vary_alike(u, log_a, c, initial_state, runs)
+    y, final_state = dispatch.run(
+        _OP,
+        {
+            "reference": lambda *x: reference.diagonal_ssm(*x, reverse=reverse),
+            "xla": lambda *x: xla.diagonal_ssm(*x, reverse=reverse, method=method),
+            "tpu": lambda *x: tpu.diagonal_ssm(*x, reverse=reverse),
+            "gpu": lambda *x: gpu.diagonal_ssm(*x, reverse=reverse),
+        },
+        u,
+        log_a,
+        c,
+        initial_state,
+        runs,
+        requested=implementation,
+        refusals=_refusals(u, log_a, method),
+    )
+    return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
+
+
+def _validate(u, log_a, c, initial_state, segment_ids, method) -> None:
+    validate.shape(_OP, "u", u, "(B, L, H)", (None, None, None))
+    if any(size == 0 for size in u.shape):
+        raise ValueError(f"{_OP}: u must not be empty, got shape {u.shape}")
+    batch, length, width = u.shape
+    validate.shape(_OP, "log_a", log_a, "(H, N)", (width, None))
+    if log_a.shape[1] == 0:
+        raise ValueError(f"{_OP}: log_a must have at least one state, got shape {log_a.shape}")
+    validate.shape(_OP, "c", c, "(H, N)", log_a.shape)
+    validate.dtype(_OP, "u", u, ("float32", "bfloat16", "float64"))
+    state = "complex128" if u.dtype == jnp.float64 else "complex64"
+    for name, x in (("log_a", log_a), ("c", c)):
+        validate.dtype(_OP, name, x, (state,), because=f"u is {u.dtype}")
+    if initial_state is not None:
+        sizes = (batch, *log_a.shape)
+        validate.shape(_OP, "initial_state", initial_state, "(B, H, N)", sizes)
+        validate.dtype(_OP, "initial_state", initial_state, (state,))
+    if segment_ids is not None:
+        validate.segment_ids(_OP, segment_ids, batch, length)
+    if not isinstance(log_a, jax.core.Tracer) and bool(np.any(np.asarray(log_a).real > 0)):
+        worst = float(np.asarray(log_a).real.max())
+        raise ValueError(
+            f"{_OP}: log_a must have a real part <= 0, or states grow without bound; got {worst:g}"
+        )
+    if method is not None and method not in METHODS:
+        raise ValueError(
+            f"{_OP}: method={method!r}; choose among {', '.join(METHODS)}, or None for the fastest"
+        )
+
+
+def _check_fft(u, segment_ids) -> None:
+    """NotImplementedError where a forced convolution cannot serve the arguments."""
+    reason = None
+    if u.shape[1] >= powers.LIMIT:
+        reason = f"phases are exact below a length of {powers.LIMIT}, u has {u.shape[1]}"
+    elif isinstance(segment_ids, jax.core.Tracer):
+        reason = "it takes one document a row, and whether segment_ids do is not known under jit"
+    elif segment_ids is not None:
+        ids = np.asarray(segment_ids)
+        if ((ids != 0) & (ids != ids[:, :1])).any():
+            reason = "a convolution does not stop at documents; segment_ids hold several in a row"
+    if reason:
+        raise NotImplementedError(
+            f"{_OP}: method='fft' cannot run here: {reason}; use 'chunked', 'scan' or None"
+        )
+
+
+def _refusals(u, log_a, method) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+
+    def refuse(name: str, reason: str | None) -> None:
+        if reason:
+            reasons.setdefault(name, reason)
+
+    states = log_a.shape[1]
+    for name, kernels in (("tpu", tpu), ("gpu", gpu)):
+        if method not in (None, "scan"):
+            refuse(name, f"its kernel is a scan, method={method!r} is xla's")
+        if u.dtype == jnp.float64:
+            refuse(name, "it has no float64; reference and xla do")
+        refuse(name, kernels.refusal(states))
+    if u.size >= 2**31:
+        refuse("gpu", f"u has {u.size} elements, its addresses hold 2**31")
+    return reasons

@@ -1,0 +1,449 @@
+"""GPU kernels (Triton lowering): a fused scan, the N states of a channel in registers.
+
+A program owns a strip of 32 channels, one a lane, and walks one chunk of time. Where the batch
+alone fills the GPU there is one chunk. Otherwise the chunks are first reduced to the state they
+leave behind, a second kernel chains these, and all chunks walk from the state that enters each.
+Backward stores no state: the parameters' gradients are summed forward in time within a chunk
+(`tile.sensitivity`) and reach over its end through the cotangent of the state that leaves it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat, segments, vjp
+from pallas_kernels.compat import pl
+from pallas_kernels.diagonal_ssm import powers, tile
+from pallas_kernels.linear_scan.tile import Planes, add, join, mul, split, where, zeros_like
+
+_ENOUGH_PROGRAMS = 2048  # of a warp or two; a dozen for each multiprocessor of an H100
+_PARTIAL = 3  # code of a chunk of which padding is a part
+_MOST_STATES = 256
+
+
+class Tiles(NamedTuple):
+    """`steps` of time a chunk, `width` channels a program, `unroll` steps loaded together."""
+
+    steps: int
+    width: int
+    unroll: int
+
+
+def choose_tiles(batch: int, length: int, width: int) -> Tiles:
+    """Chunks as long as can be while there are enough programs, but of 64 steps or more."""
+    programs = batch * -(-width // 32)
+    chunks = -(-_ENOUGH_PROGRAMS // programs)
+    steps = length
+    if chunks > 1:
+        steps = min(length, max(64, pl.next_power_of_2(-(-length // chunks))))
+    return Tiles(steps, 32, min(8, pl.next_power_of_2(steps)))
+
+
+def refusal(states: int) -> str | None:
+    """Why the kernels cannot hold this many states, or None."""
+    if states <= _MOST_STATES:
+        return None
+    return f"{states} states a channel do not fit in registers, {_MOST_STATES} do"
+
+
+class _Job(NamedTuple):
+    """What is static about one kernel."""
+
+    batch: int
+    length: int
+    width: int
+    states: int  # N, a power of two
+    tiles: Tiles
+    segmented: bool
+    reverse: bool  # the direction of travel of this kernel
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // self.tiles.steps)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.chunks, self.batch, -(-self.width // self.tiles.width)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.tiles.steps // self.tiles.unroll)
+
+    @property
+    def guarded(self) -> bool:
+        """Some steps of the walk lie outside the row or the chunk."""
+        return self.length % self.tiles.steps != 0 or self.tiles.steps % self.tiles.unroll != 0
+
+
+# Loads and stores. References are whole arrays; a strip is the channels of one program.
+
+
+class _Strip(NamedTuple):
+    row: jax.Array  # which sequence
+    lanes: slice | pl.Slice  # which channels
+    valid: jax.Array  # channels that exist, (width,)
+
+    def load(self, ref, index, live=True) -> jax.Array:
+        """`(width,)` or, of an array with states before its channels, `(N, width)`; float32."""
+        states = ref.ndim - len(index) - 1
+        mask = self.valid[None] if states else self.valid & live
+        mask = jnp.broadcast_to(mask, (*ref.shape[len(index) : -1], mask.shape[-1]))
+        at = (*index, *[slice(None)] * states, self.lanes)
+        return compat.triton.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32)
+
+    def planes(self, refs, index=()) -> Planes:
+        return tuple(self.load(ref, index) for ref in refs)
+
+    def store(self, refs, index, values, live=True) -> None:
+        for ref, value in zip(refs, values, strict=True):
+            mask = (
+                jnp.broadcast_to(self.valid[None], value.shape)
+                if value.ndim > 1
+                else (self.valid & live)
+            )
+            at = (*index, *[slice(None)] * (value.ndim - 1), self.lanes)
+            compat.triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
+
+
+def _strip(job: _Job, row_axis: int = 1) -> _Strip:
+    start = pl.program_id(row_axis + 1) * job.tiles.width
+    valid = start + jnp.arange(job.tiles.width) < job.width
+    return _Strip(pl.program_id(row_axis), pl.ds(start, job.tiles.width), valid)
+
+
+class _Step(NamedTuple):
+    """One step of a walk: its token, whether it exists, its code, its inputs, its correction."""
+
+    t: jax.Array
+    live: jax.Array | bool
+    code: jax.Array | None
+    inputs: tuple[jax.Array, ...]  # (width,) each; 0 where there is no token
+    lacking: Planes | None
+
+    def visible(self, x: jax.Array) -> jax.Array:
+        return x if self.code is None else jnp.where(self.code == segments.SKIP, 0.0, x)
+
+
+def _walk(job: _Job, strip: _Strip, input_refs, codes_ref, lacking_refs, body, carry):
+    """`body(step, carry)` over the chunk in the direction of travel, some steps unrolled.
+
+    What the rounded decay lacks is made good once in a group, for all its steps.
+    """
+    chunk = pl.program_id(0)
+
+    def step(i, j) -> _Step:
+        place = i * job.tiles.unroll + j
+        place = job.groups * job.tiles.unroll - 1 - place if job.reverse else place
+        t = chunk * job.tiles.steps + place
+        live: jax.Array | bool = True
+        code, mask, other = None, None, None
+        if job.guarded:
+            live = mask = (place < job.tiles.steps) & (t < job.length)
+            code = jnp.where(live, jnp.int32(segments.KEEP), jnp.int32(segments.SKIP))
+            other = segments.SKIP
+        if job.segmented:
+            code = compat.triton.load(codes_ref.at[strip.row, t], mask=mask, other=other)
+        inputs = [strip.load(ref, (strip.row, t), live) for ref in input_refs]
+        if job.segmented:
+            inputs = [jnp.where(code == segments.SKIP, 0.0, x) for x in inputs]
+        lacking = None
+        if j == job.tiles.unroll - 1:
+            lacking = tuple(job.tiles.unroll * p for p in strip.planes(lacking_refs))
+        return _Step(t, live, code, tuple(inputs), lacking)
+
+    def group(i, carry):
+        for now in [step(i, j) for j in range(job.tiles.unroll)]:
+            carry = body(now, carry)
+        return carry
+
+    return jax.lax.fori_loop(0, job.groups, group, carry)
+
+
+# The kernels: maths on values between a load and a store.
+
+
+def _split_refs(refs, rows: int, pairs: int, *, segmented: bool):
+    """References of `rows` single inputs, `pairs` of planes, codes, and all outputs."""
+    refs = list(refs)
+    single, rest = refs[:rows], refs[rows:]
+    double = [rest[2 * i : 2 * i + 2] for i in range(pairs)]
+    rest = rest[2 * pairs :]
+    codes = rest.pop(0) if segmented else None
+    return single, double, codes, rest
+
+
+def _reduce_kernel(*refs, job: _Job, adjoint: bool):
+    """What each chunk leaves from a zero state, `(B, C, N, H)`."""
+    x_refs, (a_refs, lacking_refs, readout_refs), codes_ref, flow_refs = _split_refs(
+        refs, 1, 3, segmented=job.segmented
+    )
+    strip = _strip(job)
+    a, readout = strip.planes(a_refs), strip.planes(readout_refs)
+
+    def body(step, h):
+        x = step.inputs[0][None]
+        if adjoint:
+            return tile.retreat(h, x, step.code, readout, a, step.lacking)[1]
+        return tile.advance(h, x, step.code, a, step.lacking)
+
+    h = _walk(job, strip, x_refs, codes_ref, lacking_refs, body, zeros_like(a))
+    strip.store(flow_refs, (strip.row, pl.program_id(0)), h)
+
+
+def _chain_kernel(*refs, job: _Job):
+    """The state that enters each chunk `(B, C, N, H)` and the one that leaves the last."""
+    _, (decay_refs, partial_refs, flow_refs, first_refs), codes_ref, outputs = _split_refs(
+        refs, 0, 4, segmented=True
+    )
+    entering_refs, last_refs = outputs[:2], outputs[2:]
+    strip = _strip(job, row_axis=0)
+    decay = strip.planes(decay_refs)
+    partial = strip.planes(partial_refs, (strip.row,))
+
+    def body(i, h):
+        chunk = (strip.row, job.chunks - 1 - i if job.reverse else i)
+        strip.store(entering_refs, chunk, h)
+        code = compat.triton.load(codes_ref.at[chunk])
+        flow = strip.planes(flow_refs, chunk)
+        after = add(mul(where(code == _PARTIAL, partial, decay), h), flow)
+        return tile.select(code, h, flow, after)
+
+    h = jax.lax.fori_loop(0, job.chunks, body, strip.planes(first_refs, (strip.row,)))
+    strip.store(last_refs, (strip.row,), h)
+
+
+def _output_kernel(*refs, job: _Job, adjoint: bool):
+    """`y` or `du`, and the state that leaves each chunk."""
+    x_refs, (a_refs, lacking_refs, readout_refs, entering_refs), codes_ref, outputs = _split_refs(
+        refs, 1, 4, segmented=job.segmented
+    )
+    strip = _strip(job)
+    chunk = (strip.row, pl.program_id(0))
+    a, readout = strip.planes(a_refs), strip.planes(readout_refs)
+
+    def body(step, h):
+        x = step.inputs[0][None]
+        if adjoint:
+            gradient, h = tile.retreat(h, x, step.code, readout, a, step.lacking)
+            out = gradient[0]
+        else:
+            h = tile.advance(h, x, step.code, a, step.lacking)
+            out = tile.contract(readout, h)
+        strip.store(outputs[:1], (strip.row, step.t), (step.visible(out.sum(0)),), step.live)
+        return h
+
+    h = strip.planes(entering_refs, chunk)
+    h = _walk(job, strip, x_refs, codes_ref, lacking_refs, body, h)
+    strip.store(outputs[1:], chunk, h)
+
+
+def _gradient_kernel(*refs, job: _Job):
+    """What each chunk adds to the gradients of `c` and `log_a`, `(B, C, N, H)`."""
+    input_refs, pairs, codes_ref, outputs = _split_refs(refs, 2, 5, segmented=job.segmented)
+    a_refs, lacking_refs, readout_refs, entering_refs, leaving_refs = pairs
+    strip = _strip(job)
+    chunk = (strip.row, pl.program_id(0))
+    a = strip.planes(a_refs)
+
+    def body(step, carry):
+        h, p, h_sum, p_sum = carry
+        u, dy = (x[None] for x in step.inputs)
+        p = tile.sensitivity(p, h, step.code, a, step.lacking)
+        h = tile.advance(h, u, step.code, a, step.lacking)
+        h_sum = add(h_sum, tuple(dy * x for x in h))
+        return h, p, h_sum, add(p_sum, tuple(dy * x for x in p))
+
+    zero = zeros_like(a)
+    carry = (strip.planes(entering_refs, chunk), zero, zero, zero)
+    _, p, h_sum, p_sum = _walk(job, strip, input_refs, codes_ref, lacking_refs, body, carry)
+    strip.store(outputs[:2], chunk, tuple(2 * x for x in h_sum))
+    readout, leaving = strip.planes(readout_refs), strip.planes(leaving_refs, chunk)
+    strip.store(outputs[2:], chunk, add(mul(readout, p_sum), mul(leaving, p)))
+
+
+# The calls.
+
+
+class Config(NamedTuple):
+    """`reverse` as in the op; `tiles` for tests."""
+
+    reverse: bool
+    tiles: Tiles | None = None
+
+
+class _Operands(NamedTuple):
+    """Arrays of one call as the kernels want them; planes of parameters are `(N, H)`."""
+
+    a: Planes
+    lacking: Planes
+    readout: Planes
+    decay: Planes  # of a whole chunk
+    partial: Planes  # of the chunk with the last token of each row, (B, N, H)
+    codes: list[jax.Array]
+    chunk_codes: jax.Array  # (B, C)
+
+
+def _prepare(config: Config, u, log_a, c, runs) -> tuple[_Job, _Operands]:
+    batch, length, width = u.shape
+    states = pl.next_power_of_2(log_a.shape[1])
+    tiles = config.tiles or choose_tiles(batch, length, width)
+    job = _Job(batch, length, width, states, tiles, runs is not None, config.reverse)
+    lengths = jnp.full((batch,), length, jnp.int32)
+    codes = []
+    if runs is not None:
+        lengths = (runs != 0).sum(1, dtype=jnp.int32)
+        codes = [segments.step_codes(runs, reverse=config.reverse)]
+    rest = (lengths - 1) % tiles.steps + 1
+    partial = powers.powers(log_a.T[None], rest[:, None, None])
+    whole = powers.powers(log_a.T, jnp.full((1, 1), min(tiles.steps, length), jnp.int32))
+    a, lacking = powers.decay(log_a.T)
+    planes = [split(_pad(x, states=states)) for x in (a, lacking, 2 * c.T, whole, partial)]
+    operands = _Operands(*planes, codes=codes, chunk_codes=_chunk_codes(job, codes))
+    return job, operands
+
+
+def _pad(x, *, states: int):
+    """Zeros for states `(..., N, H)` that do not exist."""
+    width = [(0, 0)] * (x.ndim - 2) + [(0, states - x.shape[-2]), (0, 0)]
+    return jnp.pad(x, width)
+
+
+def _chunk_codes(job: _Job, codes) -> jax.Array:
+    """What the chain does at each chunk, `(B, C)`."""
+    shape = (job.batch, job.length)
+    steps = codes[0] if codes else jnp.full(shape, segments.KEEP, jnp.int32)
+    behind = ((0, 0), (0, job.chunks * job.tiles.steps - job.length))
+    steps = jnp.pad(steps, behind, constant_values=segments.SKIP)
+    steps = steps.reshape(job.batch, job.chunks, job.tiles.steps)
+    skipped = steps == segments.SKIP
+    code = jnp.where(skipped.any(2), _PARTIAL, segments.KEEP)
+    code = jnp.where((steps == segments.RESET).any(2), segments.RESET, code)
+    return jnp.where(skipped.all(2), segments.SKIP, code).astype(jnp.int32)
+
+
+def _state_planes(job: _Job, x) -> Planes:
+    """`(B, H, N) -> (B, N, H)`."""
+    return split(_pad(x.swapaxes(1, 2), states=job.states))
+
+
+def _from_planes(x: Planes, states: int):
+    """`(B, N, H) -> (B, H, N)`, complex."""
+    return join(tuple(x))[:, :states].swapaxes(1, 2)
+
+
+def _call(kernel, job: _Job, name: str, grid, operands, outputs, *, per_warp: int, flops: int):
+    """Run `kernel`; `outputs` are `(shape, dtype)`; a warp holds `per_warp` states a lane."""
+    structs = [compat.out_struct(*output, *operands) for output in outputs]
+    return compat.pallas_call(
+        kernel,
+        backend="gpu",
+        name=name,
+        grid=grid,
+        out_shape=structs,
+        compiler_params=compat.triton.CompilerParams(
+            num_warps=min(8, max(1, job.states // per_warp)), num_stages=1
+        ),
+        flops=flops * job.batch * job.length * job.width * job.states,
+    )(*operands)
+
+
+def _entering(job: _Job, ops: _Operands, x, first: Planes, *, adjoint: bool):
+    """The state that enters each chunk, `(B, C, N, H)`, and the one that leaves the last or None
+    where there is one chunk."""
+    if job.chunks == 1:
+        return tuple(p[:, None] for p in first), None
+    per_chunk = ((job.batch, job.chunks, job.states, job.width), jnp.float32)
+    flow = _call(
+        functools.partial(_reduce_kernel, job=job, adjoint=adjoint),
+        job,
+        "diagonal_ssm_reduce",
+        job.grid,
+        [x, *ops.a, *ops.lacking, *ops.readout, *ops.codes],
+        [per_chunk] * 2,
+        per_warp=32,
+        flops=8,
+    )
+    out = _call(
+        functools.partial(_chain_kernel, job=job),
+        job,
+        "diagonal_ssm_chain",
+        job.grid[1:],
+        [*ops.decay, *ops.partial, *flow, *first, ops.chunk_codes],
+        [per_chunk] * 2 + [((job.batch, job.states, job.width), jnp.float32)] * 2,
+        per_warp=8,
+        flops=0,
+    )
+    return tuple(out[:2]), tuple(out[2:])
+
+
+def _walk_once(job: _Job, ops: _Operands, x, first: Planes, dtype, *, adjoint: bool):
+    """`(output, last state, entering states)` of a walk in one direction."""
+    entering, last = _entering(job, ops, x, first, adjoint=adjoint)
+    per_chunk = ((job.batch, job.chunks, job.states, job.width), jnp.float32)
+    out, *leaving = _call(
+        functools.partial(_output_kernel, job=job, adjoint=adjoint),
+        job,
+        "diagonal_ssm_adjoint" if adjoint else "diagonal_ssm_forward",
+        job.grid,
+        [x, *ops.a, *ops.lacking, *ops.readout, *entering, *ops.codes],
+        [(x.shape, dtype), per_chunk, per_chunk],
+        per_warp=32,
+        flops=12,
+    )
+    return out, last or tuple(p[:, 0] for p in leaving), entering
+
+
+def _forward(config: Config, u, log_a, c, initial_state, runs):
+    """`(y, final_state)` and the states that enter the chunks."""
+    job, ops = _prepare(config, u, log_a, c, runs)
+    first = _state_planes(job, initial_state)
+    y, last, entering = _walk_once(job, ops, u, first, u.dtype, adjoint=False)
+    return (y, _from_planes(last, c.shape[1])), entering
+
+
+def forward(config: Config, u, log_a, c, initial_state, runs):
+    """`(y, final_state)`; arguments as in `reference.diagonal_ssm`."""
+    return _forward(config, u, log_a, c, initial_state, runs)[0]
+
+
+def backward(config: Config, u, log_a, c, entering, runs, dy, dfinal_state):
+    """`(du, dlog_a, dc, dinitial_state)` from the cotangents of `forward`'s outputs and the states
+    that enter the chunks."""
+    job, ops = _prepare(config, u, log_a, c, runs)
+    against = job._replace(reverse=not config.reverse)
+    first = _state_planes(job, dfinal_state)
+    du, dinitial, leaving = _walk_once(against, ops, dy, first, u.dtype, adjoint=True)
+    per_chunk = ((job.batch, job.chunks, job.states, job.width), jnp.float32)
+    sums = _call(
+        functools.partial(_gradient_kernel, job=job),
+        job,
+        "diagonal_ssm_gradient",
+        job.grid,
+        [u, dy, *ops.a, *ops.lacking, *ops.readout, *entering, *leaving, *ops.codes],
+        [per_chunk] * 4,
+        per_warp=8,
+        flops=24,
+    )
+    dc, dlog_a = (join(tuple(sums[i : i + 2])).sum((0, 1))[: c.shape[1]].T for i in (0, 2))
+    return du, dlog_a, dc, _from_planes(dinitial, c.shape[1])
+
+
+def _vjp_forward(config, u, log_a, c, initial_state, runs):
+    outputs, entering = _forward(config, u, log_a, c, initial_state, runs)
+    return outputs, (u, log_a, c, entering, runs)
+
+
+def _vjp_backward(config, residuals, cotangents):
+    return *backward(config, *residuals, *cotangents), None
+
+
+_diagonal_ssm = vjp.join(forward, _vjp_forward, _vjp_backward)
+
+
+def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool, tiles: Tiles | None = None):
+    """See `api.diagonal_ssm`; `runs (B, L)` int32 or None, `tiles` for tests."""
+    return _diagonal_ssm(Config(reverse, tiles), u, log_a, c, initial_state, runs)

@@ -1,0 +1,60 @@
+"""The portable path: three methods of the same op, and which one runs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import vjp
+from pallas_kernels.diagonal_ssm import chunked, fft, stepwise
+
+
+def choose(length: int) -> str:
+    """The method where the caller names none.
+
+    Chunks are faster than the FFT at every length from 1k to 64k on a CPU (`experiments/results/
+    kernels/diagonal_ssm-cpu.json`) and take segments and states, so the FFT is never chosen.
+    """
+    return "scan" if length == 1 else "chunked"
+
+
+def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool, method: str | None):
+    """See `api.diagonal_ssm`; `runs (B, L)` int32 or None."""
+    method = method or choose(u.shape[1])
+    runs_there = runs
+    if reverse:
+        u = flip(u, runs)
+        runs_there = None if runs is None else _flipped_runs(runs)
+    run = {"fft": fft, "chunked": chunked, "scan": stepwise}[method].diagonal_ssm
+    y, final_state = run(u, log_a, c, initial_state, runs_there)
+    return flip(y, runs) if reverse else y, final_state
+
+
+def flip(x: jax.Array, runs: jax.Array | None) -> jax.Array:
+    """`x (B, L, H)` with each row's real tokens in the opposite order; its own inverse."""
+    return jnp.flip(x, 1) if runs is None else _flip_real(None, x, runs)
+
+
+def _flip_index(runs):
+    length = runs.shape[1]
+    real = (runs != 0).sum(1, keepdims=True, dtype=jnp.int32)
+    t = jnp.arange(length, dtype=jnp.int32)[None]
+    return jnp.where(t < real, real - 1 - t, t)
+
+
+def _flip_primal(_, x, runs):
+    return jnp.take_along_axis(x, _flip_index(runs)[..., None], axis=1)
+
+
+# By hand, because a gather's derivative is a scatter where this one is the same gather.
+_flip_real = vjp.join(
+    _flip_primal,
+    lambda _, x, runs: (_flip_primal(None, x, runs), runs),
+    lambda _, runs, dx: (_flip_primal(None, dx, runs), None),
+)
+
+
+def _flipped_runs(runs):
+    """Run numbers of the flipped rows, again 1, 2, ..."""
+    flipped = jnp.take_along_axis(runs, _flip_index(runs), axis=1)
+    return jnp.where(flipped == 0, 0, runs.max(1, keepdims=True) + 1 - flipped)

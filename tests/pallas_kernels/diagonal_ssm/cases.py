@@ -1,0 +1,100 @@
+"""Arguments, cotangents and checks that every implementation of `diagonal_ssm` is tested with."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import diagonal_ssm, testing
+
+
+class Case:
+    """Random arguments and cotangents. Models remember 2 to 50 steps, phases are all there are."""
+
+    def __init__(
+        self,
+        *,
+        length,
+        dtype="float32",
+        batch=2,
+        width=3,
+        states=4,
+        packed=False,
+        reverse=False,
+        method=None,
+        decay=(0.02, 0.5),
+        seed=0,
+    ):
+        rng = np.random.default_rng(seed)
+        wide = "complex128" if dtype == "float64" else "complex64"
+
+        def normal(*shape, dtype=dtype):
+            x = rng.standard_normal(shape)
+            if np.dtype(dtype).kind == "c":
+                x = (x + 1j * rng.standard_normal(shape)) / 2
+            return jnp.asarray(x, dtype)
+
+        shape = (width, states)
+        log_a = -rng.uniform(*decay, shape) + 1j * rng.uniform(-np.pi, np.pi, shape)
+        self.args = (
+            normal(batch, length, width),
+            jnp.asarray(log_a, wide),
+            normal(*shape, dtype=wide),
+            normal(batch, *shape, dtype=wide),
+        )
+        self.cotangents = (normal(batch, length, width), normal(batch, *shape, dtype=wide))
+        self.ids = jnp.asarray(testing.random_ids(rng, batch, length)) if packed else None
+        self.reverse = reverse
+        self.method = method
+
+    def oracle(self):
+        """The same numbers through the sequential reference in double precision."""
+        kinds = {"c": np.complex128}
+        with jax.enable_x64(True):
+            wide = copy.copy(self)
+            wide.args, wide.cotangents = jax.tree.map(
+                lambda x: jnp.asarray(np.asarray(x).astype(kinds.get(x.dtype.kind, np.float64))),
+                (self.args, self.cotangents),
+            )
+            return jax.tree.map(np.asarray, wide.run("reference"))
+
+    def run(self, implementation, *, args=None, ids=None):
+        ids = self.ids if ids is None else ids
+
+        def op(u, log_a, c, initial_state):
+            return diagonal_ssm(
+                u,
+                log_a,
+                c,
+                initial_state=initial_state,
+                segment_ids=ids,
+                reverse=self.reverse,
+                method=self.method,
+                implementation=implementation,
+            )
+
+        return testing.value_and_gradients(op, *(args or self.args), cotangents=self.cotangents)
+
+
+def assert_isolated(run, case):
+    """New finite values in the second document change no bit of the others."""
+    u, *others = case.args
+    length = u.shape[1]
+    ids = np.ones(u.shape[:2], np.int32)
+    ids[:, length // 3 :] = 2
+    ids[:, 2 * length // 3 :] = 1
+    inside = jnp.asarray(ids == 2)[..., None]
+    # Large enough to overflow to infinity inside the document.
+    changed = (jnp.where(inside, u * 0 + 3e38, u), *others)
+    before = run(ids=jnp.asarray(ids))
+    after = run(args=changed, ids=jnp.asarray(ids))
+
+    def elsewhere(result):
+        y, final = result["outputs"]
+        du, _, _, dinitial = result["gradients"]
+        outside = ids != 2
+        return [np.asarray(x)[outside] for x in (y, du)] + [np.asarray(final), dinitial]
+
+    for x, y in zip(elsewhere(before), elsewhere(after), strict=True):
+        np.testing.assert_array_equal(x, y)
