@@ -1,0 +1,401 @@
+"""TPU kernels: eight tokens in registers, taps by sublane rolls, each byte moved once.
+
+Grid `(B, D / width, L / steps)`. A block is `steps` rows of `width` channels; inside, groups of 8
+rows (one register tile high) are walked, several to a turn of the loop. A tap at distance d is a
+select between a group and the one before it, then a roll by d. The rows before a block come as a
+small block of their own (`edge`). Forward walks with time, each block for itself; backward walks
+against time and carries the cotangents of the groups that follow.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat
+from pallas_kernels.causal_conv1d import tile
+from pallas_kernels.causal_conv1d.differentiable import differentiable
+from pallas_kernels.causal_conv1d.tile import Activation
+from pallas_kernels.compat import pl
+
+_LANES, _SUBLANES = 128, 8
+_SLAB = 64  # rows between two turns of the loop: enough independent work to hide latencies
+# Of the 16 MiB that a kernel may take on the smallest TPU without asking for more.
+_VMEM_BUDGET = 12 * 2**20
+
+Groups = list[jax.Array]  # (8, width) float32 each
+
+
+class Tiles(NamedTuple):
+    """`(steps, width)` of a block, walked `slab` rows at a time (whole tiles of bfloat16: 16)."""
+
+    steps: int
+    width: int
+    slab: int = _SLAB
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _groups_of(taps: int) -> int:
+    """Groups of 8 rows that hold the tokens which a group's taps read before it."""
+    return max(1, -(-(taps - 1) // _SUBLANES))
+
+
+def vmem_bytes(tiles: Tiles, taps: int) -> int:
+    """Bytes of VMEM that the blocks of the backward kernel, the larger one, take: each twice, so
+    that the next is fetched while one is worked on; float32 throughout."""
+    block = tiles.steps * tiles.width * 4
+    codes = tiles.steps * _LANES * 4
+    edges = 3 * _groups_of(taps) * _SUBLANES * tiles.width * 4
+    weights = 2 * _round_up(taps + 1, _SUBLANES) * tiles.width * 4
+    return 2 * (3 * block + codes + edges + weights)
+
+
+def choose_tiles(length: int, width: int, taps: int) -> Tiles:
+    """The widest block that fits, keeps its sums in registers and wastes the fewest channels.
+
+    Raises:
+      ValueError: so many taps that no block fits.
+    """
+    unit = _SLAB * _groups_of(taps)
+    steps = min(_round_up(512, unit), _round_up(length, unit))
+    tiles = [Tiles(steps, w) for w in range(_LANES, min(512, _round_up(width, _LANES)) + 1, _LANES)]
+    fitting = [t for t in tiles if vmem_bytes(t, taps) <= _VMEM_BUDGET]
+    if not fitting:
+        raise ValueError(f"weight has {taps} taps, more than the TPU kernel's memory holds")
+    return min(fitting, key=lambda t: (_round_up(width, t.width), -t.width))
+
+
+class _Job(NamedTuple):
+    """What is static about one kernel."""
+
+    batch: int
+    length: int
+    width: int
+    taps: int
+    activation: Activation
+    tiles: Tiles
+    segmented: bool  # codes come with the arguments
+    reverse: bool  # walk against time
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.tiles.steps)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, -(-self.width // self.tiles.width), self.blocks
+
+    @property
+    def before(self) -> int:
+        """Groups before a group that its taps read."""
+        return _groups_of(self.taps)
+
+    @property
+    def edge(self) -> int:
+        """Rows of an edge block."""
+        return self.before * _SUBLANES
+
+    @property
+    def ragged(self) -> bool:
+        return self.length % self.tiles.steps != 0
+
+    def time(self, i):
+        """The block that is the i-th of the walk."""
+        return self.blocks - 1 - i if self.reverse else i
+
+
+# Tile bookkeeping: which block of which array a grid step sees.
+
+
+def _block(job: _Job) -> pl.BlockSpec:
+    return pl.BlockSpec(
+        block_shape=(None, job.tiles.steps, job.tiles.width),
+        index_map=lambda b, d, i: (b, job.time(i), d),
+    )
+
+
+def _edge(job: _Job) -> pl.BlockSpec:
+    """The rows before a block."""
+    per_block = job.tiles.steps // job.edge
+    return pl.BlockSpec(
+        block_shape=(None, job.edge, job.tiles.width),
+        index_map=lambda b, d, i: (b, jnp.maximum(job.time(i) * per_block - 1, 0), d),
+    )
+
+
+def _window(job: _Job) -> pl.BlockSpec:
+    return pl.BlockSpec(
+        block_shape=(None, job.edge, job.tiles.width), index_map=lambda b, d, i: (b, 0, d)
+    )
+
+
+def _weights(job: _Job) -> pl.BlockSpec:
+    """Rows of weights, the bias last."""
+    return pl.BlockSpec(
+        block_shape=(job.taps + 1, job.tiles.width), index_map=lambda b, d, i: (0, d)
+    )
+
+
+def _sums(job: _Job) -> pl.BlockSpec:
+    return pl.BlockSpec(
+        block_shape=(None, job.taps + 1, job.tiles.width), index_map=lambda b, d, i: (b, 0, d)
+    )
+
+
+def _codes_block(job: _Job) -> pl.BlockSpec:
+    return pl.BlockSpec(
+        block_shape=(None, job.tiles.steps, _LANES),
+        index_map=lambda b, d, i: (b, job.time(i), 0),
+    )
+
+
+# Rows that come from another group.
+
+
+def _index(like: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, like.shape, 0)
+
+
+def lag(groups: Groups, by: int) -> jax.Array:
+    """The rows `by` before those of `groups[0]`; `groups[k]` is the k-th group before it."""
+    q, r = divmod(by, _SUBLANES)
+    if r == 0:
+        return groups[q]
+    mixed = jnp.where(_index(groups[q]) < _SUBLANES - r, groups[q], groups[q + 1])
+    return compat.tpu.roll(mixed, r, 0)
+
+
+def lead(groups: Groups, by: int) -> jax.Array:
+    """The rows `by` after those of `groups[0]`; `groups[k]` is the k-th group after it."""
+    q, r = divmod(by, _SUBLANES)
+    if r == 0:
+        return groups[q]
+    mixed = jnp.where(_index(groups[q]) >= r, groups[q], groups[q + 1])
+    return compat.tpu.roll(mixed, _SUBLANES - r, 0)
+
+
+# Loads and stores.
+
+
+def _split(rows: jax.Array) -> Groups:
+    rows = rows.astype(jnp.float32)
+    return [rows[i : i + _SUBLANES] for i in range(0, rows.shape[0], _SUBLANES)]
+
+
+def _rows(start, count: int) -> slice | pl.Slice:
+    return pl.ds(pl.multiple_of(start, _SUBLANES), count)
+
+
+def _weight_rows(ref, job: _Job) -> tuple[Groups, jax.Array]:
+    """Weights by distance and the bias, each over 8 rows."""
+    shape = (_SUBLANES, job.tiles.width)
+    *weights, bias = (jnp.broadcast_to(ref[i : i + 1, :], shape) for i in range(job.taps + 1))
+    return weights[::-1], bias
+
+
+def _before_block(job: _Job, edge_ref, initial_ref) -> Groups:
+    """The groups before the block, the nearest first."""
+    at_start = job.time(pl.program_id(2)) == 0
+    edge, initial = _split(edge_ref[...]), _split(initial_ref[...])
+    return [jnp.where(at_start, i, e) for i, e in zip(initial, edge, strict=True)][::-1]
+
+
+def _limits(job: _Job, codes_ref, start, like: jax.Array):
+    """`(reach, ahead)` of a group, each `(8, width)` or None, as `_codes` packs them."""
+    limit = following = None
+    if job.segmented:
+        code = jnp.tile(codes_ref[_rows(start, _SUBLANES), :], (1, job.tiles.width // _LANES))
+        limit = jnp.where(code < 0, code, code & 0xFFFF)
+        following = code >> 16
+    if job.ragged and job.reverse:
+        place = _index(like) + start + job.time(pl.program_id(2)) * job.tiles.steps
+        limit = jnp.where(place < job.length, job.taps - 1 if limit is None else limit, -1)
+    return limit, following
+
+
+# The kernels: maths on values between a load and a store.
+
+
+def _forward_kernel(*refs, job: _Job):
+    x_ref, edge_ref, initial_ref, weight_ref, *codes, y_ref = refs
+    codes_ref = codes[0] if job.segmented else None
+    weights, bias = _weight_rows(weight_ref, job)
+
+    def slab(i, before):
+        out = []
+        for k, group in enumerate(_split(x_ref[_rows(i * job.tiles.slab, job.tiles.slab), :])):
+            groups = [group, *before]
+            limit, _ = _limits(job, codes_ref, i * job.tiles.slab + k * _SUBLANES, group)
+            seen = [lag(groups, d) for d in range(job.taps)]
+            out.append(tile.output(seen, weights, bias, limit, job.activation))
+            before = groups[:-1]
+        y_ref[_rows(i * job.tiles.slab, job.tiles.slab), :] = jnp.concatenate(out).astype(
+            y_ref.dtype
+        )
+        return before
+
+    before = _before_block(job, edge_ref, initial_ref)
+    jax.lax.fori_loop(0, job.tiles.steps // job.tiles.slab, slab, before)
+
+
+def _sequence_begins():
+    """True in the first block of a walk over a strip of channels of a sequence."""
+    return pl.program_id(2) == 0
+
+
+def _leaving(groups: Groups) -> Groups:
+    """What the groups before need of those after them."""
+    return groups[:-1]
+
+
+def _backward_kernel(*refs, job: _Job):
+    x_ref, edge_ref, initial_ref, dy_ref, weight_ref, *codes, dx_ref, sums_ref, after_ref = refs
+    codes_ref = codes[0] if job.segmented else None
+    weights, bias = _weight_rows(weight_ref, job)
+    before_block = _before_block(job, edge_ref, initial_ref)
+    slabs = job.tiles.steps // job.tiles.slab
+
+    @pl.when(_sequence_begins())
+    def _():
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+        after_ref[...] = jnp.zeros_like(after_ref)
+
+    def group_before(start, k: int) -> jax.Array:
+        """The k-th group before row `start` of the block; that row may lie `k` before its first."""
+        place = start - k * _SUBLANES
+        inside = x_ref[_rows(jnp.maximum(place, 0), _SUBLANES), :].astype(jnp.float32)
+        for j, group in enumerate(before_block):
+            inside = jnp.where(place == -(j + 1) * _SUBLANES, group, inside)
+        return inside
+
+    def slab(i, carry):
+        after, sums = carry
+        start = (slabs - 1 - i) * job.tiles.slab
+        earlier = [group_before(start, k + 1) for k in range(job.before)]
+        groups = [*_split(x_ref[_rows(start, job.tiles.slab), :])[::-1], *earlier]
+        cotangents = _split(dy_ref[_rows(start, job.tiles.slab), :])[::-1]
+        out = []
+        for k, dy in enumerate(cotangents):
+            row = start + job.tiles.slab - (k + 1) * _SUBLANES
+            limit, following = _limits(job, codes_ref, row, dy)
+            taps = [tile.keep(lag(groups[k:], d), limit, d) for d in range(job.taps)]
+            g = tile.cotangent(taps, weights, bias, dy, limit, job.activation)
+            sums = [s + g * tap for s, tap in zip(sums, taps, strict=False)] + [sums[-1] + g]
+            after = [g, *after]
+            dx = [w * tile.keep(lead(after, d), following, d) for d, w in enumerate(weights)]
+            out.append(functools.reduce(jnp.add, dx))
+            after = _leaving(after)
+        dx_ref[_rows(start, job.tiles.slab), :] = jnp.concatenate(out[::-1]).astype(dx_ref.dtype)
+        return after, sums
+
+    zero = jnp.zeros((_SUBLANES, job.tiles.width), jnp.float32)
+    carry = _split(after_ref[...]), [zero] * (job.taps + 1)
+    after, sums = jax.lax.fori_loop(0, slabs, slab, carry)
+    after_ref[...] = jnp.concatenate(after)
+    *by_distance, dbias = (s.sum(0, keepdims=True) for s in sums)
+    sums_ref[...] += jnp.concatenate([*by_distance[::-1], dbias])
+
+
+# The calls.
+
+
+def _job(x, taps: int, runs, activation: Activation, tiles: Tiles | None, *, reverse: bool) -> _Job:
+    batch, length, width = x.shape
+    tiles = tiles or choose_tiles(length, width, taps)
+    return _Job(batch, length, width, taps, activation, tiles, runs is not None, reverse)
+
+
+def _codes(runs, taps: int) -> list[jax.Array]:
+    """`reach` and `ahead` in the halves of an integer, -1 on padding, over a row of lanes."""
+    if runs is None:
+        return []
+    codes = (tile.ahead(runs, taps) << 16) | (tile.reach(runs, taps) & 0xFFFF)
+    codes = jnp.where(runs == 0, -1, codes)
+    return [jnp.broadcast_to(codes[:, :, None], (*codes.shape, _LANES))]
+
+
+def _small_operands(job: _Job, weight, bias, initial_state) -> tuple[jax.Array, jax.Array]:
+    """The window, zeros before it, `(B, edge, D)`; weights and bias `(W+1, D)` float32."""
+    missing = job.edge - (job.taps - 1)
+    rows = jnp.concatenate([weight.astype(jnp.float32), bias.astype(jnp.float32)[None]])
+    return jnp.pad(initial_state, ((0, 0), (missing, 0), (0, 0))), rows
+
+
+def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, scratch, flops: int):
+    time: Literal["arbitrary", "parallel"] = "arbitrary" if job.reverse else "parallel"
+    return compat.pallas_call(
+        functools.partial(kernel, job=job),
+        backend="tpu",
+        name=name,
+        grid=job.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out,
+        scratch_shapes=scratch,
+        compiler_params=compat.tpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", time)
+        ),
+        flops=flops * job.batch * job.length * job.width,
+    )(*operands)
+
+
+def forward(
+    x, weight, bias, initial_state, runs, activation: Activation, tiles: Tiles | None = None
+):
+    """`y`; arguments as in `reference.causal_conv1d`, `tiles` for tests."""
+    job = _job(x, weight.shape[0], runs, activation, tiles, reverse=False)
+    window, rows = _small_operands(job, weight, bias, initial_state)
+    operands = [x, x, window, rows, *_codes(runs, job.taps)]
+    in_specs = [_block(job), _edge(job), _window(job), _weights(job)]
+    in_specs += [_codes_block(job)] * job.segmented
+    return _call(
+        _forward_kernel,
+        job,
+        "causal_conv1d_forward",
+        operands,
+        in_specs,
+        compat.out_struct(x.shape, x.dtype, *operands),
+        _block(job),
+        [],
+        flops=2 * job.taps + 4,
+    )
+
+
+def backward(
+    x, weight, bias, initial_state, runs, dy, activation: Activation, tiles: Tiles | None = None
+):
+    """`(dx, dweight, dbias, dinitial_state)` from the cotangent of `forward`'s output."""
+    job = _job(x, weight.shape[0], runs, activation, tiles, reverse=True)
+    window, rows = _small_operands(job, weight, bias, initial_state)
+    operands = [x, x, window, dy, rows, *_codes(runs, job.taps)]
+    in_specs = [_block(job), _edge(job), _window(job), _block(job), _weights(job)]
+    in_specs += [_codes_block(job)] * job.segmented
+    sums = (job.batch, job.taps + 1, job.width)
+    dx, sums = _call(
+        _backward_kernel,
+        job,
+        "causal_conv1d_backward",
+        operands,
+        in_specs,
+        [
+            compat.out_struct(x.shape, x.dtype, *operands),
+            compat.out_struct(sums, jnp.float32, *operands),
+        ],
+        [_block(job), _sums(job)],
+        [compat.tpu.VMEM((job.edge, job.tiles.width), jnp.float32)],
+        flops=6 * job.taps + 8,
+    )
+    dinitial = tile.initial_gradient(
+        x, list(rows[-2::-1]), rows[-1], initial_state, tile.limits(runs, job.taps), dy, activation
+    )
+    total = sums.sum(0)
+    return dx, total[:-1].astype(weight.dtype), total[-1].astype(bias.dtype), dinitial
+
+
+causal_conv1d = differentiable(forward, backward)

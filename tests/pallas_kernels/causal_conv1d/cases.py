@@ -1,0 +1,103 @@
+"""Arguments, cotangents and checks that every implementation of `causal_conv1d` is tested with."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import causal_conv1d, segments, testing
+from pallas_kernels.causal_conv1d import reference
+
+
+class Case:
+    """Random arguments and cotangents; short and long documents where `packed`."""
+
+    def __init__(
+        self,
+        *,
+        length,
+        taps=4,
+        dtype="float32",
+        batch=2,
+        width=5,
+        activation="silu",
+        packed=False,
+        seed=0,
+    ):
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape, dtype=dtype):
+            return jnp.asarray(rng.standard_normal(shape), dtype)
+
+        weights = "float32" if dtype == "bfloat16" else dtype
+        window = (batch, taps - 1, width)
+        self.args = (
+            normal(batch, length, width),
+            normal(taps, width, dtype=weights),
+            normal(width, dtype=weights),
+            normal(*window),
+        )
+        self.cotangents = (normal(batch, length, width), normal(*window))
+        self.ids = jnp.asarray(testing.random_ids(rng, batch, length)) if packed else None
+        self.activation = activation
+
+    def oracle(self):
+        """The same numbers through the sequential reference in double precision."""
+        with jax.enable_x64(True):
+            wide = copy.copy(self)
+            wide.args, wide.cotangents = jax.tree.map(
+                lambda x: jnp.asarray(np.asarray(x).astype(np.float64)),
+                (self.args, self.cotangents),
+            )
+            runs = None if self.ids is None else segments.runs(self.ids)
+
+            def op(*args):
+                return reference.causal_conv1d(*args, runs, self.activation)
+
+            result = testing.value_and_gradients(op, *wide.args, cotangents=wide.cotangents)
+            return _present(jax.tree.map(np.asarray, result))
+
+    def run(self, implementation, *, args=None, ids=None):
+        ids = self.ids if ids is None else ids
+
+        def op(x, weight, bias, initial_state):
+            return causal_conv1d(
+                x,
+                weight,
+                bias,
+                activation=self.activation,
+                initial_state=initial_state,
+                segment_ids=ids,
+                implementation=implementation,
+            )
+
+        result = testing.value_and_gradients(op, *(args or self.args), cotangents=self.cotangents)
+        return _present(result)
+
+
+def _present(result):
+    """Without empty arrays: one tap has a window of no tokens."""
+    return jax.tree.map(lambda x: x if x.size else None, result)
+
+
+def assert_isolated(run, case):
+    """New values in the second document, some of which overflow, change no bit of the others."""
+    x, weight, bias, initial = case.args
+    length = x.shape[1]
+    ids = np.ones(x.shape[:2], np.int32)
+    ids[:, length // 3 :] = 2
+    ids[:, 2 * length // 3 :] = 1
+    inside = jnp.asarray(ids == 2)[..., None]
+    before = run(args=case.args, ids=jnp.asarray(ids))
+    for value in (1e30, jnp.inf):
+        changed = (jnp.where(inside, jnp.asarray(value, x.dtype), x), weight, bias, initial)
+        after = run(args=changed, ids=jnp.asarray(ids))
+
+        def elsewhere(result):
+            y, final = result["outputs"]
+            dx, _, _, dinitial = result["gradients"]
+            return [np.asarray(a)[ids != 2] for a in (y, dx)] + [np.asarray(final), dinitial]
+
+        for a, b in zip(elsewhere(before), elsewhere(after), strict=True):
+            np.testing.assert_array_equal(a, b)
