@@ -1,0 +1,702 @@
+"""TPU kernels: channels fill registers, one register tile a state, states carried in registers.
+
+Grid `(B, D / width, L / steps)`, time last and in the direction of travel. A tile of up to 1024
+channels is `(width / 128, 128)`: one register for each of the N states, so the sum over states is
+N additions and no shuffle. What a step needs is brought into that shape through VMEM:
+
+- a token's channels are a row of lane tiles; a staging area that holds 16 tokens of each lane tile
+  one after the other gives `(width / 128, 128)` of one token by a strided load;
+- a token's B_n and C_n are one lane of their transposed block; each is spread over 128 lanes by a
+  masked sum, stored as a row, and loaded with that row in all sublanes.
+
+The forward pass of a gradient keeps the state that enters each block. The backward pass walks the
+blocks from the last to the first: it computes the states of one block again, keeps them in VMEM,
+and walks back. Its sums over channels (dB, dC) load the states of one lane tile as `(N, 128)`, by
+another strided load, so that they too need one shuffle a token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat, segments, vjp
+from pallas_kernels.compat import pl
+from pallas_kernels.selective_scan import tile
+from pallas_kernels.selective_scan.config import Config
+
+_LANES, _SUBLANES = 128, 8
+_GROUP = 16  # steps unrolled at a time: a tile of bfloat16 is 16 rows high
+_VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
+_VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
+
+
+class Tiles(NamedTuple):
+    """`(steps, width)` of a block."""
+
+    steps: int
+    width: int
+
+
+def vmem_bytes(tiles: Tiles, states: int) -> int:
+    """Bytes of VMEM of the backward kernel, the larger one, with a gate and segments.
+
+    Blocks count twice, so that the next is fetched while one is worked on; scratch counts once.
+    """
+    row = _LANES * 4
+    lane_tiles = tiles.width // _LANES
+    tokens = 7 * tiles.steps * lane_tiles * row  # x, dt, gate, dy and the gradients of three
+    shared = 2 * _round_up(2 * states + 1, _SUBLANES) * row
+    per_state = 5 * states * _SUBLANES * row  # A, entering state, dh_final, dA, dh_initial
+    per_channel = 4 * _SUBLANES * lane_tiles * row  # D, dt_bias and their gradients
+    kept = (tiles.steps + 1 + _GROUP) * states * lane_tiles * row
+    staged = _GROUP * (6 * lane_tiles + _round_up(2 * states + 1, _SUBLANES)) * row
+    return 2 * (tokens + shared + per_state + per_channel) + kept + staged
+
+
+def choose_tiles(length: int, width: int, states: int) -> Tiles:
+    """As many steps as fit, up to a register's lanes; then the fewest, narrowest tiles."""
+    for steps in (128, 64, 32, 16):
+        steps = min(steps, _round_up(length, _GROUP))
+        for widest in (1024, 512, 256, 128):
+            count = -(-width // widest)
+            tiles = Tiles(steps, _round_up(-(-width // count), _LANES))
+            if vmem_bytes(tiles, states) <= _VMEM_BUDGET:
+                return tiles
+    raise ValueError(
+        f"selective_scan: N={states} states a channel do not fit a TPU's memory; "
+        "use implementation='xla'"
+    )
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+class _Job(NamedTuple):
+    """What is static about one kernel."""
+
+    batch: int
+    length: int
+    width: int
+    states: int
+    tiles: Tiles
+    softplus: bool
+    reverse: bool
+    segmented: bool
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.tiles.steps)
+
+    @property
+    def strips(self) -> int:
+        return -(-self.width // self.tiles.width)
+
+    @property
+    def rows(self) -> int:
+        """Lane tiles of a strip: a state is `(rows, 128)`."""
+        return self.tiles.width // _LANES
+
+    @property
+    def groups(self) -> int:
+        return self.tiles.steps // _GROUP
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, self.strips, self.blocks
+
+    @property
+    def coded(self) -> bool:
+        """Some tokens begin a document, are padding or do not exist."""
+        return self.segmented or self.length % self.tiles.steps != 0
+
+    @property
+    def shared(self) -> int:
+        """Numbers of a token that all channels share: B, C and its step code."""
+        return 2 * self.states + self.coded
+
+    @property
+    def order(self) -> list[int]:
+        """The steps of a group in the direction of travel."""
+        return list(range(_GROUP))[:: -1 if self.reverse else 1]
+
+    def group(self, i):
+        """The group of a block that is the i-th in the direction of travel."""
+        return self.groups - 1 - i if self.reverse else i
+
+
+# Tile bookkeeping: what an array looks like to the kernels, and which block a grid step sees.
+
+
+class _Specs(NamedTuple):
+    """Block specs; `time` says which block of time the i-th grid step sees."""
+
+    job: _Job
+    backward: bool
+
+    def time(self, i):
+        last = self.backward != self.job.reverse
+        return self.job.blocks - 1 - i if last else i
+
+    def tokens(self) -> pl.BlockSpec:
+        """Of `(B, L, D)`."""
+        steps, width = self.job.tiles
+        return pl.BlockSpec(
+            block_shape=(None, steps, width), index_map=lambda b, d, i: (b, self.time(i), d)
+        )
+
+    def shared(self) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            block_shape=(None, None, self.job.shared, self.job.tiles.steps),
+            index_map=lambda b, d, i: (b, self.time(i), 0, 0),
+        )
+
+    def shared_gradient(self) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            block_shape=(None, None, None, 2 * self.job.states, self.job.tiles.steps),
+            index_map=lambda b, d, i: (d, b, self.time(i), 0, 0),
+        )
+
+    def decays(self) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            block_shape=(None, self.job.states, self.job.rows, _LANES),
+            index_map=lambda b, d, i: (d, 0, 0, 0),
+        )
+
+    def state(self) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            block_shape=(None, None, self.job.states, self.job.rows, _LANES),
+            index_map=lambda b, d, i: (b, d, 0, 0, 0),
+        )
+
+    def boundaries(self) -> pl.BlockSpec:
+        """Of the states that enter each block."""
+        return pl.BlockSpec(
+            block_shape=(None, None, None, self.job.states, self.job.rows, _LANES),
+            index_map=lambda b, d, i: (b, self.time(i), d, 0, 0, 0),
+        )
+
+    def channels(self) -> pl.BlockSpec:
+        """Of `(1, D)`."""
+        return pl.BlockSpec(block_shape=(1, self.job.tiles.width), index_map=lambda b, d, i: (0, d))
+
+    def channel_sums(self) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            block_shape=(None, _GROUP, self.job.tiles.width), index_map=lambda b, d, i: (b, 0, d)
+        )
+
+
+def _tiled(job: _Job, x: jax.Array) -> jax.Array:
+    """`(..., D, N)` to `(..., strips, N, rows, 128)`, padded with zeros."""
+    fill = job.strips * job.tiles.width - job.width
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, fill), (0, 0)])
+    x = jnp.swapaxes(x, -1, -2)
+    x = x.reshape(*x.shape[:-1], job.strips, job.rows, _LANES)
+    return jnp.moveaxis(x, -3, -4)
+
+
+def _untiled(job: _Job, x: jax.Array) -> jax.Array:
+    """The inverse of `_tiled`."""
+    x = jnp.moveaxis(x, -4, -3)
+    x = x.reshape(*x.shape[:-3], job.strips * job.tiles.width)
+    return jnp.swapaxes(x[..., : job.width], -1, -2)
+
+
+def _shared(job: _Job, B, C, runs) -> jax.Array:
+    """B, C and the step codes of each block, tokens last: `(B, blocks, shared, steps)`."""
+    fill = job.blocks * job.tiles.steps - job.length
+
+    def pad(x, value):
+        return jnp.pad(x.astype(jnp.float32), ((0, 0), (0, fill), (0, 0)), constant_values=value)
+
+    parts = [pad(B, 0), pad(C, 0)]
+    if job.coded:
+        codes = jnp.full(B.shape[:2], segments.KEEP, jnp.int32)
+        if runs is not None:
+            codes = segments.step_codes(runs, reverse=job.reverse)
+        parts.append(pad(codes[:, :, None], segments.SKIP))
+    x = jnp.concatenate(compat.vary_alike(*parts), axis=2)
+    x = x.reshape(job.batch, job.blocks, job.tiles.steps, job.shared)
+    return jnp.swapaxes(x, 2, 3)
+
+
+def _unshared(job: _Job, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """dB and dC `(B, L, N)` from their sums over each strip `(strips, B, blocks, 2 N, steps)`."""
+    x = jnp.swapaxes(x.sum(0), 2, 3).reshape(job.batch, -1, 2 * job.states)[:, : job.length]
+    return x[:, :, : job.states], x[:, :, job.states :]
+
+
+# Loads and stores.
+
+
+class _Staged(NamedTuple):
+    """A staging area: 16 tokens of one lane tile after the other, `(rows * 16, 128)`."""
+
+    ref: Any
+    job: _Job
+
+    def put(self, j: int, x: jax.Array) -> None:
+        """16 tokens of lane tile j."""
+        self.ref[pl.ds(j * _GROUP, _GROUP), :] = x
+
+    def get(self, j: int) -> jax.Array:
+        return self.ref[pl.ds(j * _GROUP, _GROUP), :]
+
+    def put_token(self, k: int, x: jax.Array) -> None:
+        """Token k of all lane tiles, `(rows, 128)`."""
+        self.ref[pl.ds(k, self.job.rows, stride=_GROUP), :] = x
+
+    def token(self, k: int) -> jax.Array:
+        return self.ref[pl.ds(k, self.job.rows, stride=_GROUP), :]
+
+    def row(self, k: int, j: int, count: int) -> jax.Array:
+        """Token k of lane tile j, `count` times."""
+        row = self.ref[pl.ds(j * _GROUP + k, 1), :]
+        return jnp.broadcast_to(row, (count, _LANES))
+
+
+class _Spread(NamedTuple):
+    """The shared numbers of 16 tokens, each over 128 lanes: `(16 * height, 128)`."""
+
+    ref: Any
+    job: _Job
+
+    @property
+    def height(self) -> int:
+        return _round_up(self.job.shared, _SUBLANES)
+
+    def fill(self, shared_ref: Any, start) -> None:
+        """Spread the tokens from `start` of a block."""
+        x = shared_ref[...]
+        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) - start
+        for k in range(_GROUP):
+            one = jnp.sum(jnp.where(lane == k, x, 0.0), axis=1, keepdims=True)
+            spread = jnp.broadcast_to(one, (self.job.shared, _LANES))
+            self.ref[pl.ds(k * self.height, self.job.shared), :] = spread
+
+    def _over_channels(self, k: int, i: int) -> jax.Array:
+        row = self.ref[pl.ds(k * self.height + i, 1), :]
+        return jnp.broadcast_to(row, (self.job.rows, _LANES))
+
+    def B(self, k: int, n: int) -> jax.Array:
+        return self._over_channels(k, n)
+
+    def C(self, k: int, n: int) -> jax.Array:
+        return self._over_channels(k, self.job.states + n)
+
+    def inside(self, k: int) -> jax.Array | None:
+        """False where token k begins a document; None if none does."""
+        if not self.job.segmented:
+            return None
+        return self._over_channels(k, 2 * self.job.states) != segments.RESET
+
+    def live(self) -> jax.Array | None:
+        """Which of the 16 tokens are real, `(16, 128)`; None if all are."""
+        if not self.job.coded:
+            return None
+        codes = self.ref[pl.ds(2 * self.job.states, _GROUP, stride=self.height), :]
+        return codes != segments.SKIP
+
+
+class _Tokens(NamedTuple):
+    """16 tokens of one lane tile of a block."""
+
+    refs: dict[str, Any]
+    job: _Job
+    rows: Any
+    lanes: slice
+
+    def load(self, name: str) -> jax.Array:
+        return self.refs[name][self.rows, self.lanes].astype(jnp.float32)
+
+    def maybe(self, name: str) -> jax.Array | None:
+        """A number of each channel, `(1, 128)`, if it was given."""
+        return self.refs[name][:, self.lanes] if name in self.refs else None
+
+    def store(self, name: str, x: jax.Array) -> None:
+        self.refs[name][self.rows, self.lanes] = x.astype(self.refs[name].dtype)
+
+    def add(self, name: str, x: jax.Array) -> None:
+        if name in self.refs:
+            self.refs[name][:, self.lanes] += x
+
+    def exists(self, live: jax.Array | None) -> jax.Array | None:
+        """`live` and not beyond the last channel."""
+        if self.job.width % self.job.tiles.width == 0:
+            return live
+        lane = jax.lax.broadcasted_iota(jnp.int32, (_GROUP, _LANES), 1)
+        place = pl.program_id(1) * self.job.tiles.width + self.lanes.start + lane
+        inside = place < self.job.width
+        return inside if live is None else inside & live
+
+    def step_size(self, mask) -> jax.Array:
+        """dt after its softplus, 0 where masked."""
+        dt = tile.step_size(self.load("dt"), self.maybe("bias"), softplus=self.job.softplus)
+        return tile.select(mask, dt)
+
+
+def _lane_tiles(job: _Job, refs: dict[str, Any], g) -> list[_Tokens]:
+    """The g-th group of a block, lane tile by lane tile."""
+    rows = pl.ds(pl.multiple_of(g * _GROUP, _GROUP), _GROUP)
+    return [_Tokens(refs, job, rows, slice(j * _LANES, (j + 1) * _LANES)) for j in range(job.rows)]
+
+
+# The kernels: maths on values between a load and a store.
+
+
+def _sequence_begins():
+    """True in the first block of a strip of channels of a sequence."""
+    return pl.program_id(2) == 0
+
+
+def _carry(refs: list[jax.Array]) -> list[jax.Array]:
+    """The state that the next step finds."""
+    return refs
+
+
+def _forward_kernel(refs: dict[str, Any], job: _Job):
+    spread = _Spread(refs["spread"], job)
+    dt_area, flow_area, y_area = (_Staged(refs[f"area{i}"], job) for i in range(3))
+
+    @pl.when(_sequence_begins())
+    def _():
+        refs["final"][...] = refs["initial"][...]
+
+    if "boundaries" in refs:
+        refs["boundaries"][...] = refs["final"][...]
+
+    def walk(i, h):
+        tiles = _lane_tiles(job, refs, job.group(i))
+        spread.fill(refs["shared"], job.group(i) * _GROUP)
+        live = spread.live()
+        for j, at in enumerate(tiles):
+            dt = at.step_size(live)
+            dt_area.put(j, dt)
+            flow_area.put(j, dt * tile.select(live, at.load("x")))
+        for k in job.order:
+            h, y = _step(job, refs, spread, k, dt_area.token(k), flow_area.token(k), h)
+            y_area.put_token(k, y)
+        for j, at in enumerate(tiles):
+            y = _skip(at, y_area.get(j))
+            if "gate" in refs:
+                y = y * tile.silu(at.load("gate"))
+            at.store("y", tile.select(live, y))
+        return _carry(h)
+
+    # The final state's block stays in VMEM over all of a sequence: it is the carry too.
+    h = [refs["final"][n] for n in range(job.states)]
+    h = jax.lax.fori_loop(0, job.groups, walk, h)
+    for n in range(job.states):
+        refs["final"][n] = h[n]
+
+
+def _step(job: _Job, refs, spread: _Spread, k: int, dt, flow, h, *, with_y: bool = True):
+    """The states after token k of a group, and its y."""
+    inside = spread.inside(k)
+    after, y = [], None
+    for n in range(job.states):
+        decay = tile.decay(dt, refs["A"][n])
+        after.append(tile.advance(h[n], decay, flow * spread.B(k, n), inside))
+        if with_y:
+            term = after[n] * spread.C(k, n)
+            y = term if y is None else y + term
+    return after, y
+
+
+def _skip(at: _Tokens, y: jax.Array) -> jax.Array:
+    D = at.maybe("D")
+    return y if D is None else y + D * at.load("x")
+
+
+def _backward_kernel(refs: dict[str, Any], job: _Job):
+    spread = _Spread(refs["spread"], job)
+
+    @pl.when(_sequence_begins())
+    def _():
+        refs["dinitial"][...] = refs["dfinal"][...]
+        for name in ("dA", "dD", "dbias"):
+            if name in refs:
+                refs[name][...] = jnp.zeros_like(refs[name])
+
+    refs["dshared"][...] = jnp.zeros_like(refs["dshared"])
+    h = [refs["boundaries"][n] for n in range(job.states)]
+    for n in range(job.states):
+        refs["kept"][pl.ds(n * job.rows, job.rows), :] = h[n]
+    recompute = functools.partial(_recompute_group, refs, job, spread)
+    jax.lax.fori_loop(0, job.groups, recompute, h)
+    retreat = functools.partial(_retreat_group, refs, job, spread)
+    c = [refs["dinitial"][n] for n in range(job.states)]
+    c = jax.lax.fori_loop(0, job.groups, lambda i, c: retreat(job.groups - 1 - i, c), c)
+    for n in range(job.states):
+        refs["dinitial"][n] = c[n]
+
+
+def _kept(job: _Job, i, k: int, n: int, j: int = 0):
+    """The row of `kept` with state n of lane tile j before the k-th step of the i-th group."""
+    return (i * _GROUP + k) * job.states * job.rows + n * job.rows + j
+
+
+def _recompute_group(refs, job: _Job, spread: _Spread, i, h):
+    """Keep the states of the i-th group of a block; with a gate, its gradient needs them too."""
+    dt_area, flow_area, y_area = (_Staged(refs[f"area{a}"], job) for a in range(3))
+    tiles = _lane_tiles(job, refs, job.group(i))
+    spread.fill(refs["shared"], job.group(i) * _GROUP)
+    live = spread.live()
+    gated = "gate" in refs
+    for j, at in enumerate(tiles):
+        mask = at.exists(live)
+        dt = at.step_size(mask)
+        dt_area.put(j, dt)
+        flow_area.put(j, dt * tile.select(mask, at.load("x")))
+    for step, k in enumerate(job.order):
+        dt, flow = dt_area.token(k), flow_area.token(k)
+        h, y = _step(job, refs, spread, k, dt, flow, h, with_y=gated)
+        for n in range(job.states):
+            refs["kept"][pl.ds(_kept(job, i, step + 1, n), job.rows), :] = h[n]
+        if gated:
+            y_area.put_token(k, y)
+    if gated:
+        for j, at in enumerate(tiles):
+            slope = tile.silu_gradient(at.load("gate"))
+            dgate = at.load("dy") * _skip(at, y_area.get(j)) * slope
+            at.store("dgate", tile.select(live, dgate))
+    return h
+
+
+def _retreat_group(refs, job: _Job, spread: _Spread, i, c):
+    """Take the i-th group of a block backwards."""
+    areas = [_Staged(refs[f"area{a}"], job) for a in range(5)]
+    dt_area, flow_area, dy_area, dflow_area, slope_area = areas
+    start = job.group(i) * _GROUP
+    tiles = _lane_tiles(job, refs, job.group(i))
+    spread.fill(refs["shared"], start)
+    live = spread.live()
+    for j, at in enumerate(tiles):
+        mask = at.exists(live)
+        dt = at.step_size(mask)
+        dt_area.put(j, dt)
+        flow_area.put(j, dt * tile.select(mask, at.load("x")))
+        dy_area.put(j, _ungated(at, mask))
+    lane = jax.lax.broadcasted_iota(jnp.int32, refs["dshared"].shape, 1) - start
+    dshared = jnp.zeros(refs["dshared"].shape, jnp.float32)
+    for step, k in reversed([*enumerate(job.order)]):
+        tokens = [area.token(k) for area in (dt_area, flow_area, dy_area)]
+        c, dflow, slope = _step_back(refs, job, spread, i, step, k, *tokens, c)
+        dflow_area.put_token(k, dflow)
+        slope_area.put_token(k, slope)
+        over_channels = _channel_sums(refs, job, i, step, k, flow_area, dy_area)
+        dshared = jnp.where(lane == k, over_channels, dshared)
+    refs["dshared"][...] += dshared
+    for j, at in enumerate(tiles):
+        mask = at.exists(live)
+        _token_gradients(
+            at, mask, dt_area.get(j), dy_area.get(j), dflow_area.get(j), slope_area.get(j)
+        )
+    return c
+
+
+def _ungated(at: _Tokens, mask) -> jax.Array:
+    """The cotangent of y before its gate."""
+    dy = at.load("dy")
+    if "gate" in at.refs:
+        dy = dy * tile.silu(at.load("gate"))
+    return tile.select(mask, dy)
+
+
+def _step_back(refs, job: _Job, spread: _Spread, i, step: int, k: int, dt, flow, dy, c):
+    """One token backwards: `(c_before, d(dt x), sum_n A P)`; adds to dA, keeps G."""
+    inside = spread.inside(k)
+    before, dflow, slope = [], None, None
+    for n in range(job.states):
+        A = refs["A"][n]
+        G = c[n] + dy * spread.C(k, n)
+        refs["G"][pl.ds((k * job.states + n) * job.rows, job.rows), :] = G
+        h_before = refs["kept"][pl.ds(_kept(job, i, step, n), job.rows), :]
+        c_before, P = tile.retreat(G, tile.decay(dt, A), h_before, inside)
+        before.append(c_before)
+        refs["dA"][n] += P * dt
+        dflow = G * spread.B(k, n) if n == 0 else dflow + G * spread.B(k, n)
+        slope = P * A if n == 0 else slope + P * A
+    return before, dflow, slope
+
+
+def _channel_sums(refs, job: _Job, i, step: int, k: int, flow_area, dy_area) -> jax.Array:
+    """dB and dC of token k, summed over the strip's channels: `(2 N, 1)`."""
+    N = job.states
+    dB = dC = None
+    for j in range(job.rows):
+        G = refs["G"][pl.ds(k * N * job.rows + j, N, stride=job.rows), :]
+        h = refs["kept"][pl.ds(_kept(job, i, step + 1, 0, j), N, stride=job.rows), :]
+        to_B, to_C = G * flow_area.row(k, j, N), h * dy_area.row(k, j, N)
+        dB = to_B if dB is None else dB + to_B
+        dC = to_C if dC is None else dC + to_C
+    return jnp.sum(jnp.concatenate([dB, dC], axis=0), axis=1, keepdims=True)
+
+
+def _token_gradients(at: _Tokens, mask, dt, dy, dflow, slope) -> None:
+    """dx and ddt of 16 tokens of a lane tile, and what they add to dD and the bias' gradient."""
+    x = tile.select(mask, at.load("x"))
+    D = at.maybe("D")
+    dx = dt * dflow
+    at.store("dx", dx if D is None else dx + D * dy)
+    ddt = x * dflow + tile.LN_2 * slope
+    ddt = tile.step_size_gradient(at.load("dt"), at.maybe("bias"), ddt, softplus=at.job.softplus)
+    ddt = tile.select(mask, ddt)
+    at.store("ddt", ddt)
+    at.add("dD", dy * x)
+    at.add("dbias", ddt)
+
+
+# The calls.
+
+
+def _job(config: Config, x, A, runs) -> _Job:
+    batch, length, width = x.shape
+    tiles = choose_tiles(length, width, A.shape[1])
+    return _Job(
+        batch,
+        length,
+        width,
+        A.shape[1],
+        tiles,
+        config.dt_softplus,
+        config.reverse,
+        runs is not None,
+    )
+
+
+def _call(kernel, job: _Job, name: str, operands, out, scratch, flops: int) -> dict[str, jax.Array]:
+    """Run a kernel on named operands: name -> (array, spec); out: name -> (struct, spec)."""
+    names = [*operands, *out, *scratch]
+
+    def body(*refs):
+        kernel(dict(zip(names, refs, strict=True)), job)
+
+    results = compat.pallas_call(
+        body,
+        backend="tpu",
+        name=name,
+        grid=job.grid,
+        in_specs=[spec for _, spec in operands.values()],
+        out_specs=[spec for _, spec in out.values()],
+        out_shape=[struct for struct, _ in out.values()],
+        scratch_shapes=[compat.tpu.VMEM((rows, _LANES), jnp.float32) for rows in scratch.values()],
+        compiler_params=compat.tpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_LIMIT,
+        ),
+        flops=flops * job.batch * job.length * job.width * job.states,
+    )(*(array for array, _ in operands.values()))
+    return dict(zip(out, results, strict=True))
+
+
+def _operands(job: _Job, specs: _Specs, x, dt, A, B, C, D, gate, bias, runs) -> dict[str, Any]:
+    operands = {
+        "shared": (_shared(job, B, C, runs), specs.shared()),
+        "x": (x, specs.tokens()),
+        "dt": (dt, specs.tokens()),
+        "A": (_tiled(job, A * tile.LOG2_E), specs.decays()),
+    }
+    if gate is not None:
+        operands["gate"] = gate, specs.tokens()
+    for name, vector in (("D", D), ("bias", bias)):
+        if vector is not None:
+            operands[name] = vector[None], specs.channels()
+    return operands
+
+
+def _scratch(job: _Job, areas: int) -> dict[str, int]:
+    """Rows of 128 lanes of each scratch array."""
+    height = _round_up(job.shared, _SUBLANES)
+    return {"spread": _GROUP * height} | {f"area{i}": _GROUP * job.rows for i in range(areas)}
+
+
+def _run_forward(config: Config, *arrays, keep: bool):
+    """`y`, the final state and, if asked for, the state that enters each block."""
+    x, dt, A, B, C, D, gate, bias, initial_state, runs = arrays
+    job = _job(config, x, A, runs)
+    specs = _Specs(job, backward=False)
+    operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
+    operands["initial"] = _tiled(job, initial_state), specs.state()
+    given = [array for array, _ in operands.values()]
+    state = operands["initial"][0].shape
+    out = {
+        "y": (compat.out_struct(x.shape, x.dtype, *given), specs.tokens()),
+        "final": (compat.out_struct(state, jnp.float32, *given), specs.state()),
+    }
+    if keep:
+        shape = (job.batch, job.blocks, *state[1:])
+        out["boundaries"] = compat.out_struct(shape, jnp.float32, *given), specs.boundaries()
+    result = _call(
+        _forward_kernel, job, "selective_scan_forward", operands, out, _scratch(job, 3), flops=7
+    )
+    return (result["y"], _untiled(job, result["final"])), result.get("boundaries")
+
+
+def primal(config: Config, *arrays):
+    """`(y, final_state)`; arguments as in `reference.selective_scan`."""
+    return _run_forward(config, *arrays, keep=False)[0]
+
+
+def forward(config: Config, *arrays):
+    """`((y, final_state), residuals)`."""
+    outputs, boundaries = _run_forward(config, *arrays, keep=True)
+    return outputs, (*arrays[:8], boundaries, arrays[9])
+
+
+def backward(config: Config, residuals, cotangents):
+    """The gradients of `selective_scan`'s arrays from the cotangents of its outputs."""
+    x, dt, A, B, C, D, gate, bias, boundaries, runs = residuals
+    dy, dfinal = cotangents
+    job = _job(config, x, A, runs)
+    specs = _Specs(job, backward=True)
+    operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
+    operands["dy"] = dy, specs.tokens()
+    operands["boundaries"] = boundaries, specs.boundaries()
+    operands["dfinal"] = _tiled(job, dfinal), specs.state()
+    given = [array for array, _ in operands.values()]
+    state, sums = operands["dfinal"][0].shape, (job.batch, _GROUP, job.width)
+    shared = (job.strips, job.batch, job.blocks, 2 * job.states, job.tiles.steps)
+
+    def struct(shape, dtype=jnp.float32):
+        return compat.out_struct(shape, dtype, *given)
+
+    out = {
+        "dx": (struct(x.shape, x.dtype), specs.tokens()),
+        "ddt": (struct(dt.shape, dt.dtype), specs.tokens()),
+        "dA": (struct(state), specs.state()),
+        "dshared": (struct(shared), specs.shared_gradient()),
+        "dinitial": (struct(state), specs.state()),
+    }
+    if gate is not None:
+        out["dgate"] = struct(gate.shape, gate.dtype), specs.tokens()
+    for name, vector in (("dD", D), ("dbias", bias)):
+        if vector is not None:
+            out[name] = struct(sums), specs.channel_sums()
+    scratch = _scratch(job, 5)
+    scratch["kept"] = (job.tiles.steps + 1) * job.states * job.rows
+    scratch["G"] = _GROUP * job.states * job.rows
+    result = _call(
+        _backward_kernel, job, "selective_scan_backward", operands, out, scratch, flops=22
+    )
+    dB, dC = _unshared(job, result["dshared"])
+    dD, dbias = (result[n].sum((0, 1)) if n in result else None for n in ("dD", "dbias"))
+    return (
+        result["dx"],
+        result["ddt"],
+        _untiled(job, result["dA"]).sum(0),
+        dB.astype(B.dtype),
+        dC.astype(C.dtype),
+        dD,
+        result.get("dgate"),
+        dbias,
+        _untiled(job, result["dinitial"]),
+        None,
+    )
+
+
+selective_scan = vjp.join(primal, forward, backward)
