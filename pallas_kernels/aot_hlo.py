@@ -47,11 +47,19 @@ class Op(NamedTuple):
     @property
     def bytes(self) -> int:
         """Size of the result in HBM; arrays in another memory, `S(n)`, are left out."""
-        return sum(
-            math.prod(int(d) for d in dims.split(",") if d) * _bits(dtype) // 8
+        return sum(size for size, layout in self._arrays() if not re.search(r"S\([1-9]", layout))
+
+    @property
+    def size(self) -> int:
+        """Size of the result in bytes, wherever it lies."""
+        return sum(size for size, _ in self._arrays())
+
+    def _arrays(self) -> list[tuple[int, str]]:
+        """Bytes and layout of each array of the result."""
+        return [
+            (math.prod(int(d) for d in dims.split(",") if d) * _bits(dtype) // 8, layout)
             for dtype, dims, layout in _ARRAY.findall(self.shape)
-            if not re.search(r"S\([1-9]", layout)
-        )
+        ]
 
     @property
     def layout(self) -> str:
@@ -82,8 +90,10 @@ class Program(NamedTuple):
             if op.kind in _FREE:
                 continue
             total += op.bytes
+            if op.kind == "slice":
+                total += min(op.size, sizes.get(op.operands[0], 0))  # reads what it returns
             # The result of a transfer that starts is a tuple of its source and its destination.
-            if not op.kind.endswith("-start"):
+            elif not op.kind.endswith("-start"):
                 total += sum(sizes.get(name, 0) for name in set(op.operands))
         return total
 

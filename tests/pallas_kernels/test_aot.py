@@ -66,6 +66,17 @@ def test_traffic_counts_each_array_of_an_op_once_and_nothing_in_vmem():
     assert program.kernels() == 1
 
 
+def test_a_slice_reads_what_it_returns():
+    text = """
+ENTRY %main (x: f32[4096,128]) -> f32[4,128] {
+  %x = f32[4096,128]{1,0:T(8,128)} parameter(0)
+  %last = f32[4,128]{1,0:T(4,128)S(1)} slice(%x), slice={[4092:4096], [0:128]}
+  ROOT %out = f32[4,128]{1,0:T(4,128)} copy(%last)
+}
+"""
+    assert aot_hlo.parse(text).traffic() == 2 * 4 * 128 * 4
+
+
 def test_layout_copies_are_transposes_and_copies_that_change_the_layout():
     assert aot_hlo.parse(PROGRAM).layout_copies() == {"turned": 4096, "fusion.1": 4096}
 
