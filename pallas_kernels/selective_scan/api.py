@@ -12,13 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.selective_scan import gpu, reference, xla
+from pallas_kernels.selective_scan import gpu, reference, tpu, xla
 from pallas_kernels.selective_scan.config import Config
-
-try:
-    from pallas_kernels.selective_scan import tpu
-except ImportError:
-    tpu = reference
 
 _OP = "selective_scan"
 

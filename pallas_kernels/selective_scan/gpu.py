@@ -2,8 +2,8 @@
 
 A program is one warp with a strip of channels, all their states in registers, and walks one span
 of time in groups of a few steps. Where the batch alone fills the GPU there is one span. Otherwise
-the spans are first reduced to their maps `h -> decay h + flow`, a second kernel chains the maps, and
-all spans walk again from the state that enters each.
+the spans are first reduced to their maps `h -> product h + flow`, a second kernel chains the maps,
+and all spans walk again from the state that enters each.
 
 The forward pass keeps the state before each group. The backward pass walks the groups from the last
 to the first, computes the states of a group again in registers and takes it backwards (see `xla`).
@@ -28,7 +28,7 @@ from pallas_kernels.selective_scan.config import Config
 
 _WARPS_TO_FILL_A_GPU = 2048  # about 16 for each multiprocessor since Ampere
 _STATES_A_WARP = 256  # 8 registers a thread
-_STATES_A_GROUP = 4096  # 128 registers a thread in the backward pass
+_STATES_A_GROUP = 2048  # 64 registers a thread in the backward pass
 
 
 class Tiles(NamedTuple):
@@ -43,7 +43,7 @@ def choose_tiles(batch: int, length: int, width: int, states: int) -> Tiles:
     """One span if the batch fills the GPU, else spans of at least 128 steps."""
     padded = pl.next_power_of_2(states)
     strip = max(2, min(_STATES_A_WARP // padded, pl.next_power_of_2(width)))
-    group = max(1, min(16, _STATES_A_GROUP // (padded * strip), pl.next_power_of_2(length)))
+    group = max(1, min(8, _STATES_A_GROUP // (padded * strip), pl.next_power_of_2(length)))
     programs = batch * -(-width // strip)
     spans = max(1, min(_WARPS_TO_FILL_A_GPU // programs, length // 128))
     groups = -(-length // group)
@@ -114,9 +114,9 @@ class _Tile(NamedTuple):
 
 
 # By how their last axes are viewed: (N, 1), (1, D); all others are (N, D).
-_OF_STATES = ("B", "C", "dB", "dC")
-_OF_CHANNELS = ("x", "dt", "gate", "y", "dy", "D", "dt_bias")
-_OF_CHANNELS += ("dx", "ddt", "dgate", "dD", "ddt_bias")
+_OF_STATES = {"B", "C", "dB", "dC"}
+_OF_CHANNELS = {"x", "dt", "gate", "y", "dy", "dx", "ddt", "dgate"}
+_OF_CHANNELS |= {"D", "dt_bias", "dD", "ddt_bias"}
 
 
 def _tile(job: _Job, names, refs) -> _Tile:
@@ -369,9 +369,11 @@ def _call(kernel, job: _Job, name: str, grid, operands, outputs, flops: int) -> 
 
 
 def _job(config: Config, x, A, runs) -> _Job:
-    sizes = (*x.shape, A.shape[1])
-    tiles = choose_tiles(*sizes)
-    return _Job(*sizes, tiles, config.dt_softplus, runs is not None, config.reverse)
+    (batch, length, width), states = x.shape, A.shape[1]
+    tiles = choose_tiles(batch, length, width, states)
+    segmented = runs is not None
+    flags = config.dt_softplus, segmented, config.reverse
+    return _Job(batch, length, width, states, tiles, *flags)
 
 
 def _operands(config: Config, x, dt, A, B, C, D, gate, dt_bias, runs) -> dict[str, Any]:
@@ -389,8 +391,7 @@ def _entering(job: _Job, operands, first, *, backward: bool):
     if job.spans == 1:
         return first[:, None]
     per_span = ((job.batch, job.spans, job.states, job.width), jnp.float32)
-    needed = ("x", "dt", "dt_bias", "A", "B", "codes")
-    needed = (*needed, "C", "gate", "dy") if backward else needed
+    needed = ["x", "dt", "dt_bias", "A", "B", "codes"] + ["C", "gate", "dy"] * backward
     maps = _call(
         functools.partial(_reduce_kernel, backward=backward),
         job,
@@ -442,11 +443,11 @@ def forward(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, run
 
 def backward(config: Config, residuals, cotangents):
     """Gradients of the arrays of `forward`, in its order, from those of `(y, final_state)`."""
-    *arrays, runs, before = residuals
-    x, dt, A, B, C, D, gate, dt_bias = arrays
+    x, dt, A, B, C, D, gate, dt_bias, runs, before = residuals
     dy, dfinal_state = cotangents
     job = _job(config, x, A, runs)
-    operands = _operands(config, *arrays, runs) | {"dy": dy[:, :, None]}
+    operands = _operands(config, x, dt, A, B, C, D, gate, dt_bias, runs)
+    operands["dy"] = dy[:, :, None]
     entering = _entering(job, operands, dfinal_state, backward=True)
     rows = (job.batch, job.length)
     per_span = (job.batch, job.spans)

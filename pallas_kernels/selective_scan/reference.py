@@ -50,7 +50,11 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
         return after, jnp.where(code[:, :, 0] == segments.SKIP, jnp.zeros_like(y_t), y_t)
 
     A, D, dt_bias = jax.tree.map(lambda w: w.astype(dtype), (A, D, dt_bias))
-    tokens = jax.tree.map(lambda z: z.astype(dtype), (x, dt, B, C, gate))
+    # What padding holds may overflow; the gradient of a select would still meet the infinity.
+    real = (codes != segments.SKIP)[:, :, None]
+    tokens = jax.tree.map(
+        lambda z: jnp.where(real, z, jnp.zeros_like(z)).astype(dtype), (x, dt, B, C, gate)
+    )
     tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), (*tokens, codes))
     final_state, y = jax.lax.scan(step, initial_state, tokens, reverse=config.reverse)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), final_state

@@ -13,7 +13,6 @@ Sums over N and D are written as dot products: XLA's reductions on a CPU are man
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -76,7 +75,7 @@ def _one_token(x, dt, A, B, C, initial_state):
 
 
 class _Cut(NamedTuple):
-    """`groups` of `rows` rows each, `chunks` of `steps` steps each; zeros are added to fill them."""
+    """`groups` of `rows` rows, `chunks` of `steps` steps; zeros are added to fill them."""
 
     batch: int
     length: int
@@ -125,9 +124,8 @@ def cut(batch: int, length: int, states: int) -> _Cut:
 
 def _loop(body, carry, inputs, *, reverse: bool):
     """`jax.lax.scan` whose carry is typed, under `jax.shard_map`, as what it will become."""
-    leaves, tree = jax.tree.flatten(carry)
     like = jax.tree.leaves(inputs)[0]
-    carry = tree.unflatten([compat.vary_alike(leaf, like)[0] for leaf in leaves])
+    carry = jax.tree.map(lambda leaf: compat.vary_alike(leaf, like)[0], carry)
     return jax.lax.scan(body, carry, inputs, reverse=reverse)
 
 

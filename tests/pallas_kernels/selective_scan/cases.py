@@ -72,13 +72,15 @@ class Case:
     def run(self, implementation, *, args=None, ids=None):
         """`{"outputs": (y, final_state), "gradients": {name: gradient}}`."""
         ids = self.ids if ids is None else ids
+        given = {name: z for name, z in (args or self.args).items() if z is not None}
 
-        def op(args):
+        def op(*arrays):
             options = {**self.options, "segment_ids": ids, "implementation": implementation}
-            return selective_scan(**args, **options)
+            return selective_scan(**dict(zip(given, arrays, strict=True)), **options)
 
-        result = testing.value_and_gradients(op, args or self.args, cotangents=self.cotangents)
-        return {"outputs": result["outputs"], "gradients": result["gradients"][0]}
+        result = testing.value_and_gradients(op, *given.values(), cotangents=self.cotangents)
+        gradients = dict(zip(given, result["gradients"], strict=True))
+        return {"outputs": result["outputs"], "gradients": gradients}
 
 
 def assert_isolated(run, case):
