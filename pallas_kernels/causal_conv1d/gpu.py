@@ -31,14 +31,15 @@ class Tiles(NamedTuple):
     unroll: int
 
 
-def choose_tiles(batch: int, length: int, width: int) -> Tiles:
-    """Chunks of 256 steps, or down to 32 of them where the GPU would else not be full."""
+def choose_tiles(batch: int, length: int, width: int, taps: int) -> Tiles:
+    """Chunks of 256 steps, or down to 32 of them where the GPU would else not be full; fewer steps
+    together where more taps take the registers."""
     strip = min(128, max(32, pl.next_power_of_2(width)))
     strips = batch * -(-width // strip)
     steps = 256
     while steps > 32 and strips * -(-length // steps) < _ENOUGH_PROGRAMS:
         steps //= 2
-    return Tiles(steps, strip, 8)
+    return Tiles(steps, strip, max(1, 32 // max(taps, 4)))
 
 
 class _Job(NamedTuple):
@@ -191,7 +192,7 @@ def _backward_kernel(*refs, job: _Job):
 
 def _job(x, taps: int, runs, activation: Activation, tiles: Tiles | None) -> _Job:
     batch, length, width = x.shape
-    tiles = tiles or choose_tiles(batch, length, width)
+    tiles = tiles or choose_tiles(batch, length, width, taps)
     return _Job(batch, length, width, taps, activation, tiles, runs is not None)
 
 

@@ -76,7 +76,6 @@ SHAPES: dict[str, Shape] = {
         Shape("mamba-790m", f"{_MAMBA}: d_inner 3072", 4, 2048, 3072),
         Shape("mamba-2.8b", f"{_MAMBA}: d_inner 5120", 2, 2048, 5120),
         Shape("mamba-2.8b-packed", f"{_MAMBA}: d_inner 5120", 1, 4096, 5120, segmented=True),
-        Shape("mamba2-130m", _MAMBA2, 8, 2048, 1792),
         Shape("mamba2-2.7b", _MAMBA2, 2, 2048, 5376),
         Shape("recurrentgemma-2b", _GEMMA, 1, 8192, 2560, activation=None),
         Shape("recurrentgemma-2b-f32", _GEMMA, 1, 8192, 2560, dtype="float32", activation=None),

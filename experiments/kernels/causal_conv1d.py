@@ -1,0 +1,129 @@
+"""What is measured of the short convolution, and what it has to reach."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.kernels import results
+from experiments.kernels.baselines import causal_conv1d as baselines
+from experiments.kernels.results import Result, Target
+from experiments.kernels.timing import medians, milliseconds
+from pallas_kernels import causal_conv1d
+from pallas_kernels.causal_conv1d.shapes import Shape, named, program
+
+FASTER = {"depthwise_conv": Target("at least", 2.0)}
+STATIC_TARGETS = {
+    "forward": {"floor": Target("at most", 1.5)},
+    "forward+backward": {"floor": Target("at most", 2.0)},
+}
+CASE = "pallas_kernels.causal_conv1d.shapes:case"
+BASELINE_CASE = "experiments.kernels.baselines.causal_conv1d:case"
+CPU_SHAPE = Shape("cpu", "Mamba at laptop size", 2, 2048, 512, dtype="float32")
+SCALES = (0.5, 1.0, 2.0)
+
+
+def describe(shape: Shape) -> str:
+    kind = [f"{shape.taps} taps", shape.dtype, *([shape.activation] if shape.activation else [])]
+    kind += ["no bias"] * (not shape.bias) + ["packed"] * shape.segmented
+    return f"({shape.batch}, {shape.length}, {shape.width}) {', '.join(kind)}"
+
+
+def inputs(shape: Shape, mode: str = "forward+backward", seed: int = 0) -> tuple[jax.Array, ...]:
+    """Normal values for the operands of the program, its cotangent included."""
+    rng = np.random.default_rng(seed)
+    _, operands = program(causal_conv1d, shape, mode)
+    if shape.segmented:
+        raise ValueError(f"shape={shape.name!r} is packed: the baselines know no segments")
+    return tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands)
+
+
+def timed(shape: Shape, repetitions: int, *, targets: Any = None) -> Result:
+    """Forward and backward here and now, against the baselines."""
+    convs = {"causal_conv1d": causal_conv1d, **baselines.CONVS}
+    programs = {name: program(c, shape, "forward+backward")[0] for name, c in convs.items()}
+    figures = medians(programs, inputs(shape), repetitions)
+    ours = figures["causal_conv1d"]
+    return Result(
+        case="forward+backward",
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={name: figures[name] / ours for name in baselines.CONVS},
+        targets=targets or {},
+    )
+
+
+def per_token(shape: Shape, repetitions: int) -> Result:
+    """Time for each token at half the length and at twice, over that at the length itself."""
+
+    def bound(scaled: Shape):
+        run = jax.jit(program(causal_conv1d, scaled, "forward+backward")[0])
+        args = inputs(scaled)
+        return lambda: run(*args)
+
+    runs = {f"x{scale:g}": bound(shape.scaled(scale)) for scale in SCALES}
+    ms = milliseconds(runs, (), repetitions)
+    one = ms["x1"]
+    return Result(
+        case="forward+backward, time for each token over length",
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures={f"{name} ms": value for name, value in ms.items()},
+        ratios={f"x{s:g}": ms[f"x{s:g}"] / s / one for s in SCALES if s != 1},
+    )
+
+
+def cpu(repetitions: int, shape: Shape = CPU_SHAPE) -> Iterator[Result]:
+    """At half the length, at it, at twice."""
+    for scale in SCALES:
+        yield timed(shape.scaled(scale), repetitions, targets=FASTER)
+    yield per_token(shape, repetitions)
+
+
+def static(shape: str, mode: str, scale: float = 1.0, chip: str = "v5e", baseline: str = ""):
+    """Static cost on an absent TPU, of the op or of a baseline."""
+    row = Result(
+        case=f"{mode}{', ' * bool(baseline)}{baseline}",
+        device=chip,
+        kind=results.STATIC,
+        shape=describe(named(shape).scaled(scale)),
+    )
+    if baseline:
+        return results.estimated(row, BASELINE_CASE, shape, baseline, mode, f"{scale:g}")
+    targets = STATIC_TARGETS[mode]
+    return results.estimated(row, CASE, shape, "tpu", mode, f"{scale:g}", targets=targets)
+
+
+def tpu(chips: tuple[str, ...]) -> Iterator[Result]:
+    """Mamba's in float32 at three lengths; those of other models; the baselines."""
+    both = ("forward", "forward+backward")
+    for chip in chips:
+        for mode in both:
+            for scale in SCALES:
+                yield static("mamba-370m-f32", mode, scale, chip)
+            for shape in ("mamba-2.8b", "mamba-2.8b-packed", "recurrentgemma-2b"):
+                yield static(shape, mode, chip=chip)
+    for baseline in baselines.CONVS:
+        for mode in both:
+            yield static("mamba-370m-f32", mode, chip=chips[0], baseline=baseline)
+
+
+GPU_SHAPES = ("mamba-370m-f32", "mamba-2.8b", "recurrentgemma-2b")
+
+
+def gpu(repetitions: int, chips: tuple[str, ...]) -> Iterator[Result]:
+    """Times on the GPU that is here; what ptxas says for those that are not."""
+    for name in GPU_SHAPES:
+        if jax.default_backend() == "gpu":
+            yield timed(named(name), repetitions)
+        else:
+            yield results.no_gpu("forward+backward", describe(named(name)))
+    for chip in chips:
+        for name in GPU_SHAPES:
+            row = Result("forward+backward", chip, results.PTXAS, describe(named(name)))
+            yield results.registers(row, CASE, name)

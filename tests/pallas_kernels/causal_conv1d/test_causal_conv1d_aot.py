@@ -1,0 +1,79 @@
+"""The convolution compiles for absent TPUs and GPUs at the shapes of real models."""
+
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.causal_conv1d.shapes import SHAPES, case, named
+
+CASE = "pallas_kernels.causal_conv1d.shapes:case"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_for_tpu(chip, shape):
+    # The forward kernel of this program is the one that "forward" alone compiles.
+    compiled = aot.compile_for(chip, *case(shape, "tpu", "forward+backward"))
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["a100", "h100"])
+def test_compiles_for_gpu(chip, shape):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    assert "causal_conv1d_forward" in text
+    assert "causal_conv1d_backward" in text
+
+
+@pytest.mark.parametrize("shape", ["mamba-2.8b-packed", "odd-packed"])
+def test_no_kernel_spills_registers(shape):
+    if aot.missing("a100"):
+        pytest.skip("not run: needs seqmodels[aot]")
+    kernels = aot.report("a100", CASE, shape, "gpu", "forward+backward")
+    assert any("causal_conv1d_forward" in kernel.name for kernel in kernels)
+    assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+
+
+def test_forward_moves_two_arrays_and_backward_three():
+    shape = named("mamba-370m-f32")
+    fn, *operands = case(shape, "tpu", "forward")
+    array = shape.length * shape.width * 4
+    moved = aot.kernel_bytes(fn, *operands)
+    assert moved is not None
+    # The rest: weights, the window, and the 8 rows before each block.
+    assert 2 * array < moved < 2.03 * array
+    fn, *operands = case(shape, "tpu", "forward+backward")
+    moved = aot.kernel_bytes(fn, *operands)
+    assert moved is not None
+    assert 5 * array < moved < 5.06 * array
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "bound"),
+    [
+        ("mamba-370m-f32", "forward", 1.05),
+        ("mamba-370m-f32", "forward+backward", 1.3),
+        ("mamba-2.8b", "forward", 1.5),
+    ],
+)
+def test_cost_on_a_tpu(shape, mode, bound):
+    cost = aot.estimate("v5e", CASE, shape, "tpu", mode)
+    assert cost.times_floor < bound
+    # Of the window and its gradient, nothing that grows with the length.
+    assert all(copied < 2**17 for copied in cost.layout_copies.values())
+
+
+def test_scaled_shape_keeps_all_but_the_length():
+    shape = named("mamba-2.8b").scaled(0.5)
+    assert (shape.batch, shape.length, shape.width) == (2, 1024, 5120)
+    assert shape.activation == "silu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("gpt", "tpu"), "shape='gpt'"), (("odd", "tpu", "sideways"), "mode='sideways'")],
+)
+def test_unknown_case(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        case(*arguments)
