@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 
 from pallas_kernels import segments
@@ -50,6 +51,16 @@ def segment_ids(op: str, ids: Any, batch: int, length: int) -> None:
             raise ValueError(f"{op}: {error}") from None
 
 
+def at_most_zero(op: str, name: str, x: Any) -> None:
+    """`x` must hold no positive number, checked where its values are at hand (numpy, Python)."""
+    if isinstance(x, jax.Array) or not np.any(np.asarray(x) > 0):
+        return
+    raise ValueError(
+        f"{op}: {name} must be at most 0, got {np.max(x)}; it is the logarithm of a decay, such as "
+        "-softplus(...) or log_sigmoid(...)"
+    )
+
+
 def checked(op: Callable[..., Any]) -> Callable[..., tuple[checkify.Error, Any]]:
     """`op` that also checks values which are known only when a jitted program runs.
 
@@ -58,14 +69,18 @@ def checked(op: Callable[..., Any]) -> Callable[..., tuple[checkify.Error, Any]]
     """
     signature = inspect.signature(op)
 
-    def check(ids: jax.Array) -> None:
-        checkify.check(jnp.all(ids >= 0), "segment_ids must be >= 0 (0 is padding)")
-        late = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
-        checkify.check(~jnp.any(late), "padding (id 0) may stand only at the end of a row")
+    def check(ids: jax.Array | None, log_decay: jax.Array | None) -> None:
+        if ids is not None:
+            checkify.check(jnp.all(ids >= 0), "segment_ids must be >= 0 (0 is padding)")
+            late = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
+            checkify.check(~jnp.any(late), "padding (id 0) may stand only at the end of a row")
+        if log_decay is not None:
+            checkify.check(jnp.all(log_decay <= 0), "log_decay must be at most 0")
 
     def run(*args: Any, **kwargs: Any) -> tuple[checkify.Error, Any]:
-        ids = signature.bind(*args, **kwargs).arguments.get("segment_ids")
-        error, _ = checkify.checkify(lambda: None if ids is None else check(ids))()
+        arguments = signature.bind(*args, **kwargs).arguments
+        values = (arguments.get("segment_ids"), arguments.get("log_decay"))
+        error, _ = checkify.checkify(lambda: check(*values))()
         return error, op(*args, **kwargs)
 
     return run

@@ -1,0 +1,246 @@
+"""The portable path: all chunks of all rows alike, with one short loop over their states.
+
+Forward sums up every chunk, chains the states, and lets every chunk answer its queries. Backward
+runs the same three steps against time. Chunks are taken a few at a time, so that what they hold
+stays in a CPU's caches; how many rows there are makes no difference.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import chunks, vjp
+from pallas_kernels.linear_attention import tile
+from pallas_kernels.linear_attention.config import Config
+
+_CHUNK = 64
+_AT_ONCE = 2**18  # numbers in the pairs of the chunks that are worked on together
+
+
+class _Rows(NamedTuple):
+    """Chunks, `(N, ...)` each with N = B * chunks; None where an argument is."""
+
+    q: Any  # (N, C, G, K)
+    k: Any
+    v: Any  # (N, C, G, R, V), R heads a group
+    g: Any  # (N, C, G, R, 1 or K)
+    runs: Any  # (N, C)
+    entering_run: Any  # (N,)
+
+
+def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
+    """Chunks of the arguments, padded with tokens that change nothing."""
+    length = v.shape[1]
+    size = min(config.chunk or _CHUNK, 1 << (length - 1).bit_length())
+    padding = -length % size
+    heads = (q.shape[2], v.shape[2] // q.shape[2])
+
+    def cut(x, *shape):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(-1, size, *shape)
+
+    g = entering = None
+    if log_decay is not None:
+        width = 1 if log_decay.ndim == 3 else log_decay.shape[3]
+        wide = jnp.float64 if v.dtype == jnp.float64 else jnp.float32
+        g = cut(log_decay.astype(wide), *heads, width)
+    if runs is not None:
+        runs = jnp.pad(runs, ((0, 0), (0, padding)))
+        entering = chunks.entering_runs(runs, size).reshape(-1)
+        runs = runs.reshape(-1, size)
+    q, k = (cut(x, *x.shape[2:]) for x in (q, k))
+    return _Rows(q, k, cut(v, *heads, v.shape[3]), g, runs, entering)
+
+
+def _uncut(x, like):
+    """The inverse of `_cut` for an array of `like`'s shape and dtype."""
+    x = x.reshape(like.shape[0], -1, *like.shape[2:])
+    return x[:, : like.shape[1]].astype(like.dtype)
+
+
+def _documents(rows: _Rows) -> chunks.Documents | None:
+    """Of one chunk."""
+    if rows.runs is None:
+        return None
+    run = rows.entering_run[None, None]
+    return chunks.documents(rows.runs[:, None], rows.runs[None], run)
+
+
+def _each(fn, rows: _Rows, *more):
+    """`fn` of every chunk, some at a time."""
+    heads = rows.v.shape[2] * rows.v.shape[3]
+    at_once = max(1, _AT_ONCE // (heads * rows.v.shape[1] ** 2))
+    return jax.lax.map(lambda xs: fn(*xs), (rows, *more), batch_size=at_once)
+
+
+def _heads(fn, rows: _Rows, *more):
+    """`fn(q, k, v, g, *more)` of each head of a chunk: `more` begins with its axes `(G, R)`."""
+    inner = jax.vmap(fn, in_axes=(None, None, 1, None if rows.g is None else 1, *[0] * len(more)))
+    outer = jax.vmap(inner, in_axes=(1, 1, 1, None if rows.g is None else 1, *[0] * len(more)))
+    return outer(rows.q, rows.k, rows.v, rows.g, *more)
+
+
+def _by_key(g) -> bool:
+    return g is not None and g.shape[-1] > 1
+
+
+def _between(g, decay: tile.Decay, mask, docs):
+    """The decays between tokens, `(C, C)`, or None."""
+    if g is None:
+        return None
+    across = chunks.tree(chunks.clamp(g, docs).T, axis=1)
+    return tile.pair_decay(decay.levels, across[:-1], mask)
+
+
+def _added(rows: _Rows):
+    """`(keep, keeps, added)` of a chunk: what its state's map is."""
+    docs = _documents(rows)
+
+    def head(q, k, v, g):
+        decay = tile.decay(g, docs)
+        return decay.keep, tile.added(k, v, decay, docs)
+
+    keep, added = _heads(head, rows)
+    return keep, None if docs is None else docs.keeps, added
+
+
+def _output(config: Config, rows: _Rows, state):
+    """`o (C, G, R, V)` of a chunk."""
+    docs = _documents(rows)
+    mask = tile.causal(rows.q.shape[0], docs)
+
+    def head(q, k, v, g, state):
+        decay = tile.decay(g, docs)
+        if _by_key(g):
+            pairs = tile.pairs_by_key(q, k, decay.levels, docs)
+        else:
+            pairs = tile.pairs_of(tile.dot(q, k, "nt"), _between(g, decay, mask, docs), mask)
+        return tile.output(q, v, pairs, state, decay, docs, config.scale)
+
+    o = _heads(head, rows, state)
+    return jnp.moveaxis(o, 2, 0).astype(rows.v.dtype)
+
+
+def _state_gradient(config: Config, rows: _Rows, do):
+    docs = _documents(rows)
+
+    def head(q, k, v, g, do):
+        return tile.state_gradient(q, do, tile.decay(g, docs), docs, config.scale)
+
+    return _heads(head, rows, jnp.moveaxis(do, 0, 2))
+
+
+def _gradients(config: Config, rows: _Rows, do, state, dstate):
+    """`(dq, dk, dv, dg)` of a chunk, laid out as in `rows`."""
+    docs = _documents(rows)
+    mask = tile.causal(rows.q.shape[0], docs)
+
+    def head(q, k, v, g, do, state, dstate):
+        decay = tile.decay(g, docs)
+        if _by_key(g):
+            pairs = tile.pairs_by_key(q, k, decay.levels, docs)
+        else:
+            scores, between = tile.dot(q, k, "nt"), _between(g, decay, mask, docs)
+            pairs = tile.pairs_of(scores, between, mask)
+        d = tile.gradients(q, k, v, pairs, state, decay, docs, config.scale, do, dstate)
+        if _by_key(g):
+            dq, dk, dlevels = tile.pairs_by_key_gradients(q, k, decay.levels, docs, d.dpairs)
+            dg = tile.decay_gradient(g, dlevels, d.dinto, d.dout, d.dkeep, docs)
+            return d.dq + dq, d.dk + dk, d.dv, dg
+        dscores = tile.pairs_of(d.dpairs, between, mask).astype(q.dtype)
+        dq = d.dq + tile.dot(dscores, k, "nn")
+        dk = d.dk + tile.dot(dscores, q, "tn")
+        if g is None:
+            return dq, dk, d.dv, None
+        more = tile.pairs_gradient(d.dpairs, pairs)
+        sums = (x.sum(1, keepdims=True) for x in (d.dinto, d.dout, d.dkeep))
+        return dq, dk, d.dv, tile.decay_gradient(g, None, *sums, docs, more)
+
+    dq, dk, dv, dg = _heads(head, rows, jnp.moveaxis(do, 0, 2), state, dstate)
+    dq, dk = (jnp.moveaxis(x.sum(1), 1, 0).astype(rows.q.dtype) for x in (dq, dk))
+    dv = jnp.moveaxis(dv, 2, 0).astype(rows.v.dtype)
+    return dq, dk, dv, None if dg is None else jnp.moveaxis(dg, 2, 0)
+
+
+def _chain(first, keep, keeps, added, *, reverse: bool):
+    """The state at the near end of every chunk `(N, G, R, V, K)`, and the one after the last."""
+    batch = first.shape[0]
+
+    def by_time(x):
+        return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 0)
+
+    def step(state, chunk):
+        keep, keeps, added = chunk
+        after = state if keep is None else keep * state
+        if keeps is not None:
+            after = tile.only(keeps[..., None, None, :, :], after)
+        return after + added, state
+
+    xs = jax.tree.map(by_time, (keep, keeps, added))
+    last, near = jax.lax.scan(step, first, xs, reverse=reverse)
+    return jnp.moveaxis(near, 0, 1).reshape(-1, *near.shape[2:]), last
+
+
+def _forward(config: Config, q, k, v, log_decay, initial_state, runs):
+    rows = _cut(config, q, k, v, log_decay, runs)
+    grouped = (v.shape[0], *rows.v.shape[2:4], *initial_state.shape[2:])
+    first = initial_state.reshape(grouped).swapaxes(-1, -2)
+    states, last = _chain(first, *_each(_added, rows), reverse=False)
+    o = _each(functools.partial(_output, config), rows, states)
+    return _uncut(o, v), last.swapaxes(-1, -2).reshape(initial_state.shape), states
+
+
+def _primal(config: Config, *arrays):
+    return _forward(config, *arrays)[:2]
+
+
+def _keep(config: Config, q, k, v, log_decay, initial_state, runs):
+    o, final_state, states = _forward(config, q, k, v, log_decay, initial_state, runs)
+    return (o, final_state), (q, k, v, log_decay, runs, states)
+
+
+def _pull_back(config: Config, residuals, cotangents):
+    q, k, v, log_decay, runs, states = residuals
+    do, dfinal = cotangents
+    rows = _cut(config, q, k, v, log_decay, runs)
+    do = _cut(config, q, k, do, None, None).v
+    grouped = (v.shape[0], *rows.v.shape[2:4], *dfinal.shape[2:])
+    last = dfinal.reshape(grouped).swapaxes(-1, -2)
+    keep, keeps, _ = _each(_added, rows)
+    more = _each(functools.partial(_state_gradient, config), rows, do)
+    dstates, first = _chain(last, keep, keeps, more, reverse=True)
+    dq, dk, dv, dg = _each(functools.partial(_gradients, config), rows, do, states, dstates)
+    dlog_decay = None if dg is None else _uncut(dg, log_decay)
+    dinitial = first.swapaxes(-1, -2).reshape(dfinal.shape)
+    return _uncut(dq, q), _uncut(dk, k), _uncut(dv, v), dlog_decay, dinitial, None
+
+
+_linear_attention = vjp.join(_primal, _keep, _pull_back)
+
+
+def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
+    """See `reference.linear_attention`."""
+    if v.shape[1] == 1:
+        return _one_token(config, q, k, v, log_decay, initial_state, runs)
+    return _linear_attention(config, q, k, v, log_decay, initial_state, runs)
+
+
+def _one_token(config: Config, q, k, v, log_decay, initial_state, runs):
+    """A decoding step: two products with the state, no chunks; JAX differentiates it."""
+    dtype, group = initial_state.dtype, v.shape[2] // q.shape[2]
+    q, k = (jnp.repeat(x[:, 0].astype(dtype), group, axis=1) for x in (q, k))
+    state = initial_state
+    if log_decay is not None:
+        decay = jnp.exp(log_decay[:, 0].astype(dtype))
+        state = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
+    state = state + k[..., None] * v[:, 0].astype(dtype)[:, :, None]
+    o = config.scale * jnp.sum(q[..., None] * state, axis=2)
+    if runs is not None:
+        padding = (runs == 0)[..., None]
+        o = jnp.where(padding, 0.0, o)
+        state = jnp.where(padding[..., None], initial_state, state)
+    return o[:, None].astype(v.dtype), state
