@@ -1,0 +1,174 @@
+"""What is measured of the selective scan, and what it has to reach."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.kernels import results
+from experiments.kernels.baselines import selective_scan as baselines
+from experiments.kernels.results import Result, Target
+from experiments.kernels.timing import check_equal, medians, milliseconds
+from pallas_kernels import selective_scan
+from pallas_kernels.programs import MODES, named
+from pallas_kernels.selective_scan.shapes import SHAPES, Shape, program
+
+BOTH = "forward+backward"
+MEMORY = "associative_scan's memory"
+CPU_TARGETS = {"associative_scan": Target("at least", 5.0), MEMORY: Target("at most", 0.25)}
+STATIC_TARGETS = {
+    "forward": {"floor": Target("at most", 2.0)},
+    "forward+backward": {"floor": Target("at most", 4.0)},
+}
+CASE = "pallas_kernels.selective_scan.shapes:case"
+
+
+def describe(shape: Shape) -> str:
+    kind = [f"N={shape.states}", shape.dtype]
+    kind += ["gate and softplus"] * shape.gated + ["packed"] * shape.segmented
+    kind += ["reverse"] * shape.reverse
+    return f"({shape.batch}, {shape.length}, {shape.width}) {', '.join(kind)}"
+
+
+def inputs(operands: Mapping[str, Any], seed: int = 0) -> tuple[jax.Array, ...]:
+    """Values by name, as Mamba begins: A from -1 to -N, dt from 1e-3 to 0.1, the others normal."""
+    rng = np.random.default_rng(seed)
+
+    def value(name: str, struct: Any) -> jax.Array:
+        if name == "dt":
+            z = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), struct.shape))
+        elif name == "A":
+            z = -np.arange(1, struct.shape[1] + 1) * np.ones(struct.shape)
+        else:
+            z = rng.standard_normal(struct.shape)
+        return jnp.asarray(z, struct.dtype)
+
+    return tuple(value(name, struct) for name, struct in operands.items())
+
+
+def arguments(shape: Shape) -> tuple[jax.Array, ...]:
+    """Those of `program(scan, shape, "forward+backward")`: the operands, and a cotangent."""
+    operands = shape.operands()
+    return inputs(operands | {"cotangent": operands["x"]})
+
+
+def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
+    """Forward and backward here and now, all gradients, against the baselines; and their memory."""
+    scans = {"selective_scan": selective_scan, **baselines.SCANS}
+    programs = {name: program(scan, shape, BOTH)[0] for name, scan in scans.items()}
+    args = arguments(shape)
+    figures = medians(programs, args, repetitions)
+    ours = figures["selective_scan"]
+    scan = min(value for name, value in figures.items() if name.startswith("scan"))
+    memory = {name: temporary_bytes(fn, args) for name, fn in programs.items()}
+    return Result(
+        case=BOTH,
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={
+            "associative_scan": figures["associative_scan"] / ours,
+            "scan": scan / ours,
+            MEMORY: memory["selective_scan"] / memory["associative_scan"],
+        },
+        targets=targets or {},
+    )
+
+
+def temporary_bytes(fn: Any, args: tuple[Any, ...]) -> float:
+    """What a compiled program takes besides its arguments and outputs."""
+    memory = jax.jit(fn).lower(*args).compile().memory_analysis()
+    return float(memory.temp_size_in_bytes) if memory else float("nan")
+
+
+def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
+    """The same number of tokens as rows of different lengths."""
+    compiled = {}
+    for length in lengths:
+        batch = shape.batch * shape.length // length
+        chosen = dataclasses.replace(shape, batch=batch, length=length)
+        fn = jax.jit(program(selective_scan, chosen, BOTH)[0])
+        compiled[f"{batch} x {length} ms"] = functools.partial(fn, *arguments(chosen))
+    figures = milliseconds(compiled, (), repetitions)
+    ratio = max(figures.values()) / min(figures.values())
+    return Result(
+        case=f"{BOTH}, equal tokens",
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures=figures,
+        ratios={"the fastest length": ratio},
+        targets={"the fastest length": Target("at most", 1.2)},
+    )
+
+
+def against_torch(shape: Shape, repetitions: int) -> Result:
+    """The loop over tokens that PyTorch's users have where the CUDA kernel does not run."""
+    row = Result(
+        case=f"{BOTH}, PyTorch",
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+    )
+    args = arguments(shape)
+    try:
+        loop = baselines.torch_loop(tuple(map(np.asarray, args)))
+    except ImportError:
+        reason = {"reason": "PyTorch is not installed"}
+        return dataclasses.replace(row, kind=results.NOT_RUN, figures=reason)
+    ours = functools.partial(jax.jit(program(selective_scan, shape, BOTH)[0]), *args)
+    check_equal(ours(), loop(), "PyTorch")
+    figures = milliseconds({"selective_scan": ours, "torch": loop}, (), repetitions)
+    return dataclasses.replace(
+        row,
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={"torch": figures["torch"] / figures["selective_scan"]},
+    )
+
+
+def cpu(repetitions: int) -> Iterator[Result]:
+    """At half the length, at it, at twice; PyTorch; equal tokens from 1k to 64k long."""
+    shape = SHAPES["cpu"]
+    for scale in (0.5, 1.0, 2.0):
+        yield timed(shape.scaled(scale), repetitions, CPU_TARGETS)
+    yield against_torch(shape, min(repetitions, 3))
+    wide = dataclasses.replace(shape, batch=1, length=2**16, width=256)
+    yield flat(wide, (2**10, 2**12, 2**14, 2**16), repetitions)
+
+
+def static(shape: str, mode: str, scale: float = 1.0, chip: str = "v5e") -> Result:
+    """Static cost on an absent TPU."""
+    row = Result(mode, chip, results.STATIC, describe(named(SHAPES, shape).scaled(scale)))
+    targets = STATIC_TARGETS[mode] if shape == "bench" else {}
+    return results.estimated(row, CASE, shape, "tpu", mode, f"{scale:g}", targets=targets)
+
+
+def tpu(chips: tuple[str, ...]) -> Iterator[Result]:
+    """The scan alone at three lengths; Mamba's, packed, in bfloat16."""
+    for chip in chips:
+        for mode in MODES:
+            for scale in (0.5, 1.0, 2.0):
+                yield static("bench", mode, scale, chip)
+            for shape in ("mamba-130m", "mamba-2.8b", "mamba-790m-packed"):
+                yield static(shape, mode, chip=chip)
+
+
+GPU_SHAPES = ("bench", "mamba-790m", "mamba-790m-packed")
+
+
+def gpu(repetitions: int, chips: tuple[str, ...]) -> Iterator[Result]:
+    """Times on the GPU that is here; what ptxas says for those that are not."""
+    if jax.default_backend() == "gpu":
+        yield timed(SHAPES["bench"], repetitions)
+    else:
+        yield results.no_gpu(BOTH, describe(SHAPES["bench"]))
+    for chip in chips:
+        for mode in MODES:
+            for name in GPU_SHAPES:
+                row = Result(mode, chip, results.PTXAS, describe(SHAPES[name]))
+                yield results.registers(row, CASE, name, mode)

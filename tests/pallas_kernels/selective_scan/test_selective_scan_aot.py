@@ -1,0 +1,57 @@
+"""The selective scan compiles for absent TPUs and GPUs at the shapes of real models."""
+
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.selective_scan.shapes import SHAPES, case
+
+CASE = "pallas_kernels.selective_scan.shapes:case"
+
+
+TPU_CASES = [("v5e", shape) for shape in SHAPES]
+TPU_CASES += [("v6e", shape) for shape in ("bench", "mamba-2.8b", "mamba-790m-packed")]
+
+
+@pytest.mark.parametrize(("chip", "shape"), TPU_CASES)
+def test_compiles_for_tpu(chip, shape):
+    text = aot.compile_for(chip, *case(shape, "tpu", "forward+backward")).as_text() or ""
+    assert "tpu_custom_call" in text
+
+
+# One of each kind: whether it compiles depends on the flags and on N, hardly on lengths.
+GPU_SHAPES = ["mamba-2.8b", "mamba-790m-packed", "odd-packed-reverse", "bench"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape"), [*zip(["a100", "h100", "h200", "b200"], GPU_SHAPES, strict=True)]
+)
+def test_compiles_for_gpu(chip, shape):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    assert "selective_scan_forward" in text
+    assert "selective_scan_backward" in text
+
+
+@pytest.mark.parametrize("shape", ["mamba-790m-packed", "bench"])
+def test_forward_spills_no_registers(shape):
+    if aot.missing("a100"):
+        pytest.skip("not run: needs seqmodels[aot]")
+    kernels = aot.report("a100", CASE, shape, "gpu", "forward")
+    assert any("selective_scan_forward" in kernel.name for kernel in kernels)
+    assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+
+
+def test_scaled_shape_keeps_all_but_the_length():
+    shape = SHAPES["mamba-130m"].scaled(0.5)
+    assert (shape.batch, shape.length, shape.width, shape.states) == (1, 1024, 1536, 16)
+    assert shape.gated
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("gpt", "tpu"), "shape='gpt'"), (("odd", "tpu", "sideways"), "mode='sideways'")],
+)
+def test_unknown_case(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        case(*arguments)
