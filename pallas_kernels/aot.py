@@ -3,10 +3,11 @@
     compile_for("v5e", fn, *shapes)          in this process: does it compile, what does it contain
     estimate("v5e", "module:case")           static cost on a TPU: time, HBM traffic, layout copies
     report("h100", "module:case")            registers, spills and shared memory of GPU kernels
+    each("v5e", "module:case", [[...], ...]) one of these for many arguments
     python -m pallas_kernels.aot module:case [argument ...] --chip v5e
 
 A case is a function of strings that returns `(fn, *shapes)`, such as
-`pallas_kernels.linear_scan.shapes:case`. `estimate` and `report` run it in a process of its own,
+`pallas_kernels.linear_scan.shapes:case`. `estimate`, `report` and `each` run it in another process,
 because the compilers write their dumps only if told so before jax starts.
 
 The compilers come with `pip install seqmodels[aot]`; no device and no driver is needed. What they
@@ -24,12 +25,14 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -300,46 +303,110 @@ def estimate(chip: str, case: str, *arguments: str) -> Estimate:
     """
     if chip not in TPUS:
         raise ValueError(f"chip={chip!r}: static costs are for {', '.join(TPUS)}; see report")
-    return Estimate(**_in_subprocess(chip, case, *arguments))
+    return _only(each(chip, case, [arguments]))
 
 
 def report(chip: str, case: str, *arguments: str) -> list[Kernel]:
     """What ptxas says of each GPU kernel of a case; arguments and errors as in `estimate`."""
     if chip not in GPUS:
         raise ValueError(f"chip={chip!r}: kernel reports are for {', '.join(GPUS)}; see estimate")
-    return [Kernel(**kernel) for kernel in _in_subprocess(chip, case, *arguments)]
+    return _only(each(chip, case, [arguments]))
 
 
-def _in_subprocess(chip: str, case: str, *arguments: str) -> Any:
+def each(chip: str, case: str, argument_lists: Iterable[Sequence[str]]) -> Iterator[Any]:
+    """`estimate` (on a TPU) or `report` (on a GPU) of several argument lists, as they are done.
+
+    One process serves them all, because to start one takes longer than most compilations. What
+    cannot be estimated is yielded as the error that `estimate` or `report` would raise.
+
+    Raises:
+      ValueError, ImportError: as `estimate`.
+    """
     if reason := missing(chip):
         raise ImportError(reason)
     if ":" not in case:
         raise ValueError(f"case={case!r} must be 'package.module:function'")
-    with tempfile.TemporaryDirectory() as dump:
-        variable, flag = (
-            ("LIBTPU_INIT_ARGS", "--xla_jf_dump_static_llo_profile_to")
-            if chip in TPUS
-            else ("XLA_FLAGS", "--xla_dump_to")
-        )
-        environment = os.environ | {
-            variable: f"{os.environ.get(variable, '')} {flag}={dump}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
-            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-        }
-        command = [sys.executable, "-m", "pallas_kernels.aot", case, *arguments]
-        done = subprocess.run(
-            [*command, "--chip", chip, "--dump", dump],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        last = done.stderr.strip()[-4000:]
-        if f"\n{aot_hlo.Unreadable.__module__}.Unreadable: " in done.stderr:
-            raise ValueError(last.rsplit("Unreadable: ", 1)[1])
-        raise RuntimeError(f"{' '.join(command)} --chip {chip} failed:\n{last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    waiting = [list(arguments) for arguments in argument_lists]
+    while waiting:
+        with tempfile.TemporaryDirectory() as directory:
+            errors = Path(directory, "errors")
+            with errors.open("w") as stderr, _worker(chip, case, waiting, directory, stderr) as run:
+                try:
+                    for line in run.stdout or ():
+                        if line.startswith("{"):
+                            waiting.pop(0)
+                            yield _answer(chip, json.loads(line))
+                finally:
+                    run.kill()  # nobody may be listening any more
+            if waiting:  # the compiler took the process down with it
+                last = errors.read_text(errors="replace").strip()[-4000:]
+                yield RuntimeError(f"{case} {waiting.pop(0)} ended its process:\n{last}")
+
+
+def _only(answers: Iterator[Any]) -> Any:
+    [answer] = answers
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _answer(chip: str, reply: dict[str, Any]) -> Any:
+    if "unreadable" in reply:
+        return ValueError(reply["unreadable"])
+    if "error" in reply:
+        return RuntimeError(reply["error"])
+    if chip in TPUS:
+        return Estimate(**reply["result"])
+    return [Kernel(**kernel) for kernel in reply["result"]]
+
+
+def _worker(
+    chip: str, case: str, argument_lists: list[list[str]], directory: str, stderr: IO[str]
+) -> subprocess.Popen[str]:
+    """A process that prints a line of JSON for each argument list."""
+    variable, flag = (
+        ("LIBTPU_INIT_ARGS", "--xla_jf_dump_static_llo_profile_to")
+        if chip in TPUS
+        else ("XLA_FLAGS", "--xla_dump_to")
+    )
+    dump, task = Path(directory, "dump"), Path(directory, "task.json")
+    task.write_text(json.dumps(argument_lists))
+    environment = os.environ | {
+        variable: f"{os.environ.get(variable, '')} {flag}={dump}",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+    }
+    command = [sys.executable, "-m", "pallas_kernels.aot", case, "--chip", chip]
+    return subprocess.Popen(
+        [*command, "--task", str(task), "--dump", str(dump)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    )
+
+
+def _work(chip: str, case: str, task: Path, dump: Path) -> None:
+    """What the process of `_worker` does."""
+    module, _, name = case.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    here = _estimate_here if chip in TPUS else _report_here
+    for arguments in json.loads(task.read_text()):
+        shutil.rmtree(dump, ignore_errors=True)
+        dump.mkdir()
+        reply: dict[str, Any]
+        try:
+            fn, *shapes = function(*arguments)
+            result = here(chip, dump, fn, *shapes)
+            plain = [*map(vars, result)] if isinstance(result, list) else vars(result)
+            reply = {"result": plain}
+        except aot_hlo.Unreadable as error:
+            reply = {"unreadable": str(error)}
+        except Exception:
+            reply = {"error": f"{case} {arguments} failed:\n{traceback.format_exc()[-4000:]}"}
+        print(json.dumps(reply), flush=True)
+        jax.clear_caches()
 
 
 def _estimate_here(chip: str, dump: Path, fn: Callable[..., Any], *shapes: Any) -> Estimate:
@@ -429,7 +496,7 @@ def _ptxas() -> Path | None:
 
 
 def main() -> None:
-    """The command line; with `--dump` it is the process that `estimate` and `report` start."""
+    """The command line; with `--task` it is the process that `each` starts."""
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.aot",
         description="Static cost of a case on an absent TPU, or ptxas' report of its GPU kernels.",
@@ -440,17 +507,14 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="strings, given to the function")
     parser.add_argument("--chip", choices=CHIPS, default="v5e", help="default: %(default)s")
     parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.dump is None:
-        result: Any = _in_subprocess(args.chip, args.case, *args.arguments)
-        print(json.dumps(result, indent=2))
+    if args.task:
+        _work(args.chip, args.case, args.task, args.dump)
         return
-    module, _, name = args.case.partition(":")
-    fn, *shapes = getattr(importlib.import_module(module), name)(*args.arguments)
-    here = _estimate_here if args.chip in TPUS else _report_here
-    result = here(args.chip, args.dump, fn, *shapes)
-    plain = [*map(dataclasses.asdict, result)] if isinstance(result, list) else vars(result)
-    print(json.dumps(plain))
+    result = _only(each(args.chip, args.case, [args.arguments]))
+    plain = [*map(vars, result)] if isinstance(result, list) else vars(result)
+    print(json.dumps(plain, indent=2))
 
 
 if __name__ == "__main__":

@@ -178,6 +178,23 @@ def test_report_of_gpu_kernels():
     assert kernel.spill_stores == kernel.spill_loads == 0
 
 
+def test_each_answers_in_order_and_goes_on_after_a_failure():
+    costs = list(aot.each("v5e", f"{HERE}:double", [["2048"], ["many"], ["1024"]]))
+    assert costs[0] == aot.estimate("v5e", f"{HERE}:double", "2048")
+    assert isinstance(costs[1], RuntimeError)
+    assert "invalid literal for int" in str(costs[1])
+    assert costs[2].floor_bytes == costs[0].floor_bytes / 4
+
+
+def dying():
+    os._exit(3)
+
+
+def test_each_goes_on_after_a_process_has_died():
+    errors = list(aot.each("v5e", f"{HERE}:dying", [[], []]))
+    assert ["ended its process" in str(error) for error in errors] == [True, True]
+
+
 def test_a_failing_case_brings_its_own_message():
     with pytest.raises(RuntimeError, match="this case has no shapes"):
         aot.estimate("v5e", f"{HERE}:failing")
