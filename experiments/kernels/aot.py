@@ -1,0 +1,326 @@
+"""Compiles every named shape of every kernel family for absent chips, and tables what it costs.
+
+python -m experiments.kernels.aot                                       all that is not yet known
+python -m experiments.kernels.aot --family causal_conv1d --chip v5e     only these cells
+python -m experiments.kernels.aot --readme README.md                    rewrite the support matrix
+
+A cell is one shape of a family, forward or forward and backward, on one chip: whether it compiles;
+on a TPU the compiler's static time and its multiple of the floor (every input and output once); on
+a GPU what ptxas says of registers and spills. On "cpu" the portable path runs, on zeros and at most
+512 tokens. Compiled ahead of time is not run: no cell here needs a TPU or a GPU. Cells are written
+as they come and kept; a cell is done again when the sources of its family have changed.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+import rich.table
+import tyro
+
+from pallas_kernels import aot
+from pallas_kernels.programs import MODES
+from seqmodels.training.metrics import write_atomically
+from seqmodels.training.run_directory import environment, source_version
+
+FAMILIES = ("linear_scan", "selective_scan", "diagonal_ssm", "causal_conv1d")
+CHIPS = ("cpu", *aot.CHIPS)
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "experiments" / "results" / "kernels" / "aot.json"
+BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
+
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+
+
+@dataclasses.dataclass(frozen=True)
+class AotConfig:
+    """Which cells, and where they are kept; empty means all."""
+
+    family: tuple[str, ...] = ()
+    """Families of kernels."""
+    chip: tuple[str, ...] = ()
+    """cpu v5e v5p v6e tpu7x a100 h100 h200 b200."""
+    shape: tuple[str, ...] = ()
+    """Named shapes."""
+    mode: tuple[str, ...] = ()
+    """forward, forward+backward."""
+    again: bool = False
+    """Do cells again that are known for these sources."""
+    output: Path = RESULTS
+    """The JSON file; cells are merged into it."""
+    readme: Path | None = None
+    """Only rewrite the support matrix of this file from the JSON."""
+
+    def __post_init__(self) -> None:
+        known = {"family": FAMILIES, "chip": CHIPS, "mode": MODES}
+        for name, allowed in known.items():
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise ValueError(f"{name}={value!r} is unknown; one of {', '.join(allowed)}")
+
+
+class Key(NamedTuple):
+    """What names a cell."""
+
+    family: str
+    shape: str
+    mode: str
+    chip: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is known of a shape on a chip.
+
+    Attributes:
+      outcome: PASSED, FAILED or NOT_RUN (its compiler is not installed).
+      figures: of a TPU the static cost, of a GPU registers and spilled bytes, by name; if there are
+        none, `reason` says why.
+      sources: digest of the family's files.
+      commit: of the checkout; `dirty` if it had changes.
+      seconds: wall time.
+    """
+
+    family: str
+    shape: str
+    mode: str
+    chip: str
+    outcome: str
+    figures: dict[str, float]
+    reason: str | None
+    sources: str
+    commit: str | None
+    dirty: bool | None
+    seconds: float
+
+    @property
+    def key(self) -> Key:
+        return Key(self.family, self.shape, self.mode, self.chip)
+
+
+Cells = dict[Key, Cell]
+
+
+def load(path: Path) -> Cells:
+    """The cells of a JSON file; none if there is no file."""
+    if not path.exists():
+        return {}
+    cells = (Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    return {cell.key: cell for cell in cells}
+
+
+def save(path: Path, cells: Cells, config: AotConfig, wall_s: float) -> None:
+    """Writes all cells, in order, with what the last invocation was."""
+    settings = {**dataclasses.asdict(config), "output": None, "readme": None}
+    ordered = sorted(cells.values(), key=lambda c: (c.family, c.shape, c.mode, CHIPS.index(c.chip)))
+    record = {
+        "config": settings,
+        **environment(),
+        "wall_s": wall_s,
+        "cells": [dataclasses.asdict(cell) for cell in ordered],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def sources(family: str) -> str:
+    """A digest of the family's files."""
+    files = sorted((REPOSITORY / "pallas_kernels" / family).glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def wanted(config: AotConfig, known: Cells) -> list[Key]:
+    """The cells to do, those of one family and chip together.
+
+    Raises:
+      ValueError: no family has a shape of that name.
+    """
+    shapes = {family: tuple(_shapes(family).SHAPES) for family in config.family or FAMILIES}
+    for name in config.shape:
+        if not any(name in names for names in shapes.values()):
+            raise ValueError(f"shape={name!r} is in none of {', '.join(shapes)}")
+    keys = [
+        Key(family, shape, mode, chip)
+        for family, names in shapes.items()
+        for chip in config.chip or CHIPS
+        for shape in names
+        if not config.shape or shape in config.shape
+        for mode in config.mode or MODES
+    ]
+    digests = {family: sources(family) for family in shapes}
+    return [
+        key
+        for key in keys
+        if config.again
+        or key not in known
+        or known[key].outcome == NOT_RUN
+        or known[key].sources != digests[key.family]
+    ]
+
+
+def _shapes(family: str) -> Any:
+    return importlib.import_module(f"pallas_kernels.{family}.shapes")
+
+
+def measure(keys: Iterable[Key]) -> Iterator[Cell]:
+    """The cells, each as soon as it is known; one process for each family and chip."""
+    version = source_version(REPOSITORY)
+    groups: dict[tuple[str, str], list[Key]] = {}
+    for key in keys:
+        groups.setdefault((key.family, key.chip), []).append(key)
+    for (family, chip), group in groups.items():
+        digest = sources(family)
+        start = time.perf_counter()
+        for key, answer in zip(group, _answers(family, chip, group), strict=True):
+            outcome, figures, reason = judge(answer)
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            yield Cell(*key, outcome, figures, reason, digest, **version, seconds=seconds)
+
+
+def _answers(family: str, chip: str, keys: list[Key]) -> Iterator[Any]:
+    """An estimate, kernels, None (it ran) or an error for each key."""
+    if chip == "cpu":
+        return (_run_here(family, key) for key in keys)
+    if reason := aot.missing(chip):
+        return (ImportError(reason) for _ in keys)
+    implementation = "tpu" if chip in aot.TPUS else "gpu"
+    arguments = [[key.shape, implementation, key.mode] for key in keys]
+    return aot.each(chip, f"pallas_kernels.{family}.shapes:case", arguments)
+
+
+def _run_here(family: str, key: Key) -> Exception | None:
+    """Runs the portable path on zeros, at no more than 512 tokens."""
+    module = _shapes(family)
+    scale = min(1.0, 512 / module.SHAPES[key.shape].length)
+    try:
+        fn, *operands = module.case(key.shape, "xla", key.mode, repr(scale))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operands)
+        jax.block_until_ready(jax.jit(fn)(*zeros))
+    except Exception as error:
+        return error
+    return None
+
+
+def judge(answer: Any) -> tuple[str, dict[str, float], str | None]:
+    """`(outcome, figures, reason)` of an estimate, of kernels, of None or of an error."""
+    if answer is None:
+        return PASSED, {}, None
+    if isinstance(answer, aot.Estimate):
+        names = ("cycles", "us", "floor_us", "times_floor", "temp_bytes", "kernels")
+        copies = sum(answer.layout_copies.values())
+        figures = {name: getattr(answer, name) for name in names}
+        return PASSED, {**figures, "layout_copy_bytes": copies}, None
+    if isinstance(answer, ImportError):
+        return NOT_RUN, {}, str(answer)
+    if isinstance(answer, ValueError):  # it compiles, but what a loop costs cannot be read off
+        return PASSED, {}, str(answer)
+    if isinstance(answer, Exception):
+        return FAILED, {}, str(answer).strip().splitlines()[-1][:500]
+    spilled = sum(kernel.spill_stores + kernel.spill_loads for kernel in answer)
+    registers = max(kernel.registers for kernel in answer)
+    return PASSED, {"registers": registers, "spilled_bytes": spilled, "kernels": len(answer)}, None
+
+
+def run(config: AotConfig, console: rich.console.Console) -> Cells:
+    """Does what is missing, writing after each cell; returns all cells of the file."""
+    cells, start = load(config.output), time.perf_counter()
+    keys = wanted(config, cells)
+    for cell in rich.progress.track(
+        measure(keys), total=len(keys), description="compiling", console=console
+    ):
+        cells[cell.key] = cell
+        save(config.output, cells, config, time.perf_counter() - start)
+    return cells
+
+
+def table(cells: Iterable[Cell]) -> rich.table.Table:
+    """One line a shape and mode, one column a chip."""
+    cells = list(cells)
+    chips = [chip for chip in CHIPS if any(cell.chip == chip for cell in cells)]
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for cell in cells:
+        rows.setdefault(cell.key[:3], {})[cell.chip] = describe(cell)
+    view = rich.table.Table("family", "shape", "mode", *chips)
+    for names, row in rows.items():
+        view.add_row(*names, *(row.get(chip, "") for chip in chips))
+    return view
+
+
+def describe(cell: Cell) -> str:
+    """A cell of the table: times the floor and static microseconds, or registers and spills."""
+    if cell.outcome != PASSED:
+        return cell.outcome
+    if cell.chip == "cpu":
+        return "ran"
+    if not cell.figures:
+        return "compiled, cost unknown"
+    if cell.chip in aot.TPUS:
+        return f"{cell.figures['times_floor']:.2f}x {cell.figures['us']:.0f} us"
+    spilled = cell.figures["spilled_bytes"]
+    return f"{cell.figures['registers']:.0f} registers" + f", {spilled:.0f} B spilled" * bool(
+        spilled
+    )
+
+
+def matrix(cells: Iterable[Cell]) -> str:
+    """The support matrix in Markdown: for each family and chip, what became of its cells."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for cell in cells:
+        outcomes = counts.setdefault((cell.family, cell.chip), {})
+        outcomes[cell.outcome] = outcomes.get(cell.outcome, 0) + 1
+
+    def count(family: str, chip: str) -> str:
+        outcomes = counts.get((family, chip))
+        if not outcomes:
+            return NOT_RUN
+        present = (o for o in (PASSED, FAILED, NOT_RUN) if o in outcomes)
+        return ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in present)
+
+    names = ["CPU, ran", *(f"{chip}, compiled" for chip in CHIPS[1:]), "TPU, ran", "GPU, ran"]
+    lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for family in FAMILIES:
+        row = [*(count(family, chip) for chip in CHIPS), NOT_RUN, NOT_RUN]
+        lines.append(f"| `{family}` | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def with_matrix(text: str, cells: Iterable[Cell]) -> str:
+    """`text` with what stands between its two markers replaced.
+
+    Raises:
+      ValueError: a marker is missing.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the file needs the two lines {BEGIN!r} and {END!r}")
+    return f"{head}{BEGIN}\n{matrix(cells)}\n{END}{tail}"
+
+
+def main() -> None:
+    config = tyro.cli(AotConfig, description=__doc__, prog="python -m experiments.kernels.aot")
+    if config.readme:
+        text = config.readme.read_text(encoding="utf-8")
+        write_atomically(config.readme, with_matrix(text, load(config.output).values()))
+        return
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
+    cells = run(config, console)
+    console.print(table(cells.values()))
+    console.print(f"written to {config.output}")
+
+
+if __name__ == "__main__":
+    main()
