@@ -118,7 +118,8 @@ def entering_states(pieces: Cut, matrices: tile.Chunk, initial_state, inside) ->
     flow = dot("hbct,htn->hbcn", rows, matrices.write)
     initial = tile.to_planes(jnp.moveaxis(initial_state, 1, 0))
     keep = None if inside is None else inside.keep
-    return _chain(None, tile.to_planes(matrices.decay), flow, initial, keep)
+    decay, lacking = map(tile.to_planes, (matrices.decay, matrices.lacking))
+    return _chain(None, decay, lacking, flow, initial, keep)
 
 
 def final_state(pieces: Cut, log_a, matrices: tile.Chunk, states, initial_state, inside):
@@ -133,7 +134,7 @@ def final_state(pieces: Cut, log_a, matrices: tile.Chunk, states, initial_state,
     last = jnp.maximum(inside.lengths - 1, 0)
     row, place = last // pieces.steps, last % pieces.steps
     # Moved so that the last real token is the last of its chunk, and zeros before.
-    source = jnp.arange(pieces.steps)[None] - (pieces.steps - 1 - place)[:, None]
+    source = jnp.arange(pieces.steps, dtype=jnp.int32)[None] - (pieces.steps - 1 - place)[:, None]
     tokens, mine, keep, before = (
         jnp.take_along_axis(x, row.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
         for x in (pieces.tokens, inside.last, inside.keep, jnp.moveaxis(states, 0, 2))
@@ -179,26 +180,28 @@ def _kept(keep, x, i):
     return jnp.where(mask[None], x, jnp.zeros_like(x))
 
 
-def _chain_primal(_, decay, flow, initial, keep):
-    """States before each chunk, `(H, B, C, 2N)`: `S_{i+1} = decay S_i + flow_i`, dropped at the
-    chunks in which a document begins. `decay (H, 2N)`, `initial (H, B, 2N)`, `keep (B, C)`."""
+def _chain_primal(_, decay, lacking, flow, initial, keep):
+    """States before each chunk, `(H, B, C, 2N)`: `S_{i+1} = (decay + lacking) S_i + flow_i`, without
+    S_i where a document begins. `decay, lacking (H, 2N)`, `initial (H, B, 2N)`, `keep (B, C)`."""
 
     def body(i, carry):
         state, states = carry
         states = _put(states, state, i)
-        return _kept(keep, _multiply(decay[:, None], state), i) + _at(flow, i), states
+        added = _kept(keep, _multiply(lacking[:, None], state), i) + _at(flow, i)
+        return _kept(keep, _multiply(decay[:, None], state), i) + added, states
 
     initial, out = vary(initial, jnp.zeros_like(flow))
     return jax.lax.fori_loop(0, flow.shape[2], body, (initial, out))[1]
 
 
-def _chain_forward(_, decay, flow, initial, keep):
-    states = _chain_primal(None, decay, flow, initial, keep)
-    return states, (decay, states, keep)
+def _chain_forward(_, decay, lacking, flow, initial, keep):
+    states = _chain_primal(None, decay, lacking, flow, initial, keep)
+    return states, (decay, lacking, states, keep)
 
 
 def _chain_backward(_, residuals, dstates):
-    decay, states, keep = residuals
+    decay, lacking, states, keep = residuals
+    back, more = _conjugate(decay)[:, None], _conjugate(lacking)[:, None]
     count = states.shape[2]
 
     def body(k, carry):
@@ -207,13 +210,14 @@ def _chain_backward(_, residuals, dstates):
         dflow = _put(dflow, gradient, i)
         through = _kept(keep, gradient, i)
         ddecay = ddecay + _multiply(_conjugate(_at(states, i)), through)
-        before = _kept(keep, _multiply(_conjugate(decay)[:, None], gradient), i)
-        return before + _at(dstates, i), ddecay, dflow
+        added = _kept(keep, _multiply(more, gradient), i) + _at(dstates, i)
+        return _kept(keep, _multiply(back, gradient), i) + added, ddecay, dflow
 
     zero = jnp.zeros_like(states[:, :, 0])
     carry = jax.lax.fori_loop(0, count, body, vary(zero, zero, jnp.zeros_like(states)))
     dinitial, ddecay, dflow = carry
-    return ddecay.sum(1), dflow, dinitial, None
+    # All of the derivative goes through the nearest decay; that of the rest is 1e-8 of it.
+    return ddecay.sum(1), None, dflow, dinitial, None
 
 
 _chain = vjp.join(_chain_primal, _chain_forward, _chain_backward)

@@ -1,6 +1,7 @@
 """GPU kernels (Triton lowering): a fused scan, the N states of a channel in registers.
 
-A program owns a strip of 32 channels, one a lane, and walks one chunk of time. Where the batch
+A program is one warp: it owns a strip of channels, as many as fill its registers with states, and
+walks one chunk of time. Where the batch
 alone fills the GPU there is one chunk. Otherwise the chunks are first reduced to the state they
 leave behind, a second kernel chains these, and all chunks walk from the state that enters each.
 Backward stores no state: the parameters' gradients are summed forward in time within a chunk
@@ -20,9 +21,9 @@ from pallas_kernels.compat import pl
 from pallas_kernels.diagonal_ssm import powers, tile
 from pallas_kernels.linear_scan.tile import Planes, add, join, mul, split, where, zeros_like
 
-_ENOUGH_PROGRAMS = 2048  # of a warp or two; a dozen for each multiprocessor of an H100
+_ENOUGH_PROGRAMS = 2048  # of one warp; a dozen for each multiprocessor of an H100
 _PARTIAL = 3  # code of a chunk of which padding is a part
-_MOST_STATES = 256
+_STATES_A_LANE, _MOST_STATES = 16, 256
 
 
 class Tiles(NamedTuple):
@@ -33,14 +34,16 @@ class Tiles(NamedTuple):
     unroll: int
 
 
-def choose_tiles(batch: int, length: int, width: int) -> Tiles:
-    """Chunks as long as can be while there are enough programs, but of 64 steps or more."""
-    programs = batch * -(-width // 32)
-    chunks = -(-_ENOUGH_PROGRAMS // programs)
+def choose_tiles(batch: int, length: int, width: int, states: int) -> Tiles:
+    """Up to 16 states a lane; chunks as long as can be while there are enough programs, but of 64
+    steps or more."""
+    strip = max(1, min(32, _STATES_A_LANE * 32 // pl.next_power_of_2(states)))
+    strip = min(strip, pl.next_power_of_2(width))
+    chunks = -(-_ENOUGH_PROGRAMS // (batch * -(-width // strip)))
     steps = length
     if chunks > 1:
         steps = min(length, max(64, pl.next_power_of_2(-(-length // chunks))))
-    return Tiles(steps, 32, min(8, pl.next_power_of_2(steps)))
+    return Tiles(steps, strip, min(4, pl.next_power_of_2(steps)))
 
 
 def refusal(states: int) -> str | None:
@@ -290,19 +293,22 @@ class _Operands(NamedTuple):
 def _prepare(config: Config, u, log_a, c, runs) -> tuple[_Job, _Operands]:
     batch, length, width = u.shape
     states = pl.next_power_of_2(log_a.shape[1])
-    tiles = config.tiles or choose_tiles(batch, length, width)
+    tiles = config.tiles or choose_tiles(batch, length, width, states)
     job = _Job(batch, length, width, states, tiles, runs is not None, config.reverse)
     lengths = jnp.full((batch,), length, jnp.int32)
     codes = []
     if runs is not None:
         lengths = (runs != 0).sum(1, dtype=jnp.int32)
         codes = [segments.step_codes(runs, reverse=config.reverse)]
-    rest = (lengths - 1) % tiles.steps + 1
-    partial = powers.powers(log_a.T[None], rest[:, None, None])
+    last = (lengths - 1) % tiles.steps + 1
+    ending = powers.powers(log_a.T[None], last[:, None, None])
     whole = powers.powers(log_a.T, jnp.full((1, 1), min(tiles.steps, length), jnp.int32))
-    a, lacking = powers.decay(log_a.T)
-    planes = [split(_pad(x, states=states)) for x in (a, lacking, 2 * c.T, whole, partial)]
-    operands = _Operands(*planes, codes=codes, chunk_codes=_chunk_codes(job, codes))
+    nearest, rest = powers.decay(log_a.T)
+    a, lacking, readout, decay, partial = (
+        split(_pad(x, states=states)) for x in (nearest, rest, 2 * c.T, whole, ending)
+    )
+    chunk_codes = _chunk_codes(job, codes)
+    operands = _Operands(a, lacking, readout, decay, partial, codes, chunk_codes)
     return job, operands
 
 
@@ -330,13 +336,13 @@ def _state_planes(job: _Job, x) -> Planes:
     return split(_pad(x.swapaxes(1, 2), states=job.states))
 
 
-def _from_planes(x: Planes, states: int):
+def _from_planes(x, states: int):
     """`(B, N, H) -> (B, H, N)`, complex."""
     return join(tuple(x))[:, :states].swapaxes(1, 2)
 
 
-def _call(kernel, job: _Job, name: str, grid, operands, outputs, *, per_warp: int, flops: int):
-    """Run `kernel`; `outputs` are `(shape, dtype)`; a warp holds `per_warp` states a lane."""
+def _call(kernel, job: _Job, name: str, grid, operands, outputs, *, flops: int):
+    """Run `kernel`; `outputs` are `(shape, dtype)`."""
     structs = [compat.out_struct(*output, *operands) for output in outputs]
     return compat.pallas_call(
         kernel,
@@ -344,9 +350,7 @@ def _call(kernel, job: _Job, name: str, grid, operands, outputs, *, per_warp: in
         name=name,
         grid=grid,
         out_shape=structs,
-        compiler_params=compat.triton.CompilerParams(
-            num_warps=min(8, max(1, job.states // per_warp)), num_stages=1
-        ),
+        compiler_params=compat.triton.CompilerParams(num_warps=1, num_stages=1),
         flops=flops * job.batch * job.length * job.width * job.states,
     )(*operands)
 
@@ -364,7 +368,6 @@ def _entering(job: _Job, ops: _Operands, x, first: Planes, *, adjoint: bool):
         job.grid,
         [x, *ops.a, *ops.lacking, *ops.readout, *ops.codes],
         [per_chunk] * 2,
-        per_warp=32,
         flops=8,
     )
     out = _call(
@@ -374,7 +377,6 @@ def _entering(job: _Job, ops: _Operands, x, first: Planes, *, adjoint: bool):
         job.grid[1:],
         [*ops.decay, *ops.partial, *flow, *first, ops.chunk_codes],
         [per_chunk] * 2 + [((job.batch, job.states, job.width), jnp.float32)] * 2,
-        per_warp=8,
         flops=0,
     )
     return tuple(out[:2]), tuple(out[2:])
@@ -391,7 +393,6 @@ def _walk_once(job: _Job, ops: _Operands, x, first: Planes, dtype, *, adjoint: b
         job.grid,
         [x, *ops.a, *ops.lacking, *ops.readout, *entering, *ops.codes],
         [(x.shape, dtype), per_chunk, per_chunk],
-        per_warp=32,
         flops=12,
     )
     return out, last or tuple(p[:, 0] for p in leaving), entering
@@ -425,7 +426,6 @@ def backward(config: Config, u, log_a, c, entering, runs, dy, dfinal_state):
         job.grid,
         [u, dy, *ops.a, *ops.lacking, *ops.readout, *entering, *leaving, *ops.codes],
         [per_chunk] * 4,
-        per_warp=8,
         flops=24,
     )
     dc, dlog_a = (join(tuple(sums[i : i + 2])).sum((0, 1))[: c.shape[1]].T for i in (0, 2))

@@ -69,7 +69,6 @@ SHAPES: dict[str, Shape] = {
         Shape("s4d-text-packed", f"{_S4D}, Text", 8, 8192, 256, 32, segmented=True),
         Shape("s4d-text-bf16", f"{_S4D}, Text", 16, 4096, 256, 32, "bfloat16"),
         Shape("s4d-image", f"{_S4D}, Image", 50, 1024, 512, 32),
-        Shape("s4d-image-reverse", f"{_S4D}, Image", 50, 1024, 512, 32, reverse=True),
         Shape("s4d-pathfinder", f"{_S4D}, Pathfinder", 64, 1024, 256, 32),
         Shape("s4d-pathx", f"{_S4D}, Path-X", 16, 16384, 256, 32),
         Shape("dss-listops", f"{_DSS}, ListOps", 50, 2048, 128, 64),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.diagonal_ssm.powers import powers
+from pallas_kernels.diagonal_ssm.powers import powers, precise
 from pallas_kernels.linear_scan import tile as numbers
 from pallas_kernels.linear_scan.tile import Planes
 from pallas_kernels.segments import RESET, SKIP
@@ -31,24 +31,26 @@ class Chunk(NamedTuple):
       toeplitz: `(H, T, T)` real; row j holds what token j adds to each output.
       read: `(H, 2N, T)` real; what the entering state adds to each output.
       write: `(H, T, 2N)` real; what token j leaves in the state.
-      decay: `(H, N)` complex; what the entering state is multiplied by.
+      decay, lacking: `(H, N)` complex; the entering state is multiplied by their sum.
     """
 
     toeplitz: jax.Array
     read: jax.Array
     write: jax.Array
     decay: jax.Array
+    lacking: jax.Array
 
 
 def chunk(log_a: jax.Array, c: jax.Array, steps: int) -> Chunk:
     """The matrices of a chunk of `steps` tokens; JAX differentiates them."""
     table = powers(log_a[..., None], jnp.arange(steps + 1, dtype=jnp.int32)[None, None])
+    whole = jnp.full((1, 1), steps, jnp.int32)
     readout = 2 * c[..., None] * table
     read = jnp.concatenate([readout.real, -readout.imag], axis=1)[..., 1:]
     kernel = readout.real[..., :steps].sum(1)
     back = table[..., steps - 1 :: -1] if steps > 1 else table[..., :1]
     write = jnp.concatenate([back.real, back.imag], axis=1).swapaxes(1, 2)
-    return Chunk(toeplitz(kernel), read, write, table[..., steps])
+    return Chunk(toeplitz(kernel), read, write, *precise(log_a, whole))
 
 
 def toeplitz(kernel: jax.Array) -> jax.Array:

@@ -307,7 +307,7 @@ def _state_planes(job: _Job, x) -> Planes:
     return split(x)
 
 
-def _from_planes(x: Planes, states: int):
+def _from_planes(x, states: int):
     """`(B, N, H) -> (B, H, N)`, complex."""
     return join(tuple(x))[:, :states].swapaxes(1, 2)
 

@@ -1,0 +1,64 @@
+"""The model compiles for absent TPUs and GPUs at the shapes of real models."""
+
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.diagonal_ssm.shapes import SHAPES, case, named
+
+CASE = "pallas_kernels.diagonal_ssm.shapes:case"
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_for_tpu(chip, shape, mode):
+    compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
+    kernels = {"forward": 1, "forward+backward": 3}[mode]
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["a100", "h100"])
+def test_compiles_for_gpu(chip, shape):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    for kernel in ("forward", "adjoint", "gradient"):
+        assert f"diagonal_ssm_{kernel}" in text
+
+
+@pytest.mark.parametrize("shape", ["s4d-text-packed", "dss-listops"])
+def test_forward_spills_no_registers(shape):
+    if aot.missing("a100"):
+        pytest.skip("not run: needs seqmodels[aot]")
+    kernels = aot.report("a100", CASE, shape, "gpu", "forward")
+    assert any("diagonal_ssm_forward" in kernel.name for kernel in kernels)
+    assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+
+
+def test_no_kernel_moves_the_states_of_all_tokens():
+    shape = named("s4d-text")
+    rows = shape.batch * shape.length * shape.width * 4
+    fn, *operands = case(shape, "tpu", "forward")
+    moved = aot.kernel_bytes(fn, *operands)
+    assert moved is not None
+    # The rest: parameters and states, which go once for each row of the batch.
+    assert 2 * rows < moved < 2.2 * rows
+    fn, *operands = case(shape, "tpu", "forward+backward")
+    moved = aot.kernel_bytes(fn, *operands)
+    assert moved is not None
+    assert 6 * rows < moved < 6.6 * rows
+
+
+def test_scaled_shape_keeps_all_but_the_length():
+    shape = named("s4d-text").scaled(0.5)
+    assert (shape.batch, shape.length, shape.width, shape.states) == (16, 2048, 256, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("gpt", "tpu"), "shape='gpt'"), (("odd", "tpu", "sideways"), "mode='sideways'")],
+)
+def test_unknown_case(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        case(*arguments)
