@@ -1,0 +1,51 @@
+"""The sequential oracle: one token at a time, differentiated by JAX."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import segments
+from pallas_kernels.delta_rule.config import Config
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
+    """`api.delta_rule` by `jax.lax.scan` over tokens; keeps the state of every token to go back.
+
+    Args:
+      config: static options.
+      q, k: `(B, L, G, K)`; v: `(B, L, H, V)`; beta: `(B, L, H)`.
+      log_decay: None, `(B, L, H)` or `(B, L, H, K)`.
+      initial_state: `(B, H, K, V)`, in the dtype that is computed in.
+      runs: `(B, L)` int32 or None.
+    """
+    dtype = initial_state.dtype
+    repeats = v.shape[2] // q.shape[2]
+    queries, keys = (jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (q, k))
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = log_decay[..., None]
+    codes = None if runs is None else segments.step_codes(runs)
+
+    def step(state, token):
+        q, k, v, beta, g, code = token
+        before = state
+        if code is not None:
+            code = code[:, None, None, None]
+            before = jnp.where(code == segments.RESET, jnp.zeros_like(state), state)
+        if g is not None:
+            before = jnp.exp(g.astype(dtype))[..., None] * before
+        held = jnp.einsum("bhk,bhkv->bhv", k, before, precision=_HIGHEST)
+        written = beta.astype(dtype)[..., None] * (v.astype(dtype) - held)
+        after = before + k[..., None] * written[:, :, None]
+        out = config.scale * jnp.einsum("bhk,bhkv->bhv", q, after, precision=_HIGHEST)
+        if code is not None:
+            after = jnp.where(code == segments.SKIP, state, after)
+            out = jnp.where(code[..., 0] == segments.SKIP, jnp.zeros_like(out), out)
+        return after, out
+
+    tokens = (queries, keys, v, beta, log_decay, codes)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    final_state, o = jax.lax.scan(step, initial_state, tokens)
+    return jnp.moveaxis(o, 0, 1).astype(v.dtype), final_state
