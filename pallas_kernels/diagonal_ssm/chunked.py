@@ -181,8 +181,9 @@ def _kept(keep, x, i):
 
 
 def _chain_primal(_, decay, lacking, flow, initial, keep):
-    """States before each chunk, `(H, B, C, 2N)`: `S_{i+1} = (decay + lacking) S_i + flow_i`, without
-    S_i where a document begins. `decay, lacking (H, 2N)`, `initial (H, B, 2N)`, `keep (B, C)`."""
+    """States before each chunk, `(H, B, C, 2N)`: `S_{i+1} = (decay + lacking) S_i + flow_i`, S_i
+    dropped where a document begins. `decay, lacking (H, 2N)`, `initial (H, B, 2N)`, `keep (B, C)`.
+    """
 
     def body(i, carry):
         state, states = carry
