@@ -296,8 +296,8 @@ def estimate(chip: str, case: str, *arguments: str) -> Estimate:
       *arguments: strings, given to the function.
 
     Raises:
-      ValueError: no TPU, or a program with a loop or branch outside its kernels, whose cost cannot
-        be read off.
+      ValueError: no TPU, or a program that compiles but whose cost cannot be read, such as one with
+        a loop or branch outside its kernels.
       ImportError: libtpu is not installed.
       RuntimeError: the case does not compile; the compiler's message is in it.
     """
@@ -317,7 +317,8 @@ def each(chip: str, case: str, argument_lists: Iterable[Sequence[str]]) -> Itera
     """`estimate` (on a TPU) or `report` (on a GPU) of several argument lists, as they are done.
 
     One process serves them all, because to start one takes longer than most compilations. What
-    cannot be estimated is yielded as the error that `estimate` or `report` would raise.
+    cannot be estimated is yielded as the error that `estimate` or `report` would raise: a
+    ValueError where it compiles and only its cost cannot be read.
 
     Raises:
       ValueError, ImportError: as `estimate`.
@@ -327,10 +328,18 @@ def each(chip: str, case: str, argument_lists: Iterable[Sequence[str]]) -> Itera
     if ":" not in case:
         raise ValueError(f"case={case!r} must be 'package.module:function'")
     waiting = [list(arguments) for arguments in argument_lists]
+    yield from _each(chip, case, waiting, read=True)
+
+
+def _each(chip: str, case: str, waiting: list[list[str]], *, read: bool) -> Iterator[Any]:
+    """`each`; without `read` only compiles, and yields None where that succeeds."""
     while waiting:
         with tempfile.TemporaryDirectory() as directory:
             errors = Path(directory, "errors")
-            with errors.open("w") as stderr, _worker(chip, case, waiting, directory, stderr) as run:
+            with (
+                errors.open("w") as stderr,
+                _worker(chip, case, waiting, directory, stderr, read=read) as run,
+            ):
                 try:
                     for line in run.stdout or ():
                         if line.startswith("{"):
@@ -338,9 +347,17 @@ def each(chip: str, case: str, argument_lists: Iterable[Sequence[str]]) -> Itera
                             yield _answer(chip, json.loads(line))
                 finally:
                     run.kill()  # nobody may be listening any more
-            if waiting:  # the compiler took the process down with it
-                last = errors.read_text(errors="replace").strip()[-4000:]
-                yield RuntimeError(f"{case} {waiting.pop(0)} ended its process:\n{last}")
+            if not waiting:
+                return
+            arguments = waiting.pop(0)
+            said = errors.read_text(errors="replace").strip()
+            fatal = re.search(r"^F\d{4} .*? \S+\] (.*)", said, re.MULTILINE)
+            reason = fatal[1] if fatal else said[-4000:]
+            # What reads the cost may fail where the compiler does not.
+            if read and [*_each(chip, case, [arguments], read=False)] == [None]:
+                yield ValueError(f"it compiles, but its cost cannot be read: {reason}")
+            else:
+                yield RuntimeError(f"{case} {arguments} ended its process:\n{reason}")
 
 
 def _only(answers: Iterator[Any]) -> Any:
@@ -355,13 +372,21 @@ def _answer(chip: str, reply: dict[str, Any]) -> Any:
         return ValueError(reply["unreadable"])
     if "error" in reply:
         return RuntimeError(reply["error"])
+    if reply["result"] is None:
+        return None
     if chip in TPUS:
         return Estimate(**reply["result"])
     return [Kernel(**kernel) for kernel in reply["result"]]
 
 
 def _worker(
-    chip: str, case: str, argument_lists: list[list[str]], directory: str, stderr: IO[str]
+    chip: str,
+    case: str,
+    argument_lists: list[list[str]],
+    directory: str,
+    stderr: IO[str],
+    *,
+    read: bool,
 ) -> subprocess.Popen[str]:
     """A process that prints a line of JSON for each argument list."""
     variable, flag = (
@@ -372,14 +397,15 @@ def _worker(
     dump, task = Path(directory, "dump"), Path(directory, "task.json")
     task.write_text(json.dumps(argument_lists))
     environment = os.environ | {
-        variable: f"{os.environ.get(variable, '')} {flag}={dump}",
+        variable: f"{os.environ.get(variable, '')} {f'{flag}={dump}' if read else ''}",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }
     command = [sys.executable, "-m", "pallas_kernels.aot", case, "--chip", chip]
+    dumping = ["--dump", str(dump)] if read else []
     return subprocess.Popen(
-        [*command, "--task", str(task), "--dump", str(dump)],
+        [*command, "--task", str(task), *dumping],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=stderr,
@@ -387,20 +413,23 @@ def _worker(
     )
 
 
-def _work(chip: str, case: str, task: Path, dump: Path) -> None:
-    """What the process of `_worker` does."""
+def _work(chip: str, case: str, task: Path, dump: Path | None) -> None:
+    """What the process of `_worker` does; without `dump` it only compiles."""
     module, _, name = case.partition(":")
     function = getattr(importlib.import_module(module), name)
     here = _estimate_here if chip in TPUS else _report_here
     for arguments in json.loads(task.read_text()):
-        shutil.rmtree(dump, ignore_errors=True)
-        dump.mkdir()
-        reply: dict[str, Any]
+        reply: dict[str, Any] = {"result": None}
         try:
             fn, *shapes = function(*arguments)
-            result = here(chip, dump, fn, *shapes)
-            plain = [*map(vars, result)] if isinstance(result, list) else vars(result)
-            reply = {"result": plain}
+            if dump is None:
+                compile_for(chip, fn, *shapes)
+            else:
+                shutil.rmtree(dump, ignore_errors=True)
+                dump.mkdir()
+                result = here(chip, dump, fn, *shapes)
+                plain = [*map(vars, result)] if isinstance(result, list) else vars(result)
+                reply = {"result": plain}
         except aot_hlo.Unreadable as error:
             reply = {"unreadable": str(error)}
         except Exception:
