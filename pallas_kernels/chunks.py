@@ -4,12 +4,11 @@ A row is cut into chunks of C tokens. Inside a chunk tokens meet pairwise; betwe
 is handed on, which belongs to one document. All functions here are of one chunk, plain maths on
 values, for the portable path (under `jax.vmap`) and for kernels alike.
 
-Log decays are summed in a binary tree. In an aligned block of s tokens, token i keeps the sum over
-the block's tokens up to i (its prefix) and the sum over those behind i (its suffix); two blocks
-make one of 2s by additions alone. A later token i and an earlier token j part at some s, where i
-is in the second half of a block of 2s and j in the first: the decay between them is
+Log decays are summed in aligned blocks of s = 1, 2, 4, ... tokens. A later token i and an earlier
+token j part at one s: i is in the second half of a block of 2s and j in the first. The decay
+between them is
 
-    exp(prefix_i) exp(suffix_j)    at that s,
+    exp(sum of the half's tokens up to i) exp(sum of the half's tokens behind j)
 
 two exponentials of sums of non-positive numbers. Nothing is ever subtracted, so an extreme decay
 takes no digits from its neighbours; and the sums that a pair needs run only over tokens between
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # exp(MIN_LOG_DECAY) is 0 in float32; what lies below is clamped, its gradient is 0.
 MIN_LOG_DECAY = -104.0
@@ -101,50 +101,89 @@ def parted(size: int, at: int) -> jax.Array:
 
 
 class Sums(NamedTuple):
-    """Sums over the aligned block of s tokens that each token is in."""
+    """Sums of log decays in a chunk of C tokens, of `N` kinds.
 
-    prefix: jax.Array  # up to the token and with it
-    suffix: jax.Array  # behind it
+    Attributes:
+      levels: for each s of `sizes(C)`, `(C, N)`: of a token in the second half of its block of 2s
+        the half's sum up to the token and with it; of one in the first half, that behind it.
+      into: `(C, N)`, from the chunk's start up to the token and with it.
+      out: `(C, N)`, behind the token up to the chunk's end.
+      total: `(1, N)`, of the whole chunk.
+    """
+
+    levels: list[jax.Array]
+    into: jax.Array
+    out: jax.Array
+    total: jax.Array
 
 
-Roll = Callable[[jax.Array, int, int], jax.Array]
+class Summation(NamedTuple):
+    """A way to sum: `up(g (C, N)) -> Sums`, and `down(Sums) -> dg`, its transpose.
+
+    `g` is non-positive, float32 or float64; C is a power of two.
+    """
+
+    up: Callable[[jax.Array], Sums]
+    down: Callable[[Sums], jax.Array]
 
 
-def tree(g: jax.Array, axis: int = 0, roll: Roll = jnp.roll) -> list[Sums]:
-    """`Sums` of log decays over blocks of 1, 2, 4, ..., C tokens along `axis`.
+def by_matmul(size: int, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> Summation:
+    """Sums as one product with a matrix of zeros and ones, in chunks of `size` tokens."""
+    token, other = np.indices((size, size))
+    rows = []
+    for s in sizes(size):
+        second = token % (2 * s) >= s
+        rows.append((token // s == other // s) & np.where(second, other <= token, other > token))
+    rows += [other <= token, other > token, np.ones((1, size), bool)]
+    matrix, places = np.concatenate(rows), [size * (n + 1) for n in range(len(rows) - 1)]
+
+    def up(g: jax.Array) -> Sums:
+        sums = jnp.dot(jnp.asarray(matrix, g.dtype), g, precision=precision)
+        *levels, into, out, total = jnp.split(sums, places)
+        return Sums(levels, into, out, total)
+
+    def down(sums: Sums) -> jax.Array:
+        stacked = jnp.concatenate([*sums.levels, sums.into, sums.out, sums.total])
+        return jnp.dot(jnp.asarray(matrix.T, stacked.dtype), stacked, precision=precision)
+
+    return Summation(up, down)
+
+
+def by_tree(roll: Callable[[jax.Array, int, int], jax.Array], axis: int = 0) -> Summation:
+    """Sums by additions of halves, log C of them, for kernels.
 
     Args:
-      g: non-positive, float32; C, the size of `axis`, is a power of two.
       roll: `jnp.roll`, or what a kernel has in its place.
+      axis: where the tokens are; 1 for `g (N, C)`, and all of `Sums` transposed likewise.
     """
-    size = g.shape[axis]
-    place = jax.lax.broadcasted_iota(jnp.int32, g.shape, axis)
-    sums = [Sums(g, jnp.zeros_like(g))]
-    for s in sizes(size):
-        prefix, suffix = sums[-1]
-        total, second = prefix + suffix, place % (2 * s) >= s
-        sums.append(
-            Sums(
-                prefix + jnp.where(second, roll(total, s, axis), 0.0),
-                suffix + jnp.where(second, 0.0, roll(total, size - s, axis)),
-            )
-        )
-    return sums
 
+    def second(g: jax.Array, s: int) -> jax.Array:
+        return jax.lax.broadcasted_iota(jnp.int32, g.shape, axis) % (2 * s) >= s
 
-def tree_transpose(cotangents: list[Sums], axis: int = 0, roll: Roll = jnp.roll) -> jax.Array:
-    """The gradient of `g` from those of `tree(g)`; additions alone."""
-    size = cotangents[-1].prefix.shape[axis]
-    place = jax.lax.broadcasted_iota(jnp.int32, cotangents[-1].prefix.shape, axis)
-    dprefix, dsuffix = cotangents[-1]
-    for s, (more_prefix, more_suffix) in zip(
-        reversed(sizes(size)), reversed(cotangents[:-1]), strict=True
-    ):
-        second = place % (2 * s) >= s
-        dtotal = jnp.where(second, roll(dsuffix, s, axis), roll(dprefix, size - s, axis))
-        dprefix = dprefix + dtotal + more_prefix
-        dsuffix = dsuffix + dtotal + more_suffix
-    return dprefix
+    def up(g: jax.Array) -> Sums:
+        size, levels = g.shape[axis], []
+        prefix, suffix = g, jnp.zeros_like(g)
+        for s in sizes(size):
+            later, total = second(g, s), prefix + suffix
+            levels.append(jnp.where(later, prefix, suffix))
+            prefix = prefix + jnp.where(later, roll(total, s, axis), 0.0)
+            suffix = suffix + jnp.where(later, 0.0, roll(total, size - s, axis))
+        total = jax.lax.slice_in_dim(prefix + suffix, 0, 1, axis=axis)
+        return Sums(levels, prefix, suffix, total)
+
+    def down(sums: Sums) -> jax.Array:
+        size = sums.into.shape[axis]
+        first = jax.lax.broadcasted_iota(jnp.int32, sums.into.shape, axis) == 0
+        dtotal = jnp.where(first, jnp.broadcast_to(sums.total, sums.into.shape), 0.0)
+        dprefix, dsuffix = sums.into + dtotal, sums.out + dtotal
+        for s, level in zip(reversed(sizes(size)), reversed(sums.levels), strict=True):
+            later = second(dprefix, s)
+            dtotal = jnp.where(later, roll(dsuffix, s, axis), roll(dprefix, size - s, axis))
+            dprefix = dprefix + dtotal + jnp.where(later, level, 0.0)
+            dsuffix = dsuffix + dtotal + jnp.where(later, 0.0, level)
+        return dprefix
+
+    return Summation(up, down)
 
 
 def clamp(g: jax.Array, docs: Documents | None) -> jax.Array:

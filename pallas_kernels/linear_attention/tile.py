@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents, Sums
+from pallas_kernels.chunks import Documents, Summation
 
 
 def dot(x: jax.Array, y: jax.Array, contract: str) -> jax.Array:
@@ -44,28 +44,26 @@ def dot(x: jax.Array, y: jax.Array, contract: str) -> jax.Array:
 
 
 class Decay(NamedTuple):
-    """The decays of a chunk, from its sums; each None where nothing decays.
+    """The decays of a chunk; each None where nothing decays.
 
     Attributes:
-      levels: sums over blocks of 1, 2, ..., C / 2 tokens, `(C, 1)` or `(C, K)` each.
-      into: `(C, 1)` or `(C, K)`.
-      out: `(C, 1)` or `(C, K)`.
+      levels: logarithms, see `chunks.Sums`.
+      into, out: `(C, 1)` or `(C, K)`.
       keep: `(1, 1)` or `(1, K)`.
     """
 
-    levels: list[Sums] | None
+    levels: list[jax.Array] | None
     into: jax.Array | None
     out: jax.Array | None
     keep: jax.Array | None
 
 
-def decay(g: jax.Array | None, docs: Documents | None, roll: chunks.Roll = jnp.roll) -> Decay:
+def decay(g: jax.Array | None, docs: Documents | None, summation: Summation) -> Decay:
     """`Decay` of log decays that are not clamped yet."""
     if g is None:
         return Decay(None, None, None, None)
-    *levels, whole = chunks.tree(chunks.clamp(g, docs), roll=roll)
-    total = (whole.prefix + whole.suffix)[:1]
-    return Decay(levels, jnp.exp(whole.prefix), jnp.exp(whole.suffix), jnp.exp(total))
+    sums = summation.up(chunks.clamp(g, docs))
+    return Decay(sums.levels, jnp.exp(sums.into), jnp.exp(sums.out), jnp.exp(sums.total))
 
 
 def times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
@@ -101,17 +99,17 @@ def causal(size: int, docs: Documents | None) -> jax.Array:
     return chunks.within(row >= column, docs)
 
 
-def pair_decay(column: list[Sums], row: list[Sums], mask: jax.Array) -> jax.Array:
+def pair_decay(down: list[jax.Array], across: list[jax.Array], mask: jax.Array) -> jax.Array:
     """`E (C, C)` where `mask`, else 0.
 
     Args:
-      column: `chunks.tree` of `(C, 1)`; row: that of `(1, C)`, along axis 1.
+      down, across: `chunks.Sums.levels` of `(C, 1)`, and the same as `(1, C)`.
       mask: `causal`.
     """
     size = mask.shape[0]
-    logs = jnp.zeros(mask.shape, column[0].prefix.dtype)
-    for at, down, across in zip(chunks.sizes(size), column, row, strict=True):
-        logs = jnp.where(chunks.parted(size, at), down.prefix + across.suffix, logs)
+    logs = jnp.zeros(mask.shape, down[0].dtype)
+    for s, column, row in zip(chunks.sizes(size), down, across, strict=True):
+        logs = jnp.where(chunks.parted(size, s), column + row, logs)
     return only(mask, jnp.exp(logs))
 
 
@@ -136,38 +134,39 @@ def pairs_gradient(dpairs: jax.Array, pairs: jax.Array) -> jax.Array:
 # Pairs of tokens, for one decay a key.
 
 
-def pairs_by_key(q, k, levels: list[Sums], docs: Documents | None) -> jax.Array:
+def _parts(levels: list[jax.Array], docs: Documents | None):
+    """The pairs that part at each size of blocks, and each token's factor in their decay."""
+    size = levels[0].shape[0]
+    for s, level in zip(chunks.sizes(size), levels, strict=True):
+        yield chunks.within(chunks.parted(size, s), docs), jnp.exp(level)
+
+
+def pairs_by_key(q, k, levels: list[jax.Array], docs: Documents | None) -> jax.Array:
     """`A (C, C)`: one matmul for each size of the blocks at which pairs part."""
-    size = q.shape[0]
-    row, column = chunks.order(size)
-    wide = levels[0].prefix.dtype
+    row, column = chunks.order(q.shape[0])
+    wide = levels[0].dtype
     same_token = (q.astype(wide) * k.astype(wide)).sum(1, keepdims=True)
     pairs = only(chunks.within(row == column, docs), jnp.broadcast_to(same_token, row.shape))
-    for at, sums in zip(chunks.sizes(size), levels, strict=True):
-        decayed = dot(_by(q, sums.prefix), _by(k, sums.suffix), "nt")
-        pairs = jnp.where(chunks.within(chunks.parted(size, at), docs), decayed, pairs)
+    for mask, factor in _parts(levels, docs):
+        decayed = dot(times(q, factor).astype(q.dtype), times(k, factor).astype(k.dtype), "nt")
+        pairs = jnp.where(mask, decayed, pairs)
     return pairs
 
 
-def pairs_by_key_gradients(q, k, levels: list[Sums], docs: Documents | None, dpairs):
+def pairs_by_key_gradients(q, k, levels: list[jax.Array], docs: Documents | None, dpairs):
     """`(dq, dk, dlevels)` from the gradient of `pairs_by_key`."""
-    size = q.shape[0]
-    row, column = chunks.order(size)
+    row, column = chunks.order(q.shape[0])
     on_diagonal = only(chunks.within(row == column, docs), dpairs).sum(1, keepdims=True)
     dq, dk = times(k, on_diagonal), times(q, on_diagonal)
     dlevels = []
-    for at, sums in zip(chunks.sizes(size), levels, strict=True):
-        part = only(chunks.within(chunks.parted(size, at), docs), dpairs).astype(q.dtype)
-        into_q = dot(part, _by(k, sums.suffix), "nn") * jnp.exp(sums.prefix)
-        into_k = dot(part, _by(q, sums.prefix), "tn") * jnp.exp(sums.suffix)
+    for mask, factor in _parts(levels, docs):
+        part = only(mask, dpairs).astype(q.dtype)
+        # Only tokens of second halves have a row in it, only those of first halves a column.
+        into_q = factor * dot(part, times(k, factor).astype(k.dtype), "nn")
+        into_k = factor * dot(part, times(q, factor).astype(q.dtype), "tn")
         dq, dk = dq + into_q, dk + into_k
-        dlevels.append(Sums(times(q, into_q), times(k, into_k)))
+        dlevels.append(times(q, into_q) + times(k, into_k))
     return dq, dk, dlevels
-
-
-def _by(x: jax.Array, log_factor: jax.Array) -> jax.Array:
-    """`x * exp(log_factor)`, an operand of a matmul."""
-    return times(x, jnp.exp(log_factor)).astype(x.dtype)
 
 
 # The chunk, given its pairs.
@@ -222,20 +221,15 @@ def gradients(
 
 def decay_gradient(
     g: jax.Array,
-    dlevels: list[Sums] | None,
+    dlevels: list[jax.Array] | None,
     dinto: jax.Array,
     dout: jax.Array,
     dkeep: jax.Array,
     docs: Documents | None,
+    summation: Summation,
     more: jax.Array | float = 0.0,
-    roll: chunks.Roll = jnp.roll,
 ) -> jax.Array:
     """The gradient of `g` from those of the sums made of it, and `more` that needs no sums."""
-    first = jax.lax.broadcasted_iota(jnp.int32, dinto.shape, 0) == 0
-    dtotal = only(first, jnp.broadcast_to(dkeep, dinto.shape))
-    if dlevels is None:
-        zero = jnp.zeros_like(dinto)
-        dlevels = [Sums(zero, zero)] * len(chunks.sizes(g.shape[0]))
-    top = Sums(dinto + dtotal, dout + dtotal)
-    dg = chunks.tree_transpose([*dlevels, top], roll=roll) + more
+    dlevels = dlevels or [jnp.zeros_like(dinto)] * len(chunks.sizes(g.shape[0]))
+    dg = summation.down(chunks.Sums(dlevels, dinto, dout, dkeep)) + more
     return chunks.clamp_transpose(g, dg, docs)

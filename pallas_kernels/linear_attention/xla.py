@@ -17,8 +17,9 @@ from pallas_kernels import chunks, vjp
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention.config import Config
 
-_CHUNK = 64
-_AT_ONCE = 2**18  # numbers in the pairs of the chunks that are worked on together
+# Measured on x86: tokens of a chunk, and numbers in the pairs of the chunks worked on together.
+_CHUNK, _CHUNK_BY_KEY = 64, 32
+_AT_ONCE = 2**16
 
 
 class _Rows(NamedTuple):
@@ -35,7 +36,9 @@ class _Rows(NamedTuple):
 def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
     """Chunks of the arguments, padded with tokens that change nothing."""
     length = v.shape[1]
-    size = min(config.chunk or _CHUNK, 1 << (length - 1).bit_length())
+    by_key = log_decay is not None and log_decay.ndim == 4
+    size = config.chunk or (_CHUNK_BY_KEY if by_key else _CHUNK)
+    size = min(size, 1 << (length - 1).bit_length())
     padding = -length % size
     heads = (q.shape[2], v.shape[2] // q.shape[2])
 
@@ -57,8 +60,8 @@ def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
 
 
 def _uncut(x, like):
-    """The inverse of `_cut` for an array of `like`'s shape and dtype."""
-    x = x.reshape(like.shape[0], -1, *like.shape[2:])
+    """Chunks with heads before tokens, `(N, ..., C, width)`, as an array like `like`."""
+    x = jnp.moveaxis(x, -2, 1).reshape(like.shape[0], -1, *like.shape[2:])
     return x[:, : like.shape[1]].astype(like.dtype)
 
 
@@ -88,12 +91,11 @@ def _by_key(g) -> bool:
     return g is not None and g.shape[-1] > 1
 
 
-def _between(g, decay: tile.Decay, mask, docs):
+def _between(decay: tile.Decay, mask):
     """The decays between tokens, `(C, C)`, or None."""
-    if g is None:
+    if decay.levels is None:
         return None
-    across = chunks.tree(chunks.clamp(g, docs).T, axis=1)
-    return tile.pair_decay(decay.levels, across[:-1], mask)
+    return tile.pair_decay(decay.levels, [x.T for x in decay.levels], mask)
 
 
 def _added(rows: _Rows):
@@ -101,7 +103,7 @@ def _added(rows: _Rows):
     docs = _documents(rows)
 
     def head(q, k, v, g):
-        decay = tile.decay(g, docs)
+        decay = tile.decay(g, docs, chunks.by_matmul(q.shape[0]))
         return decay.keep, tile.added(k, v, decay, docs)
 
     keep, added = _heads(head, rows)
@@ -109,47 +111,51 @@ def _added(rows: _Rows):
 
 
 def _output(config: Config, rows: _Rows, state):
-    """`o (C, G, R, V)` of a chunk."""
+    """`o (G, R, C, V)` of a chunk."""
     docs = _documents(rows)
     mask = tile.causal(rows.q.shape[0], docs)
 
     def head(q, k, v, g, state):
-        decay = tile.decay(g, docs)
+        decay = tile.decay(g, docs, chunks.by_matmul(q.shape[0]))
         if _by_key(g):
             pairs = tile.pairs_by_key(q, k, decay.levels, docs)
         else:
-            pairs = tile.pairs_of(tile.dot(q, k, "nt"), _between(g, decay, mask, docs), mask)
+            pairs = tile.pairs_of(tile.dot(q, k, "nt"), _between(decay, mask), mask)
         return tile.output(q, v, pairs, state, decay, docs, config.scale)
 
     o = _heads(head, rows, state)
-    return jnp.moveaxis(o, 2, 0).astype(rows.v.dtype)
+    return o.astype(rows.v.dtype)
 
 
 def _state_gradient(config: Config, rows: _Rows, do):
     docs = _documents(rows)
 
     def head(q, k, v, g, do):
-        return tile.state_gradient(q, do, tile.decay(g, docs), docs, config.scale)
+        return tile.state_gradient(
+            q, do, tile.decay(g, docs, chunks.by_matmul(q.shape[0])), docs, config.scale
+        )
 
     return _heads(head, rows, jnp.moveaxis(do, 0, 2))
 
 
 def _gradients(config: Config, rows: _Rows, do, state, dstate):
-    """`(dq, dk, dv, dg)` of a chunk, laid out as in `rows`."""
+    """`(dq, dk, dv, dg)` of a chunk, `(G, C, K)` and `(G, R, C, V)`."""
     docs = _documents(rows)
     mask = tile.causal(rows.q.shape[0], docs)
 
+    summation = chunks.by_matmul(rows.q.shape[0])
+
     def head(q, k, v, g, do, state, dstate):
-        decay = tile.decay(g, docs)
+        decay = tile.decay(g, docs, summation)
         if _by_key(g):
             pairs = tile.pairs_by_key(q, k, decay.levels, docs)
         else:
-            scores, between = tile.dot(q, k, "nt"), _between(g, decay, mask, docs)
+            scores, between = tile.dot(q, k, "nt"), _between(decay, mask)
             pairs = tile.pairs_of(scores, between, mask)
         d = tile.gradients(q, k, v, pairs, state, decay, docs, config.scale, do, dstate)
         if _by_key(g):
             dq, dk, dlevels = tile.pairs_by_key_gradients(q, k, decay.levels, docs, d.dpairs)
-            dg = tile.decay_gradient(g, dlevels, d.dinto, d.dout, d.dkeep, docs)
+            dg = tile.decay_gradient(g, dlevels, d.dinto, d.dout, d.dkeep, docs, summation)
             return d.dq + dq, d.dk + dk, d.dv, dg
         dscores = tile.pairs_of(d.dpairs, between, mask).astype(q.dtype)
         dq = d.dq + tile.dot(dscores, k, "nn")
@@ -158,12 +164,11 @@ def _gradients(config: Config, rows: _Rows, do, state, dstate):
             return dq, dk, d.dv, None
         more = tile.pairs_gradient(d.dpairs, pairs)
         sums = (x.sum(1, keepdims=True) for x in (d.dinto, d.dout, d.dkeep))
-        return dq, dk, d.dv, tile.decay_gradient(g, None, *sums, docs, more)
+        return dq, dk, d.dv, tile.decay_gradient(g, None, *sums, docs, summation, more)
 
     dq, dk, dv, dg = _heads(head, rows, jnp.moveaxis(do, 0, 2), state, dstate)
-    dq, dk = (jnp.moveaxis(x.sum(1), 1, 0).astype(rows.q.dtype) for x in (dq, dk))
-    dv = jnp.moveaxis(dv, 2, 0).astype(rows.v.dtype)
-    return dq, dk, dv, None if dg is None else jnp.moveaxis(dg, 2, 0)
+    dq, dk = (x.sum(1).astype(rows.q.dtype) for x in (dq, dk))
+    return dq, dk, dv.astype(rows.v.dtype), dg
 
 
 def _chain(first, keep, keeps, added, *, reverse: bool):
@@ -207,7 +212,7 @@ def _pull_back(config: Config, residuals, cotangents):
     q, k, v, log_decay, runs, states = residuals
     do, dfinal = cotangents
     rows = _cut(config, q, k, v, log_decay, runs)
-    do = _cut(config, q, k, do, None, None).v
+    do = _cut(config, q, k, do, log_decay, None).v
     grouped = (v.shape[0], *rows.v.shape[2:4], *dfinal.shape[2:])
     last = dfinal.reshape(grouped).swapaxes(-1, -2)
     keep, keeps, _ = _each(_added, rows)
