@@ -8,7 +8,8 @@ A cell is one shape of a family, forward or forward and backward, on one chip: w
 on a TPU the compiler's static time and its multiple of the floor (every input and output once); on
 a GPU what ptxas says of registers and spills. On "cpu" the portable path runs, on zeros and at most
 512 tokens. Compiled ahead of time is not run: no cell here needs a TPU or a GPU. Cells are written
-as they come and kept; a cell is done again when the sources of its family have changed.
+as they come and kept; a cell is done again when the sources of its family have changed, or when it
+did not pass.
 """
 
 import dataclasses
@@ -166,7 +167,7 @@ def wanted(config: AotConfig, known: Cells) -> list[Key]:
         for key in keys
         if config.again
         or key not in known
-        or known[key].outcome == NOT_RUN
+        or known[key].outcome != PASSED
         or known[key].sources != digests[key.family]
     ]
 

@@ -172,6 +172,39 @@ def test_vmap_equals_folding_into_the_batch():
     testing.assert_close(mapped, list(folded), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+def test_rows_sharded_over_devices_give_the_same_gradients(implementation):
+    case = Case(length=20, packed=True)
+    arguments = (*case.args, case.ids)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def loss(x, weight, bias, initial, ids):
+        y, final = causal_conv1d(
+            x,
+            weight,
+            bias,
+            activation="silu",
+            initial_state=initial,
+            segment_ids=ids,
+            implementation=implementation,
+        )
+        return jnp.sum(jnp.sin(y)) + jnp.sum(final * final)
+
+    sharded = jax.shard_map(
+        lambda *args: jax.lax.psum(loss(*args), "data"),
+        mesh=mesh,
+        in_specs=(rows, whole, whole, rows, rows),
+        out_specs=whole,
+    )
+    gradients = jax.jit(jax.grad(sharded, (0, 1, 2, 3)))
+    if implementation != "xla":
+        gradients.trace(*arguments)  # types of what varies over devices are checked here
+        return
+    expected = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
+    testing.assert_close(gradients(*arguments), expected, testing.FLOAT32_TOLERANCE)
+
+
 def test_second_order_and_forward_mode_through_the_reference():
     x, weight, bias, _ = Case(length=6).args
 
