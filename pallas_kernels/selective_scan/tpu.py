@@ -4,8 +4,8 @@ Grid `(B, D / width, L / steps)`, time last and in the direction of travel. A ti
 channels is `(width / 128, 128)`: one register for each of the N states, so the sum over states is
 N additions and no shuffle. What a step needs is brought into that shape through VMEM:
 
-- a token's channels are a row of lane tiles; a staging area that holds 16 tokens of each lane tile
-  one after the other gives `(width / 128, 128)` of one token by a strided load;
+- a token's channels are a row of lane tiles; a staging area that holds a group of tokens of each
+  lane tile one after the other gives `(width / 128, 128)` of one token by a strided load;
 - a token's B_n and C_n are one lane of their transposed block; each is spread over 128 lanes by a
   masked sum, stored as a row, and loaded with that row in all sublanes.
 
@@ -29,7 +29,7 @@ from pallas_kernels.selective_scan import tile
 from pallas_kernels.selective_scan.config import Config
 
 _LANES, _SUBLANES = 128, 8
-_GROUP = 16  # steps unrolled at a time: a tile of bfloat16 is 16 rows high
+_FORWARD_GROUP, _BACKWARD_GROUP = 16, 8  # steps unrolled at a time
 _VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
 _VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
 
@@ -52,15 +52,16 @@ def vmem_bytes(tiles: Tiles, states: int) -> int:
     shared = 2 * _round_up(2 * states + 1, _SUBLANES) * row
     per_state = 5 * states * _SUBLANES * row  # A, entering state, dh_final, dA, dh_initial
     per_channel = 4 * _SUBLANES * lane_tiles * row  # D, dt_bias and their gradients
-    kept = (tiles.steps + 1 + _GROUP) * states * lane_tiles * row
-    staged = _GROUP * (6 * lane_tiles + _round_up(2 * states + 1, _SUBLANES)) * row
-    return 2 * (tokens + shared + per_state + per_channel) + kept + staged
+    kept = (tiles.steps + 1 + _BACKWARD_GROUP) * states * lane_tiles * row
+    spread = tiles.steps * _round_up(2 * states + 1, _SUBLANES) * row
+    staged = (2 * tiles.steps + 3 * _FORWARD_GROUP) * lane_tiles * row
+    return 2 * (tokens + shared + per_state + per_channel) + kept + spread + staged
 
 
 def choose_tiles(length: int, width: int, states: int) -> Tiles:
     """As many steps as fit, up to a register's lanes; then the fewest, narrowest tiles."""
     for steps in (128, 64, 32, 16):
-        steps = min(steps, _round_up(length, _GROUP))
+        steps = min(steps, _round_up(length, 16))  # a tile of bfloat16 is 16 rows high
         for widest in (1024, 512, 256, 128):
             count = -(-width // widest)
             tiles = Tiles(steps, _round_up(-(-width // count), _LANES))
@@ -84,6 +85,7 @@ class _Job(NamedTuple):
     width: int
     states: int
     tiles: Tiles
+    group: int  # steps unrolled at a time
     softplus: bool
     reverse: bool
     segmented: bool
@@ -103,7 +105,7 @@ class _Job(NamedTuple):
 
     @property
     def groups(self) -> int:
-        return self.tiles.steps // _GROUP
+        return self.tiles.steps // self.group
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -122,9 +124,9 @@ class _Job(NamedTuple):
     @property
     def order(self) -> list[int]:
         """The steps of a group in the direction of travel."""
-        return list(range(_GROUP))[:: -1 if self.reverse else 1]
+        return list(range(self.group))[:: -1 if self.reverse else 1]
 
-    def group(self, i):
+    def place(self, i):
         """The group of a block that is the i-th in the direction of travel."""
         return self.groups - 1 - i if self.reverse else i
 
@@ -186,7 +188,8 @@ class _Specs(NamedTuple):
 
     def channel_sums(self) -> pl.BlockSpec:
         return pl.BlockSpec(
-            block_shape=(None, _GROUP, self.job.tiles.width), index_map=lambda b, d, i: (b, 0, d)
+            block_shape=(None, self.job.group, self.job.tiles.width),
+            index_map=lambda b, d, i: (b, 0, d),
         )
 
 
@@ -234,52 +237,67 @@ def _unshared(job: _Job, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class _Staged(NamedTuple):
-    """A staging area: 16 tokens of one lane tile after the other, `(rows * 16, 128)`."""
+    """A staging area for the tokens of a group, `(group * rows, 128)`.
+
+    Eight tokens of each lane tile follow each other: a load with a longer stride is slower.
+    """
 
     ref: Any
     job: _Job
+    first: Any = 0  # the group's first token, if the area holds a block
+
+    def _row(self, k: int, j: int):
+        row = (k // _SUBLANES * self.job.rows + j) * _SUBLANES + k % _SUBLANES
+        return self.first * self.job.rows + row
 
     def put(self, j: int, x: jax.Array) -> None:
-        """16 tokens of lane tile j."""
-        self.ref[pl.ds(j * _GROUP, _GROUP), :] = x
+        """The tokens of lane tile j."""
+        for k in range(0, self.job.group, _SUBLANES):
+            self.ref[pl.ds(self._row(k, j), _SUBLANES), :] = x[k : k + _SUBLANES]
 
     def get(self, j: int) -> jax.Array:
-        return self.ref[pl.ds(j * _GROUP, _GROUP), :]
+        starts = range(0, self.job.group, _SUBLANES)
+        parts = [self.ref[pl.ds(self._row(k, j), _SUBLANES), :] for k in starts]
+        return jnp.concatenate(parts, axis=0)
 
     def put_token(self, k: int, x: jax.Array) -> None:
         """Token k of all lane tiles, `(rows, 128)`."""
-        self.ref[pl.ds(k, self.job.rows, stride=_GROUP), :] = x
+        self.ref[pl.ds(self._row(k, 0), self.job.rows, stride=_SUBLANES), :] = x
 
     def token(self, k: int) -> jax.Array:
-        return self.ref[pl.ds(k, self.job.rows, stride=_GROUP), :]
+        return self.ref[pl.ds(self._row(k, 0), self.job.rows, stride=_SUBLANES), :]
 
     def row(self, k: int, j: int, count: int) -> jax.Array:
         """Token k of lane tile j, `count` times."""
-        row = self.ref[pl.ds(j * _GROUP + k, 1), :]
+        row = self.ref[pl.ds(self._row(k, j), 1), :]
         return jnp.broadcast_to(row, (count, _LANES))
 
 
 class _Spread(NamedTuple):
-    """The shared numbers of 16 tokens, each over 128 lanes: `(16 * height, 128)`."""
+    """The shared numbers of a group, each over 128 lanes: `(group * height, 128)`."""
 
     ref: Any
     job: _Job
+    first: Any = 0  # the group's first token, if the area holds a block
 
     @property
     def height(self) -> int:
         return _round_up(self.job.shared, _SUBLANES)
 
+    def _row(self, k: int, i: int):
+        return (self.first + k) * self.height + i
+
     def fill(self, shared_ref: Any, start) -> None:
         """Spread the tokens from `start` of a block."""
         x = shared_ref[...]
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) - start
-        for k in range(_GROUP):
+        for k in range(self.job.group):
             one = jnp.sum(jnp.where(lane == k, x, 0.0), axis=1, keepdims=True)
             spread = jnp.broadcast_to(one, (self.job.shared, _LANES))
-            self.ref[pl.ds(k * self.height, self.job.shared), :] = spread
+            self.ref[pl.ds(self._row(k, 0), self.job.shared), :] = spread
 
     def _over_channels(self, k: int, i: int) -> jax.Array:
-        row = self.ref[pl.ds(k * self.height + i, 1), :]
+        row = self.ref[pl.ds(self._row(k, i), 1), :]
         return jnp.broadcast_to(row, (self.job.rows, _LANES))
 
     def B(self, k: int, n: int) -> jax.Array:
@@ -295,15 +313,17 @@ class _Spread(NamedTuple):
         return self._over_channels(k, 2 * self.job.states) != segments.RESET
 
     def live(self) -> jax.Array | None:
-        """Which of the 16 tokens are real, `(16, 128)`; None if all are."""
+        """Which of the tokens are real, `(group, 128)`; None if all are."""
         if not self.job.coded:
             return None
-        codes = self.ref[pl.ds(2 * self.job.states, _GROUP, stride=self.height), :]
+        codes = self.ref[
+            pl.ds(self._row(0, 2 * self.job.states), self.job.group, stride=self.height), :
+        ]
         return codes != segments.SKIP
 
 
 class _Tokens(NamedTuple):
-    """16 tokens of one lane tile of a block."""
+    """A group's tokens of one lane tile of a block."""
 
     refs: dict[str, Any]
     job: _Job
@@ -328,7 +348,7 @@ class _Tokens(NamedTuple):
         """`live` and not beyond the last channel."""
         if self.job.width % self.job.tiles.width == 0:
             return live
-        lane = jax.lax.broadcasted_iota(jnp.int32, (_GROUP, _LANES), 1)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (self.job.group, _LANES), 1)
         place = pl.program_id(1) * self.job.tiles.width + self.lanes.start + lane
         inside = place < self.job.width
         return inside if live is None else inside & live
@@ -341,7 +361,7 @@ class _Tokens(NamedTuple):
 
 def _lane_tiles(job: _Job, refs: dict[str, Any], g) -> list[_Tokens]:
     """The g-th group of a block, lane tile by lane tile."""
-    rows = pl.ds(pl.multiple_of(g * _GROUP, _GROUP), _GROUP)
+    rows = pl.ds(pl.multiple_of(g * job.group, job.group), job.group)
     return [_Tokens(refs, job, rows, slice(j * _LANES, (j + 1) * _LANES)) for j in range(job.rows)]
 
 
@@ -360,7 +380,9 @@ def _carry(refs: list[jax.Array]) -> list[jax.Array]:
 
 def _forward_kernel(refs: dict[str, Any], job: _Job):
     spread = _Spread(refs["spread"], job)
-    dt_area, flow_area, y_area = (_Staged(refs[f"area{i}"], job) for i in range(3))
+    dt_area, flow_area, y_area = (
+        _Staged(refs[name], job) for name in ("dt_area", "flow_area", "area0")
+    )
 
     @pl.when(_sequence_begins())
     def _():
@@ -370,16 +392,17 @@ def _forward_kernel(refs: dict[str, Any], job: _Job):
         refs["boundaries"][...] = refs["final"][...]
 
     def walk(i, h):
-        tiles = _lane_tiles(job, refs, job.group(i))
-        spread.fill(refs["shared"], job.group(i) * _GROUP)
+        tiles = _lane_tiles(job, refs, job.place(i))
+        spread.fill(refs["shared"], job.place(i) * job.group)
         live = spread.live()
         for j, at in enumerate(tiles):
-            dt = at.step_size(live)
+            mask = at.exists(live)
+            dt = at.step_size(mask)
             dt_area.put(j, dt)
-            flow_area.put(j, dt * tile.select(live, at.load("x")))
+            flow_area.put(j, dt * tile.select(mask, at.load("x")))
+        h, y = _advance_states(refs, job, spread, dt_area, flow_area, h)
         for k in job.order:
-            h, y = _step(job, refs, spread, k, dt_area.token(k), flow_area.token(k), h)
-            y_area.put_token(k, y)
+            y_area.put_token(k, y[k])
         for j, at in enumerate(tiles):
             y = _skip(at, y_area.get(j))
             if "gate" in refs:
@@ -394,16 +417,28 @@ def _forward_kernel(refs: dict[str, Any], job: _Job):
         refs["final"][n] = h[n]
 
 
-def _step(job: _Job, refs, spread: _Spread, k: int, dt, flow, h, *, with_y: bool = True):
-    """The states after token k of a group, and its y."""
-    inside = spread.inside(k)
-    after, y = [], None
+def _advance_states(
+    refs, job: _Job, spread: _Spread, dt_area, flow_area, h, *, with_y: bool = True, keep=None
+):
+    """The states after a group, and y of its tokens; `keep(step, n, h)` sees each state.
+
+    State by state, not token by token: fewer numbers are live at a time.
+    """
+    dt = [dt_area.token(k) for k in range(job.group)]
+    flow = [flow_area.token(k) for k in range(job.group)]
+    y: list[Any] = [None] * job.group
+    after = []
     for n in range(job.states):
-        decay = tile.decay(dt, refs["A"][n])
-        after.append(tile.advance(h[n], decay, flow * spread.B(k, n), inside))
-        if with_y:
-            term = after[n] * spread.C(k, n)
-            y = term if y is None else y + term
+        A, state = refs["A"][n], h[n]
+        for step, k in enumerate(job.order):
+            decay = tile.decay(dt[k], A)
+            state = tile.advance(state, decay, flow[k] * spread.B(k, n), spread.inside(k))
+            if keep is not None:
+                keep(step, n, state)
+            if with_y:
+                term = state * spread.C(k, n)
+                y[k] = term if n == 0 else y[k] + term
+        after.append(state)
     return after, y
 
 
@@ -413,8 +448,6 @@ def _skip(at: _Tokens, y: jax.Array) -> jax.Array:
 
 
 def _backward_kernel(refs: dict[str, Any], job: _Job):
-    spread = _Spread(refs["spread"], job)
-
     @pl.when(_sequence_begins())
     def _():
         refs["dinitial"][...] = refs["dfinal"][...]
@@ -426,9 +459,10 @@ def _backward_kernel(refs: dict[str, Any], job: _Job):
     h = [refs["boundaries"][n] for n in range(job.states)]
     for n in range(job.states):
         refs["kept"][pl.ds(n * job.rows, job.rows), :] = h[n]
-    recompute = functools.partial(_recompute_group, refs, job, spread)
-    jax.lax.fori_loop(0, job.groups, recompute, h)
-    retreat = functools.partial(_retreat_group, refs, job, spread)
+    again = job._replace(group=_FORWARD_GROUP)
+    recompute = functools.partial(_recompute_group, refs, again)
+    jax.lax.fori_loop(0, again.groups, recompute, h)
+    retreat = functools.partial(_retreat_group, refs, job)
     c = [refs["dinitial"][n] for n in range(job.states)]
     c = jax.lax.fori_loop(0, job.groups, lambda i, c: retreat(job.groups - 1 - i, c), c)
     for n in range(job.states):
@@ -437,14 +471,17 @@ def _backward_kernel(refs: dict[str, Any], job: _Job):
 
 def _kept(job: _Job, i, k: int, n: int, j: int = 0):
     """The row of `kept` with state n of lane tile j before the k-th step of the i-th group."""
-    return (i * _GROUP + k) * job.states * job.rows + n * job.rows + j
+    return (i * job.group + k) * job.states * job.rows + n * job.rows + j
 
 
-def _recompute_group(refs, job: _Job, spread: _Spread, i, h):
+def _recompute_group(refs, job: _Job, i, h):
     """Keep the states of the i-th group of a block; with a gate, its gradient needs them too."""
-    dt_area, flow_area, y_area = (_Staged(refs[f"area{a}"], job) for a in range(3))
-    tiles = _lane_tiles(job, refs, job.group(i))
-    spread.fill(refs["shared"], job.group(i) * _GROUP)
+    start = job.place(i) * job.group
+    dt_area, flow_area = (_Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
+    y_area = _Staged(refs["area0"], job)
+    tiles = _lane_tiles(job, refs, job.place(i))
+    spread = _Spread(refs["spread"], job, start)
+    spread.fill(refs["shared"], start)
     live = spread.live()
     gated = "gate" in refs
     for j, at in enumerate(tiles):
@@ -452,14 +489,14 @@ def _recompute_group(refs, job: _Job, spread: _Spread, i, h):
         dt = at.step_size(mask)
         dt_area.put(j, dt)
         flow_area.put(j, dt * tile.select(mask, at.load("x")))
-    for step, k in enumerate(job.order):
-        dt, flow = dt_area.token(k), flow_area.token(k)
-        h, y = _step(job, refs, spread, k, dt, flow, h, with_y=gated)
-        for n in range(job.states):
-            refs["kept"][pl.ds(_kept(job, i, step + 1, n), job.rows), :] = h[n]
-        if gated:
-            y_area.put_token(k, y)
+
+    def keep(step, n, state):
+        refs["kept"][pl.ds(_kept(job, i, step + 1, n), job.rows), :] = state
+
+    h, y = _advance_states(refs, job, spread, dt_area, flow_area, h, with_y=gated, keep=keep)
     if gated:
+        for k in job.order:
+            y_area.put_token(k, y[k])
         for j, at in enumerate(tiles):
             slope = tile.silu_gradient(at.load("gate"))
             dgate = at.load("dy") * _skip(at, y_area.get(j)) * slope
@@ -467,27 +504,22 @@ def _recompute_group(refs, job: _Job, spread: _Spread, i, h):
     return h
 
 
-def _retreat_group(refs, job: _Job, spread: _Spread, i, c):
+def _retreat_group(refs, job: _Job, i, c):
     """Take the i-th group of a block backwards."""
-    areas = [_Staged(refs[f"area{a}"], job) for a in range(5)]
-    dt_area, flow_area, dy_area, dflow_area, slope_area = areas
-    start = job.group(i) * _GROUP
-    tiles = _lane_tiles(job, refs, job.group(i))
-    spread.fill(refs["shared"], start)
+    start = job.place(i) * job.group
+    dt_area, flow_area = (_Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
+    dy_area, dflow_area, slope_area = (_Staged(refs[f"area{a}"], job) for a in range(3))
+    tiles = _lane_tiles(job, refs, job.place(i))
+    spread = _Spread(refs["spread"], job, start)
     live = spread.live()
     for j, at in enumerate(tiles):
-        mask = at.exists(live)
-        dt = at.step_size(mask)
-        dt_area.put(j, dt)
-        flow_area.put(j, dt * tile.select(mask, at.load("x")))
-        dy_area.put(j, _ungated(at, mask))
+        dy_area.put(j, _ungated(at, at.exists(live)))
     lane = jax.lax.broadcasted_iota(jnp.int32, refs["dshared"].shape, 1) - start
     dshared = jnp.zeros(refs["dshared"].shape, jnp.float32)
-    for step, k in reversed([*enumerate(job.order)]):
-        tokens = [area.token(k) for area in (dt_area, flow_area, dy_area)]
-        c, dflow, slope = _step_back(refs, job, spread, i, step, k, *tokens, c)
-        dflow_area.put_token(k, dflow)
-        slope_area.put_token(k, slope)
+    c, dflow, slope = _retreat_states(refs, job, spread, i, dt_area, flow_area, dy_area, c)
+    for step, k in enumerate(job.order):
+        dflow_area.put_token(k, dflow[k])
+        slope_area.put_token(k, slope[k])
         over_channels = _channel_sums(refs, job, i, step, k, flow_area, dy_area)
         dshared = jnp.where(lane == k, over_channels, dshared)
     refs["dshared"][...] += dshared
@@ -507,20 +539,26 @@ def _ungated(at: _Tokens, mask) -> jax.Array:
     return tile.select(mask, dy)
 
 
-def _step_back(refs, job: _Job, spread: _Spread, i, step: int, k: int, dt, flow, dy, c):
-    """One token backwards: `(c_before, d(dt x), sum_n A P)`; adds to dA, keeps G."""
-    inside = spread.inside(k)
-    before, dflow, slope = [], None, None
+def _retreat_states(refs, job: _Job, spread: _Spread, i, dt_area, flow_area, dy_area, c):
+    """A group backwards: `(c_before, d(dt x), sum_n A P)`; adds to dA, keeps G."""
+    dt = [dt_area.token(k) for k in range(job.group)]
+    dy = [dy_area.token(k) for k in range(job.group)]
+    dflow: list[Any] = [None] * job.group
+    slope: list[Any] = [None] * job.group
+    before = []
     for n in range(job.states):
-        A = refs["A"][n]
-        G = c[n] + dy * spread.C(k, n)
-        refs["G"][pl.ds((k * job.states + n) * job.rows, job.rows), :] = G
-        h_before = refs["kept"][pl.ds(_kept(job, i, step, n), job.rows), :]
-        c_before, P = tile.retreat(G, tile.decay(dt, A), h_before, inside)
-        before.append(c_before)
-        refs["dA"][n] += P * dt
-        dflow = G * spread.B(k, n) if n == 0 else dflow + G * spread.B(k, n)
-        slope = P * A if n == 0 else slope + P * A
+        A, c_n, dA = refs["A"][n], c[n], refs["dA"][n]
+        for step, k in reversed([*enumerate(job.order)]):
+            G = c_n + dy[k] * spread.C(k, n)
+            refs["G"][pl.ds((k * job.states + n) * job.rows, job.rows), :] = G
+            h_before = refs["kept"][pl.ds(_kept(job, i, step, n), job.rows), :]
+            c_n, P = tile.retreat(G, tile.decay(dt[k], A), h_before, spread.inside(k))
+            dA = dA + P * dt[k]
+            to_flow, to_slope = G * spread.B(k, n), P * A
+            dflow[k] = to_flow if n == 0 else dflow[k] + to_flow
+            slope[k] = to_slope if n == 0 else slope[k] + to_slope
+        refs["dA"][n] = dA
+        before.append(c_n)
     return before, dflow, slope
 
 
@@ -538,7 +576,7 @@ def _channel_sums(refs, job: _Job, i, step: int, k: int, flow_area, dy_area) -> 
 
 
 def _token_gradients(at: _Tokens, mask, dt, dy, dflow, slope) -> None:
-    """dx and ddt of 16 tokens of a lane tile, and what they add to dD and the bias' gradient."""
+    """dx and ddt of a group in a lane tile, and what they add to dD and the bias' gradient."""
     x = tile.select(mask, at.load("x"))
     D = at.maybe("D")
     dx = dt * dflow
@@ -554,7 +592,7 @@ def _token_gradients(at: _Tokens, mask, dt, dy, dflow, slope) -> None:
 # The calls.
 
 
-def _job(config: Config, x, A, runs) -> _Job:
+def _job(config: Config, x, A, runs, group: int) -> _Job:
     batch, length, width = x.shape
     tiles = choose_tiles(length, width, A.shape[1])
     return _Job(
@@ -563,6 +601,7 @@ def _job(config: Config, x, A, runs) -> _Job:
         width,
         A.shape[1],
         tiles,
+        group,
         config.dt_softplus,
         config.reverse,
         runs is not None,
@@ -609,16 +648,22 @@ def _operands(job: _Job, specs: _Specs, x, dt, A, B, C, D, gate, bias, runs) -> 
     return operands
 
 
-def _scratch(job: _Job, areas: int) -> dict[str, int]:
+def _scratch(job: _Job, *, backward: bool) -> dict[str, int]:
     """Rows of 128 lanes of each scratch array."""
-    height = _round_up(job.shared, _SUBLANES)
-    return {"spread": _GROUP * height} | {f"area{i}": _GROUP * job.rows for i in range(areas)}
+    steps = job.tiles.steps if backward else job.group
+    rows = {f"area{i}": _FORWARD_GROUP * job.rows for i in range(3 if backward else 1)}
+    rows |= {"dt_area": steps * job.rows, "flow_area": steps * job.rows}
+    rows["spread"] = steps * _round_up(job.shared, _SUBLANES)
+    if backward:
+        rows["kept"] = (steps + 1) * job.states * job.rows
+        rows["G"] = job.group * job.states * job.rows
+    return rows
 
 
 def _run_forward(config: Config, *arrays, keep: bool):
     """`y`, the final state and, if asked for, the state that enters each block."""
     x, dt, A, B, C, D, gate, bias, initial_state, runs = arrays
-    job = _job(config, x, A, runs)
+    job = _job(config, x, A, runs, _FORWARD_GROUP)
     specs = _Specs(job, backward=False)
     operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
     operands["initial"] = _tiled(job, initial_state), specs.state()
@@ -632,7 +677,13 @@ def _run_forward(config: Config, *arrays, keep: bool):
         shape = (job.batch, job.blocks, *state[1:])
         out["boundaries"] = compat.out_struct(shape, jnp.float32, *given), specs.boundaries()
     result = _call(
-        _forward_kernel, job, "selective_scan_forward", operands, out, _scratch(job, 3), flops=7
+        _forward_kernel,
+        job,
+        "selective_scan_forward",
+        operands,
+        out,
+        _scratch(job, backward=False),
+        flops=7,
     )
     return (result["y"], _untiled(job, result["final"])), result.get("boundaries")
 
@@ -652,14 +703,14 @@ def backward(config: Config, residuals, cotangents):
     """The gradients of `selective_scan`'s arrays from the cotangents of its outputs."""
     x, dt, A, B, C, D, gate, bias, boundaries, runs = residuals
     dy, dfinal = cotangents
-    job = _job(config, x, A, runs)
+    job = _job(config, x, A, runs, _BACKWARD_GROUP)
     specs = _Specs(job, backward=True)
     operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
     operands["dy"] = dy, specs.tokens()
     operands["boundaries"] = boundaries, specs.boundaries()
     operands["dfinal"] = _tiled(job, dfinal), specs.state()
     given = [array for array, _ in operands.values()]
-    state, sums = operands["dfinal"][0].shape, (job.batch, _GROUP, job.width)
+    state, sums = operands["dfinal"][0].shape, (job.batch, job.group, job.width)
     shared = (job.strips, job.batch, job.blocks, 2 * job.states, job.tiles.steps)
 
     def struct(shape, dtype=jnp.float32):
@@ -677,9 +728,7 @@ def backward(config: Config, residuals, cotangents):
     for name, vector in (("dD", D), ("dbias", bias)):
         if vector is not None:
             out[name] = struct(sums), specs.channel_sums()
-    scratch = _scratch(job, 5)
-    scratch["kept"] = (job.tiles.steps + 1) * job.states * job.rows
-    scratch["G"] = _GROUP * job.states * job.rows
+    scratch = _scratch(job, backward=True)
     result = _call(
         _backward_kernel, job, "selective_scan_backward", operands, out, scratch, flops=22
     )
