@@ -277,18 +277,18 @@ def describe(cell: Cell) -> str:
 
 
 def matrix(cells: Iterable[Cell]) -> str:
-    """The support matrix in Markdown: for each family and chip, what became of its cells."""
-    counts: dict[tuple[str, str], dict[str, int]] = {}
-    for cell in cells:
-        outcomes = counts.setdefault((cell.family, cell.chip), {})
-        outcomes[cell.outcome] = outcomes.get(cell.outcome, 0) + 1
+    """The support matrix in Markdown: for each family and chip, what became of its named shapes."""
+    known = {cell.key: cell.outcome for cell in cells}
 
     def count(family: str, chip: str) -> str:
-        outcomes = counts.get((family, chip))
-        if not outcomes:
+        keys = [
+            Key(family, shape, mode, chip) for shape in _shapes(family).SHAPES for mode in MODES
+        ]
+        outcomes = [known.get(key, NOT_RUN) for key in keys]
+        present = [o for o in (PASSED, FAILED, NOT_RUN) if o in outcomes]
+        if present == [NOT_RUN]:
             return NOT_RUN
-        present = (o for o in (PASSED, FAILED, NOT_RUN) if o in outcomes)
-        return ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in present)
+        return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in present)
 
     names = ["CPU, ran", *(f"{chip}, compiled" for chip in CHIPS[1:]), "TPU, ran", "GPU, ran"]
     lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]

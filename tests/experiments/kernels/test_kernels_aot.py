@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -34,23 +35,23 @@ def test_committed_cells_that_passed_have_figures_or_say_why_not():
             assert 0 < cell.figures["registers"] <= 255
 
 
-def test_matrix_counts_outcomes_and_calls_nothing_run_that_was_compiled():
+def test_matrix_counts_named_shapes_and_calls_nothing_run_that_was_compiled(monkeypatch):
+    monkeypatch.setattr(table, "FAMILIES", ("linear_scan",))
+    shapes = types.SimpleNamespace(SHAPES=("odd", "short"))
+    monkeypatch.setattr(table, "_shapes", lambda family: shapes)
     cells = [
         CELL,
-        dataclasses.replace(CELL, shape="short"),
-        dataclasses.replace(CELL, shape="long", outcome=FAILED),
+        dataclasses.replace(CELL, mode="forward+backward"),
+        dataclasses.replace(CELL, shape="short", outcome=FAILED),
+        dataclasses.replace(CELL, shape="gone", outcome=FAILED),
         dataclasses.replace(CELL, chip="cpu"),
     ]
-    lines = table.matrix(cells).splitlines()
-    header = [name.strip() for name in lines[0].split("|")[1:-1]]
-    rows = {
-        row[0]: dict(zip(header, row, strict=True))
-        for row in ([name.strip() for name in line.split("|")[1:-1]] for line in lines[2:])
-    }
-    assert [*rows] == [f"`{family}`" for family in table.FAMILIES]
-    ours = rows["`linear_scan`"]
-    assert ours["CPU, ran"] == "1 passed"
-    assert ours["v5e, compiled"] == "2 passed, 1 failed"
+    header, _, row = table.matrix(cells).splitlines()
+    names, values = ([x.strip() for x in line.split("|")[1:-1]] for line in (header, row))
+    ours = dict(zip(names, values, strict=True))
+    assert ours["family"] == "`linear_scan`"
+    assert ours["CPU, ran"] == "1 passed, 3 not run"
+    assert ours["v5e, compiled"] == "2 passed, 1 failed, 1 not run"
     assert ours["h100, compiled"] == ours["TPU, ran"] == ours["GPU, ran"] == NOT_RUN
 
 
