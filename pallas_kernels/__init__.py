@@ -5,6 +5,7 @@ from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.diagonal_ssm import diagonal_ssm
 from pallas_kernels.dispatch import explain
+from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.validate import checked
@@ -15,6 +16,7 @@ __all__ = [
     "delta_rule",
     "diagonal_ssm",
     "explain",
+    "linear_attention",
     "linear_scan",
     "segments",
     "selective_scan",

@@ -71,10 +71,10 @@ def random_ids(rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
     return np.stack(rows).astype(np.int32)
 
 
-def value_and_gradients(op: Any, *args: jax.Array, cotangents: Any) -> dict[str, Any]:
-    """Outputs of `op(*args)` and the gradients that `cotangents` of them give every argument."""
+def value_and_gradients(op: Any, *args: Any, cotangents: Any) -> dict[str, Any]:
+    """Outputs of `op(*args)` and the gradients that `cotangents` of them give every array."""
 
-    def run(*args: jax.Array) -> tuple[Any, Any]:
+    def run(*args: Any) -> tuple[Any, Any]:
         outputs, pullback = jax.vjp(op, *args)
         return outputs, pullback(jax.tree.map(jnp.asarray, cotangents))
 
