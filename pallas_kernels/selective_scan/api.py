@@ -97,7 +97,7 @@ def selective_scan(
         },
         *compat.vary_alike(*arrays.values(), initial_state, runs),
         requested=implementation,
-        refusals=_refusals(arrays["x"]),
+        refusals=_refusals(arrays["x"], arrays["A"]),
     )
     return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
 
@@ -137,11 +137,11 @@ def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> A
     return state_dtype
 
 
-def _refusals(x: Any) -> dict[str, str]:
-    reasons = {}
+def _refusals(x: Any, A: Any) -> dict[str, str]:
     if x.dtype == jnp.float64:
         wide = f"it has no {x.dtype}; reference and xla do"
-        reasons = {"tpu": wide, "gpu": wide}
-    if x.size >= 2**31:
-        reasons.setdefault("gpu", f"x has {x.size} elements, its addresses hold 2**31")
-    return reasons
+        return {"tpu": wide, "gpu": wide}
+    batch, length, width = x.shape
+    if (largest := gpu.largest_array(batch, length, width, A.shape[1])) >= 2**31:
+        return {"gpu": f"an array of {largest} elements, its addresses hold 2**31"}
+    return {}

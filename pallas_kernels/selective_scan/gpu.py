@@ -50,6 +50,14 @@ def choose_tiles(batch: int, length: int, width: int, states: int) -> Tiles:
     return Tiles(-(-groups // spans) * group, strip, group)
 
 
+def largest_array(batch: int, length: int, width: int, states: int) -> int:
+    """Elements of the largest array that a kernel addresses."""
+    tiles = choose_tiles(batch, length, width, states)
+    kept = -(-length // tiles.group) * states * width
+    partial_sums = -(-width // tiles.width) * length * states
+    return batch * max(length * width, kept, partial_sums)
+
+
 class _Job(NamedTuple):
     """What is static about one kernel."""
 

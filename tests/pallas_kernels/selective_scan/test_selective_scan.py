@@ -213,24 +213,46 @@ def test_vmap_equals_folding_into_the_batch():
         y, final = selective_scan(**rows, **shared, **case.options)
         return jnp.sum(jnp.sin(y)) + jnp.sum(final * final)
 
-    folded = jax.grad(loss)(rows)
+    folded = jax.jit(jax.grad(loss))(rows)
     split = jax.tree.map(lambda z: z.reshape(3, 2, *z.shape[1:]), rows)
-    mapped = jax.vmap(jax.grad(loss))(split)
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(split)
     mapped = jax.tree.map(lambda z, like: z.reshape(like.shape), mapped, folded)
     testing.assert_close(mapped, folded, testing.FLOAT32_TOLERANCE)
 
 
+def test_rows_on_several_devices_equal_rows_on_one():
+    case = Case(length=30, batch=4, packed=True)
+    shared = {n: case.args[n] for n in ("A", "D", "dt_bias")}
+    rows = {n: z for n, z in case.args.items() if n not in shared}
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    along, alike = jax.P("data"), jax.P()
+
+    def loss(scan, rows, shared):
+        y, final = scan(rows, shared, case.ids)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(final * final)
+
+    def scan(rows, shared, ids):
+        return selective_scan(**rows, **shared, segment_ids=ids, **case.options)
+
+    sharded = jax.shard_map(
+        scan, mesh=mesh, in_specs=(along, alike, along), out_specs=(along, along)
+    )
+    expected = jax.jit(jax.grad(functools.partial(loss, scan), (0, 1)))(rows, shared)
+    actual = jax.jit(jax.grad(functools.partial(loss, sharded), (0, 1)))(rows, shared)
+    testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
+
+
 def test_second_order_and_forward_mode_through_the_reference():
-    case = Case(length=6)
+    case = Case(length=3)
 
     def loss(x):
         args = case.args | {"x": x}
         return selective_scan(**args, **case.options, implementation="reference")[0].sum()
 
     x = case.args["x"]
-    _, tangent = jax.jvp(loss, (x,), (jnp.ones_like(x),))
-    np.testing.assert_allclose(tangent, jax.grad(loss)(x).sum(), rtol=1e-4)
-    assert np.isfinite(jax.hessian(loss)(x)).all()
+    _, tangent = jax.jit(lambda x: jax.jvp(loss, (x,), (jnp.ones_like(x),)))(x)
+    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(x).sum(), rtol=1e-4)
+    assert np.isfinite(jax.jit(jax.hessian(loss))(x)).all()
 
 
 def equations(jaxpr):
@@ -383,6 +405,15 @@ def test_explain_says_what_runs_where():
         "cuda": "gpu",
         "rocm": "xla",
     }
+
+
+def test_a_gpu_refuses_what_it_cannot_address():
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    x, shared = struct((64, 2**16, 512)), struct((64, 2**16, 16))
+    args = (x, x, struct((512, 16)), shared, shared)
+    choices = {c.platform: c for c in pallas_kernels.explain(selective_scan, *args)}
+    assert "an array of 4294967296 elements" in choices["cuda"].skipped["gpu"]
+    assert choices["cuda"].implementation == "xla"
 
 
 def test_checked_finds_bad_ids_under_jit():
