@@ -28,7 +28,7 @@ from pallas_kernels.compat import pl
 from pallas_kernels.selective_scan import tile
 from pallas_kernels.selective_scan.config import Config
 
-_LANES, _SUBLANES = 128, 8
+_LANES, _SUBLANES, _HALF = 128, 8, 4
 _FORWARD_GROUP, _BACKWARD_GROUP = 16, 8  # steps unrolled at a time
 _VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
 _VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
@@ -271,6 +271,31 @@ class _Staged(NamedTuple):
         """Token k of lane tile j, `count` times."""
         row = self.ref[pl.ds(self._row(k, j), 1), :]
         return jnp.broadcast_to(row, (count, _LANES))
+
+
+class _Halves(NamedTuple):
+    """The G of a group's states, stored for loads of one lane tile of all of a token's states.
+
+    Four lane tiles of one state follow each other: a load with a longer stride takes two.
+    """
+
+    ref: Any
+    job: _Job
+
+    def _place(self, k: int, j: int) -> tuple[int, int]:
+        """First row of token k in the part with lane tile j, and that part's rows a state."""
+        count = min(_HALF, self.job.rows - j // _HALF * _HALF)
+        return (k * self.job.rows + j // _HALF * _HALF) * self.job.states, count
+
+    def put(self, k: int, n: int, G: jax.Array) -> None:
+        for j in range(0, self.job.rows, _HALF):
+            row, count = self._place(k, j)
+            self.ref[pl.ds(row + n * count, count), :] = G[j : j + count]
+
+    def lane_tile(self, k: int, j: int) -> jax.Array:
+        """`(N, 128)`."""
+        row, count = self._place(k, j)
+        return self.ref[pl.ds(row + j % _HALF, self.job.states, stride=count), :]
 
 
 class _Spread(NamedTuple):
@@ -543,6 +568,7 @@ def _retreat_states(refs, job: _Job, spread: _Spread, i, dt_area, flow_area, dy_
     """A group backwards: `(c_before, d(dt x), sum_n A P)`; adds to dA, keeps G."""
     dt = [dt_area.token(k) for k in range(job.group)]
     dy = [dy_area.token(k) for k in range(job.group)]
+    halves = _Halves(refs["G"], job)
     dflow: list[Any] = [None] * job.group
     slope: list[Any] = [None] * job.group
     before = []
@@ -550,7 +576,7 @@ def _retreat_states(refs, job: _Job, spread: _Spread, i, dt_area, flow_area, dy_
         A, c_n, dA = refs["A"][n], c[n], refs["dA"][n]
         for step, k in reversed([*enumerate(job.order)]):
             G = c_n + dy[k] * spread.C(k, n)
-            refs["G"][pl.ds((k * job.states + n) * job.rows, job.rows), :] = G
+            halves.put(k, n, G)
             h_before = refs["kept"][pl.ds(_kept(job, i, step, n), job.rows), :]
             c_n, P = tile.retreat(G, tile.decay(dt[k], A), h_before, spread.inside(k))
             dA = dA + P * dt[k]
@@ -565,9 +591,10 @@ def _retreat_states(refs, job: _Job, spread: _Spread, i, dt_area, flow_area, dy_
 def _channel_sums(refs, job: _Job, i, step: int, k: int, flow_area, dy_area) -> jax.Array:
     """dB and dC of token k, summed over the strip's channels: `(2 N, 1)`."""
     N = job.states
+    halves = _Halves(refs["G"], job)
     dB = dC = None
     for j in range(job.rows):
-        G = refs["G"][pl.ds(k * N * job.rows + j, N, stride=job.rows), :]
+        G = halves.lane_tile(k, j)
         h = refs["kept"][pl.ds(_kept(job, i, step + 1, 0, j), N, stride=job.rows), :]
         to_B, to_C = G * flow_area.row(k, j, N), h * dy_area.row(k, j, N)
         dB = to_B if dB is None else dB + to_B

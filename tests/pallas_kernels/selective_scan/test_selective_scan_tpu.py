@@ -54,6 +54,13 @@ def test_kernels_equal_the_oracle(features):
 
 
 @pytest.mark.usefixtures("_small_tiles")
+def test_a_strip_of_six_lane_tiles(monkeypatch):
+    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: tpu.Tiles(8, 768))
+    case = case_of(full=False, length=15, width=700)
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.usefixtures("_small_tiles")
 def test_extreme_decays_have_finite_gradients():
     case = case_of(full=False, length=16)
     case.args["A"] = jnp.full_like(case.args["A"], -1e4)
