@@ -72,7 +72,6 @@ SHAPES: dict[str, Shape] = {
         Shape("s4d-pathfinder", f"{_S4D}, Pathfinder", 64, 1024, 256, 32),
         Shape("s4d-pathx", f"{_S4D}, Path-X", 16, 16384, 256, 32),
         Shape("dss-listops", f"{_DSS}, ListOps", 50, 2048, 128, 64),
-        Shape("odd", _ODD, 2, 1000, 60, 5),
         Shape("odd-packed-reverse", _ODD, 2, 1000, 60, 5, segmented=True, reverse=True),
         Shape("short", _ODD, 3, 15, 200, 32),
     )

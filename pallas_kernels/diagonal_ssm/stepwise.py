@@ -55,7 +55,8 @@ def diagonal_ssm(u, log_a, c, initial_state, runs):
 
 def _one_token(u, log_a, c, initial_state, runs):
     """A decoding step, `L = 1`: no loops."""
-    h = powers.decay(log_a)[0][None] * initial_state + u[:, 0, :, None].astype(initial_state.dtype)
+    decay = powers.powers(log_a, jnp.ones((1, 1), jnp.int32))
+    h = decay[None] * initial_state + u[:, 0, :, None].astype(initial_state.dtype)
     y = 2 * (c[None] * h).real.sum(-1).astype(u.dtype)
     if runs is None:
         return y[:, None], h

@@ -57,7 +57,7 @@ def test_scaled_shape_keeps_all_but_the_length():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("gpt", "tpu"), "shape='gpt'"), (("odd", "tpu", "sideways"), "mode='sideways'")],
+    [(("gpt", "tpu"), "shape='gpt'"), (("short", "tpu", "sideways"), "mode='sideways'")],
 )
 def test_unknown_case(arguments, message):
     with pytest.raises(ValueError, match=message):
