@@ -398,11 +398,6 @@ def _sequence_begins():
     return pl.program_id(2) == 0
 
 
-def _carry(refs: list[jax.Array]) -> list[jax.Array]:
-    """The state that the next step finds."""
-    return refs
-
-
 def _forward_kernel(refs: dict[str, Any], job: _Job):
     spread = _Spread(refs["spread"], job)
     dt_area, flow_area, y_area = (
@@ -433,7 +428,7 @@ def _forward_kernel(refs: dict[str, Any], job: _Job):
             if "gate" in refs:
                 y = y * tile.silu(at.load("gate"))
             at.store("y", tile.select(live, y))
-        return _carry(h)
+        return h
 
     # The final state's block stays in VMEM over all of a sequence: it is the carry too.
     h = [refs["final"][n] for n in range(job.states)]
@@ -592,7 +587,8 @@ def _channel_sums(refs, job: _Job, i, step: int, k: int, flow_area, dy_area) -> 
     """dB and dC of token k, summed over the strip's channels: `(2 N, 1)`."""
     N = job.states
     halves = _Halves(refs["G"], job)
-    dB = dC = None
+    dB: Any = None
+    dC: Any = None
     for j in range(job.rows):
         G = halves.lane_tile(k, j)
         h = refs["kept"][pl.ds(_kept(job, i, step + 1, 0, j), N, stride=job.rows), :]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot, compat, programs, testing
+from pallas_kernels import aot, compat, testing
 from pallas_kernels.selective_scan import tpu
 from pallas_kernels.selective_scan.config import Config
 from pallas_kernels.selective_scan.shapes import SHAPES, case
@@ -139,13 +139,11 @@ def test_the_chooser_obeys_the_estimator(monkeypatch):
         choose_tiles(4096, 2048, 16)
 
 
-@pytest.mark.parametrize("mode", programs.MODES)
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_compiles(chip, name, mode):
-    compiled = aot.compile_for(chip, *case(name, "tpu", mode))
-    kernels = {"forward": 1, "forward+backward": 2}[mode]
-    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
+def test_forward_compiles(name):
+    """Forward and backward: see test_selective_scan_aot.py."""
+    compiled = aot.compile_for("v6e", *case(name, "tpu", "forward"))
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == 1
 
 
 def test_forward_is_within_twice_the_floor():
