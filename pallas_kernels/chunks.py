@@ -127,6 +127,14 @@ class Summation(NamedTuple):
     down: Callable[[Sums], jax.Array]
 
 
+def visible(x: jax.Array) -> jax.Array:
+    """`x` with what is not finite made huge, for a product with a matrix of zeros and ones.
+
+    Zero times infinity would carry one document's overflow into the next; this stays in its own.
+    """
+    return jnp.where(jnp.isfinite(x), x, 1e38)
+
+
 def by_matmul(size: int, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> Summation:
     """Sums as one product with a matrix of zeros and ones, in chunks of `size` tokens."""
     token, other = np.indices((size, size))
@@ -143,7 +151,7 @@ def by_matmul(size: int, precision: jax.lax.Precision = jax.lax.Precision.HIGHES
         return Sums(levels, into, out, total)
 
     def down(sums: Sums) -> jax.Array:
-        stacked = jnp.concatenate([*sums.levels, sums.into, sums.out, sums.total])
+        stacked = visible(jnp.concatenate([*sums.levels, sums.into, sums.out, sums.total]))
         return jnp.dot(jnp.asarray(matrix.T, stacked.dtype), stacked, precision=precision)
 
     return Summation(up, down)
@@ -158,7 +166,7 @@ def by_tree(roll: Callable[[jax.Array, int, int], jax.Array], axis: int = 0) -> 
     """
 
     def second(g: jax.Array, s: int) -> jax.Array:
-        return jax.lax.broadcasted_iota(jnp.int32, g.shape, axis) % (2 * s) >= s
+        return jax.lax.broadcasted_iota(jnp.int32, g.shape, axis) & s != 0
 
     def up(g: jax.Array) -> Sums:
         size, levels = g.shape[axis], []

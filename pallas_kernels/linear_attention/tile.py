@@ -127,7 +127,7 @@ def pairs_gradient(dpairs: jax.Array, pairs: jax.Array) -> jax.Array:
     row, column = chunks.order(size)
     behind = (column >= row).astype(pairs.dtype)
     # The rows i >= t of (dA * A), summed; then the columns j < t.
-    summed = dot(behind, dpairs * pairs, "nn")
+    summed = dot(behind, chunks.visible(dpairs * pairs), "nn")
     return only(column < row, summed).sum(1, keepdims=True)
 
 

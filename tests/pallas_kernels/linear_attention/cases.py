@@ -8,7 +8,6 @@ import numpy as np
 
 from pallas_kernels import linear_attention, testing
 
-DECAYS = (None, "constant", "head", "key")
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
 

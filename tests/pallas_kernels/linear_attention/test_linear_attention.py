@@ -14,7 +14,7 @@ import pallas_kernels
 from pallas_kernels import linear_attention, testing
 from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.xla import linear_attention as xla_attention
-from tests.pallas_kernels.linear_attention.cases import DECAYS, Case, assert_isolated
+from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +27,25 @@ def same_bits(x, y):
     jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("length", [1, 2, 15, 63, 65])
+# Each length and decay, packed and not; not the full product, compilation is slow.
+PLAIN = [
+    (1, "head", False),
+    (1, "key", True),
+    (2, None, True),
+    (2, "key", False),
+    (15, "constant", True),
+    (63, "head", True),
+    (63, None, False),
+    (65, "key", True),
+    (65, "constant", False),
+    (1000, "head", True),
+    (1000, "key", False),
+]
+
+
+@pytest.mark.parametrize(("length", "decay", "packed"), PLAIN)
 def test_xla_equals_the_oracle(length, decay, packed):
-    case = Case(length=length, decay=decay, packed=packed, groups=2, heads=4)
-    testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
-
-
-@pytest.mark.parametrize("decay", DECAYS)
-def test_xla_equals_the_oracle_over_many_chunks(decay):
-    case = Case(length=1000, decay=decay, packed=True, batch=1)
+    case = Case(length=length, decay=decay, packed=packed, groups=2, heads=4, batch=1)
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
@@ -62,7 +70,7 @@ def test_the_oracle_is_the_recurrence():
     np.testing.assert_allclose(final[0], state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", ["head", "key"])
 def test_bfloat16_against_the_float32_oracle(decay):
     case = Case(length=200, decay=decay, dtype="bfloat16", packed=True, key_size=32, value_size=16)
     actual, expected = case.run("xla"), case.oracle()
@@ -94,10 +102,12 @@ def test_packed_equals_one_document_a_row(implementation, decay):
     np.testing.assert_array_equal(o[:, real:], 0)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(
+    ("implementation", "decay"),
+    [("reference", "key"), ("xla", None), ("xla", "head"), ("xla", "key")],
+)
 def test_documents_are_isolated_to_the_bit(implementation, decay):
-    case = Case(length=140, decay=decay)
+    case = Case(length=100, decay=decay)
     assert_isolated(lambda case, ids: case.run(implementation, ids=ids), case)
 
 
@@ -113,7 +123,7 @@ def test_a_row_of_padding_returns_its_initial_state(decay):
         np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", ["constant", "head", "key"])
 @pytest.mark.parametrize("cuts", [[0, 7, 40, 70], list(range(71))], ids=["split", "steps"])
 def test_whole_equals_split_equals_step_by_step(decay, cuts):
     args = dict(Case(length=70, decay=decay).args)
@@ -130,20 +140,18 @@ def test_whole_equals_split_equals_step_by_step(decay, cuts):
     testing.assert_close(state, final, testing.FLOAT32_TOLERANCE)
 
 
-EXTREME = [0.0, -1e-6, -30.0, -1e4]
-
-
 @pytest.mark.parametrize("decay", ["head", "key"])
-@pytest.mark.parametrize("value", [*EXTREME, "mixed"])
-def test_extreme_decays(decay, value):
-    case = Case(length=130, decay=decay)
-    g = case.args["log_decay"]
-    if value == "mixed":
-        g = jnp.asarray(np.random.default_rng(1).choice(EXTREME, g.shape), g.dtype)
-    else:
-        g = jnp.full_like(g, value)
-    case = case.replaced(log_decay=g)
-    testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
+def test_extreme_decays(decay):
+    extreme = np.asarray([0.0, -1e-6, -30.0, -1e4], np.float32)
+    case = Case(length=130, decay=decay, batch=5)
+    shape = case.args["log_decay"].shape
+    rows = [np.full(shape[1:], value) for value in extreme]
+    rows.append(np.random.default_rng(1).choice(extreme, shape[1:]))
+    case = case.replaced(log_decay=jnp.asarray(np.stack(rows), jnp.float32))
+    actual, expected = case.run("xla"), case.oracle()
+    for row in range(5):
+        outputs = jax.tree.map(lambda x, row=row: x[row], (actual, expected))
+        testing.assert_close(*outputs, testing.FLOAT32_TOLERANCE)
 
 
 def test_the_decays_coincide_where_they_say_the_same():
