@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ from experiments.kernels.timing import medians, milliseconds
 from pallas_kernels import diagonal_ssm
 from pallas_kernels.diagonal_ssm.shapes import Shape, named, program
 
-Method = Literal["chunked", "fft", "scan"]
-METHODS: tuple[Method, ...] = ("chunked", "fft", "scan")
+METHODS = ("chunked", "fft", "scan")
 CASE = "pallas_kernels.diagonal_ssm.shapes:case"
 BOTH = ("forward", "forward+backward")
 FLAT = Target("at most", 1.2)
@@ -53,7 +52,7 @@ def inputs(operands: Any, seed: int = 0) -> tuple[jax.Array, ...]:
 
 def models(shape: Shape) -> dict[str, Callable[..., Any]]:
     """Ours by method, and the baselines that take the same arguments."""
-    names: tuple[Method, ...] = ("chunked", "scan") if shape.segmented else METHODS
+    names = ("chunked", "scan") if shape.segmented else METHODS
     others = baselines.MODELS
     if shape.segmented:
         others = {"expanded scan": others["expanded scan"]}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ def diagonal_ssm(
     initial_state: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     reverse: bool = False,
-    method: Literal["fft", "chunked", "scan"] | None = None,
+    method: str | None = None,
     implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A diagonal state-space model for each channel (S4D, DSS).
