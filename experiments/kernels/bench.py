@@ -17,13 +17,21 @@ import rich.console
 import rich.table
 import tyro
 
-from experiments.kernels import causal_conv1d, linear_scan, results, s5_step, selective_scan
+from experiments.kernels import (
+    causal_conv1d,
+    linear_attention,
+    linear_scan,
+    results,
+    s5_step,
+    selective_scan,
+)
 from experiments.kernels.results import Result
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment
 
 FAMILIES = {
     "causal_conv1d": causal_conv1d,
+    "linear_attention": linear_attention,
     "linear_scan": linear_scan,
     "selective_scan": selective_scan,
 }

@@ -1,0 +1,133 @@
+"""What is measured of linear attention, and what it has to reach."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.kernels import results
+from experiments.kernels.baselines import linear_attention as baselines
+from experiments.kernels.results import Result, Target
+from experiments.kernels.timing import medians, milliseconds
+from pallas_kernels import linear_attention
+from pallas_kernels.linear_attention.shapes import Shape, named, program
+from pallas_kernels.programs import MODES
+
+BOTH = "forward+backward"
+CASE = "pallas_kernels.linear_attention.shapes:case"
+TENFOLD = {"scan": Target("at least", 10.0)}
+FLAT = {"the fastest length": Target("at most", 1.2)}
+# Multiples of the floor. With documents and a state 1.3 times as much.
+STATIC_TARGETS = {"forward": 4.0, BOTH: 6.0}
+BENCH = ("head-bench", "head-bench-packed", "key-bench", "key-bench-packed")
+
+
+def describe(shape: Shape) -> str:
+    sizes = (shape.batch, shape.length, shape.heads, shape.key_size, shape.value_size)
+    kind = [f"{shape.groups} groups", f"decay per {shape.decay}", shape.dtype]
+    kind += ["packed"] * shape.segmented + ["state"] * shape.state
+    return f"{sizes} {', '.join(kind)}"
+
+
+def arguments(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Those of `program(op, shape, "forward+backward")` for a shape of floats: log decays of 0 to
+    -0.5, all else normal."""
+    rng = np.random.default_rng(seed)
+    _, operands = program(linear_attention, shape, BOTH)
+
+    def value(place: int, struct: Any) -> jax.Array:
+        x = rng.standard_normal(struct.shape)
+        decays = shape.decay is not None and place == 3
+        return jnp.asarray(-rng.uniform(0, 0.5, struct.shape) if decays else x, struct.dtype)
+
+    return tuple(value(place, struct) for place, struct in enumerate(operands))
+
+
+def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
+    """Forward and backward here and now, all gradients, against the step-by-step scan."""
+    ops = {"linear_attention": linear_attention, **baselines.SCANS}
+    programs = {name: program(op, shape, BOTH)[0] for name, op in ops.items()}
+    figures = medians(programs, arguments(shape), repetitions)
+    scan = min(value for name, value in figures.items() if name.startswith("scan"))
+    return Result(
+        case=BOTH,
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={"scan": scan / figures["linear_attention"]},
+        targets=targets or {},
+    )
+
+
+def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
+    """The same number of tokens as rows of different lengths."""
+    compiled = {}
+    for length in lengths:
+        batch = shape.batch * shape.length // length
+        chosen = dataclasses.replace(shape, batch=batch, length=length)
+        fn = jax.jit(program(linear_attention, chosen, BOTH)[0])
+        compiled[f"{batch} x {length} ms"] = functools.partial(fn, *arguments(chosen))
+    figures = milliseconds(compiled, (), repetitions)
+    return Result(
+        case=f"{BOTH}, equal tokens",
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures=figures,
+        ratios={"the fastest length": max(figures.values()) / min(figures.values())},
+        targets=FLAT,
+    )
+
+
+def cpu(repetitions: int) -> Iterator[Result]:
+    """At half the length, at it, at twice; the other decays; equal tokens from 1k to 64k long."""
+    shape = named("cpu")
+    for scale in (0.5, 1.0, 2.0):
+        yield timed(shape.scaled(scale), repetitions, TENFOLD)
+    for decay in ("key", None):
+        yield timed(dataclasses.replace(shape, decay=decay), repetitions, TENFOLD)
+    long = dataclasses.replace(shape, length=2**16)
+    yield flat(long, (2**10, 2**12, 2**14, 2**16), min(repetitions, 5))
+
+
+def static(shape: str, mode: str, scale: float = 1.0, chip: str = "v5e") -> Result:
+    """Static cost on an absent TPU."""
+    chosen = named(shape).scaled(scale)
+    row = Result(mode, chip, results.STATIC, describe(chosen))
+    bound = STATIC_TARGETS[mode] * (1.3 if chosen.segmented else 1.0)
+    targets = {"floor": Target("at most", bound)} if shape in BENCH else {}
+    return results.estimated(row, CASE, shape, "tpu", mode, f"{scale:g}", targets=targets)
+
+
+def tpu(chips: tuple[str, ...]) -> Iterator[Result]:
+    """The shapes that speed is held to, at half the length, at it, at twice; Mamba-2 and GLA."""
+    for chip in chips:
+        for mode in MODES:
+            for shape in BENCH:
+                yield static(shape, mode, chip=chip)
+            for scale in (0.5, 2.0):
+                yield static("head-bench", mode, scale, chip)
+            for shape in ("mamba2-2.7b", "gla-1.3b"):
+                yield static(shape, mode, chip=chip)
+
+
+GPU_SHAPES = ("head-bench", "key-bench", "mamba2-2.7b", "gla-1.3b")
+
+
+def gpu(repetitions: int, chips: tuple[str, ...]) -> Iterator[Result]:
+    """Times on the GPU that is here; what ptxas says for those that are not."""
+    for name in ("head-bench", "key-bench"):
+        if jax.default_backend() == "gpu":
+            yield timed(named(name), repetitions)
+        else:
+            yield results.no_gpu(BOTH, describe(named(name)))
+    for chip in chips:
+        for mode in MODES:
+            for name in GPU_SHAPES:
+                row = Result(mode, chip, results.PTXAS, describe(named(name)))
+                yield results.registers(row, CASE, name, mode)
