@@ -124,11 +124,9 @@ def _validate(q, k, v, beta, log_decay, initial_state, segment_ids) -> Any:
     narrow = ("bfloat16",) if wide == "float32" else ()
     validate.dtype(_OP, "beta", beta, (wide, *narrow), because)
     if log_decay is not None:
-        full = (batch, length, heads, key_size)
-        sizes, rule = (
-            (full, "(B, L, H, K)") if jnp.ndim(log_decay) == 4 else (full[:3], "(B, L, H)")
-        )
-        validate.shape(_OP, "log_decay", log_decay, f"{rule}", sizes)
+        by_key = (key_size,) if jnp.ndim(log_decay) == 4 else ()
+        sizes = (batch, length, heads, *by_key)
+        validate.shape(_OP, "log_decay", log_decay, "(B, L, H) or (B, L, H, K)", sizes)
         validate.dtype(_OP, "log_decay", log_decay, (wide, *narrow), because)
         validate.at_most_zero(_OP, "log_decay", log_decay)
     if initial_state is not None:

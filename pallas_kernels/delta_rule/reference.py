@@ -22,6 +22,12 @@ def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
       runs: `(B, L)` int32 or None.
     """
     dtype = initial_state.dtype
+    if runs is not None:
+        # What padding holds would come back as 0 * inf in the gradients.
+        q, k, v, beta, log_decay = jax.tree.map(
+            lambda x: jnp.where((runs > 0).reshape(*runs.shape, *[1] * (x.ndim - 2)), x, 0),
+            (q, k, v, beta, log_decay),
+        )
     repeats = v.shape[2] // q.shape[2]
     queries, keys = (jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (q, k))
     if log_decay is not None and log_decay.ndim == 3:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents, Sums
+from pallas_kernels.chunks import Documents, Summation
 from pallas_kernels.linear_attention import tile as attention
 from pallas_kernels.linear_attention.tile import Decay, dot, entering, kept, leaving, only, times
 
@@ -40,6 +40,36 @@ def _is_finite(x: jax.Array) -> jax.Array:
 def finite(x: jax.Array, docs: Documents | None) -> jax.Array:
     """`x` as the right operand of a matmul over tokens of several documents."""
     return x if docs is None else only(_is_finite(x), x)
+
+
+class Gates(NamedTuple):
+    """What a chunk's tokens write and keep.
+
+    Attributes:
+      beta: `(C, 1)`, wide.
+      g: log decays: None, `(C, 1)` or `(C, K)`.
+      decay: of `linear_attention.tile.decay`.
+      across: where one decay serves all keys, its `levels` as rows `(1, C)`; else None.
+    """
+
+    beta: jax.Array
+    g: jax.Array | None
+    decay: Decay
+    across: list[jax.Array] | None
+
+    @property
+    def by_key(self) -> bool:
+        return self.g is not None and self.g.shape[1] > 1
+
+
+def gates(
+    beta: jax.Array, g: jax.Array | None, docs: Documents | None, summation: Summation
+) -> Gates:
+    """`Gates` of a chunk whose columns can be transposed."""
+    decay = attention.decay(g, docs, summation)
+    one = g is not None and g.shape[1] == 1
+    across = [level.T for level in decay.levels] if one and decay.levels else None
+    return Gates(beta, g, decay, across)
 
 
 # Pairs of tokens.
@@ -59,91 +89,58 @@ class Pairs(NamedTuple):
     keys: jax.Array
 
 
-def _by_key(g: jax.Array | None) -> bool:
-    return g is not None and g.shape[1] > 1
-
-
 def _earlier(size: int, docs: Documents | None) -> jax.Array:
     row, column = chunks.order(size)
     return chunks.within(row > column, docs)
 
 
-def pairs(
-    q: jax.Array,
-    k: jax.Array,
-    g: jax.Array | None,
-    g_row: jax.Array | None,
-    decay: Decay,
-    docs: Documents | None,
-    roll: chunks.Roll = jnp.roll,
-) -> Pairs:
-    """`Pairs` of a chunk.
-
-    Args:
-      q, k: `(C, K)`.
-      g: log decays: None, `(C, 1)` or `(C, K)`.
-      g_row: clamped log decays `(1, C)` where there is one for all keys, else None.
-      decay: `linear_attention.tile.decay(g, docs)`.
-      docs: who sees whom.
-      roll: see `chunks.tree`.
-    """
-    size = q.shape[0]
-    mask = attention.causal(size, docs)
-    earlier = _earlier(size, docs)
-    if decay.levels is not None and _by_key(g):
-        queries, keys = (attention.pairs_by_key(x, k, decay.levels, docs) for x in (q, k))
+def pairs(q: jax.Array, k: jax.Array, gates: Gates, docs: Documents | None) -> Pairs:
+    """`Pairs` of a chunk of `q, k (C, K)`."""
+    size, levels = q.shape[0], gates.decay.levels
+    mask, earlier = attention.causal(size, docs), _earlier(size, docs)
+    if levels is not None and gates.by_key:
+        queries, keys = (attention.pairs_by_key(x, k, levels, docs) for x in (q, k))
         return Pairs(None, queries, only(earlier, keys))
     between = None
-    if decay.levels is not None and g_row is not None:
-        across = chunks.tree(g_row, axis=1, roll=roll)
-        between = attention.pair_decay(decay.levels, across[:-1], mask)
+    if levels is not None and gates.across is not None:
+        between = attention.pair_decay(levels, gates.across, mask)
     queries, keys = (dot(x, k, "nt") for x in (q, k))
-    return Pairs(
-        between,
-        attention.pairs_of(queries, between, mask),
-        attention.pairs_of(keys, between, earlier),
-    )
+    queries = attention.pairs_of(queries, between, mask)
+    return Pairs(between, queries, attention.pairs_of(keys, between, earlier))
 
 
 class PairGradients(NamedTuple):
-    """Of what `pairs` was given; `levels` and `g` are as in `linear_attention.decay_gradient`."""
+    """Of what `pairs` was given: `dlevels` of the sums of `g`, and `more` of `g` itself."""
 
     dq: jax.Array
     dk: jax.Array
-    dlevels: list[Sums] | None
-    more_dg: jax.Array | float
+    dlevels: list[jax.Array] | None
+    more: jax.Array | float
 
 
 def pairs_gradients(
     q: jax.Array,
     k: jax.Array,
-    g: jax.Array | None,
-    decay: Decay,
+    gates: Gates,
     docs: Documents | None,
     pairs: Pairs,
     dqueries: jax.Array,
     dkeys: jax.Array,
 ) -> PairGradients:
     """From the gradients of `pairs.queries` and `pairs.keys`, which are 0 where those are."""
-    if decay.levels is not None and _by_key(g):
-        dq, dk, dlevels = attention.pairs_by_key_gradients(q, k, decay.levels, docs, dqueries)
-        dlater, dearlier, more = attention.pairs_by_key_gradients(k, k, decay.levels, docs, dkeys)
-        dlevels = [
-            Sums(x.prefix + y.prefix, x.suffix + y.suffix)
-            for x, y in zip(dlevels, more, strict=True)
-        ]
+    levels = gates.decay.levels
+    if levels is not None and gates.by_key:
+        dq, dk, dlevels = attention.pairs_by_key_gradients(q, k, levels, docs, dqueries)
+        dlater, dearlier, more = attention.pairs_by_key_gradients(k, k, levels, docs, dkeys)
+        dlevels = [finite(x + y, docs) for x, y in zip(dlevels, more, strict=True)]
         return PairGradients(dq, dk + dlater + dearlier, dlevels, 0.0)
-    of_scores = (
-        attention.pairs_of(x, pairs.between, mask).astype(q.dtype)
-        for x, mask in (
-            (dqueries, attention.causal(q.shape[0], docs)),
-            (dkeys, _earlier(q.shape[0], docs)),
-        )
-    )
-    dqueries_, dkeys_ = of_scores
-    dq = dot(dqueries_, k, "nn")
-    dk = dot(dqueries_, q, "tn") + dot(dkeys_, k, "nn") + dot(dkeys_, k, "tn")
-    if g is None:
+    size = q.shape[0]
+    mask, earlier = attention.causal(size, docs), _earlier(size, docs)
+    of_queries = attention.pairs_of(dqueries, pairs.between, mask).astype(q.dtype)
+    of_keys = attention.pairs_of(dkeys, pairs.between, earlier).astype(q.dtype)
+    dq = dot(of_queries, k, "nn")
+    dk = dot(of_queries, q, "tn") + dot(of_keys, k, "nn") + dot(of_keys, k, "tn")
+    if gates.g is None:
         return PairGradients(dq, dk, None, 0.0)
     dlogs = finite(dqueries * pairs.queries + dkeys * pairs.keys, docs)
     return PairGradients(dq, dk, None, _crossing(dlogs))
@@ -162,7 +159,7 @@ def _crossing(dlogs: jax.Array) -> jax.Array:
 # The corrected values.
 
 
-def inverse(lower: jax.Array, docs: Documents | None, leaf: int | None = None) -> jax.Array:
+def inverse(lower: jax.Array, docs: Documents | None) -> jax.Array:
     """`(I + lower)^-1` of a strictly lower triangular `(C, C)`, C a power of two.
 
     From the inverses of the diagonal's blocks of s tokens, those of 2s tokens:
@@ -170,32 +167,29 @@ def inverse(lower: jax.Array, docs: Documents | None, leaf: int | None = None) -
         [L1  0 ]^-1   [   L1^-1             0   ]
         [M   L2]    = [-L2^-1 M L1^-1    L2^-1  ]
 
-    (Powers of `lower`, as in Neumann's series, cancel catastrophically where keys repeat.)
+    for all blocks at once, by full matmuls of matrices that are mostly zeros. (Powers of `lower`,
+    as in Neumann's series, would cancel catastrophically where keys repeat.)
 
     Args:
       lower: float32 or float64.
       docs: None, or `lower` may hold what is not finite in some documents.
-      leaf: the largest block that is kept in one piece, full matmuls with masks; None for C. A
-        matrix unit does not notice the zeros, a CPU does.
     """
     size = lower.shape[0]
-    if leaf is not None and size > leaf:
-        half = size // 2
-        first = inverse(lower[:half, :half], docs, leaf)
-        second = inverse(lower[half:, half:], docs, leaf)
-        joined = finite(dot(lower[half:, :half], finite(first, docs), "nn"), docs)
-        corner = -dot(second, joined, "nn")
-        above = jnp.concatenate([first, jnp.zeros_like(first)], axis=1)
-        return jnp.concatenate([above, jnp.concatenate([corner, second], axis=1)], axis=0)
     row, column = chunks.order(size)
     blocks = (row == column).astype(lower.dtype)
-    for at in chunks.sizes(size):
-        corner = only(chunks.parted(size, at), lower)
-        if at > 1:
-            joined = finite(dot(corner, finite(blocks, docs), "nn"), docs)
-            corner = dot(blocks, joined, "nn")
+    for s in chunks.sizes(size):
+        corner = only(chunks.parted(size, s), lower)
+        if s > 1:
+            joined = dot(corner, finite(blocks, docs), "nn")
+            corner = _unit_product(blocks, joined, docs)
         blocks = blocks - corner
     return blocks
+
+
+def _unit_product(unit: jax.Array, x: jax.Array, docs: Documents | None) -> jax.Array:
+    """`unit x`, `unit` lower triangular with ones on the diagonal; NaN where `x` is not finite."""
+    product = dot(unit, finite(x, docs), "nn")
+    return product if docs is None else jnp.where(_is_finite(x), product, jnp.nan)
 
 
 class Corrected(NamedTuple):
@@ -215,29 +209,24 @@ class Corrected(NamedTuple):
 def corrected(
     k: jax.Array,
     v: jax.Array,
-    beta: jax.Array,
+    gates: Gates,
     keys: jax.Array,
     state: jax.Array,
-    decay: Decay,
     docs: Documents | None,
-    leaf: int | None = None,
 ) -> Corrected:
     """`Corrected` of a chunk; all wide.
 
     Args:
       k, v: `(C, K)`, `(C, V)`.
-      beta: `(C, 1)`, wide.
+      gates, docs: as everywhere.
       keys: of `Pairs`.
       state: that enters, `(V, K)`, wide.
-      decay, docs: as in `pairs`.
-      leaf: as in `inverse`.
     """
-    held = entering(dot(_into(k, decay), state, "nt"), docs)
-    error = v.astype(beta.dtype) - held
-    weighted = beta * error
-    solved = inverse(beta * keys, docs, leaf)
-    values = dot(solved, finite(weighted, docs), "nn")
-    return Corrected(solved, error, values if docs is None else _broken(values, weighted, docs))
+    held = entering(dot(_into(k, gates.decay), state, "nt"), docs)
+    error = v.astype(gates.beta.dtype) - held
+    solved = inverse(gates.beta * keys, docs)
+    values = _unit_product(solved, gates.beta * error, docs)
+    return Corrected(solved, error, values if docs is None else _broken(values, docs))
 
 
 def _into(k: jax.Array, decay: Decay) -> jax.Array:
@@ -245,9 +234,9 @@ def _into(k: jax.Array, decay: Decay) -> jax.Array:
     return times(k, decay.into).astype(k.dtype)
 
 
-def _broken(values: jax.Array, weighted: jax.Array, docs: Documents) -> jax.Array:
+def _broken(values: jax.Array, docs: Documents) -> jax.Array:
     """`values`, NaN from a document's first that is not finite on."""
-    broken = ~(_is_finite(values) & _is_finite(weighted)).all(1, keepdims=True)
+    broken = ~_is_finite(values).all(1, keepdims=True)
     row, column = chunks.order(values.shape[0])
     reach = chunks.within(row >= column, docs).astype(values.dtype)
     behind = dot(reach, jnp.broadcast_to(broken.astype(values.dtype), values.shape), "nn")
@@ -261,22 +250,17 @@ def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    beta: jax.Array,
-    g: jax.Array | None,
-    g_row: jax.Array | None,
+    gates: Gates,
     docs: Documents | None,
     state: jax.Array,
     scale: float,
-    leaf: int | None = None,
-    roll: chunks.Roll = jnp.roll,
 ) -> tuple[jax.Array, jax.Array]:
-    """`(o (C, V), state' (V, K))` of a chunk, wide; arguments as in `pairs` and `corrected`."""
-    decay = attention.decay(g, docs, roll)
-    both = pairs(q, k, g, g_row, decay, docs, roll)
-    values = corrected(k, v, beta, both.keys, state, decay, docs, leaf).values
+    """`(o (C, V), state' (V, K))` of a chunk, wide; arguments as in `corrected`."""
+    decay = gates.decay
+    both = pairs(q, k, gates, docs)
+    values = corrected(k, v, gates, both.keys, state, docs).values
     written = values.astype(v.dtype)
-    visible = finite(written, docs)
-    o = attention.output(q, visible, both.queries, state, decay, docs, scale)
+    o = attention.output(q, finite(written, docs), both.queries, state, decay, docs, scale)
     if docs is not None:
         o = only(docs.real, jnp.where(_is_finite(values), o, jnp.nan))
     added = attention.added(k, leaving(written, docs), decay, docs)
@@ -298,41 +282,40 @@ def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    beta: jax.Array,
-    g: jax.Array | None,
-    g_row: jax.Array | None,
+    gates: Gates,
     docs: Documents | None,
     state: jax.Array,
     do: jax.Array,
     dstate: jax.Array,
     scale: float,
-    leaf: int | None = None,
-    roll: chunks.Roll = jnp.roll,
+    summation: Summation,
 ) -> Gradients:
     """`Gradients` from those of `forward`'s outputs; `state` is the one that entered."""
-    decay = attention.decay(g, docs, roll)
-    both = pairs(q, k, g, g_row, decay, docs, roll)
-    solved, error, values = corrected(k, v, beta, both.keys, state, decay, docs, leaf)
+    beta, g, decay, _ = gates
+    both = pairs(q, k, gates, docs)
+    solved, error, values = corrected(k, v, gates, both.keys, state, docs)
     written = values.astype(v.dtype)
     outer = attention.gradients(q, k, written, both.queries, state, decay, docs, scale, do, dstate)
-    # d(beta error) = T^T du; a document that overflowed is not to be seen from others.
+    # Of beta * error, and of what the inverse was made from.
     transposed = solved if docs is None else only(docs.same, finite(solved, docs))
     dwritten = dot(transposed, finite(outer.dv, docs), "tn")
-    dlower = only(_earlier(q.shape[0], docs), -dot(dwritten.astype(v.dtype), written, "nt"))
+    dlower = dot(dwritten.astype(v.dtype), written, "nt")
+    dlower = only(_earlier(q.shape[0], docs), -dlower)
     dv = beta * dwritten
     dbeta = (dwritten * error).sum(1, keepdims=True) + (dlower * both.keys).sum(1, keepdims=True)
-    inner = pairs_gradients(q, k, g, decay, docs, both, outer.dpairs, beta * dlower)
+    inner = pairs_gradients(q, k, gates, docs, both, outer.dpairs, beta * dlower)
     # Of the keys that read the entering state, and of that state.
-    dread = -entering(dv, docs).astype(v.dtype)
-    dinto = entering(times(dot(dread, state, "nn"), decay.into), docs)
-    dstate_in = kept(dstate, decay.keep, docs)
-    dstate_in = dstate_in + attention.state_gradient(q, do, decay, docs, scale)
-    dstate_in = dstate_in + dot(dread, entering(_into(k, decay), docs), "tn")
-    dq, dk = outer.dq + inner.dq, outer.dk + inner.dk + dinto
+    dheld = -entering(dv, docs).astype(v.dtype)
+    dread = entering(times(dot(dheld, state, "nn"), decay.into), docs)
+    dentering = kept(dstate, decay.keep, docs)
+    dentering = dentering + attention.state_gradient(q, do, decay, docs, scale)
+    dentering = dentering + dot(dheld, entering(_into(k, decay), docs), "tn")
+    dq, dk = outer.dq + inner.dq, outer.dk + inner.dk + dread
     if g is None:
-        return Gradients(dq, dk, dv, dbeta, None, dstate_in)
-    sums = outer.dinto + times(k, dinto), outer.dout, outer.dkeep
-    if not _by_key(g):
-        sums = tuple(x.sum(1, keepdims=True) for x in sums)
-    dg = attention.decay_gradient(g, inner.dlevels, *sums, docs, inner.more_dg, roll)
-    return Gradients(dq, dk, dv, dbeta, dg, dstate_in)
+        return Gradients(dq, dk, dv, dbeta, None, dentering)
+    dinto, dout, dkeep = (
+        finite(x if gates.by_key else x.sum(1, keepdims=True), docs)
+        for x in (outer.dinto + times(k, dread), outer.dout, outer.dkeep)
+    )
+    dg = attention.decay_gradient(g, inner.dlevels, dinto, dout, dkeep, docs, summation, inner.more)
+    return Gradients(dq, dk, dv, dbeta, dg, dentering)

@@ -16,11 +16,10 @@ from pallas_kernels import chunks, compat, vjp
 from pallas_kernels.delta_rule import tile
 from pallas_kernels.delta_rule.config import Config
 
-# Measured on x86 with 64 keys and values: 32 to 64 tokens a chunk and 4 to 16 heads a step are
-# alike. Pairs with a decay per key cost one matmul for each halving of the chunk.
-_CHUNK, _CHUNK_BY_KEY = 64, 32
+# Measured on x86 with 64 and 128 keys and values: chunks of 64 tokens are up to 20 % slower than
+# those of 32 (30 % with a decay per key), 16 no faster; 4 to 16 heads a step are alike.
+_CHUNK = 32
 _HEADS_A_STEP = 8
-_LEAF = 16
 
 
 def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
@@ -102,10 +101,9 @@ class _Cut(NamedTuple):
         return jnp.swapaxes(state, 2, 3)
 
 
-def cut(config: Config, batch: int, length: int, heads: int, *, by_key: bool) -> _Cut:
+def cut(config: Config, batch: int, length: int, heads: int) -> _Cut:
     """How rows are cut."""
-    size = config.chunk or (_CHUNK_BY_KEY if by_key else _CHUNK)
-    size = min(size, 1 << (length - 1).bit_length())
+    size = min(config.chunk or _CHUNK, 1 << (length - 1).bit_length())
     blocks = -(-batch // max(1, _HEADS_A_STEP // heads))
     return _Cut(batch, length, blocks, -(-batch // blocks), -(-length // size), size)
 
@@ -113,11 +111,10 @@ def cut(config: Config, batch: int, length: int, heads: int, *, by_key: bool) ->
 def _arguments(config: Config, q, k, v, beta, log_decay, runs):
     """`(sizes, _Tokens, entering runs (blocks, steps, rows) or None)`."""
     batch, length, heads, _ = v.shape
-    by_key = log_decay is not None and log_decay.ndim == 4
-    sizes = cut(config, batch, length, heads, by_key=by_key)
+    sizes = cut(config, batch, length, heads)
     grouped = (q.shape[2], heads // q.shape[2])
     if log_decay is not None:
-        width = log_decay.shape[3:] if by_key else (1,)
+        width = log_decay.shape[3:] or (1,)
         log_decay = log_decay.reshape(batch, length, *grouped, *width)
     v = v.reshape(batch, length, *grouped, v.shape[3])
     beta = beta.reshape(batch, length, *grouped)
@@ -133,19 +130,14 @@ def _arguments(config: Config, q, k, v, beta, log_decay, runs):
 # One step of the loop.
 
 
-def _roll(x, by: int, axis: int):
-    # Without the barrier every reader of a sum would sum up its part of the tree again.
-    return jnp.roll(jax.lax.optimization_barrier(x), by, axis)
-
-
 def _every_head(fn, tokens: _Tokens, entering, dtype, *more):
-    """`fn(q, k, v, beta, g, g_row, docs, *more)` of every head; `more` begins with (rows, G, R)."""
+    """`fn(q, k, v, gates, docs, *more)` of every head; `more` begins with (rows, G, R)."""
     wide = tokens._replace(runs=None)
     q, k, v, beta, g, _ = jax.tree.map(lambda x: x.astype(dtype), wide)
 
     def head(q, k, v, beta, g, docs, *more):
-        g_row = chunks.clamp(g, docs).T if g is not None and g.shape[1] == 1 else None
-        return fn(q, k, v, beta[:, None], g, g_row, docs, *more)
+        gates = tile.gates(beta[:, None], g, docs, chunks.by_matmul(q.shape[0]))
+        return fn(q, k, v, gates, docs, *more)
 
     def row(q, k, v, beta, g, runs, entering, *more):
         docs = None
@@ -162,8 +154,8 @@ def _every_head(fn, tokens: _Tokens, entering, dtype, *more):
 def _forward_step(config: Config, tokens: _Tokens, entering, state):
     """`(o (rows, C, G, R, V), state')`."""
 
-    def head(*args):
-        return tile.forward(*args, config.scale, _LEAF, _roll)
+    def head(q, k, v, gates, docs, state):
+        return tile.forward(q, k, v, gates, docs, state, config.scale)
 
     o, after = _every_head(head, tokens, entering, state.dtype, state)
     return jnp.moveaxis(o, 3, 1).astype(tokens.v.dtype), after
@@ -172,8 +164,9 @@ def _forward_step(config: Config, tokens: _Tokens, entering, state):
 def _backward_step(config: Config, tokens: _Tokens, entering, state, do, dstate):
     """`(gradients of the tokens, dstate)`."""
 
-    def head(*args):
-        return tile.backward(*args, config.scale, _LEAF, _roll)
+    def head(q, k, v, gates, docs, state, do, dstate):
+        summation = chunks.by_matmul(q.shape[0])
+        return tile.backward(q, k, v, gates, docs, state, do, dstate, config.scale, summation)
 
     do = jnp.moveaxis(do, 1, 3).astype(state.dtype)
     d = _every_head(head, tokens, entering, state.dtype, state, do, dstate)
@@ -209,7 +202,8 @@ def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
     sizes, tokens, entering = _arguments(config, q, k, v, beta, log_decay, runs)
 
     def step(state, chunk):
-        o, after = _forward_step(config, *chunk, state)
+        tokens, entering = chunk
+        o, after = _forward_step(config, tokens, entering, state)
         return after, (o, state)
 
     def block(inputs):
@@ -230,7 +224,8 @@ def backward(config: Config, residuals, cotangents):
     sizes, tokens, entering = _arguments(config, *arrays)
 
     def step(dstate, chunk):
-        gradients, dstate = _backward_step(config, *chunk, dstate)
+        tokens, entering, state, do = chunk
+        gradients, dstate = _backward_step(config, tokens, entering, state, do, dstate)
         return dstate, gradients
 
     def block(inputs):

@@ -1,0 +1,145 @@
+"""What is measured of the delta rule, and what it has to reach."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.kernels import results
+from experiments.kernels.baselines import delta_rule as baselines
+from experiments.kernels.results import Result, Target
+from experiments.kernels.timing import medians, milliseconds
+from pallas_kernels import delta_rule
+from pallas_kernels.delta_rule.shapes import SHAPES, Shape, program
+from pallas_kernels.programs import MODES, named
+
+BOTH = "forward+backward"
+CPU_TARGETS = {"scan": Target("at least", 10.0)}
+STATIC_TARGETS = {
+    "forward": {"floor": Target("at most", 8.0)},
+    "forward+backward": {"floor": Target("at most", 12.0)},
+}
+CASE = "pallas_kernels.delta_rule.shapes:case"
+
+
+def describe(shape: Shape) -> str:
+    decays = {None: "no decay", "head": "decay per head", "key": "decay per key"}
+    groups = "" if shape.groups == shape.heads else f" ({shape.groups} of keys)"
+    kind = [f"K={shape.key_size}", f"V={shape.value_size}", decays[shape.decay], shape.dtype]
+    kind += ["packed"] * shape.segmented + ["state"] * shape.state
+    return f"({shape.batch}, {shape.length}), {shape.heads} heads{groups}, {', '.join(kind)}"
+
+
+def inputs(operands: Mapping[str, Any], seed: int = 0) -> tuple[jax.Array, ...]:
+    """Values by name: keys of norm 1, beta in (0, 1), decays that forget in 10 to 1000 tokens."""
+    rng = np.random.default_rng(seed)
+
+    def value(name: str, struct: Any) -> jax.Array:
+        x = rng.standard_normal(struct.shape)
+        if name == "k":
+            x /= np.linalg.norm(x, axis=-1, keepdims=True)
+        elif name == "beta":
+            x = 1 / (1 + np.exp(-x))
+        elif name == "log_decay":
+            x = -np.exp(rng.uniform(np.log(1e-3), np.log(0.1), struct.shape))
+        elif name == "segment_ids":
+            x = np.broadcast_to(1 + np.arange(struct.shape[1]) // 1000, struct.shape)
+        return jnp.asarray(x, struct.dtype)
+
+    return tuple(value(name, struct) for name, struct in operands.items())
+
+
+def arguments(shape: Shape) -> tuple[jax.Array, ...]:
+    """Those of `program(op, shape, "forward+backward")`: the operands, and a cotangent."""
+    operands = shape.operands()
+    return inputs(operands | {"cotangent": operands["v"]})
+
+
+def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
+    """Forward and backward here and now, all gradients, against the recurrence."""
+    ops = {"delta_rule": delta_rule, **baselines.SCANS}
+    programs = {name: program(op, shape, BOTH)[0] for name, op in ops.items()}
+    figures = medians(programs, arguments(shape), repetitions)
+    scan = min(value for name, value in figures.items() if name.startswith("scan"))
+    return Result(
+        case=BOTH,
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={"scan": scan / figures["delta_rule"]},
+        targets=targets or {},
+    )
+
+
+def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
+    """The same number of tokens as rows of different lengths."""
+    compiled = {}
+    for length in lengths:
+        batch = shape.batch * shape.length // length
+        chosen = dataclasses.replace(shape, batch=batch, length=length)
+        fn = jax.jit(program(delta_rule, chosen, BOTH)[0])
+        compiled[f"{batch} x {length} ms"] = functools.partial(fn, *arguments(chosen))
+    figures = milliseconds(compiled, (), repetitions)
+    return Result(
+        case=f"{BOTH}, equal tokens",
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures=figures,
+        ratios={"the fastest length": max(figures.values()) / min(figures.values())},
+        targets={"the fastest length": Target("at most", 1.2)},
+    )
+
+
+def cpu(repetitions: int) -> Iterator[Result]:
+    """At half the length, at it, at twice; other decays; equal tokens from 256 to 16k long."""
+    shape = SHAPES["cpu"]
+    for scale in (0.5, 1.0, 2.0):
+        yield timed(shape.scaled(scale), repetitions, CPU_TARGETS)
+    for decay in (None, "key"):
+        yield timed(dataclasses.replace(shape, decay=decay), repetitions, CPU_TARGETS)
+    yield flat(shape.scaled(4.0), (2**8, 2**10, 2**12, 2**14), repetitions)
+
+
+def static(shape: str, mode: str, scale: float = 1.0, chip: str = "v5e") -> Result:
+    """Static cost on an absent TPU; with documents and a state 1.3 times the cost is allowed."""
+    row = Result(mode, chip, results.STATIC, describe(named(SHAPES, shape).scaled(scale)))
+    targets: dict[str, Target] = {}
+    if shape.startswith("gated-delta-bench"):
+        more = 1.3 if SHAPES[shape].segmented else 1.0
+        targets = {
+            of: Target(target.bound, more * target.value)
+            for of, target in STATIC_TARGETS[mode].items()
+        }
+    return results.estimated(row, CASE, shape, "tpu", mode, f"{scale:g}", targets=targets)
+
+
+def tpu(chips: tuple[str, ...]) -> Iterator[Result]:
+    """The gated rule at three lengths and packed; one decay per key; published models."""
+    for chip in chips:
+        for mode in MODES:
+            for scale in (0.5, 1.0, 2.0):
+                yield static("gated-delta-bench", mode, scale, chip)
+            for shape in ("gated-delta-bench-packed", "kda-bench", "deltanet-1.3b", "qwen3-next"):
+                yield static(shape, mode, chip=chip)
+
+
+GPU_SHAPES = ("gated-delta-bench", "gated-delta-bench-packed", "kda-bench")
+
+
+def gpu(repetitions: int, chips: tuple[str, ...]) -> Iterator[Result]:
+    """Times on the GPU that is here; what ptxas says for those that are not."""
+    if jax.default_backend() == "gpu":
+        yield timed(SHAPES["gated-delta-bench"], repetitions)
+    else:
+        yield results.no_gpu(BOTH, describe(SHAPES["gated-delta-bench"]))
+    for chip in chips:
+        for mode in MODES:
+            for name in GPU_SHAPES:
+                row = Result(mode, chip, results.PTXAS, describe(SHAPES[name]))
+                yield results.registers(row, CASE, name, mode)
