@@ -192,6 +192,8 @@ def forward(job, refs) -> None:
     def _():
         state_ref[own(job)] = refs["initial"][...]
 
+    if "states" in refs:
+        refs["states"][...] = state_ref[own(job)].astype(job.dtype)
     step = _step(job, refs)
     for group in range(job.step_groups):
         q, k = (lanes(refs[name], group, job.key_size)[...] for name in "qk")
@@ -200,8 +202,6 @@ def forward(job, refs) -> None:
         for h in heads_of(job, group):
             v = lanes(refs["v"], h, job.value_size)[...]
             state, decay = state_ref[first + h], step.decays.head(h)
-            if "states" in refs:
-                refs["states"][h] = state.astype(v.dtype)
             pairs = tile.times(scores, between(job, refs, decay, h))
             o, after = _forward_head(step, decay, q, keys, v, pairs, state)
             lanes(refs["o"], h, job.value_size)[...] = o.astype(v.dtype)
@@ -220,5 +220,135 @@ def _forward_head(step: _Step, decay: Decays, q, keys, v, pairs, state):
     return o, tile.kept(state, decay.keep, step.down) + added
 
 
+class _HeadGradients(NamedTuple):
+    """Of one head in one chunk.
+
+    `dscores` is that of the unmasked `q k^T / scale`, `into` and `out` give the gradients of the
+    logarithms of `Decays.into` and `out` when summed over keys, `keep (1, 1)` that of the chunk's.
+    """
+
+    dscores: jax.Array
+    dq: jax.Array
+    dk: jax.Array
+    dv: jax.Array
+    dstate: jax.Array
+    keep: jax.Array
+    pairs: jax.Array | None  # (1, C), of the logarithms of the decays between tokens
+
+
 def backward(job, refs) -> None:
-    raise NotImplementedError
+    dstate_ref, first = refs["dstate"], pl.program_id(3) * job.tiles.heads
+
+    @pl.when(chunk_begins())
+    def _():
+        dstate_ref[own(job)] = refs["dfinal"][...]
+
+    step, size = _step(job, refs), job.tiles.chunk
+    columns, more = _Columns(size), []
+    for group in range(job.step_groups):
+        q, k = (lanes(refs[name], group, job.key_size)[...] for name in "qk")
+        scores = only(step.mask, job.scale * dot(q, k, "nt"))
+        wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
+        queries, sums = wide_q.T, []
+        for h in heads_of(job, group):
+            v, do = (lanes(refs[name], h, job.value_size)[...] for name in ("v", "do"))
+            state, dstate, decay = refs["states"][h], dstate_ref[first + h], step.decays.head(h)
+            decays = between(job, refs, decay, h)
+            d = _backward_head(step, decay, decays, k, queries, v, scores, state, do, dstate)
+            lanes(refs["dv"], h, job.value_size)[...] = d.dv.astype(v.dtype)
+            dstate_ref[first + h] = d.dstate
+            sums.append(d)
+            if d.pairs is not None:
+                columns = columns.put(0, h, (wide_q * d.dq).sum(1, keepdims=True))
+                columns = columns.put(1, h, (wide_k * d.dk).sum(1, keepdims=True))
+                more.append(d.pairs + d.keep)
+        dscores = job.scale * only(step.mask, sum(d.dscores for d in sums))
+        dq = dot(dscores.astype(q.dtype), k, "nn") + sum(d.dq for d in sums)
+        dk = dot(dscores.T.astype(q.dtype), q, "nn") + sum(d.dk for d in sums)
+        _add_up(job, refs, "dq", group, dq)
+        _add_up(job, refs, "dk", group, dk)
+    if job.decay is not None:
+        _decay_gradients(refs, step, columns, more)
+
+    @pl.when(chunk_ends(job))
+    def _():
+        refs["dinitial"][...] = dstate_ref[own(job)]
+
+
+def _backward_head(
+    step: _Step, decay: Decays, between, k, queries, v, scores, state, do, dstate
+) -> _HeadGradients:
+    """See `forward`; `queries (K, C)`, `do` and `dstate` are of the output and what leaves."""
+    docs = step.down
+    pairs = tile.times(scores, between)
+    dpairs = dot(do, v, "nt")
+    if docs is not None:
+        dpairs = only(step.mask, dpairs)
+    dscores = tile.times(dpairs, between)
+    of_pairs = None
+    if between is not None:
+        size = scores.shape[0]
+        row, column = chunks.order(size)
+        # The columns j < t of (dA * A), summed; then the rows i >= t. Nothing is subtracted.
+        before = (row < column).astype(jnp.float32).astype(v.dtype)
+        summed = dot((dscores * scores).astype(v.dtype), before, "nn")
+        of_pairs = only(row >= column, summed).sum(0, keepdims=True)
+    dq = tile.entering(decay.into.down * dot(do, state, "nt"), docs)
+    dk = tile.leaving(decay.out.down * dot(v, dstate, "nt"), docs)
+    dv = dot(pairs.T.astype(v.dtype), do, "nn")
+    dv = dv + tile.leaving(decay.out.down * dot(k, dstate, "nn"), docs)
+    kept = tile.kept(dstate, decay.keep, docs)
+    through = kept * state.astype(kept.dtype)
+    keep = through.sum(0, keepdims=True).sum(1, keepdims=True)
+    dstate = kept + dot((queries * decay.into.across).astype(v.dtype), do, "nn")
+    return _HeadGradients(dscores, dq, dk, dv, dstate, keep, of_pairs)
+
+
+class _Columns(NamedTuple):
+    """Gathers columns `(C, 1)`, two for each of up to 64 heads, into lanes of one tile."""
+
+    size: int
+    tile: jax.Array | None = None
+
+    def put(self, kind: int, h: int, column: jax.Array) -> _Columns:
+        shape = (self.size, 128)
+        before = jnp.zeros(shape, jnp.float32) if self.tile is None else self.tile
+        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        return self._replace(tile=jnp.where(lane == 64 * kind + h, column, before))
+
+    def rows(self, heads: int) -> list[jax.Array]:
+        """`(heads, C)` of each kind."""
+        across = self.tile.T
+        return [across[64 * kind : 64 * kind + heads] for kind in range(2)]
+
+
+def _decay_gradients(refs, step: _Step, columns: _Columns, more) -> None:
+    """Of the log decays of a step's heads: from those of the logarithms of all that is made of
+    them, the sums over later tokens of `into` and over earlier ones of `out`."""
+    g = refs["g"][...]
+    heads, size = g.shape
+    into, out = columns.rows(heads)
+    row = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0)
+    more = sum(jnp.where(row == h, x, 0.0) for h, x in enumerate(more))
+    token = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
+    out = jnp.where(token >= 1, compat.tpu.roll(out, 1, 1), 0.0)
+    for s in chunks.sizes(size):
+        into = into + jnp.where(token < size - s, compat.tpu.roll(into, size - s, 1), 0.0)
+        out = out + jnp.where(token >= s, compat.tpu.roll(out, s, 1), 0.0)
+    across = None if step.docs is None else step.docs.across
+    refs["dg"][...] = chunks.clamp_transpose(g, into + out + more, across)
+
+
+def _add_up(job, refs, name: str, group: int, x) -> None:
+    """The gradient of a group's queries or keys, over the parts of its heads."""
+    out = lanes(refs[name], group, job.key_size)
+    if job.parts == 1:
+        out[...] = x.astype(out.dtype)
+        return
+    part, sums = pl.program_id(3), refs[f"{name}_sum"]
+    x = x + jnp.where(part == 0, 0.0, sums[...])
+    sums[...] = x
+
+    @pl.when(part == job.parts - 1)
+    def _():
+        out[...] = x.astype(out.dtype)
