@@ -19,6 +19,7 @@ import tyro
 
 from experiments.kernels import (
     causal_conv1d,
+    diagonal_ssm,
     linear_attention,
     linear_scan,
     results,
@@ -31,6 +32,7 @@ from seqmodels.training.run_directory import environment
 
 FAMILIES = {
     "causal_conv1d": causal_conv1d,
+    "diagonal_ssm": diagonal_ssm,
     "linear_attention": linear_attention,
     "linear_scan": linear_scan,
     "selective_scan": selective_scan,
