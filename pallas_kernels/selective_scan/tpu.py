@@ -18,27 +18,36 @@ another strided load, so that they too need one shuffle a token.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
+from pallas_kernels import compat, vjp
 from pallas_kernels.compat import pl
 from pallas_kernels.selective_scan import tile
 from pallas_kernels.selective_scan.config import Config
+from pallas_kernels.selective_scan.tpu_layout import (
+    LANES,
+    SUBLANES,
+    Halves,
+    Job,
+    Specs,
+    Spread,
+    Staged,
+    Tiles,
+    Tokens,
+    group_tokens,
+    pack_shared,
+    round_up,
+    tiled,
+    unpack_shared,
+    untiled,
+)
 
-_LANES, _SUBLANES, _HALF = 128, 8, 4
 _FORWARD_GROUP, _BACKWARD_GROUP = 16, 8  # steps unrolled at a time
 _VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
 _VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
-
-
-class Tiles(NamedTuple):
-    """`(steps, width)` of a block."""
-
-    steps: int
-    width: int
 
 
 def vmem_bytes(tiles: Tiles, states: int) -> int:
@@ -46,14 +55,14 @@ def vmem_bytes(tiles: Tiles, states: int) -> int:
 
     Blocks count twice, so that the next is fetched while one is worked on; scratch counts once.
     """
-    row = _LANES * 4
-    lane_tiles = tiles.width // _LANES
+    row = LANES * 4
+    lane_tiles = tiles.width // LANES
     tokens = 7 * tiles.steps * lane_tiles * row  # x, dt, gate, dy and the gradients of three
-    shared = 2 * _round_up(2 * states + 1, _SUBLANES) * row
-    per_state = 5 * states * _SUBLANES * row  # A, entering state, dh_final, dA, dh_initial
-    per_channel = 4 * _SUBLANES * lane_tiles * row  # D, dt_bias and their gradients
+    shared = 2 * round_up(2 * states + 1, SUBLANES) * row
+    per_state = 5 * states * SUBLANES * row  # A, entering state, dh_final, dA, dh_initial
+    per_channel = 4 * SUBLANES * lane_tiles * row  # D, dt_bias and their gradients
     kept = (tiles.steps + 1 + _BACKWARD_GROUP) * states * lane_tiles * row
-    spread = tiles.steps * _round_up(2 * states + 1, _SUBLANES) * row
+    spread = tiles.steps * round_up(2 * states + 1, SUBLANES) * row
     staged = (2 * tiles.steps + 3 * _FORWARD_GROUP) * lane_tiles * row
     return 2 * (tokens + shared + per_state + per_channel) + kept + spread + staged
 
@@ -61,333 +70,16 @@ def vmem_bytes(tiles: Tiles, states: int) -> int:
 def choose_tiles(length: int, width: int, states: int) -> Tiles:
     """As many steps as fit, up to a register's lanes; then the fewest, narrowest tiles."""
     for steps in (128, 64, 32, 16):
-        steps = min(steps, _round_up(length, 16))  # a tile of bfloat16 is 16 rows high
+        steps = min(steps, round_up(length, 16))  # a tile of bfloat16 is 16 rows high
         for widest in (1024, 512, 256, 128):
             count = -(-width // widest)
-            tiles = Tiles(steps, _round_up(-(-width // count), _LANES))
+            tiles = Tiles(steps, round_up(-(-width // count), LANES))
             if vmem_bytes(tiles, states) <= _VMEM_BUDGET:
                 return tiles
     raise ValueError(
         f"selective_scan: N={states} states a channel do not fit a TPU's memory; "
         "use implementation='xla'"
     )
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
-class _Job(NamedTuple):
-    """What is static about one kernel."""
-
-    batch: int
-    length: int
-    width: int
-    states: int
-    tiles: Tiles
-    group: int  # steps unrolled at a time
-    softplus: bool
-    reverse: bool
-    segmented: bool
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.length // self.tiles.steps)
-
-    @property
-    def strips(self) -> int:
-        return -(-self.width // self.tiles.width)
-
-    @property
-    def rows(self) -> int:
-        """Lane tiles of a strip: a state is `(rows, 128)`."""
-        return self.tiles.width // _LANES
-
-    @property
-    def groups(self) -> int:
-        return self.tiles.steps // self.group
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.batch, self.strips, self.blocks
-
-    @property
-    def coded(self) -> bool:
-        """Some tokens begin a document, are padding or do not exist."""
-        return self.segmented or self.length % self.tiles.steps != 0
-
-    @property
-    def shared(self) -> int:
-        """Numbers of a token that all channels share: B, C and its step code."""
-        return 2 * self.states + self.coded
-
-    @property
-    def order(self) -> list[int]:
-        """The steps of a group in the direction of travel."""
-        return list(range(self.group))[:: -1 if self.reverse else 1]
-
-    def place(self, i):
-        """The group of a block that is the i-th in the direction of travel."""
-        return self.groups - 1 - i if self.reverse else i
-
-
-# Tile bookkeeping: what an array looks like to the kernels, and which block a grid step sees.
-
-
-class _Specs(NamedTuple):
-    """Block specs; `time` says which block of time the i-th grid step sees."""
-
-    job: _Job
-    backward: bool
-
-    def time(self, i):
-        last = self.backward != self.job.reverse
-        return self.job.blocks - 1 - i if last else i
-
-    def tokens(self) -> pl.BlockSpec:
-        """Of `(B, L, D)`."""
-        steps, width = self.job.tiles
-        return pl.BlockSpec(
-            block_shape=(None, steps, width), index_map=lambda b, d, i: (b, self.time(i), d)
-        )
-
-    def shared(self) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            block_shape=(None, None, self.job.shared, self.job.tiles.steps),
-            index_map=lambda b, d, i: (b, self.time(i), 0, 0),
-        )
-
-    def shared_gradient(self) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            block_shape=(None, None, None, 2 * self.job.states, self.job.tiles.steps),
-            index_map=lambda b, d, i: (d, b, self.time(i), 0, 0),
-        )
-
-    def decays(self) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            block_shape=(None, self.job.states, self.job.rows, _LANES),
-            index_map=lambda b, d, i: (d, 0, 0, 0),
-        )
-
-    def state(self) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            block_shape=(None, None, self.job.states, self.job.rows, _LANES),
-            index_map=lambda b, d, i: (b, d, 0, 0, 0),
-        )
-
-    def boundaries(self) -> pl.BlockSpec:
-        """Of the states that enter each block."""
-        return pl.BlockSpec(
-            block_shape=(None, None, None, self.job.states, self.job.rows, _LANES),
-            index_map=lambda b, d, i: (b, self.time(i), d, 0, 0, 0),
-        )
-
-    def channels(self) -> pl.BlockSpec:
-        """Of `(1, D)`."""
-        return pl.BlockSpec(block_shape=(1, self.job.tiles.width), index_map=lambda b, d, i: (0, d))
-
-    def channel_sums(self) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            block_shape=(None, self.job.group, self.job.tiles.width),
-            index_map=lambda b, d, i: (b, 0, d),
-        )
-
-
-def _tiled(job: _Job, x: jax.Array) -> jax.Array:
-    """`(..., D, N)` to `(..., strips, N, rows, 128)`, padded with zeros."""
-    fill = job.strips * job.tiles.width - job.width
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, fill), (0, 0)])
-    x = jnp.swapaxes(x, -1, -2)
-    x = x.reshape(*x.shape[:-1], job.strips, job.rows, _LANES)
-    return jnp.moveaxis(x, -3, -4)
-
-
-def _untiled(job: _Job, x: jax.Array) -> jax.Array:
-    """The inverse of `_tiled`."""
-    x = jnp.moveaxis(x, -4, -3)
-    x = x.reshape(*x.shape[:-3], job.strips * job.tiles.width)
-    return jnp.swapaxes(x[..., : job.width], -1, -2)
-
-
-def _shared(job: _Job, B, C, runs) -> jax.Array:
-    """B, C and the step codes of each block, tokens last: `(B, blocks, shared, steps)`."""
-    fill = job.blocks * job.tiles.steps - job.length
-
-    def pad(x, value):
-        return jnp.pad(x.astype(jnp.float32), ((0, 0), (0, fill), (0, 0)), constant_values=value)
-
-    parts = [pad(B, 0), pad(C, 0)]
-    if job.coded:
-        codes = jnp.full(B.shape[:2], segments.KEEP, jnp.int32)
-        if runs is not None:
-            codes = segments.step_codes(runs, reverse=job.reverse)
-        parts.append(pad(codes[:, :, None], segments.SKIP))
-    x = jnp.concatenate(compat.vary_alike(*parts), axis=2)
-    x = x.reshape(job.batch, job.blocks, job.tiles.steps, job.shared)
-    return jnp.swapaxes(x, 2, 3)
-
-
-def _unshared(job: _Job, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """dB and dC `(B, L, N)` from their sums over each strip `(strips, B, blocks, 2 N, steps)`."""
-    x = jnp.swapaxes(x.sum(0), 2, 3).reshape(job.batch, -1, 2 * job.states)[:, : job.length]
-    return x[:, :, : job.states], x[:, :, job.states :]
-
-
-# Loads and stores.
-
-
-class _Staged(NamedTuple):
-    """A staging area for the tokens of a group, `(group * rows, 128)`.
-
-    Eight tokens of each lane tile follow each other: a load with a longer stride is slower.
-    """
-
-    ref: Any
-    job: _Job
-    first: Any = 0  # the group's first token, if the area holds a block
-
-    def _row(self, k: int, j: int):
-        row = (k // _SUBLANES * self.job.rows + j) * _SUBLANES + k % _SUBLANES
-        return self.first * self.job.rows + row
-
-    def put(self, j: int, x: jax.Array) -> None:
-        """The tokens of lane tile j."""
-        for k in range(0, self.job.group, _SUBLANES):
-            self.ref[pl.ds(self._row(k, j), _SUBLANES), :] = x[k : k + _SUBLANES]
-
-    def get(self, j: int) -> jax.Array:
-        starts = range(0, self.job.group, _SUBLANES)
-        parts = [self.ref[pl.ds(self._row(k, j), _SUBLANES), :] for k in starts]
-        return jnp.concatenate(parts, axis=0)
-
-    def put_token(self, k: int, x: jax.Array) -> None:
-        """Token k of all lane tiles, `(rows, 128)`."""
-        self.ref[pl.ds(self._row(k, 0), self.job.rows, stride=_SUBLANES), :] = x
-
-    def token(self, k: int) -> jax.Array:
-        return self.ref[pl.ds(self._row(k, 0), self.job.rows, stride=_SUBLANES), :]
-
-    def row(self, k: int, j: int, count: int) -> jax.Array:
-        """Token k of lane tile j, `count` times."""
-        row = self.ref[pl.ds(self._row(k, j), 1), :]
-        return jnp.broadcast_to(row, (count, _LANES))
-
-
-class _Halves(NamedTuple):
-    """The G of a group's states, stored for loads of one lane tile of all of a token's states.
-
-    Four lane tiles of one state follow each other: a load with a longer stride takes two.
-    """
-
-    ref: Any
-    job: _Job
-
-    def _place(self, k: int, j: int) -> tuple[int, int]:
-        """First row of token k in the part with lane tile j, and that part's rows a state."""
-        count = min(_HALF, self.job.rows - j // _HALF * _HALF)
-        return (k * self.job.rows + j // _HALF * _HALF) * self.job.states, count
-
-    def put(self, k: int, n: int, G: jax.Array) -> None:
-        for j in range(0, self.job.rows, _HALF):
-            row, count = self._place(k, j)
-            self.ref[pl.ds(row + n * count, count), :] = G[j : j + count]
-
-    def lane_tile(self, k: int, j: int) -> jax.Array:
-        """`(N, 128)`."""
-        row, count = self._place(k, j)
-        return self.ref[pl.ds(row + j % _HALF, self.job.states, stride=count), :]
-
-
-class _Spread(NamedTuple):
-    """The shared numbers of a group, each over 128 lanes: `(group * height, 128)`."""
-
-    ref: Any
-    job: _Job
-    first: Any = 0  # the group's first token, if the area holds a block
-
-    @property
-    def height(self) -> int:
-        return _round_up(self.job.shared, _SUBLANES)
-
-    def _row(self, k: int, i: int):
-        return (self.first + k) * self.height + i
-
-    def fill(self, shared_ref: Any, start) -> None:
-        """Spread the tokens from `start` of a block."""
-        x = shared_ref[...]
-        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) - start
-        for k in range(self.job.group):
-            one = jnp.sum(jnp.where(lane == k, x, 0.0), axis=1, keepdims=True)
-            spread = jnp.broadcast_to(one, (self.job.shared, _LANES))
-            self.ref[pl.ds(self._row(k, 0), self.job.shared), :] = spread
-
-    def _over_channels(self, k: int, i: int) -> jax.Array:
-        row = self.ref[pl.ds(self._row(k, i), 1), :]
-        return jnp.broadcast_to(row, (self.job.rows, _LANES))
-
-    def B(self, k: int, n: int) -> jax.Array:
-        return self._over_channels(k, n)
-
-    def C(self, k: int, n: int) -> jax.Array:
-        return self._over_channels(k, self.job.states + n)
-
-    def inside(self, k: int) -> jax.Array | None:
-        """False where token k begins a document; None if none does."""
-        if not self.job.segmented:
-            return None
-        return self._over_channels(k, 2 * self.job.states) != segments.RESET
-
-    def live(self) -> jax.Array | None:
-        """Which of the tokens are real, `(group, 128)`; None if all are."""
-        if not self.job.coded:
-            return None
-        codes = self.ref[
-            pl.ds(self._row(0, 2 * self.job.states), self.job.group, stride=self.height), :
-        ]
-        return codes != segments.SKIP
-
-
-class _Tokens(NamedTuple):
-    """A group's tokens of one lane tile of a block."""
-
-    refs: dict[str, Any]
-    job: _Job
-    rows: Any
-    lanes: slice
-
-    def load(self, name: str) -> jax.Array:
-        return self.refs[name][self.rows, self.lanes].astype(jnp.float32)
-
-    def maybe(self, name: str) -> jax.Array | None:
-        """A number of each channel, `(1, 128)`, if it was given."""
-        return self.refs[name][:, self.lanes] if name in self.refs else None
-
-    def store(self, name: str, x: jax.Array) -> None:
-        self.refs[name][self.rows, self.lanes] = x.astype(self.refs[name].dtype)
-
-    def add(self, name: str, x: jax.Array) -> None:
-        if name in self.refs:
-            self.refs[name][:, self.lanes] += x
-
-    def exists(self, live: jax.Array | None) -> jax.Array | None:
-        """`live` and not beyond the last channel."""
-        if self.job.width % self.job.tiles.width == 0:
-            return live
-        lane = jax.lax.broadcasted_iota(jnp.int32, (self.job.group, _LANES), 1)
-        place = pl.program_id(1) * self.job.tiles.width + self.lanes.start + lane
-        inside = place < self.job.width
-        return inside if live is None else inside & live
-
-    def step_size(self, mask) -> jax.Array:
-        """dt after its softplus, 0 where masked."""
-        dt = tile.step_size(self.load("dt"), self.maybe("bias"), softplus=self.job.softplus)
-        return tile.select(mask, dt)
-
-
-def _lane_tiles(job: _Job, refs: dict[str, Any], g) -> list[_Tokens]:
-    """The g-th group of a block, lane tile by lane tile."""
-    rows = pl.ds(pl.multiple_of(g * job.group, job.group), job.group)
-    return [_Tokens(refs, job, rows, slice(j * _LANES, (j + 1) * _LANES)) for j in range(job.rows)]
 
 
 # The kernels: maths on values between a load and a store.
@@ -398,10 +90,10 @@ def _sequence_begins():
     return pl.program_id(2) == 0
 
 
-def _forward_kernel(refs: dict[str, Any], job: _Job):
-    spread = _Spread(refs["spread"], job)
+def _forward_kernel(refs: dict[str, Any], job: Job):
+    spread = Spread(refs["spread"], job)
     dt_area, flow_area, y_area = (
-        _Staged(refs[name], job) for name in ("dt_area", "flow_area", "area0")
+        Staged(refs[name], job) for name in ("dt_area", "flow_area", "area0")
     )
 
     @pl.when(_sequence_begins())
@@ -412,7 +104,7 @@ def _forward_kernel(refs: dict[str, Any], job: _Job):
         refs["boundaries"][...] = refs["final"][...]
 
     def walk(i, h):
-        tiles = _lane_tiles(job, refs, job.place(i))
+        tiles = group_tokens(job, refs, job.place(i))
         spread.fill(refs["shared"], job.place(i) * job.group)
         live = spread.live()
         for j, at in enumerate(tiles):
@@ -438,7 +130,7 @@ def _forward_kernel(refs: dict[str, Any], job: _Job):
 
 
 def _advance_states(
-    refs, job: _Job, spread: _Spread, dt_area, flow_area, h, *, with_y: bool = True, keep=None
+    refs, job: Job, spread: Spread, dt_area, flow_area, h, *, with_y: bool = True, keep=None
 ):
     """The states after a group, and y of its tokens; `keep(step, n, h)` sees each state.
 
@@ -462,12 +154,12 @@ def _advance_states(
     return after, y
 
 
-def _skip(at: _Tokens, y: jax.Array) -> jax.Array:
+def _skip(at: Tokens, y: jax.Array) -> jax.Array:
     D = at.maybe("D")
     return y if D is None else y + D * at.load("x")
 
 
-def _backward_kernel(refs: dict[str, Any], job: _Job):
+def _backward_kernel(refs: dict[str, Any], job: Job):
     @pl.when(_sequence_begins())
     def _():
         refs["dinitial"][...] = refs["dfinal"][...]
@@ -489,18 +181,18 @@ def _backward_kernel(refs: dict[str, Any], job: _Job):
         refs["dinitial"][n] = c[n]
 
 
-def _kept(job: _Job, i, k: int, n: int, j: int = 0):
+def _kept(job: Job, i, k: int, n: int, j: int = 0):
     """The row of `kept` with state n of lane tile j before the k-th step of the i-th group."""
     return (i * job.group + k) * job.states * job.rows + n * job.rows + j
 
 
-def _recompute_group(refs, job: _Job, i, h):
+def _recompute_group(refs, job: Job, i, h):
     """Keep the states of the i-th group of a block; with a gate, its gradient needs them too."""
     start = job.place(i) * job.group
-    dt_area, flow_area = (_Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
-    y_area = _Staged(refs["area0"], job)
-    tiles = _lane_tiles(job, refs, job.place(i))
-    spread = _Spread(refs["spread"], job, start)
+    dt_area, flow_area = (Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
+    y_area = Staged(refs["area0"], job)
+    tiles = group_tokens(job, refs, job.place(i))
+    spread = Spread(refs["spread"], job, start)
     spread.fill(refs["shared"], start)
     live = spread.live()
     gated = "gate" in refs
@@ -524,13 +216,13 @@ def _recompute_group(refs, job: _Job, i, h):
     return h
 
 
-def _retreat_group(refs, job: _Job, i, c):
+def _retreat_group(refs, job: Job, i, c):
     """Take the i-th group of a block backwards."""
     start = job.place(i) * job.group
-    dt_area, flow_area = (_Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
-    dy_area, dflow_area, slope_area = (_Staged(refs[f"area{a}"], job) for a in range(3))
-    tiles = _lane_tiles(job, refs, job.place(i))
-    spread = _Spread(refs["spread"], job, start)
+    dt_area, flow_area = (Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
+    dy_area, dflow_area, slope_area = (Staged(refs[f"area{a}"], job) for a in range(3))
+    tiles = group_tokens(job, refs, job.place(i))
+    spread = Spread(refs["spread"], job, start)
     live = spread.live()
     for j, at in enumerate(tiles):
         dy_area.put(j, _ungated(at, at.exists(live)))
@@ -551,7 +243,7 @@ def _retreat_group(refs, job: _Job, i, c):
     return c
 
 
-def _ungated(at: _Tokens, mask) -> jax.Array:
+def _ungated(at: Tokens, mask) -> jax.Array:
     """The cotangent of y before its gate."""
     dy = at.load("dy")
     if "gate" in at.refs:
@@ -559,11 +251,11 @@ def _ungated(at: _Tokens, mask) -> jax.Array:
     return tile.select(mask, dy)
 
 
-def _retreat_states(refs, job: _Job, spread: _Spread, i, dt_area, flow_area, dy_area, c):
+def _retreat_states(refs, job: Job, spread: Spread, i, dt_area, flow_area, dy_area, c):
     """A group backwards: `(c_before, d(dt x), sum_n A P)`; adds to dA, keeps G."""
     dt = [dt_area.token(k) for k in range(job.group)]
     dy = [dy_area.token(k) for k in range(job.group)]
-    halves = _Halves(refs["G"], job)
+    halves = Halves(refs["G"], job)
     dflow: list[Any] = [None] * job.group
     slope: list[Any] = [None] * job.group
     before = []
@@ -583,10 +275,10 @@ def _retreat_states(refs, job: _Job, spread: _Spread, i, dt_area, flow_area, dy_
     return before, dflow, slope
 
 
-def _channel_sums(refs, job: _Job, i, step: int, k: int, flow_area, dy_area) -> jax.Array:
+def _channel_sums(refs, job: Job, i, step: int, k: int, flow_area, dy_area) -> jax.Array:
     """dB and dC of token k, summed over the strip's channels: `(2 N, 1)`."""
     N = job.states
-    halves = _Halves(refs["G"], job)
+    halves = Halves(refs["G"], job)
     dB: Any = None
     dC: Any = None
     for j in range(job.rows):
@@ -598,7 +290,7 @@ def _channel_sums(refs, job: _Job, i, step: int, k: int, flow_area, dy_area) -> 
     return jnp.sum(jnp.concatenate([dB, dC], axis=0), axis=1, keepdims=True)
 
 
-def _token_gradients(at: _Tokens, mask, dt, dy, dflow, slope) -> None:
+def _token_gradients(at: Tokens, mask, dt, dy, dflow, slope) -> None:
     """dx and ddt of a group in a lane tile, and what they add to dD and the bias' gradient."""
     x = tile.select(mask, at.load("x"))
     D = at.maybe("D")
@@ -615,10 +307,10 @@ def _token_gradients(at: _Tokens, mask, dt, dy, dflow, slope) -> None:
 # The calls.
 
 
-def _job(config: Config, x, A, runs, group: int) -> _Job:
+def _job(config: Config, x, A, runs, group: int) -> Job:
     batch, length, width = x.shape
     tiles = choose_tiles(length, width, A.shape[1])
-    return _Job(
+    return Job(
         batch,
         length,
         width,
@@ -631,7 +323,7 @@ def _job(config: Config, x, A, runs, group: int) -> _Job:
     )
 
 
-def _call(kernel, job: _Job, name: str, operands, out, scratch, flops: int) -> dict[str, jax.Array]:
+def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> dict[str, jax.Array]:
     """Run a kernel on named operands: name -> (array, spec); out: name -> (struct, spec)."""
     names = [*operands, *out, *scratch]
 
@@ -646,7 +338,7 @@ def _call(kernel, job: _Job, name: str, operands, out, scratch, flops: int) -> d
         in_specs=[spec for _, spec in operands.values()],
         out_specs=[spec for _, spec in out.values()],
         out_shape=[struct for struct, _ in out.values()],
-        scratch_shapes=[compat.tpu.VMEM((rows, _LANES), jnp.float32) for rows in scratch.values()],
+        scratch_shapes=[compat.tpu.VMEM((rows, LANES), jnp.float32) for rows in scratch.values()],
         compiler_params=compat.tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM_LIMIT,
@@ -656,12 +348,12 @@ def _call(kernel, job: _Job, name: str, operands, out, scratch, flops: int) -> d
     return dict(zip(out, results, strict=True))
 
 
-def _operands(job: _Job, specs: _Specs, x, dt, A, B, C, D, gate, bias, runs) -> dict[str, Any]:
+def _operands(job: Job, specs: Specs, x, dt, A, B, C, D, gate, bias, runs) -> dict[str, Any]:
     operands = {
-        "shared": (_shared(job, B, C, runs), specs.shared()),
+        "shared": (pack_shared(job, B, C, runs), specs.shared()),
         "x": (x, specs.tokens()),
         "dt": (dt, specs.tokens()),
-        "A": (_tiled(job, A * tile.LOG2_E), specs.decays()),
+        "A": (tiled(job, A * tile.LOG2_E), specs.decays()),
     }
     if gate is not None:
         operands["gate"] = gate, specs.tokens()
@@ -671,12 +363,12 @@ def _operands(job: _Job, specs: _Specs, x, dt, A, B, C, D, gate, bias, runs) -> 
     return operands
 
 
-def _scratch(job: _Job, *, backward: bool) -> dict[str, int]:
+def _scratch(job: Job, *, backward: bool) -> dict[str, int]:
     """Rows of 128 lanes of each scratch array."""
     steps = job.tiles.steps if backward else job.group
     rows = {f"area{i}": _FORWARD_GROUP * job.rows for i in range(3 if backward else 1)}
     rows |= {"dt_area": steps * job.rows, "flow_area": steps * job.rows}
-    rows["spread"] = steps * _round_up(job.shared, _SUBLANES)
+    rows["spread"] = steps * round_up(job.shared, SUBLANES)
     if backward:
         rows["kept"] = (steps + 1) * job.states * job.rows
         rows["G"] = job.group * job.states * job.rows
@@ -687,9 +379,9 @@ def _run_forward(config: Config, *arrays, keep: bool):
     """`y`, the final state and, if asked for, the state that enters each block."""
     x, dt, A, B, C, D, gate, bias, initial_state, runs = arrays
     job = _job(config, x, A, runs, _FORWARD_GROUP)
-    specs = _Specs(job, backward=False)
+    specs = Specs(job, backward=False)
     operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
-    operands["initial"] = _tiled(job, initial_state), specs.state()
+    operands["initial"] = tiled(job, initial_state), specs.state()
     given = [array for array, _ in operands.values()]
     state = operands["initial"][0].shape
     out = {
@@ -708,7 +400,7 @@ def _run_forward(config: Config, *arrays, keep: bool):
         _scratch(job, backward=False),
         flops=7,
     )
-    return (result["y"], _untiled(job, result["final"])), result.get("boundaries")
+    return (result["y"], untiled(job, result["final"])), result.get("boundaries")
 
 
 def primal(config: Config, *arrays):
@@ -727,11 +419,11 @@ def backward(config: Config, residuals, cotangents):
     x, dt, A, B, C, D, gate, bias, boundaries, runs = residuals
     dy, dfinal = cotangents
     job = _job(config, x, A, runs, _BACKWARD_GROUP)
-    specs = _Specs(job, backward=True)
+    specs = Specs(job, backward=True)
     operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
     operands["dy"] = dy, specs.tokens()
     operands["boundaries"] = boundaries, specs.boundaries()
-    operands["dfinal"] = _tiled(job, dfinal), specs.state()
+    operands["dfinal"] = tiled(job, dfinal), specs.state()
     given = [array for array, _ in operands.values()]
     state, sums = operands["dfinal"][0].shape, (job.batch, job.group, job.width)
     shared = (job.strips, job.batch, job.blocks, 2 * job.states, job.tiles.steps)
@@ -755,18 +447,18 @@ def backward(config: Config, residuals, cotangents):
     result = _call(
         _backward_kernel, job, "selective_scan_backward", operands, out, scratch, flops=22
     )
-    dB, dC = _unshared(job, result["dshared"])
+    dB, dC = unpack_shared(job, result["dshared"])
     dD, dbias = (result[n].sum((0, 1)) if n in result else None for n in ("dD", "dbias"))
     return (
         result["dx"],
         result["ddt"],
-        _untiled(job, result["dA"]).sum(0),
+        untiled(job, result["dA"]).sum(0),
         dB.astype(B.dtype),
         dC.astype(C.dtype),
         dD,
         result.get("dgate"),
         dbias,
-        _untiled(job, result["dinitial"]),
+        untiled(job, result["dinitial"]),
         None,
     )
 
