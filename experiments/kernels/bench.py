@@ -19,6 +19,7 @@ import tyro
 
 from experiments.kernels import (
     causal_conv1d,
+    delta_rule,
     diagonal_ssm,
     linear_attention,
     linear_scan,
@@ -32,6 +33,7 @@ from seqmodels.training.run_directory import environment
 
 FAMILIES = {
     "causal_conv1d": causal_conv1d,
+    "delta_rule": delta_rule,
     "diagonal_ssm": diagonal_ssm,
     "linear_attention": linear_attention,
     "linear_scan": linear_scan,

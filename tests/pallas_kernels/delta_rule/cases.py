@@ -43,7 +43,7 @@ class Case:
         length,
         decay="head",
         dtype="float32",
-        batch=2,
+        batch=3,
         groups=2,
         heads=4,
         size=(8, 6),

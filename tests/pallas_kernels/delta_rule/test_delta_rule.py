@@ -47,16 +47,15 @@ def test_xla_equals_the_oracle(length, decay, packed):
 
 
 def test_a_few_rows_at_a_time():
-    sizes = xla.cut(Config(1.0), 7, 150, 4)
-    assert (sizes.blocks, sizes.rows, sizes.steps, sizes.size) == (4, 2, 5, 32)
-    case = Case(length=40, batch=7, decay=None)
-    testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
+    """As many as make a step worth its while; all cases here have a block of two and one of one."""
+    sizes = xla.cut(Config(1.0), 3, 65, 4)
+    assert (sizes.blocks, sizes.rows, sizes.steps, sizes.size) == (2, 2, 3, 32)
+    assert xla.cut(Config(1.0), 5, 9, 32)[2:] == (5, 1, 1, 16)
 
 
-@pytest.mark.parametrize("decay", ["head", "key"])
-def test_xla_keeps_double_precision(decay):
+def test_xla_keeps_double_precision():
     with jax.enable_x64(True):
-        case = Case(length=65, decay=decay, dtype="float64", packed=True)
+        case = Case(length=65, decay="key", dtype="float64", packed=True)
         actual = case.run("xla")
         assert actual["outputs"][0].dtype == jnp.float64
         testing.assert_close(actual, case.run("reference"), testing.FLOAT64_TOLERANCE)
@@ -78,7 +77,7 @@ def test_the_oracle_is_the_recurrence():
 
 
 def test_bfloat16_against_the_oracle():
-    case = Case(length=65, dtype="bfloat16", size=(32, 32))
+    case = Case(length=65, dtype="bfloat16")
     actual, expected = case.run("xla"), case.oracle()
     assert actual["outputs"][0].dtype == jnp.bfloat16
     assert actual["outputs"][1].dtype == jnp.float32
@@ -175,7 +174,7 @@ def test_corrections_up_to_reflections():
 
 def test_an_overflow_is_seen_and_stays_in_its_document():
     case = Case(length=65, decay=None)
-    ids = np.repeat([[1, 2]], [40, 25], axis=1).repeat(2, 0).astype(np.int32)
+    ids = np.repeat([[1, 2]], [40, 25], axis=1).repeat(3, 0).astype(np.int32)
     inside = jnp.asarray(ids == 1)[..., None, None]
     case.args["k"] = jnp.where(inside, 1e3, 1.0) * case.args["k"]
     o = np.asarray(case.run("xla", ids=jnp.asarray(ids))["outputs"][0])
@@ -193,13 +192,13 @@ def test_packed_equals_one_document_a_row(implementation, decay):
     case = Case(length=65, decay=decay)
     lengths = [20, 1, 17, 11, 16]
     ids = np.repeat([1, 2, 3, 1, 0], lengths)
-    o, final = case.run(implementation, ids=jnp.asarray(np.stack([ids, ids]), jnp.int32))["outputs"]
+    o, final = case.run(implementation, ids=jnp.asarray(np.stack([ids] * 3), jnp.int32))["outputs"]
     for start, length in zip([0, 20, 21, 38], lengths, strict=False):
         # The document alone, followed by what is padding then: one program for all.
         args = {n: jnp.roll(x, -start, axis=1) for n, x in case.args.items() if n in case.tokens}
         state = case.args["initial_state"]
         args["initial_state"] = state if start == 0 else jnp.zeros_like(state)
-        alone = jnp.broadcast_to(jnp.arange(65) < length, (2, 65)).astype(jnp.int32)
+        alone = jnp.broadcast_to(jnp.arange(65) < length, (3, 65)).astype(jnp.int32)
         expected, after = case.run("reference", args=args, ids=alone)["outputs"]
         actual = o[:, start : start + length]
         testing.assert_close(actual, expected[:, :length], testing.FLOAT32_TOLERANCE)
@@ -218,10 +217,10 @@ def test_documents_are_isolated_to_the_bit(implementation, decay):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_padding_holds_is_never_seen(implementation):
     case = Case(length=65)
-    ids = jnp.asarray(np.repeat([[1, 2, 0]], [28, 15, 22], axis=1).repeat(2, 0), jnp.int32)
+    ids = jnp.asarray(np.repeat([[1, 2, 0]], [28, 15, 22], axis=1).repeat(3, 0), jnp.int32)
 
     def huge(x):
-        return jnp.where((ids == 0).reshape(2, 65, *[1] * (x.ndim - 2)), -1e30, x)
+        return jnp.where((ids == 0).reshape(3, 65, *[1] * (x.ndim - 2)), -1e30, x)
 
     before = case.run(implementation, ids=ids)
     after = {n: huge(x) if n in case.tokens else x for n, x in case.args.items()}
@@ -231,7 +230,7 @@ def test_what_padding_holds_is_never_seen(implementation):
 @pytest.mark.parametrize("length", [1, 65])
 def test_a_row_of_padding_returns_its_initial_state(length):
     case = Case(length=length)
-    result = case.run("xla", ids=jnp.zeros((2, length), jnp.int32))
+    result = case.run("xla", ids=jnp.zeros((3, length), jnp.int32))
     gradients = dict(result["gradients"])
     np.testing.assert_array_equal(result["outputs"][0], 0)
     np.testing.assert_array_equal(result["outputs"][1], case.args["initial_state"])
@@ -248,9 +247,10 @@ def test_a_row_of_padding_returns_its_initial_state(length):
 )
 def test_any_documents(lengths, decay, seed):
     case = Case(length=65, decay=decay, seed=seed)
-    ids = np.zeros((2, 65), np.int32)
+    ids = np.zeros((3, 65), np.int32)
     ids[0] = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, 65])[:65]
     ids[1] = np.repeat([*range(1, len(lengths) + 1), 9], [*lengths[::-1], 65])[:65]
+    ids[2] = 4
     case.ids = jnp.asarray(ids)
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
@@ -403,9 +403,9 @@ def test_explain_says_what_runs_where():
 def test_checked_finds_bad_values_under_jit():
     args = Case(length=5).args
     run = jax.jit(pallas_kernels.checked(delta_rule))
-    error, _ = run(**args, segment_ids=jnp.ones((2, 5), jnp.int32))
+    error, _ = run(**args, segment_ids=jnp.ones((3, 5), jnp.int32))
     error.throw()
-    error, _ = run(**args, segment_ids=jnp.array([[1, 0, 1, 1, 1]] * 2, jnp.int32))
+    error, _ = run(**args, segment_ids=jnp.array([[1, 0, 1, 1, 1]] * 3, jnp.int32))
     with pytest.raises(Exception, match=r"padding .* end of a row"):
         error.throw()
     error, _ = run(**args | {"log_decay": -args["log_decay"]})
@@ -413,7 +413,7 @@ def test_checked_finds_bad_values_under_jit():
         error.throw()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["gated-delta-bench-packed", "kimi-linear", "odd-plain"])
 def test_named_shapes_are_accepted(name):
     fn, *operands = case(name, "xla", "forward+backward", "0.5")
     o, gradients = jax.eval_shape(fn, *operands)
