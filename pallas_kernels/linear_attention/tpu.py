@@ -24,7 +24,7 @@ from pallas_kernels.linear_attention.config import Config
 
 _LANES, _SUBLANES = 128, 8
 _CHUNK = 128
-_HEADS = 8  # unrolled in a step
+_HEADS, _HEADS_BY_KEY = 8, 4  # unrolled in a step
 _VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
 _VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
 
@@ -109,7 +109,8 @@ def choose_tiles(job: Job, chunk: int | None = None) -> Tiles:
     group = job.heads // job.groups
     counts = [n for n in range(1, group) if group % n == 0]
     counts += [n * group for n in range(1, job.groups + 1) if job.groups % n == 0]
-    for heads in reversed([n for n in counts if n <= _HEADS]):
+    most = _HEADS_BY_KEY if job.decay == "key" else _HEADS
+    for heads in reversed([n for n in counts if n <= most]):
         tiles = Tiles(chunk or _CHUNK, heads)
         if vmem_bytes(job._replace(tiles=tiles)) <= _VMEM_BUDGET:
             return tiles

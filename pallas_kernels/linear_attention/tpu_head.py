@@ -265,8 +265,8 @@ def backward(job, refs) -> None:
         dscores = job.scale * only(step.mask, sum(d.dscores for d in sums))
         dq = dot(dscores.astype(q.dtype), k, "nn") + sum(d.dq for d in sums)
         dk = dot(dscores.T.astype(q.dtype), q, "nn") + sum(d.dk for d in sums)
-        _add_up(job, refs, "dq", group, dq)
-        _add_up(job, refs, "dk", group, dk)
+        add_up(job, refs, "dq", group, dq)
+        add_up(job, refs, "dk", group, dk)
     if job.decay is not None:
         _decay_gradients(refs, step, columns, more)
 
@@ -339,7 +339,7 @@ def _decay_gradients(refs, step: _Step, columns: _Columns, more) -> None:
     refs["dg"][...] = chunks.clamp_transpose(g, into + out + more, across)
 
 
-def _add_up(job, refs, name: str, group: int, x) -> None:
+def add_up(job, refs, name: str, group: int, x) -> None:
     """The gradient of a group's queries or keys, over the parts of its heads."""
     out = lanes(refs[name], group, job.key_size)
     if job.parts == 1:
