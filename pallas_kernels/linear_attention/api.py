@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.linear_attention import reference, xla
+from pallas_kernels.linear_attention import reference, tpu, xla
 from pallas_kernels.linear_attention.config import Config
 
 _OP = "linear_attention"
@@ -81,6 +81,7 @@ def linear_attention(
         {
             "reference": functools.partial(reference.linear_attention, config),
             "xla": functools.partial(xla.linear_attention, config),
+            "tpu": functools.partial(tpu.linear_attention, config),
         },
         *arrays,
         requested=implementation,

@@ -9,7 +9,6 @@ their heads in front. What happens inside a chunk is in `tpu_head` and `tpu_key`
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -100,25 +99,20 @@ def vmem_bytes(job: Job) -> int:
     return 2 * blocks + scratch + between
 
 
-def choose_tiles(job: Job, chunk: int | None = None) -> Tiles:
+def choose_tiles(job: Job) -> Tiles | None:
     """As many heads as are worth unrolling, fit, and are a part of a group or whole groups.
 
-    Raises:
-      ValueError: not even one head fits.
+    None if a group has more heads than fit.
     """
     group = job.heads // job.groups
     counts = [n for n in range(1, group) if group % n == 0]
     counts += [n * group for n in range(1, job.groups + 1) if job.groups % n == 0]
     most = _HEADS_BY_KEY if job.decay == "key" else _HEADS
     for heads in reversed([n for n in counts if n <= most]):
-        tiles = Tiles(chunk or _CHUNK, heads)
+        tiles = Tiles(job.tiles.chunk, heads)
         if vmem_bytes(job._replace(tiles=tiles)) <= _VMEM_BUDGET:
             return tiles
-    raise ValueError(
-        f"linear_attention: {group} heads of one group, K={job.key_size} and V={job.value_size}, "
-        "do not fit a TPU's memory; repeat q and k for fewer heads a group, or use "
-        "implementation='xla'"
-    )
+    return None
 
 
 # Tile bookkeeping: which block of which array a grid step sees.
@@ -199,9 +193,8 @@ def _round_up(x: int, multiple: int) -> int:
 
 
 def _call(kernel, job: Job, name: str, operands, out, scratch) -> dict[str, jax.Array]:
-    """Run a kernel of named operands, `{name: (array, spec)}`, and outputs `{name: (struct, spec)}`.
-
-    The kernel is called with a dictionary of all references, scratch included.
+    """Run a kernel of named operands `{name: (array, spec)}`, outputs `{name: (struct, spec)}`
+    and scratch `{name: shape}`; it is called with the job and a dictionary of all references.
     """
     names = [*operands, *out, *scratch]
 
@@ -235,12 +228,28 @@ def _call(kernel, job: Job, name: str, operands, out, scratch) -> dict[str, jax.
 def _job(config: Config, q, v, log_decay, runs) -> Job:
     """Of arguments as `_laid_out` leaves them."""
     groups, key_size = q.shape[2:]
-    decay = None if log_decay is None else ("head", "key")[log_decay.ndim - 3]
+    decay: Literal["head", "key"] | None = None
+    if log_decay is not None:
+        decay = "key" if log_decay.ndim == 4 else "head"
+    batch, length, heads, value_size = v.shape
     job = Job(
-        *v.shape[:2], groups, v.shape[2], key_size, v.shape[3], decay, runs is not None,
+        batch, length, groups, heads, key_size, value_size, decay, runs is not None,
         config.scale, v.dtype, Tiles(config.chunk or _CHUNK, 1),
     )  # fmt: skip
-    return job._replace(tiles=choose_tiles(job, config.chunk))
+    return job._replace(tiles=choose_tiles(job) or job.tiles)
+
+
+def _copies(config: Config, q, v, log_decay, runs) -> int:
+    """How often to repeat each group's queries and keys so that its heads fit."""
+    group = v.shape[2] // q.shape[2]
+    for copies in (n for n in range(1, group + 1) if group % n == 0):
+        repeated = jax.ShapeDtypeStruct((*q.shape[:2], copies * q.shape[2], q.shape[3]), q.dtype)
+        if choose_tiles(_job(config, repeated, v, log_decay, runs)) is not None:
+            return copies
+    raise ValueError(
+        f"linear_attention: a head of K={q.shape[3]} and V={v.shape[3]} does not fit a TPU's "
+        "memory; use implementation='xla'"
+    )
 
 
 def _operands(job: Job, q, k, v, log_decay, runs) -> dict[str, tuple[Any, pl.BlockSpec]]:
@@ -304,7 +313,7 @@ def _forward(config: Config, q, k, v, log_decay, initial_state, runs, *, keep: b
     if keep:
         kept = _struct((job.batch, job.chunks, job.heads, *job.state), v.dtype)
         out["states"] = (kept, _states(job))
-    scratch = {"state": (job.parts * job.tiles.heads, *job.state)}
+    scratch: dict[str, tuple[int, ...]] = {"state": (job.parts * job.tiles.heads, *job.state)}
     scratch |= _between(job)
     kernel = tpu_key.forward if job.decay == "key" else tpu_head.forward
     result = _call(kernel, job, "linear_attention_forward", operands, out, scratch)
@@ -330,7 +339,7 @@ def _backward(config: Config, residuals, cotangents):
     if job.decay is not None:
         g, _ = operands["g"]
         out["dg"] = (_struct(g.shape, g.dtype), _decays(job))
-    scratch = {"dstate": (job.parts * job.tiles.heads, *job.state)}
+    scratch: dict[str, tuple[int, ...]] = {"dstate": (job.parts * job.tiles.heads, *job.state)}
     if job.parts > 1:
         scratch |= dict.fromkeys(("dq_sum", "dk_sum"), (job.tiles.chunk, job.key_size))
     scratch |= _between(job)
@@ -361,9 +370,9 @@ def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
     """See `reference.linear_attention`; float32 and bfloat16.
 
     Raises:
-      ValueError: more heads of one group than states fit into a TPU's memory.
+      ValueError: one head does not fit into a TPU's memory.
     """
-    batch, length, heads, value_size = v.shape
+    length, value_size = v.shape[1], v.shape[3]
     key_size = q.shape[3]
     tokens = -length % (config.chunk or _CHUNK)
     keys, values = -key_size % _LANES, -value_size % _LANES
@@ -377,6 +386,10 @@ def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
         log_decay = pad(log_decay, tokens, 0, *([keys] if log_decay.ndim == 4 else []))
     if runs is not None:
         runs = pad(runs, tokens)
+    # The states of a group stay in VMEM together: a group that is too large becomes several.
+    copies = _copies(config, q, v, log_decay, runs)
+    if copies > 1:
+        q, k = (jnp.repeat(x, copies, axis=2) for x in (q, k))
     state = pad(initial_state, 0, keys, values)
     o, final = _linear_attention(config, q, k, v, log_decay, state, runs)
     return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]

@@ -7,6 +7,8 @@ operand of a matmul is transposed a head at a time but the pairs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +18,6 @@ from pallas_kernels import chunks, compat
 from pallas_kernels.compat import pl
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention.tile import dot, only
-
 
 SLAB = 8  # tokens: the rows of a register
 
@@ -124,9 +125,12 @@ def decays(job, refs, docs: Documents | None) -> Decays:
     into, out = tile.entering(job.scale * into, across), tile.leaving(out, across)
     rows = [into, out] if slab is None else [into, out, slab]
     columns, heads = jnp.concatenate(rows).T, into.shape[0]
-    into = Lines(into, columns[:, :heads])
-    out = Lines(out, columns[:, heads : 2 * heads])
-    return Decays(columns[:, 2 * heads :] if job.decay else None, into, out, keep)
+    return Decays(
+        slab=None if slab is None else columns[:, 2 * heads :],
+        into=Lines(into, columns[:, :heads]),
+        out=Lines(out, columns[:, heads : 2 * heads]),
+        keep=keep,
+    )
 
 
 def between(job, refs, decay: Decays, h: int) -> jax.Array | None:
@@ -243,13 +247,13 @@ def backward(job, refs) -> None:
     def _():
         dstate_ref[own(job)] = refs["dfinal"][...]
 
-    step, size = _step(job, refs), job.tiles.chunk
-    columns, more = _Columns(size), []
+    step = _step(job, refs)
+    into, out, more = [], [], []
     for group in range(job.step_groups):
         q, k = (lanes(refs[name], group, job.key_size)[...] for name in "qk")
         scores = only(step.mask, job.scale * dot(q, k, "nt"))
         wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
-        queries, sums = wide_q.T, []
+        queries, sums = wide_q.T, list[_HeadGradients]()
         for h in heads_of(job, group):
             v, do = (lanes(refs[name], h, job.value_size)[...] for name in ("v", "do"))
             state, dstate, decay = refs["states"][h], dstate_ref[first + h], step.decays.head(h)
@@ -259,16 +263,16 @@ def backward(job, refs) -> None:
             dstate_ref[first + h] = d.dstate
             sums.append(d)
             if d.pairs is not None:
-                columns = columns.put(0, h, (wide_q * d.dq).sum(1, keepdims=True))
-                columns = columns.put(1, h, (wide_k * d.dk).sum(1, keepdims=True))
+                into.append((wide_q * d.dq).sum(1, keepdims=True))
+                out.append((wide_k * d.dk).sum(1, keepdims=True))
                 more.append(d.pairs + d.keep)
-        dscores = job.scale * only(step.mask, sum(d.dscores for d in sums))
-        dq = dot(dscores.astype(q.dtype), k, "nn") + sum(d.dq for d in sums)
-        dk = dot(dscores.T.astype(q.dtype), q, "nn") + sum(d.dk for d in sums)
+        dscores = job.scale * only(step.mask, _total(d.dscores for d in sums))
+        dq = dot(dscores.astype(q.dtype), k, "nn") + _total(d.dq for d in sums)
+        dk = dot(dscores.T.astype(q.dtype), q, "nn") + _total(d.dk for d in sums)
         add_up(job, refs, "dq", group, dq)
         add_up(job, refs, "dk", group, dk)
     if job.decay is not None:
-        _decay_gradients(refs, step, columns, more)
+        _decay_gradients(refs, step, _across(into + out), more)
 
     @pl.when(chunk_ends(job))
     def _():
@@ -304,39 +308,42 @@ def _backward_head(
     return _HeadGradients(dscores, dq, dk, dv, dstate, keep, of_pairs)
 
 
-class _Columns(NamedTuple):
-    """Gathers columns `(C, 1)`, two for each of up to 64 heads, into lanes of one tile."""
-
-    size: int
-    tile: jax.Array | None = None
-
-    def put(self, kind: int, h: int, column: jax.Array) -> _Columns:
-        shape = (self.size, 128)
-        before = jnp.zeros(shape, jnp.float32) if self.tile is None else self.tile
-        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        return self._replace(tile=jnp.where(lane == 64 * kind + h, column, before))
-
-    def rows(self, heads: int) -> list[jax.Array]:
-        """`(heads, C)` of each kind."""
-        across = self.tile.T
-        return [across[64 * kind : 64 * kind + heads] for kind in range(2)]
+def _total(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
 
 
-def _decay_gradients(refs, step: _Step, columns: _Columns, more) -> None:
-    """Of the log decays of a step's heads: from those of the logarithms of all that is made of
-    them, the sums over later tokens of `into` and over earlier ones of `out`."""
+def _across(columns: list[jax.Array]) -> jax.Array:
+    """Up to 64 columns `(C, 1)` as the first rows of `(64, C)`."""
+    shape = (columns[0].shape[0], 64)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    tile = jnp.zeros(shape, jnp.float32)
+    for i, column in enumerate(columns):
+        tile = jnp.where(lane == i, column, tile)
+    return tile.T
+
+
+def _decay_gradients(refs, step: _Step, ends: jax.Array, more: list[jax.Array]) -> None:
+    """Of the log decays of a step's heads.
+
+    Args:
+      ends: rows, first those of the heads' `into`, then those of their `out`: gradients of the
+        logarithms, to be summed over later and over earlier tokens.
+      more: `(1, C)` of each head, what needs no sums.
+    """
     g = refs["g"][...]
     heads, size = g.shape
-    into, out = columns.rows(heads)
+    into, out = ends[:heads], ends[len(more) : len(more) + heads]
     row = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0)
-    more = sum(jnp.where(row == h, x, 0.0) for h, x in enumerate(more))
+    rest = jnp.zeros_like(g)
+    for h, x in enumerate(more):
+        rest = jnp.where(row == h, x, rest)
     token = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
     out = jnp.where(token >= 1, compat.tpu.roll(out, 1, 1), 0.0)
     for s in chunks.sizes(size):
         into = into + jnp.where(token < size - s, compat.tpu.roll(into, size - s, 1), 0.0)
         out = out + jnp.where(token >= s, compat.tpu.roll(out, s, 1), 0.0)
     across = None if step.docs is None else step.docs.across
-    refs["dg"][...] = chunks.clamp_transpose(g, into + out + more, across)
+    refs["dg"][...] = chunks.clamp_transpose(g, into + out + rest, across)
 
 
 def add_up(job, refs, name: str, group: int, x) -> None:

@@ -31,7 +31,7 @@ SLAB = 8  # tokens: the rows of a register
 
 
 class Factors(NamedTuple):
-    """Exponentials of `chunks.Sums`: `levels`, `into`, `out (C, K)`, `keep (1, K)`."""
+    """Exponentials of `chunks.Sums`; `into` scaled as outputs are."""
 
     levels: list[jax.Array]
     into: jax.Array
@@ -39,7 +39,7 @@ class Factors(NamedTuple):
     keep: jax.Array
 
 
-def factors(a: jax.Array, roll) -> Factors:
+def factors(a: jax.Array, scale: float, roll) -> Factors:
     """Of decays `a (C, K)` in (0, 1]; `roll` as in `chunks.by_tree`."""
     size = a.shape[0]
     token = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
@@ -57,7 +57,7 @@ def factors(a: jax.Array, roll) -> Factors:
             whole = [x[:, s - 1 :] for x in first]
             prefix = _joined(first[0], first[1] * whole[0])
             suffix = _joined(second[0] * whole[1], second[1])
-    return Factors(levels, prefix, suffix, prefix[size - 1 :])
+    return Factors(levels, scale * prefix, suffix, prefix[size - 1 :])
 
 
 def log_gradient(dlevels, dinto: jax.Array, dout: jax.Array, roll) -> jax.Array:
@@ -93,7 +93,8 @@ class _Step(NamedTuple):
 
     Attributes:
       mask: pairs that meet.
-      level: `(C, C)` int32, how often a size of blocks doubles before the pair is in one block.
+      level: `(C, C)` int32, how often a size of blocks doubles before the pair is in one block;
+        -1 where `mask` is not.
     """
 
     docs: chunks.Documents | None
@@ -107,27 +108,29 @@ def _step(job, refs) -> _Step:
         docs = chunks.documents(*(refs[name][...] for name in ("column", "row", "entering_run")))
     row, column = chunks.order(size)
     level = sum(((row ^ column) >= s).astype(jnp.int32) for s in chunks.sizes(size))
-    return _Step(docs, tile.causal(size, docs), level)
+    mask = tile.causal(size, docs)
+    return _Step(docs, mask, jnp.where(mask, level, -1))
 
 
 class _Head(NamedTuple):
-    """One head in one chunk; wide, `q` scaled as outputs are."""
+    """One head in one chunk, wide."""
 
     q: jax.Array
     k: jax.Array
     decay: Factors
+    scale: float
 
     def sides(self, factor: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """Queries and keys with the factors of one level."""
         return (self.q * factor).astype(dtype), (self.k * factor).astype(dtype)
 
     def pairs(self, step: _Step, dtype) -> jax.Array:
-        """`A (C, C)`."""
+        """`A (C, C)`, scaled as outputs are."""
         on_diagonal = (self.q * self.k).sum(1, keepdims=True)
-        pairs = jnp.broadcast_to(on_diagonal, step.level.shape)
+        pairs = only(step.level == 0, jnp.broadcast_to(on_diagonal, step.level.shape))
         for n, factor in enumerate(self.decay.levels):
             pairs = jnp.where(step.level > n, dot(*self.sides(factor, dtype), "nt"), pairs)
-        return only(step.mask, pairs)
+        return self.scale * pairs
 
     def from_state(self, step: _Step, dtype) -> jax.Array:
         """Queries as they meet the entering state."""
@@ -142,7 +145,7 @@ def _head(job, refs, step: _Step, group: int, h: int) -> _Head:
     q, k = (lanes(refs[name], group, job.key_size)[...].astype(jnp.float32) for name in "qk")
     g = lanes(refs["g"], h, job.key_size)[...].astype(jnp.float32)
     a = jnp.exp(chunks.clamp(g, step.docs))
-    return _Head(job.scale * q, k, factors(a, compat.tpu.roll))
+    return _Head(q, k, factors(a, job.scale, compat.tpu.roll), job.scale)
 
 
 def forward(job, refs) -> None:
@@ -198,7 +201,7 @@ def backward(job, refs) -> None:
             g_ref, dg_ref = (lanes(refs[name], h, job.key_size) for name in ("g", "dg"))
             dg = chunks.clamp_transpose(g_ref[...].astype(jnp.float32), d.dg, step.docs)
             dg_ref[...] = dg.astype(dg_ref.dtype)
-        add_up(job, refs, "dq", group, job.scale * sum(dq))
+        add_up(job, refs, "dq", group, sum(dq))
         add_up(job, refs, "dk", group, sum(dk))
 
     @pl.when(chunk_ends(job))
@@ -207,7 +210,7 @@ def backward(job, refs) -> None:
 
 
 class _HeadGradients(NamedTuple):
-    """Of one head in one chunk; `dq` of the scaled queries."""
+    """Of one head in one chunk."""
 
     dq: jax.Array
     dk: jax.Array
@@ -217,7 +220,7 @@ class _HeadGradients(NamedTuple):
 
 
 def _backward_head(step: _Step, head: _Head, v, state, do, dstate) -> _HeadGradients:
-    docs, dtype = step.docs, v.dtype
+    docs, dtype, scale = step.docs, v.dtype, head.scale
     dpairs = only(step.mask, dot(do, v, "nt"))
     dq = tile.entering(head.decay.into * dot(do, state, "nn"), docs)
     dk = tile.leaving(head.decay.out * dot(v, dstate, "nn"), docs)
@@ -228,15 +231,16 @@ def _backward_head(step: _Step, head: _Head, v, state, do, dstate) -> _HeadGradi
     dkeep = (kept * state.astype(kept.dtype)).sum(0, keepdims=True)
     dstate = kept + dot(_transposed(do), head.from_state(step, dtype), "nn")
 
-    across, dlevels = dpairs.T, []
-    on_diagonal = only(step.level == 0, dpairs).sum(1, keepdims=True)
+    across, across_level, dlevels = dpairs.T, step.level.T, []
+    on_diagonal = scale * only(step.level == 0, dpairs).sum(1, keepdims=True)
     dq, dk = dq + on_diagonal * head.k, dk + on_diagonal * head.q
     for n, factor in enumerate(head.decay.levels):
         q, k = head.sides(factor, dtype)
-        here = step.level == n + 1
+        part = scale * only(step.level == n + 1, dpairs)
+        part_across = scale * only(across_level == n + 1, across)
         # Only tokens of second halves have a row in it, only those of first halves a column.
-        into_q = factor * dot(only(here, dpairs).astype(dtype), k, "nn")
-        into_k = factor * dot(only(here, across).astype(dtype), q, "nn")
+        into_q = factor * dot(part.astype(dtype), k, "nn")
+        into_k = factor * dot(part_across.astype(dtype), q, "nn")
         dq, dk = dq + into_q, dk + into_k
         dlevels.append(head.q * into_q + head.k * into_k)
     dg = log_gradient(dlevels, dinto, dout, compat.tpu.roll) + dkeep
