@@ -11,8 +11,8 @@ N additions and no shuffle. What a step needs is brought into that shape through
 
 The forward pass of a gradient keeps the state that enters each block. The backward pass walks the
 blocks from the last to the first: it computes the states of one block again, keeps them in VMEM,
-and walks back. Its sums over channels (dB, dC) load the states of one lane tile as `(N, 128)`, by
-another strided load, so that they too need one shuffle a token.
+and walks back. Its sums over channels (dB, dC) load the states of a token lane tile by lane tile
+(see `States`), again by strided loads, so that they too need no shuffle but a few sums over lanes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pallas_kernels.selective_scan.config import Config
 from pallas_kernels.selective_scan.tpu_layout import (
     LANES,
     SUBLANES,
-    Halves,
     Job,
     Specs,
     Spread,
     Staged,
+    States,
     Tiles,
     Tokens,
     group_tokens,
@@ -61,10 +61,11 @@ def vmem_bytes(tiles: Tiles, states: int) -> int:
     shared = 2 * round_up(2 * states + 1, SUBLANES) * row
     per_state = 5 * states * SUBLANES * row  # A, entering state, dh_final, dA, dh_initial
     per_channel = 4 * SUBLANES * lane_tiles * row  # D, dt_bias and their gradients
-    kept = (tiles.steps + 1 + _BACKWARD_GROUP) * states * lane_tiles * row
+    kept = (tiles.steps + 1 + 2 * _BACKWARD_GROUP) * states * lane_tiles * row
     spread = tiles.steps * round_up(2 * states + 1, SUBLANES) * row
     staged = (2 * tiles.steps + 3 * _FORWARD_GROUP) * lane_tiles * row
-    return 2 * (tokens + shared + per_state + per_channel) + kept + spread + staged
+    sums = 4 * states * row
+    return 2 * (tokens + shared + per_state + per_channel) + kept + spread + staged + sums
 
 
 def choose_tiles(length: int, width: int, states: int) -> Tiles:
@@ -167,23 +168,40 @@ def _backward_kernel(refs: dict[str, Any], job: Job):
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
-    refs["dshared"][...] = jnp.zeros_like(refs["dshared"])
+    refs["sums"][...] = jnp.zeros_like(refs["sums"])
     h = [refs["boundaries"][n] for n in range(job.states)]
     for n in range(job.states):
-        refs["kept"][pl.ds(n * job.rows, job.rows), :] = h[n]
+        _kept(refs, job, 0, 0).put(n, h[n])
     again = job._replace(group=_FORWARD_GROUP)
     recompute = functools.partial(_recompute_group, refs, again)
     jax.lax.fori_loop(0, again.groups, recompute, h)
-    retreat = functools.partial(_retreat_group, refs, job)
+    at_once = _at_once(job)
+
+    def retreat(i, c):
+        for slot in range(at_once):
+            c = _retreat_group(refs, job, job.groups - 1 - (i * at_once + slot), slot, c)
+        return c
+
     c = [refs["dinitial"][n] for n in range(job.states)]
-    c = jax.lax.fori_loop(0, job.groups, lambda i, c: retreat(job.groups - 1 - i, c), c)
+    c = jax.lax.fori_loop(0, job.groups // at_once, retreat, c)
+    fold = States.fold(job)
+    parts = (refs["sums"][pl.ds(p, 2 * job.states, stride=fold), :] for p in range(fold))
+    refs["dshared"][...] = sum(parts)[:, : job.tiles.steps]
     for n in range(job.states):
         refs["dinitial"][n] = c[n]
 
 
-def _kept(job: Job, i, k: int, n: int, j: int = 0):
-    """The row of `kept` with state n of lane tile j before the k-th step of the i-th group."""
-    return (i * job.group + k) * job.states * job.rows + n * job.rows + j
+def _at_once(job: Job) -> int:
+    """Groups that a loop takes at once: the sums of one wait while the next one works.
+
+    Each has a slot of its own in what they store, or the next one would wait too.
+    """
+    return 2 if job.groups % 2 == 0 else 1
+
+
+def _kept(refs, job: Job, i, k: int) -> States:
+    """The states before the k-th step of the i-th group."""
+    return States(refs["kept"], job, (i * job.group + k) * job.states * job.rows)
 
 
 def _recompute_group(refs, job: Job, i, h):
@@ -203,7 +221,7 @@ def _recompute_group(refs, job: Job, i, h):
         flow_area.put(j, dt * tile.select(mask, at.load("x")))
 
     def keep(step, n, state):
-        refs["kept"][pl.ds(_kept(job, i, step + 1, n), job.rows), :] = state
+        _kept(refs, job, i, step + 1).put(n, state)
 
     h, y = _advance_states(refs, job, spread, dt_area, flow_area, h, with_y=gated, keep=keep)
     if gated:
@@ -216,25 +234,29 @@ def _recompute_group(refs, job: Job, i, h):
     return h
 
 
-def _retreat_group(refs, job: Job, i, c):
-    """Take the i-th group of a block backwards."""
+def _retreat_group(refs, job: Job, i, slot: int, c):
+    """Take the i-th group of a block backwards; `slot` is its place in scratch."""
     start = job.place(i) * job.group
     dt_area, flow_area = (Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
-    dy_area, dflow_area, slope_area = (Staged(refs[f"area{a}"], job) for a in range(3))
+    dy_area, dflow_area, slope_area = (
+        Staged(refs[f"area{a}"], job, slot * job.group) for a in range(3)
+    )
+    cotangents = [_cotangents(refs, job, slot, k) for k in range(job.group)]
     tiles = group_tokens(job, refs, job.place(i))
     spread = Spread(refs["spread"], job, start)
     live = spread.live()
     for j, at in enumerate(tiles):
         dy_area.put(j, _ungated(at, at.exists(live)))
-    lane = jax.lax.broadcasted_iota(jnp.int32, refs["dshared"].shape, 1) - start
-    dshared = jnp.zeros(refs["dshared"].shape, jnp.float32)
-    c, dflow, slope = _retreat_states(refs, job, spread, i, dt_area, flow_area, dy_area, c)
+    lane = jax.lax.broadcasted_iota(jnp.int32, refs["sums"].shape, 1) - start
+    sums = jnp.zeros(refs["sums"].shape, jnp.float32)
+    c, dflow, slope = _retreat_states(refs, job, spread, i, dt_area, dy_area, cotangents, c)
     for step, k in enumerate(job.order):
         dflow_area.put_token(k, dflow[k])
         slope_area.put_token(k, slope[k])
-        over_channels = _channel_sums(refs, job, i, step, k, flow_area, dy_area)
-        dshared = jnp.where(lane == k, over_channels, dshared)
-    refs["dshared"][...] += dshared
+        h = _kept(refs, job, i, step + 1)
+        over_channels = _channel_sums(cotangents[k], h, k, flow_area, dy_area)
+        sums = jnp.where(lane == k, over_channels, sums)
+    refs["sums"][...] += sums
     for j, at in enumerate(tiles):
         mask = at.exists(live)
         _token_gradients(
@@ -251,11 +273,10 @@ def _ungated(at: Tokens, mask) -> jax.Array:
     return tile.select(mask, dy)
 
 
-def _retreat_states(refs, job: Job, spread: Spread, i, dt_area, flow_area, dy_area, c):
+def _retreat_states(refs, job: Job, spread: Spread, i, dt_area, dy_area, cotangents, c):
     """A group backwards: `(c_before, d(dt x), sum_n A P)`; adds to dA, keeps G."""
     dt = [dt_area.token(k) for k in range(job.group)]
     dy = [dy_area.token(k) for k in range(job.group)]
-    halves = Halves(refs["G"], job)
     dflow: list[Any] = [None] * job.group
     slope: list[Any] = [None] * job.group
     before = []
@@ -263,8 +284,8 @@ def _retreat_states(refs, job: Job, spread: Spread, i, dt_area, flow_area, dy_ar
         A, c_n, dA = refs["A"][n], c[n], refs["dA"][n]
         for step, k in reversed([*enumerate(job.order)]):
             G = c_n + dy[k] * spread.C(k, n)
-            halves.put(k, n, G)
-            h_before = refs["kept"][pl.ds(_kept(job, i, step, n), job.rows), :]
+            cotangents[k].put(n, G)
+            h_before = _kept(refs, job, i, step).get(n)
             c_n, P = tile.retreat(G, tile.decay(dt[k], A), h_before, spread.inside(k))
             dA = dA + P * dt[k]
             to_flow, to_slope = G * spread.B(k, n), P * A
@@ -275,16 +296,18 @@ def _retreat_states(refs, job: Job, spread: Spread, i, dt_area, flow_area, dy_ar
     return before, dflow, slope
 
 
-def _channel_sums(refs, job: Job, i, step: int, k: int, flow_area, dy_area) -> jax.Array:
-    """dB and dC of token k, summed over the strip's channels: `(2 N, 1)`."""
-    N = job.states
-    halves = Halves(refs["G"], job)
+def _cotangents(refs, job: Job, slot: int, k: int) -> States:
+    """The G of token k of the group in a slot."""
+    return States(refs["G"], job, (slot * job.group + k) * job.states * job.rows)
+
+
+def _channel_sums(G: States, h: States, k: int, flow_area, dy_area) -> jax.Array:
+    """dB and dC of token k, summed over the strip's channels: `(2 N fold, 1)`."""
     dB: Any = None
     dC: Any = None
-    for j in range(job.rows):
-        G = halves.lane_tile(k, j)
-        h = refs["kept"][pl.ds(_kept(job, i, step + 1, 0, j), N, stride=job.rows), :]
-        to_B, to_C = G * flow_area.row(k, j, N), h * dy_area.row(k, j, N)
+    for j in range(G.stride):
+        to_B = G.lane_tiles(j) * G.alike(flow_area, k, j)
+        to_C = h.lane_tiles(j) * h.alike(dy_area, k, j)
         dB = to_B if dB is None else dB + to_B
         dC = to_C if dC is None else dC + to_C
     return jnp.sum(jnp.concatenate([dB, dC], axis=0), axis=1, keepdims=True)
@@ -366,12 +389,15 @@ def _operands(job: Job, specs: Specs, x, dt, A, B, C, D, gate, bias, runs) -> di
 def _scratch(job: Job, *, backward: bool) -> dict[str, int]:
     """Rows of 128 lanes of each scratch array."""
     steps = job.tiles.steps if backward else job.group
-    rows = {f"area{i}": _FORWARD_GROUP * job.rows for i in range(3 if backward else 1)}
+    # Of the backward kernel: what it recomputes, then the gradients of as many groups.
+    area = max(_FORWARD_GROUP, _at_once(job) * job.group) * job.rows
+    rows = {f"area{i}": area for i in range(3 if backward else 1)}
     rows |= {"dt_area": steps * job.rows, "flow_area": steps * job.rows}
     rows["spread"] = steps * round_up(job.shared, SUBLANES)
     if backward:
         rows["kept"] = (steps + 1) * job.states * job.rows
-        rows["G"] = job.group * job.states * job.rows
+        rows["G"] = _at_once(job) * job.group * job.states * job.rows
+        rows["sums"] = 2 * job.states * States.fold(job)
     return rows
 
 

@@ -221,29 +221,49 @@ class Staged(NamedTuple):
         return jnp.broadcast_to(row, (count, LANES))
 
 
-class Halves(NamedTuple):
-    """The G of a group's states, stored for loads of one lane tile of all of a token's states.
+class States(NamedTuple):
+    """States of a token one after the other, each `(rows, 128)`.
 
-    Four lane tiles of one state follow each other: a load with a longer stride takes two.
+    Sums over channels want a lane tile of all states at once. A load whose stride is longer than
+    four rows takes two, so if there are more, one load gets the two lane tiles `j` and
+    `j + rows / 2` of each state, in turns: `fold` of them.
     """
 
     ref: Any
     job: Job
+    first: Any = 0  # the token's first row
 
-    def _place(self, k: int, j: int) -> tuple[int, int]:
-        """First row of token k in the part with lane tile j, and that part's rows a state."""
-        count = min(_HALF, self.job.rows - j // _HALF * _HALF)
-        return (k * self.job.rows + j // _HALF * _HALF) * self.job.states, count
+    @staticmethod
+    def fold(job: Job) -> int:
+        return 2 if job.rows > _HALF and job.rows % 2 == 0 else 1
 
-    def put(self, k: int, n: int, G: jax.Array) -> None:
-        for j in range(0, self.job.rows, _HALF):
-            row, count = self._place(k, j)
-            self.ref[pl.ds(row + n * count, count), :] = G[j : j + count]
+    @property
+    def stride(self) -> int:
+        return self.job.rows // self.fold(self.job)
 
-    def lane_tile(self, k: int, j: int) -> jax.Array:
-        """`(N, 128)`."""
-        row, count = self._place(k, j)
-        return self.ref[pl.ds(row + j % _HALF, self.job.states, stride=count), :]
+    def _row(self, n: int):
+        return self.first + n * self.job.rows
+
+    def put(self, n: int, x: jax.Array) -> None:
+        self.ref[pl.ds(self._row(n), self.job.rows), :] = x
+
+    def get(self, n: int) -> jax.Array:
+        return self.ref[pl.ds(self._row(n), self.job.rows), :]
+
+    def lane_tiles(self, j: int) -> jax.Array:
+        """`(N * fold, 128)`."""
+        count = self.job.states * self.fold(self.job)
+        return self.ref[pl.ds(self._row(0) + j, count, stride=self.stride), :]
+
+    def alike(self, area: Staged, k: int, j: int) -> jax.Array:
+        """Token k of `area` in the shape of `lane_tiles(j)`."""
+        rows = [area.row(k, j + p * self.stride, SUBLANES) for p in range(self.fold(self.job))]
+        tile = rows[0]
+        if len(rows) == 2:
+            odd = jax.lax.broadcasted_iota(jnp.int32, tile.shape, 0) % 2 == 1
+            tile = jnp.where(odd, rows[1], tile)
+        count = self.job.states * self.fold(self.job)
+        return jnp.concatenate([tile] * -(-count // SUBLANES), axis=0)[:count]
 
 
 class Spread(NamedTuple):

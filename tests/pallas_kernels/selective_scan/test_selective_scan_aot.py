@@ -8,14 +8,11 @@ from pallas_kernels.selective_scan.shapes import SHAPES, case
 CASE = "pallas_kernels.selective_scan.shapes:case"
 
 
-TPU_CASES = [("v5e", shape) for shape in SHAPES]
-TPU_CASES += [("v6e", shape) for shape in ("bench", "mamba-2.8b", "mamba-790m-packed")]
-
-
-@pytest.mark.parametrize(("chip", "shape"), TPU_CASES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_compiles_for_tpu(chip, shape):
     text = aot.compile_for(chip, *case(shape, "tpu", "forward+backward")).as_text() or ""
-    assert "tpu_custom_call" in text
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
 # One of each kind: whether it compiles depends on the flags and on N, hardly on lengths.
