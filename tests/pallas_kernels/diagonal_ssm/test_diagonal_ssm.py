@@ -260,9 +260,9 @@ def test_vmap_equals_folding_into_the_batch(method):
     def mean_gradients(u, initial, ids):
         return jax.grad(loss, (0, 1, 2, 3))(u, log_a, c, initial, ids)
 
-    folded = mean_gradients(u, initial, case.ids)
+    folded = jax.jit(mean_gradients)(u, initial, case.ids)
     rows = jax.tree.map(lambda x: x.reshape(3, 2, *x.shape[1:]), (u, initial, case.ids))
-    du, dlog_a, dc, dinitial = jax.vmap(mean_gradients)(*rows)
+    du, dlog_a, dc, dinitial = jax.jit(jax.vmap(mean_gradients))(*rows)
     mapped = (du.reshape(u.shape), dlog_a.sum(0), dc.sum(0), dinitial.reshape(initial.shape))
     testing.assert_close(mapped, folded, testing.FLOAT32_TOLERANCE)
 
@@ -274,8 +274,8 @@ def test_second_order_and_forward_mode_through_the_reference():
         return jnp.sum(jnp.square(diagonal_ssm(u, log_a, c, implementation="reference")[0]))
 
     _, tangent = jax.jvp(loss, (u,), (jnp.ones_like(u),))
-    np.testing.assert_allclose(tangent, jax.grad(loss)(u).sum(), rtol=1e-4)
-    hessian = np.asarray(jax.hessian(loss)(u)).reshape(u.size, u.size)
+    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(u).sum(), rtol=1e-4)
+    hessian = np.asarray(jax.jit(jax.hessian(loss))(u)).reshape(u.size, u.size)
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-4)
     assert np.abs(hessian).max() > 1
 
