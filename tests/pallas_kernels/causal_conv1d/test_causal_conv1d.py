@@ -321,3 +321,14 @@ def test_checked_finds_bad_ids_under_jit():
     error, _ = run(x, weight, segment_ids=jnp.array([[1, 0, 1, 1, 1]] * 2, jnp.int32))
     with pytest.raises(Exception, match=r"padding .* end of a row"):
         error.throw()
+
+
+def test_sampled_positions_of_a_hundred_thousand_tokens():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 100_000, 2)).astype(np.float32)
+    weight = rng.standard_normal((4, 2)).astype(np.float32)
+    y, final = jax.jit(causal_conv1d)(x, weight)
+    for t in (0, 1, 3, 4096, 65_535, 65_536, 99_999):
+        window = np.pad(x[0], ((3, 0), (0, 0)))[t : t + 4]
+        np.testing.assert_allclose(y[0, t], (window * weight).sum(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(final, x[:, -3:])
