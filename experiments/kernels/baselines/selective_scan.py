@@ -69,9 +69,10 @@ def torch_loop(arrays: tuple[Any, ...]) -> Any:
         decay = torch.exp(dt[..., None] * A)
         written = (dt * x)[..., None] * B[:, :, None]
         read = []
-        for t in range(x.shape[1]):
-            h = decay[:, t] * h + written[:, t]
-            read.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+        # Unbound beforehand: the gradient of an index in the loop is as large as all tokens.
+        for keep, write, c in zip(*(z.unbind(1) for z in (decay, written, C)), strict=True):
+            h = keep * h + write
+            read.append(torch.einsum("bdn,bn->bd", h, c))
         y = torch.stack(read, 1) + D * x
         y.backward(dy)
         return y.detach().numpy(), tuple(z.grad.numpy() for z in given)
