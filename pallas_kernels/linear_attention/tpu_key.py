@@ -228,7 +228,8 @@ def _backward_head(step: _Step, head: _Head, v, state, do, dstate) -> _HeadGradi
     dv = dot(head.pairs(step, dtype).T.astype(dtype), do, "nn")
     dv = dv + tile.leaving(dot(head.to_state(step, dtype), dstate, "nt"), docs)
     kept = tile.kept(dstate, head.decay.keep, docs)
-    dkeep = (kept * state.astype(kept.dtype)).sum(0, keepdims=True)
+    through = tile.kept(dstate * state.astype(dstate.dtype), head.decay.keep, docs)
+    dkeep = through.sum(0, keepdims=True)
     dstate = kept + dot(_transposed(do), head.from_state(step, dtype), "nn")
 
     across, across_level, dlevels = dpairs.T, step.level.T, []

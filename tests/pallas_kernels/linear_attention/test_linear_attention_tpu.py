@@ -1,0 +1,249 @@
+"""The TPU kernels: interpreted on the host, their sums in numpy, and compiled ahead of time."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import aot, compat, segments, testing
+from pallas_kernels.linear_attention import tpu, tpu_head, tpu_key
+from pallas_kernels.linear_attention.config import Config
+from pallas_kernels.linear_attention.shapes import SHAPES, case
+from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
+
+CHUNK = 16
+CHIPS = {
+    "v5e": compat.tpu.ChipVersion.TPU_V5E,
+    "v5p": compat.tpu.ChipVersion.TPU_V5P,
+    "v6e": compat.tpu.ChipVersion.TPU_V6E,
+    "tpu7x": compat.tpu.ChipVersion.TPU_7X,
+}
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Three chunks and two blocks of heads where there are 37 tokens and two or more heads."""
+    monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
+    monkeypatch.setattr(tpu, "_HEADS", 1)
+    monkeypatch.setattr(tpu, "_HEADS_BY_KEY", 1)
+
+
+def interpreted(case, **options):
+    with testing.interpret():
+        return jax.tree.map(np.asarray, case.run("tpu", **options))
+
+
+# Each feature with each other at least once, not the full product: interpretation is slow.
+FEATURES = {
+    "groups-in-parts": {"decay": "head", "packed": True, "groups": 2, "heads": 4, "batch": 1},
+    "alone": {"decay": "head", "batch": 2},
+    "plain-packed": {"decay": None, "packed": True, "groups": 1, "heads": 2},
+    "constant": {"decay": "constant", "length": 1, "groups": 2},
+    "key-packed": {"decay": "key", "packed": True, "groups": 2},
+    "key-grouped": {"decay": "key", "batch": 1, "length": 48},
+    "key-short": {"decay": "key", "length": 2, "packed": True, "heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_kernels_equal_the_oracle(name, small):
+    case = Case(**({"length": 37} | FEATURES[name]))
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_several_groups_in_one_step(decay, monkeypatch):
+    monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
+    case = Case(length=20, batch=1, decay=decay, groups=2, heads=4, packed=True)
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_bfloat16_against_the_float32_oracle(decay, small):
+    sizes = {"key_size": 32, "value_size": 16, "batch": 1}
+    case = Case(length=64, decay=decay, dtype="bfloat16", packed=True, **sizes)
+    actual, expected = interpreted(case), case.oracle()
+    assert actual["outputs"][0].dtype == jnp.bfloat16
+    assert actual["outputs"][1].dtype == np.float32
+    assert actual["gradients"]["log_decay"].dtype == np.float32
+    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
+    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_documents_are_isolated_to_the_bit(decay, small):
+    case = Case(length=37, decay=decay, batch=1, heads=1)
+    assert_isolated(interpreted, case)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_extreme_decays(decay, small):
+    """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""
+    case = Case(length=40, decay=decay, batch=1, heads=1)
+    g = np.array(case.args["log_decay"])
+    g[:, 3::7], g[:, 5::7], g[:, 20:30] = 0.0, -1e30, -103.0
+    case = case.replaced(log_decay=jnp.asarray(g))
+    actual, expected = interpreted(case), case.oracle()
+    testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
+    np.testing.assert_array_equal(actual["gradients"]["log_decay"][:, 5::7], 0)
+
+
+def test_the_same_call_twice_is_bitwise_equal(small):
+    case = Case(length=20, decay="head", packed=True)
+    jax.tree.map(np.testing.assert_array_equal, interpreted(case), interpreted(case))
+
+
+@jax.jit
+def _run(args, ids):
+    runs = segments.runs(ids)
+    q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
+    return tpu.linear_attention(Config(5**-0.5, CHUNK), q, k, v, args["log_decay"], state, runs)
+
+
+@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
+)
+def test_any_segmentation(lengths, padding):
+    case = Case(length=37, decay="head", batch=1)
+    ids = np.repeat(np.arange(len(lengths)) + 1, lengths)[: 37 - padding]
+    case.ids = jnp.asarray(np.pad(ids, (0, 37 - len(ids)))[None], jnp.int32)
+    with testing.interpret():
+        actual = jax.tree.map(np.asarray, _run(case.args, case.ids))
+    testing.assert_close(actual, case.oracle()["outputs"], testing.FLOAT32_TOLERANCE)
+
+
+def broken_carry_not_reset(monkeypatch):
+    monkeypatch.setattr(tpu_head, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
+
+
+def broken_carry_shifted_by_one(monkeypatch):
+    own = tpu_head.own
+
+    def shifted(job):
+        heads = job.parts * job.tiles.heads
+        start = jax.lax.rem(own(job).start + 1, heads)
+        return compat.pl.ds(start, job.tiles.heads)
+
+    monkeypatch.setattr(tpu_head, "own", shifted)
+
+
+@pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
+def test_mutants_are_caught(mutant, monkeypatch, small):
+    case = Case(length=37, decay="head")
+    expected = case.oracle()["outputs"]
+    mutant(monkeypatch)
+    ids = jnp.ones((2, 37), jnp.int32)
+    with testing.interpret():
+        # A function of its own, so that nothing traced before is found again.
+        outputs = jax.jit(lambda *args: _run.__wrapped__(*args))(case.args, ids)
+        outputs = jax.tree.map(np.asarray, outputs)
+    with pytest.raises(AssertionError, match=r"not finite|>"):
+        testing.assert_close(outputs, expected, testing.FLOAT32_TOLERANCE)
+
+
+# Sums and products of decays.
+
+
+def test_sums_between_slabs():
+    g = -np.random.default_rng(0).uniform(0, 3, (2, 32)).astype(np.float32)
+    before, inside, prefix, start = tpu_head.slab_sums(jnp.asarray(g), jnp.roll)
+    for j in range(32):
+        slab, place = divmod(j, 8)
+        np.testing.assert_allclose(prefix[:, j], g[:, slab * 8 : j + 1].sum(1), rtol=1e-6)
+        np.testing.assert_allclose(start[:, j], g[:, : slab * 8].sum(1), rtol=1e-6)
+        for n in range(5):
+            np.testing.assert_allclose(before[n][:, j], g[:, j + 1 : n * 8].sum(1), rtol=1e-6)
+        for r in range(8):
+            expected = g[:, j + 1 : slab * 8 + r + 1].sum(1)
+            np.testing.assert_allclose(inside[r][:, j], expected, rtol=1e-6, err_msg=str(place))
+
+
+def test_products_up_the_tree_are_exponentials_of_sums():
+    g = -np.random.default_rng(0).uniform(0, 0.5, (64, 3)).astype(np.float32)
+    size = len(g)
+    actual = tpu_key.factors(jnp.exp(jnp.asarray(g)), 0.5, jnp.roll)
+    sums = tpu_key.chunks.by_matmul(size).up(jnp.asarray(g))
+    testing.assert_close(actual.levels, [np.exp(x) for x in sums.levels], 1e-6)
+    testing.assert_close(actual.into, 0.5 * np.exp(sums.into), 1e-6)
+    testing.assert_close((actual.out, actual.keep), (np.exp(sums.out), np.exp(sums.total)), 1e-6)
+
+
+def test_log_gradient_is_the_transpose_of_the_sums():
+    rng = np.random.default_rng(0)
+    summation = tpu_key.chunks.by_matmul(64)
+    levels = [jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(6)]
+    into, out = (jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(2))
+    zero = jnp.zeros((1, 3), jnp.float32)
+    expected = summation.down(tpu_key.chunks.Sums(levels, into, out, zero))
+    testing.assert_close(tpu_key.log_gradient(levels, into, out, jnp.roll), expected, 1e-6)
+
+
+# Memory.
+
+
+def job_of(shape):
+    decay = {"constant": "head"}.get(shape.decay, shape.decay)
+    keys, values = (-(-size // 128) * 128 for size in (shape.key_size, shape.value_size))
+    length = -(-shape.length // 128) * 128
+    sizes = (shape.batch, length, shape.groups, shape.heads, keys, values)
+    return tpu.Job(*sizes, decay, True, 1.0, jnp.dtype(shape.dtype), tpu.Tiles(128, 1))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_tiles_fit_every_generation(chip, name):
+    job = job_of(SHAPES[name])
+    tiles = tpu.choose_tiles(job)
+    job = job._replace(tiles=tiles)
+    capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
+    assert tpu.vmem_bytes(job) <= capacity // 2
+    assert job.grid[1] * job.parts * tiles.heads == job.heads
+
+
+def test_the_chooser_obeys_the_estimator(monkeypatch):
+    job = job_of(SHAPES["head-bench"])
+    roomy = tpu.choose_tiles(job)
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(job._replace(tiles=roomy)) - 1)
+    tight = tpu.choose_tiles(job)
+    assert tight.heads < roomy.heads
+    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= tpu._VMEM_BUDGET
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**20)
+    assert tpu.choose_tiles(job) is None
+
+
+def test_a_group_too_large_for_vmem_is_split(monkeypatch, small):
+    case = Case(length=20, batch=1, decay="head", heads=2)
+    monkeypatch.setattr(tpu, "choose_tiles", only_one_head_a_group)
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+def only_one_head_a_group(job):
+    return tpu.Tiles(CHUNK, 1) if job.heads == job.groups else None
+
+
+def test_a_head_too_large_for_vmem_is_refused(monkeypatch):
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**16)
+    args, ids = Case(length=9, decay="head").args, jnp.ones((2, 9), jnp.int32)
+    with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
+        jax.eval_shape(_run, args, ids)
+
+
+# Ahead of time.
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_for_tpu(chip, shape, mode):
+    compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
+    kernels = {"forward": 1, "forward+backward": 2}[mode]
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
