@@ -71,7 +71,7 @@ def test_extreme_decays_have_finite_gradients():
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_documents_are_isolated_to_the_bit(reverse):
-    case = case_of(reverse=reverse)
+    case = case_of(reverse=reverse, states=1)
     assert_isolated(functools.partial(interpreted, case), case)
 
 
