@@ -293,7 +293,11 @@ def _between(job: Job) -> dict[str, tuple[int, ...]]:
         return {}
     heads, size = _rows_shape(job)
     slab = tpu_head.SLAB
-    return {"before": (size // slab, heads, size), "inside": (slab, heads, size)}
+    return {
+        "before": (size // slab, heads, size),
+        "inside": (slab, heads, size),
+        "start": (size // slab, heads, job.value_size),
+    }
 
 
 def _struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:

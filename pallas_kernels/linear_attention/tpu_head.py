@@ -22,35 +22,25 @@ from pallas_kernels.linear_attention.tile import dot, only
 SLAB = 8  # tokens: the rows of a register
 
 
-class Lines(NamedTuple):
-    """One number a token: `across (heads, C)` and `down (C, heads)`, of one head or more."""
-
-    across: jax.Array
-    down: jax.Array
-
-    def head(self, h: int) -> Lines:
-        return Lines(self.across[h : h + 1], self.down[:, h : h + 1])
-
-
 class Decays(NamedTuple):
     """Of the heads of a step, or of one; None where nothing decays.
 
     Attributes:
       slab: `(C, heads)`, from the start of its slab up to the token and with it.
-      into: 0 where a token does not see the entering state, and scaled as outputs are.
-      out: 0 where a token is not in the leaving state.
+      into: `(heads, C)`; 0 where a token does not see the entering state, scaled as outputs are.
+      out: `(heads, C)`; 0 where a token is not in the leaving state.
       keep: `(heads, 1)`.
     """
 
     slab: jax.Array | None
-    into: Lines
-    out: Lines
+    into: jax.Array
+    out: jax.Array
     keep: jax.Array | None
 
     def head(self, h: int) -> Decays:
         slab = None if self.slab is None else self.slab[:, h : h + 1]
         keep = None if self.keep is None else self.keep[h : h + 1]
-        return Decays(slab, self.into.head(h), self.out.head(h), keep)
+        return Decays(slab, self.into[h : h + 1], self.out[h : h + 1], keep)
 
 
 class Documents(NamedTuple):
@@ -109,7 +99,7 @@ def slab_sums(g: jax.Array, roll) -> tuple[list[jax.Array], list[jax.Array], jax
 
 
 def decays(job, refs, docs: Documents | None) -> Decays:
-    """Of the heads of a step; writes what is between tokens to `refs`."""
+    """Of the heads of a step; writes what is between slabs and inside them to `refs`."""
     across = None if docs is None else docs.across
     slab = keep = None
     if job.decay is None:
@@ -120,17 +110,14 @@ def decays(job, refs, docs: Documents | None) -> Decays:
         for ref, sums in ((refs["before"], before[:-1]), (refs["inside"], inside)):
             for i, x in enumerate(sums):
                 ref[i] = jnp.exp(x)
-        into, out, slab = jnp.exp(start + prefix), jnp.exp(before[-1]), jnp.exp(prefix)
+        into, out, slab = jnp.exp(start + prefix), jnp.exp(before[-1]), jnp.exp(prefix).T
         keep = into[:, -1:]
+        starts = job.scale * jnp.exp(start)
+        for i in range(job.tiles.chunk // SLAB):
+            first = starts[:, i * SLAB : i * SLAB + 1]
+            refs["start"][i] = jnp.broadcast_to(first, refs["start"].shape[1:])
     into, out = tile.entering(job.scale * into, across), tile.leaving(out, across)
-    rows = [into, out] if slab is None else [into, out, slab]
-    columns, heads = jnp.concatenate(rows).T, into.shape[0]
-    return Decays(
-        slab=None if slab is None else columns[:, 2 * heads :],
-        into=Lines(into, columns[:, :heads]),
-        out=Lines(out, columns[:, heads : 2 * heads]),
-        keep=keep,
-    )
+    return Decays(slab, into, out, keep)
 
 
 def between(job, refs, decay: Decays, h: int) -> jax.Array | None:
@@ -138,13 +125,16 @@ def between(job, refs, decay: Decays, h: int) -> jax.Array | None:
     if decay.slab is None:
         return None
     size = job.tiles.chunk
-    shape = (size // SLAB, SLAB, size)
-    before = refs["before"][:, h : h + 1, :]
     inside = refs["inside"][:, h, :][None]
-    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, 2) >> 3
-    product = decay.slab.reshape(*shape[:2], 1) * before
+    row = jax.lax.broadcasted_iota(jnp.int32, (size // SLAB, SLAB, size), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, row.shape, 2) >> 3
+    product = _by_slab(decay.slab, refs["before"][:, h : h + 1, :])
     return jnp.where(row == column, inside, product).reshape(size, size)
+
+
+def _by_slab(slab: jax.Array, rows: jax.Array) -> jax.Array:
+    """A column `(C, 1)` times a row of each slab, `(C / 8, 1, N) -> (C / 8, 8, N)`."""
+    return slab.reshape(-1, SLAB, 1) * rows
 
 
 class _Step(NamedTuple):
@@ -207,28 +197,31 @@ def forward(job, refs) -> None:
             v = lanes(refs["v"], h, job.value_size)[...]
             state, decay = state_ref[first + h], step.decays.head(h)
             pairs = tile.times(scores, between(job, refs, decay, h))
-            o, after = _forward_head(step, decay, q, keys, v, pairs, state)
+            from_state = job.scale * dot(q, state, "nn")
+            if decay.slab is not None:
+                # The same as `decay.into` in columns, which it costs more to make.
+                into = _by_slab(decay.slab, refs["start"][:, h : h + 1, :])
+                from_state = into.reshape(from_state.shape) * dot(q, state, "nn")
+            o = dot(pairs.astype(v.dtype), v, "nn") + tile.entering(from_state, step.down)
             lanes(refs["o"], h, job.value_size)[...] = o.astype(v.dtype)
-            state_ref[first + h] = after
+            added = dot((keys * decay.out).astype(v.dtype), v, "nn")
+            state_ref[first + h] = tile.kept(state, decay.keep, step.down) + added
 
     @pl.when(chunk_ends(job))
     def _():
         refs["final"][...] = state_ref[own(job)]
 
 
-def _forward_head(step: _Step, decay: Decays, q, keys, v, pairs, state):
-    """`(o, state')`; `keys (K, C)`, `pairs` masked and scaled."""
-    from_state = tile.entering(decay.into.down * dot(q, state, "nn"), step.down)
-    o = dot(pairs.astype(v.dtype), v, "nn") + from_state
-    added = dot((keys * decay.out.across).astype(v.dtype), v, "nn")
-    return o, tile.kept(state, decay.keep, step.down) + added
-
-
 class _HeadGradients(NamedTuple):
     """Of one head in one chunk.
 
-    `dscores` is that of the unmasked `q k^T / scale`, `into` and `out` give the gradients of the
-    logarithms of `Decays.into` and `out` when summed over keys, `keep (1, 1)` that of the chunk's.
+    Attributes:
+      dscores: `(C, C)`, of the unmasked `q k^T / scale`.
+      dq, dk: `(K, C)`, what comes through the states.
+      dv: `(C, V)`.
+      dstate: `(K, V)`.
+      dg: `(1, C)`, of the log decays, but for `into` and `out`.
+      into, out: `(1, C)`, of the logarithms of `Decays`' ones.
     """
 
     dscores: jax.Array
@@ -236,8 +229,9 @@ class _HeadGradients(NamedTuple):
     dk: jax.Array
     dv: jax.Array
     dstate: jax.Array
-    keep: jax.Array
-    pairs: jax.Array | None  # (1, C), of the logarithms of the decays between tokens
+    dg: jax.Array
+    into: jax.Array
+    out: jax.Array
 
 
 def backward(job, refs) -> None:
@@ -247,32 +241,26 @@ def backward(job, refs) -> None:
     def _():
         dstate_ref[own(job)] = refs["dfinal"][...]
 
-    step = _step(job, refs)
-    into, out, more = [], [], []
+    step, each = _step(job, refs), list[_HeadGradients]()
     for group in range(job.step_groups):
         q, k = (lanes(refs[name], group, job.key_size)[...] for name in "qk")
         scores = only(step.mask, job.scale * dot(q, k, "nt"))
-        wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
-        queries, sums = wide_q.T, list[_HeadGradients]()
-        for h in heads_of(job, group):
+        across = q.astype(jnp.float32).T, k.astype(jnp.float32).T
+        heads = heads_of(job, group)
+        for h in heads:
             v, do = (lanes(refs[name], h, job.value_size)[...] for name in ("v", "do"))
             state, dstate, decay = refs["states"][h], dstate_ref[first + h], step.decays.head(h)
-            decays = between(job, refs, decay, h)
-            d = _backward_head(step, decay, decays, k, queries, v, scores, state, do, dstate)
+            pairs = between(job, refs, decay, h)
+            d = _backward_head(step, decay, pairs, across, v, scores, state, do, dstate)
             lanes(refs["dv"], h, job.value_size)[...] = d.dv.astype(v.dtype)
             dstate_ref[first + h] = d.dstate
-            sums.append(d)
-            if d.pairs is not None:
-                into.append((wide_q * d.dq).sum(1, keepdims=True))
-                out.append((wide_k * d.dk).sum(1, keepdims=True))
-                more.append(d.pairs + d.keep)
-        dscores = job.scale * only(step.mask, _total(d.dscores for d in sums))
-        dq = dot(dscores.astype(q.dtype), k, "nn") + _total(d.dq for d in sums)
-        dk = dot(dscores.T.astype(q.dtype), q, "nn") + _total(d.dk for d in sums)
-        add_up(job, refs, "dq", group, dq)
-        add_up(job, refs, "dk", group, dk)
+            each.append(d)
+        sums = [_total(d[i] for d in each[heads.start :]) for i in range(3)]
+        dscores = job.scale * only(step.mask, sums[0])
+        add_up(job, refs, "dq", group, dot(dscores.astype(q.dtype), k, "nn") + sums[1].T)
+        add_up(job, refs, "dk", group, dot(dscores.T.astype(q.dtype), q, "nn") + sums[2].T)
     if job.decay is not None:
-        _decay_gradients(refs, step, _across(into + out), more)
+        _decay_gradients(refs, step, each)
 
     @pl.when(chunk_ends(job))
     def _():
@@ -280,63 +268,52 @@ def backward(job, refs) -> None:
 
 
 def _backward_head(
-    step: _Step, decay: Decays, between, k, queries, v, scores, state, do, dstate
+    step: _Step, decay: Decays, between, across, v, scores, state, do, dstate
 ) -> _HeadGradients:
-    """See `forward`; `queries (K, C)`, `do` and `dstate` are of the output and what leaves."""
-    docs = step.down
+    """`across` are queries and keys `(K, C)`; `do` and `dstate` of the output and what leaves."""
+    docs, (q, k) = step.docs, across
     pairs = tile.times(scores, between)
     dpairs = dot(do, v, "nt")
     if docs is not None:
         dpairs = only(step.mask, dpairs)
     dscores = tile.times(dpairs, between)
-    of_pairs = None
-    if between is not None:
-        size = scores.shape[0]
-        row, column = chunks.order(size)
-        # The columns j < t of (dA * A), summed; then the rows i >= t. Nothing is subtracted.
-        before = (row < column).astype(jnp.float32).astype(v.dtype)
-        summed = dot((dscores * scores).astype(v.dtype), before, "nn")
-        of_pairs = only(step.mask, summed).sum(0, keepdims=True)
-    dq = tile.entering(decay.into.down * dot(do, state, "nt"), docs)
-    dk = tile.leaving(decay.out.down * dot(v, dstate, "nt"), docs)
-    dv = dot(pairs.T.astype(v.dtype), do, "nn")
-    dv = dv + tile.leaving(decay.out.down * dot(k, dstate, "nn"), docs)
-    kept = tile.kept(dstate, decay.keep, docs)
-    through = tile.kept(dstate * state.astype(dstate.dtype), decay.keep, docs)
+    row, column = chunks.order(scores.shape[0])
+    # The columns j < t of (dA * A), summed; then the rows i >= t. Nothing is subtracted.
+    before = (row < column).astype(jnp.float32).astype(v.dtype)
+    summed = dot((dscores * scores).astype(v.dtype), before, "nn")
+    # Transposed, so that decays and their gradients are rows.
+    dq = tile.entering(decay.into * dot(state, do, "nt"), docs and docs.across)
+    dk = tile.leaving(decay.out * dot(dstate, v, "nt"), docs and docs.across)
+    from_state = dot((k * decay.out).T.astype(v.dtype), dstate, "nn")
+    dv = dot(pairs.T.astype(v.dtype), do, "nn") + tile.leaving(from_state, step.down)
+    through = tile.kept(dstate * state.astype(dstate.dtype), decay.keep, step.down)
     keep = through.sum(0, keepdims=True).sum(1, keepdims=True)
-    dstate = kept + dot((queries * decay.into.across).astype(v.dtype), do, "nn")
-    return _HeadGradients(dscores, dq, dk, dv, dstate, keep, of_pairs)
+    return _HeadGradients(
+        dscores=dscores,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        dstate=tile.kept(dstate, decay.keep, step.down)
+        + dot((q * decay.into).astype(v.dtype), do, "nn"),
+        dg=only(step.mask, summed).sum(0, keepdims=True) + keep,
+        into=(q * dq).sum(0, keepdims=True),
+        out=(k * dk).sum(0, keepdims=True),
+    )
 
 
 def _total(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _across(columns: list[jax.Array]) -> jax.Array:
-    """Up to 64 columns `(C, 1)` as the first rows of `(64, C)`."""
-    shape = (columns[0].shape[0], 64)
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    tile = jnp.zeros(shape, jnp.float32)
-    for i, column in enumerate(columns):
-        tile = jnp.where(lane == i, column, tile)
-    return tile.T
-
-
-def _decay_gradients(refs, step: _Step, ends: jax.Array, more: list[jax.Array]) -> None:
-    """Of the log decays of a step's heads.
-
-    Args:
-      ends: rows, first those of the heads' `into`, then those of their `out`: gradients of the
-        logarithms, to be summed over later and over earlier tokens.
-      more: `(1, C)` of each head, what needs no sums.
-    """
+def _decay_gradients(refs, step: _Step, each: list[_HeadGradients]) -> None:
+    """Of the log decays of a step's heads: with sums over later tokens and over earlier ones."""
     g = refs["g"][...]
-    heads, size = g.shape
-    into, out = ends[:heads], ends[len(more) : len(more) + heads]
-    row = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0)
-    rest = jnp.zeros_like(g)
-    for h, x in enumerate(more):
-        rest = jnp.where(row == h, x, rest)
+    row, size = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0), g.shape[1]
+    rest = into = out = jnp.zeros_like(g)
+    for h, d in enumerate(each):
+        rest = jnp.where(row == h, d.dg, rest)
+        into = jnp.where(row == h, d.into, into)
+        out = jnp.where(row == h, d.out, out)
     token = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
     out = jnp.where(token >= 1, compat.tpu.roll(out, 1, 1), 0.0)
     for s in chunks.sizes(size):
