@@ -23,7 +23,7 @@ from pallas_kernels.linear_attention.config import Config
 
 _LANES, _SUBLANES = 128, 8
 _CHUNK = 128
-_HEADS, _HEADS_BY_KEY = 8, 4  # unrolled in a step
+_HEADS, _HEADS_BY_KEY = 16, 4  # unrolled in a step
 _VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
 _VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
 

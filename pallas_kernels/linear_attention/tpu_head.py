@@ -306,7 +306,7 @@ def _total(parts: Iterable[jax.Array]) -> jax.Array:
 
 
 def _decay_gradients(refs, step: _Step, each: list[_HeadGradients]) -> None:
-    """Of the log decays of a step's heads: with sums over later tokens and over earlier ones."""
+    """Of the log decays of a step's heads: sums over later tokens and over earlier ones."""
     g = refs["g"][...]
     row, size = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0), g.shape[1]
     rest = into = out = jnp.zeros_like(g)
@@ -314,12 +314,12 @@ def _decay_gradients(refs, step: _Step, each: list[_HeadGradients]) -> None:
         rest = jnp.where(row == h, d.dg, rest)
         into = jnp.where(row == h, d.into, into)
         out = jnp.where(row == h, d.out, out)
-    token = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
-    out = jnp.where(token >= 1, compat.tpu.roll(out, 1, 1), 0.0)
-    for s in chunks.sizes(size):
-        into = into + jnp.where(token < size - s, compat.tpu.roll(into, size - s, 1), 0.0)
-        out = out + jnp.where(token >= s, compat.tpu.roll(out, s, 1), 0.0)
+    token, other = chunks.order(size)
     across = None if step.docs is None else step.docs.across
+    # Tokens that see the entering state all come first, and those in the leaving one last: masks
+    # of the sums keep documents apart.
+    into = tile.entering(dot(into, (token >= other).astype(jnp.float32), "nn"), across)
+    out = tile.leaving(dot(out, (token < other).astype(jnp.float32), "nn"), across)
     refs["dg"][...] = chunks.clamp_transpose(g, into + out + rest, across)
 
 
