@@ -79,13 +79,44 @@ def log_gradient(dlevels, dinto: jax.Array, dout: jax.Array, roll) -> jax.Array:
 
 
 def _halves(x: jax.Array, s: int) -> tuple[jax.Array, jax.Array]:
-    """First and second halves of all blocks of 2s rows, `(blocks, s, K)` each."""
+    """First and second halves of all blocks of 2s rows, `(blocks, s, N)` each."""
     x = x.reshape(-1, 2, s, x.shape[1])
     return x[:, 0], x[:, 1]
 
 
 def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.stack([first, second], 1).reshape(-1, first.shape[-1])
+
+
+class _Side(NamedTuple):
+    """The rows of a level's queries, which are second halves, or of its keys, first halves.
+
+    Where halves are smaller than a slab, all rows are taken; masks of pairs do the rest.
+    """
+
+    s: int
+    second: bool
+
+    def take(self, x: jax.Array) -> jax.Array:
+        if self.s < SLAB:
+            return x
+        return _halves(x, self.s)[self.second].reshape(-1, x.shape[1])
+
+    def put(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """`x` with these rows."""
+        if self.s < SLAB:
+            return rows
+        first, second = _halves(x, self.s)
+        rows = rows.reshape(first.shape)
+        return _joined(first, rows) if self.second else _joined(rows, second)
+
+
+def _both(s: int, earlier: jax.Array, later: jax.Array) -> jax.Array:
+    """What the rows of both sides of a level give to its factors, `(C, K)`."""
+    if s < SLAB:
+        return earlier + later
+    width = earlier.shape[1]
+    return _joined(earlier.reshape(-1, s, width), later.reshape(-1, s, width))
 
 
 class _Step(NamedTuple):
@@ -120,17 +151,22 @@ class _Head(NamedTuple):
     decay: Factors
     scale: float
 
-    def sides(self, factor: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys with the factors of one level."""
-        return (self.q * factor).astype(dtype), (self.k * factor).astype(dtype)
-
     def pairs(self, step: _Step, dtype) -> jax.Array:
         """`A (C, C)`, scaled as outputs are."""
         on_diagonal = (self.q * self.k).sum(1, keepdims=True)
         pairs = only(step.level == 0, jnp.broadcast_to(on_diagonal, step.level.shape))
-        for n, factor in enumerate(self.decay.levels):
-            pairs = jnp.where(step.level > n, dot(*self.sides(factor, dtype), "nt"), pairs)
+        for n, (s, factor) in enumerate(self.levels()):
+            later, earlier = _Side(s, True), _Side(s, False)
+            q = later.take(self.q) * later.take(factor)
+            k = earlier.put(self.k, earlier.take(self.k) * earlier.take(factor))
+            met = dot(q.astype(dtype), k.astype(dtype), "nt")
+            kept = jnp.where(later.take(step.level) > n, met, later.take(pairs))
+            pairs = later.put(pairs, kept)
         return self.scale * pairs
+
+    def levels(self):
+        """Sizes of half blocks, and the factors of the pairs that part there."""
+        return zip(chunks.sizes(self.q.shape[0]), self.decay.levels, strict=True)
 
     def from_state(self, step: _Step, dtype) -> jax.Array:
         """Queries as they meet the entering state."""
@@ -235,14 +271,19 @@ def _backward_head(step: _Step, head: _Head, v, state, do, dstate) -> _HeadGradi
     across, across_level, dlevels = dpairs.T, step.level.T, []
     on_diagonal = scale * only(step.level == 0, dpairs).sum(1, keepdims=True)
     dq, dk = dq + on_diagonal * head.k, dk + on_diagonal * head.q
-    for n, factor in enumerate(head.decay.levels):
-        q, k = head.sides(factor, dtype)
-        part = scale * only(step.level == n + 1, dpairs)
-        part_across = scale * only(across_level == n + 1, across)
+    for n, (s, factor) in enumerate(head.levels()):
+        later, earlier = _Side(s, True), _Side(s, False)
+        q, k = later.take(head.q), earlier.take(head.k)
+        for_q, for_k = later.take(factor), earlier.take(factor)
+        met_q = later.put(head.q, q * for_q).astype(dtype)
+        met_k = earlier.put(head.k, k * for_k).astype(dtype)
+        part = scale * only(later.take(step.level) == n + 1, later.take(dpairs))
+        part_across = scale * only(earlier.take(across_level) == n + 1, earlier.take(across))
         # Only tokens of second halves have a row in it, only those of first halves a column.
-        into_q = factor * dot(part.astype(dtype), k, "nn")
-        into_k = factor * dot(part_across.astype(dtype), q, "nn")
-        dq, dk = dq + into_q, dk + into_k
-        dlevels.append(head.q * into_q + head.k * into_k)
+        into_q = for_q * dot(part.astype(dtype), met_k, "nn")
+        into_k = for_k * dot(part_across.astype(dtype), met_q, "nn")
+        dq = later.put(dq, later.take(dq) + into_q)
+        dk = earlier.put(dk, earlier.take(dk) + into_k)
+        dlevels.append(_both(s, k * into_k, q * into_q))
     dg = log_gradient(dlevels, dinto, dout, compat.tpu.roll) + dkeep
     return _HeadGradients(dq, dk, dv, dg, dstate)
