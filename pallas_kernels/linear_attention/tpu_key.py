@@ -170,11 +170,11 @@ class _Head(NamedTuple):
 
     def from_state(self, step: _Step, dtype) -> jax.Array:
         """Queries as they meet the entering state."""
-        return tile.entering(self.q * self.decay.into, step.docs).astype(dtype)
+        return (self.q * tile.entering(self.decay.into, step.docs)).astype(dtype)
 
     def to_state(self, step: _Step, dtype) -> jax.Array:
         """Keys as they are in the leaving state."""
-        return tile.leaving(self.k * self.decay.out, step.docs).astype(dtype)
+        return (self.k * tile.leaving(self.decay.out, step.docs)).astype(dtype)
 
 
 def _head(job, refs, step: _Step, group: int, h: int) -> _Head:
