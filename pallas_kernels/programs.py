@@ -45,8 +45,8 @@ def program(forward: Callable[..., Any], operands: tuple[Struct, ...], mode: str
         return forward, operands
     wanted = [jnp.issubdtype(x.dtype, jnp.inexact) for x in operands]
 
-    def forward_backward(*args):
-        *args, cotangent = args
+    def forward_backward(*operands_and_cotangent):
+        *args, cotangent = operands_and_cotangent
 
         def output(*inexact):
             given = iter(inexact)

@@ -16,7 +16,7 @@ dtype of q, k and v, everything else is float32 (float64 under x64).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Decay(NamedTuple):
       keep: `(1, 1)` or `(1, K)`.
     """
 
-    levels: list[jax.Array] | None
+    levels: Any  # list[jax.Array] | None, and who asks knows which
     into: jax.Array | None
     out: jax.Array | None
     keep: jax.Array | None

@@ -163,8 +163,9 @@ def _gradients(config: Config, rows: _Rows, do, state, dstate):
         if g is None:
             return dq, dk, d.dv, None
         more = tile.pairs_gradient(d.dpairs, pairs)
-        sums = (x.sum(1, keepdims=True) for x in (d.dinto, d.dout, d.dkeep))
-        return dq, dk, d.dv, tile.decay_gradient(g, None, *sums, docs, summation, more)
+        dinto, dout, dkeep = (x.sum(1, keepdims=True) for x in (d.dinto, d.dout, d.dkeep))
+        dg = tile.decay_gradient(g, None, dinto, dout, dkeep, docs, summation, more)
+        return dq, dk, d.dv, dg
 
     dq, dk, dv, dg = _heads(head, rows, jnp.moveaxis(do, 0, 2), state, dstate)
     dq, dk = (x.sum(1).astype(rows.q.dtype) for x in (dq, dk))

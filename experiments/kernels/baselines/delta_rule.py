@@ -21,7 +21,7 @@ def sequential_scan(q, k, v, beta, log_decay=None, *, initial_state=None, unroll
         log_decay = log_decay[..., None]
 
     def step(state, token):
-        q, k, v, beta, g = (None if x is None else x.astype(jnp.float32) for x in token)
+        q, k, v, beta, g = jax.tree.map(lambda x: x.astype(jnp.float32), token)
         if g is not None:
             state = jnp.exp(g)[..., None] * state
         error = v - jnp.einsum("bhk,bhkv->bhv", k, state)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def associative_scan(x, dt, A, B, C, D, *, initial_state, dt_softplus=False, reverse=False):
@@ -75,7 +76,7 @@ def torch_loop(arrays: tuple[Any, ...]) -> Any:
             read.append(torch.einsum("bdn,bn->bd", h, c))
         y = torch.stack(read, 1) + D * x
         y.backward(dy)
-        return y.detach().numpy(), tuple(z.grad.numpy() for z in given)
+        return y.detach().numpy(), tuple(np.asarray(z.grad) for z in given)
 
     return run
 
