@@ -5,7 +5,7 @@ python -m experiments.kernels.aot --family causal_conv1d --chip v5e     only the
 python -m experiments.kernels.aot --readme README.md                    rewrite the support matrix
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
-whether it compiles; on a TPU the compiler's static time and its multiple of the floor (every input
+whether it compiles; on v5e the compiler's static time and its multiple of the floor (every input
 and output once); on a GPU what ptxas says of registers and spills. On "cpu" the portable path
 runs, on zeros and at most 512 tokens. Compiled ahead of time is not run: no cell here needs a TPU
 or a GPU. Cells are written as they come and kept; a cell is done again when the sources of its
@@ -205,9 +205,20 @@ def _answers(family: str, chip: str, keys: list[Key]) -> Iterator[Any]:
         return (_run_here(family, key) for key in keys)
     if reason := aot.missing(chip):
         return (ImportError(reason) for _ in keys)
+    if chip in aot.TPUS and chip != ESTIMATED:
+        return (_compile_here(family, key) for key in keys)
     implementation = "tpu" if chip in aot.TPUS else "gpu"
     arguments = [[key.shape, implementation, key.mode] for key in keys]
     return aot.each(chip, f"pallas_kernels.{family}.shapes:case", arguments)
+
+
+def _compile_here(family: str, key: Key) -> Exception:
+    """Whether it compiles: a static cost takes the compiler minutes."""
+    try:
+        aot.compile_for(key.chip, *_shapes(family).case(key.shape, "tpu", key.mode))
+    except Exception as error:
+        return RuntimeError(str(error))
+    return ValueError(f"compiled; the static cost is read for {ESTIMATED} only")
 
 
 def _run_here(family: str, key: Key) -> Exception | None:
