@@ -29,18 +29,21 @@ class Decays(NamedTuple):
       slab: `(C, heads)`, from the start of its slab up to the token and with it.
       into: `(heads, C)`; 0 where a token does not see the entering state, scaled as outputs are.
       out: `(heads, C)`; 0 where a token is not in the leaving state.
+      out_down: the same `(C, heads)`.
       keep: `(heads, 1)`.
     """
 
     slab: jax.Array | None
     into: jax.Array
     out: jax.Array
+    out_down: jax.Array
     keep: jax.Array | None
 
     def head(self, h: int) -> Decays:
         slab = None if self.slab is None else self.slab[:, h : h + 1]
         keep = None if self.keep is None else self.keep[h : h + 1]
-        return Decays(slab, self.into[h : h + 1], self.out[h : h + 1], keep)
+        out_down = self.out_down[:, h : h + 1]
+        return Decays(slab, self.into[h : h + 1], self.out[h : h + 1], out_down, keep)
 
 
 class Documents(NamedTuple):
@@ -117,7 +120,7 @@ def decays(job, refs, docs: Documents | None) -> Decays:
             first = starts[:, i * SLAB : i * SLAB + 1]
             refs["start"][i] = jnp.broadcast_to(first, refs["start"].shape[1:])
     into, out = tile.entering(job.scale * into, across), tile.leaving(out, across)
-    return Decays(slab, into, out, keep)
+    return Decays(slab, into, out, out.T, keep)
 
 
 def between(job, refs, decay: Decays, h: int) -> jax.Array | None:
@@ -251,7 +254,7 @@ def backward(job, refs) -> None:
             v, do = (lanes(refs[name], h, job.value_size)[...] for name in ("v", "do"))
             state, dstate, decay = refs["states"][h], dstate_ref[first + h], step.decays.head(h)
             pairs = between(job, refs, decay, h)
-            d = _backward_head(step, decay, pairs, across, v, scores, state, do, dstate)
+            d = _backward_head(step, decay, pairs, across, k, v, scores, state, do, dstate)
             lanes(refs["dv"], h, job.value_size)[...] = d.dv.astype(v.dtype)
             dstate_ref[first + h] = d.dstate
             each.append(d)
@@ -268,9 +271,11 @@ def backward(job, refs) -> None:
 
 
 def _backward_head(
-    step: _Step, decay: Decays, between, across, v, scores, state, do, dstate
+    step: _Step, decay: Decays, between, across, keys, v, scores, state, do, dstate
 ) -> _HeadGradients:
-    """`across` are queries and keys `(K, C)`; `do` and `dstate` of the output and what leaves."""
+    """`across` are queries and keys `(K, C)`, `keys` as they came; `do` and `dstate` the cotangents
+    of the output and of the state that leaves.
+    """
     docs, (q, k) = step.docs, across
     pairs = tile.times(scores, between)
     dpairs = dot(do, v, "nt")
@@ -284,7 +289,7 @@ def _backward_head(
     # Transposed, so that decays and their gradients are rows.
     dq = tile.entering(decay.into * dot(state, do, "nt"), docs and docs.across)
     dk = tile.leaving(decay.out * dot(dstate, v, "nt"), docs and docs.across)
-    from_state = dot((k * decay.out).T.astype(v.dtype), dstate, "nn")
+    from_state = decay.out_down * dot(keys, dstate, "nn")
     dv = dot(pairs.T.astype(v.dtype), do, "nn") + tile.leaving(from_state, step.down)
     through = tile.kept(dstate * state.astype(dstate.dtype), decay.keep, step.down)
     keep = through.sum(0, keepdims=True).sum(1, keepdims=True)

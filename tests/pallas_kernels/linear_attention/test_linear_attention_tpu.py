@@ -44,12 +44,10 @@ def interpreted(case, **options):
 # Each feature with each other at least once, not the full product: interpretation is slow.
 FEATURES = {
     "groups-in-parts": {"decay": "head", "packed": True, "groups": 2, "heads": 4, "batch": 1},
-    "alone": {"decay": "head", "batch": 2},
-    "plain-packed": {"decay": None, "packed": True, "groups": 1, "heads": 2},
-    "constant": {"decay": "constant", "length": 1, "groups": 2},
+    "alone": {"decay": "head", "groups": 2},
+    "plain-packed": {"decay": None, "packed": True, "groups": 1, "length": 20},
     "key-packed": {"decay": "key", "packed": True, "groups": 2},
     "key-grouped": {"decay": "key", "batch": 1, "length": 48},
-    "key-short": {"decay": "key", "length": 2, "packed": True, "heads": 1},
 }
 
 
@@ -59,16 +57,15 @@ def test_kernels_equal_the_oracle(name, small):
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("decay", ["head", "key"])
-def test_several_groups_in_one_step(decay, monkeypatch):
+def test_several_groups_in_one_step(monkeypatch):
     monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
-    case = Case(length=20, batch=1, decay=decay, groups=2, heads=4, packed=True)
+    case = Case(length=1, batch=1, decay="constant", groups=2, heads=4, packed=True)
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_bfloat16_against_the_float32_oracle(decay, small):
-    sizes = {"key_size": 32, "value_size": 16, "batch": 1}
+    sizes = {"key_size": 32, "value_size": 16, "batch": 1, "heads": 1}
     case = Case(length=64, decay=decay, dtype="bfloat16", packed=True, **sizes)
     actual, expected = interpreted(case), case.oracle()
     assert actual["outputs"][0].dtype == jnp.bfloat16
@@ -96,11 +93,6 @@ def test_extreme_decays(decay, small):
     np.testing.assert_array_equal(actual["gradients"]["log_decay"][:, 5::7], 0)
 
 
-def test_the_same_call_twice_is_bitwise_equal(small):
-    case = Case(length=20, decay="head", packed=True)
-    jax.tree.map(np.testing.assert_array_equal, interpreted(case), interpreted(case))
-
-
 @jax.jit
 def _run(args, ids):
     runs = segments.runs(ids)
@@ -108,7 +100,14 @@ def _run(args, ids):
     return tpu.linear_attention(Config(5**-0.5, CHUNK), q, k, v, args["log_decay"], state, runs)
 
 
-@hypothesis.settings(max_examples=6, deadline=None)
+def test_the_same_call_twice_is_bitwise_equal():
+    case = Case(length=37, decay="head", batch=1, packed=True)
+    with testing.interpret():
+        once, twice = (jax.tree.map(np.asarray, _run(case.args, case.ids)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+
+
+@hypothesis.settings(max_examples=4, deadline=None)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
 )
