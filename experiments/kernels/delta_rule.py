@@ -1,7 +1,6 @@
 """What is measured of the delta rule, and what it has to reach."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import delta_rule as baselines
+from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
-from experiments.kernels.timing import medians, milliseconds
+from experiments.kernels.timing import medians
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape, program
 from pallas_kernels.programs import MODES, named
@@ -78,21 +78,13 @@ def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
 
 def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
     """The same number of tokens as rows of different lengths."""
-    compiled = {}
-    for length in lengths:
-        batch = shape.batch * shape.length // length
-        chosen = dataclasses.replace(shape, batch=batch, length=length)
-        fn = jax.jit(program(delta_rule, chosen, BOTH)[0])
-        compiled[f"{batch} x {length} ms"] = functools.partial(fn, *arguments(chosen))
-    figures = milliseconds(compiled, (), repetitions)
-    return Result(
-        case=f"{BOTH}, equal tokens",
-        device=jax.devices()[0].device_kind,
-        kind=results.TIMED,
-        shape=describe(shape),
-        figures=figures,
-        ratios={"the fastest length": max(figures.values()) / min(figures.values())},
-        targets={"the fastest length": Target("at most", 1.2)},
+    return equal_tokens(
+        shape,
+        lengths,
+        repetitions,
+        program=lambda chosen: program(delta_rule, chosen, BOTH)[0],
+        arguments=arguments,
+        description=describe(shape),
     )
 
 

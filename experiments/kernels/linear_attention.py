@@ -1,7 +1,6 @@
 """What is measured of linear attention, and what it has to reach."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import linear_attention as baselines
+from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
-from experiments.kernels.timing import medians, milliseconds
+from experiments.kernels.timing import medians
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention.shapes import Shape, named, program
 from pallas_kernels.programs import MODES
@@ -20,7 +20,6 @@ from pallas_kernels.programs import MODES
 BOTH = "forward+backward"
 CASE = "pallas_kernels.linear_attention.shapes:case"
 TENFOLD = {"scan": Target("at least", 10.0)}
-FLAT = {"the fastest length": Target("at most", 1.2)}
 # Multiples of the floor. With documents and a state 1.3 times as much.
 STATIC_TARGETS = {"forward": 4.0, BOTH: 6.0}
 BENCH = ("head-bench", "head-bench-packed", "key-bench", "key-bench-packed")
@@ -66,21 +65,13 @@ def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
 
 def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
     """The same number of tokens as rows of different lengths."""
-    compiled = {}
-    for length in lengths:
-        batch = shape.batch * shape.length // length
-        chosen = dataclasses.replace(shape, batch=batch, length=length)
-        fn = jax.jit(program(linear_attention, chosen, BOTH)[0])
-        compiled[f"{batch} x {length} ms"] = functools.partial(fn, *arguments(chosen))
-    figures = milliseconds(compiled, (), repetitions)
-    return Result(
-        case=f"{BOTH}, equal tokens",
-        device=jax.devices()[0].device_kind,
-        kind=results.TIMED,
-        shape=describe(shape),
-        figures=figures,
-        ratios={"the fastest length": max(figures.values()) / min(figures.values())},
-        targets=FLAT,
+    return equal_tokens(
+        shape,
+        lengths,
+        repetitions,
+        program=lambda chosen: program(linear_attention, chosen, BOTH)[0],
+        arguments=arguments,
+        description=describe(shape),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import selective_scan as baselines
+from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import check_equal, medians, milliseconds
 from pallas_kernels import selective_scan
@@ -89,22 +90,13 @@ def temporary_bytes(fn: Any, args: tuple[Any, ...]) -> float:
 
 def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
     """The same number of tokens as rows of different lengths."""
-    compiled = {}
-    for length in lengths:
-        batch = shape.batch * shape.length // length
-        chosen = dataclasses.replace(shape, batch=batch, length=length)
-        fn = jax.jit(program(selective_scan, chosen, BOTH)[0])
-        compiled[f"{batch} x {length} ms"] = functools.partial(fn, *arguments(chosen))
-    figures = milliseconds(compiled, (), repetitions)
-    ratio = max(figures.values()) / min(figures.values())
-    return Result(
-        case=f"{BOTH}, equal tokens",
-        device=jax.devices()[0].device_kind,
-        kind=results.TIMED,
-        shape=describe(shape),
-        figures=figures,
-        ratios={"the fastest length": ratio},
-        targets={"the fastest length": Target("at most", 1.2)},
+    return equal_tokens(
+        shape,
+        lengths,
+        repetitions,
+        program=lambda chosen: program(selective_scan, chosen, BOTH)[0],
+        arguments=arguments,
+        description=describe(shape),
     )
 
 
