@@ -25,6 +25,15 @@ def named(shapes: Mapping[str, _Shape], name: str) -> _Shape:
     return shapes[name]
 
 
+def chosen(shapes: Mapping[str, Any], shape: Any, scale: str) -> Any:
+    """The shape that a family's `case` is asked for: a name of `shapes`, or a shape of your own.
+
+    Its length is multiplied by `scale`, a string so that a command line can give it.
+    """
+    found = named(shapes, shape) if isinstance(shape, str) else shape
+    return found if float(scale) == 1 else found.scaled(float(scale))
+
+
 def program(forward: Callable[..., Any], operands: tuple[Struct, ...], mode: str) -> Program:
     """`(fn, operands)`: an op as one program, to jit and measure.
 

@@ -130,9 +130,7 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `causal_conv1d` refuses.
     """
-    chosen = named(shape) if isinstance(shape, str) else shape
-    if float(scale) != 1:
-        chosen = chosen.scaled(float(scale))
+    chosen = programs.chosen(SHAPES, shape, scale)
     conv = functools.partial(causal_conv1d, implementation=implementation)
     fn, operands = program(conv, chosen, mode)
     return fn, *operands

@@ -129,9 +129,7 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `delta_rule` refuses.
     """
-    chosen = programs.named(SHAPES, shape) if isinstance(shape, str) else shape
-    if float(scale) != 1:
-        chosen = chosen.scaled(float(scale))
+    chosen = programs.chosen(SHAPES, shape, scale)
     op = functools.partial(delta_rule, implementation=implementation)
     fn, operands = program(op, chosen, mode)
     return fn, *operands

@@ -114,8 +114,6 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `diagonal_ssm` refuses.
     """
-    chosen = named(shape) if isinstance(shape, str) else shape
-    if float(scale) != 1:
-        chosen = chosen.scaled(float(scale))
+    chosen = programs.chosen(SHAPES, shape, scale)
     op = functools.partial(diagonal_ssm, implementation=implementation)
     return programs.as_pairs(*program(op, chosen, mode))

@@ -127,9 +127,7 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `linear_attention` refuses.
     """
-    chosen = named(shape) if isinstance(shape, str) else shape
-    if float(scale) != 1:
-        chosen = chosen.scaled(float(scale))
+    chosen = programs.chosen(SHAPES, shape, scale)
     op = functools.partial(linear_attention, implementation=implementation)
     fn, operands = program(op, chosen, mode)
     return fn, *operands

@@ -132,8 +132,6 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `linear_scan` refuses.
     """
-    chosen = named(shape) if isinstance(shape, str) else shape
-    if float(scale) != 1:
-        chosen = chosen.scaled(float(scale))
+    chosen = programs.chosen(SHAPES, shape, scale)
     scan = functools.partial(linear_scan, implementation=implementation)
     return programs.as_pairs(*program(scan, chosen, mode))

@@ -116,9 +116,7 @@ def case(
     Raises:
       ValueError: unknown shape or mode, or what `selective_scan` refuses.
     """
-    chosen = programs.named(SHAPES, shape) if isinstance(shape, str) else shape
-    if float(scale) != 1:
-        chosen = chosen.scaled(float(scale))
+    chosen = programs.chosen(SHAPES, shape, scale)
     scan = functools.partial(selective_scan, implementation=implementation)
     fn, operands = program(scan, chosen, mode)
     return fn, *operands
