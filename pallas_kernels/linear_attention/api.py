@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.linear_attention import reference, tpu, xla
+from pallas_kernels.linear_attention import gpu, reference, tpu, xla
 from pallas_kernels.linear_attention.config import Config
 
 _OP = "linear_attention"
@@ -82,10 +82,11 @@ def linear_attention(
             "reference": functools.partial(reference.linear_attention, config),
             "xla": functools.partial(xla.linear_attention, config),
             "tpu": functools.partial(tpu.linear_attention, config),
+            "gpu": functools.partial(gpu.linear_attention, config),
         },
         *arrays,
         requested=implementation,
-        refusals=_refusals(q, v),
+        refusals=_refusals(q, v, log_decay),
     )
     return checkpoint_name(o, _OP), checkpoint_name(final_state, f"{_OP}_state")
 
@@ -135,11 +136,10 @@ def _validate_decay(log_decay, full: tuple[int, ...], wide: str, v) -> None:
     validate.at_most_zero(_OP, "log_decay", log_decay)
 
 
-def _refusals(q: Any, v: Any) -> dict[str, str]:
-    reasons = {}
+def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
     if v.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
-        reasons = {"tpu": wide, "gpu": wide}
-    if max(q.size, v.size) >= 2**31:
-        reasons.setdefault("gpu", f"v has {v.size} elements, its addresses hold 2**31")
-    return reasons
+        return {"tpu": wide, "gpu": wide}
+    if (largest := gpu.largest_array(q, v, log_decay)) >= 2**31:
+        return {"gpu": f"an array of {largest} elements, its addresses hold 2**31"}
+    return {}
