@@ -1,0 +1,138 @@
+"""The forward kernels on a GPU (Triton lowering).
+
+1. `prepare`, all chunks at once: what tokens of a chunk have in common, the inverse that corrects
+   their values, and the decays to the chunk's ends.
+2. `walk`, a program for some values of a head, from chunk to chunk: the corrected values, and the
+   state that enters each chunk.
+3. `read`, all chunks at once: the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import chunks
+from pallas_kernels.chunks import Documents, Sums
+from pallas_kernels.chunks_gpu import BY_HALVES, PairSums, Row, Span, pair_sums
+from pallas_kernels.compat import pl
+from pallas_kernels.delta_rule.gpu_tile import (
+    Chunk,
+    Job,
+    block,
+    broken,
+    dot,
+    each_block,
+    inverse,
+    unit_product,
+)
+from pallas_kernels.delta_rule.tile import finite
+from pallas_kernels.linear_attention import tile as attention
+from pallas_kernels.linear_attention.tile import entering, kept, leaving, only, times
+
+
+def masks(size: int, docs: Documents | None) -> tuple[jax.Array, jax.Array]:
+    """The pairs of which queries know, and those of which keys know."""
+    row, column = chunks.order(size)
+    return chunks.within(row >= column, docs), chunks.within(row > column, docs)
+
+
+def head_sums(chunk: Chunk) -> PairSums:
+    """Of the log decays of a head, which are clamped already."""
+    g = chunk.column("g")
+    return pair_sums(g, g.reshape(1, chunk.job.chunk))
+
+
+def key_sums(chunk: Chunk, keys: Span, docs: Documents | None) -> Sums:
+    g = chunk.of_head("g", keys).astype(jnp.float32)
+    return BY_HALVES.up(chunks.clamp(g, docs))
+
+
+def prepare(job: Job, refs: Mapping[str, Any]) -> None:
+    """Of each chunk and head, `(chunks, B, H)`: the squares `pairs`, `inverse` and, if they are
+    asked for, `keys`; and `into` and `out` where anything decays.
+    """
+    chunk = Chunk(job, Row(refs, pl.program_id(1)), pl.program_id(2), pl.program_id(0))
+    docs = chunk.documents()
+
+    def some_keys(n, carry):
+        lanes = block(n, job.keys)
+        q, k = (chunk.of_group(name, lanes) for name in ("q", "k"))
+        if job.decay == "key":
+            sums = key_sums(chunk, lanes, docs)
+            chunk.put("into", jnp.exp(sums.into), lanes)
+            chunk.put("out", jnp.exp(sums.out), lanes)
+            more = tuple(attention.pairs_by_key(x, k, sums.levels, docs) for x in (q, k))
+        else:
+            more = (dot(q, k, "nt"), dot(k, k, "nt"))
+        return tuple(x + y for x, y in zip(carry, more, strict=True))
+
+    zero = jnp.zeros((job.chunk, job.chunk), jnp.float32)
+    queries, keys = each_block(job.key_blocks, some_keys, (zero, zero))
+    causal, earlier = masks(job.chunk, docs)
+    if job.decay == "head":
+        head = head_sums(chunk)
+        chunk.put_column("into", jnp.exp(head.into))
+        chunk.put_column("out", jnp.exp(head.out))
+        between = only(causal, jnp.exp(head.between))
+        queries, keys = queries * between, keys * between
+    queries, keys = only(causal, queries), only(earlier, keys)
+    chunk.put_square("pairs", queries)
+    chunk.put_square("inverse", inverse(chunk.column("beta") * keys, docs))
+    if "keys" in refs:
+        chunk.put_square("keys", keys)
+
+
+def walk(job: Job, refs: Mapping[str, Any]) -> None:
+    """Of some values of a head, `(values, B, H)`: `corrected` and `states`; and `final`."""
+    row, head = Row(refs, pl.program_id(1)), pl.program_id(2)
+    keys, values = Span(0, job.all_keys), block(pl.program_id(0), job.walked)
+
+    def step(index, state):
+        chunk = Chunk(job, row, head, index)
+        docs = chunk.documents()
+        chunk.put_state("states", state, keys, values)
+        k = chunk.of_group("k", keys)
+        held = dot(times(k, chunk.factor("into", keys)).astype(k.dtype), state.astype(k.dtype))
+        error = chunk.of_head("v", values).astype(jnp.float32) - entering(held, docs)
+        solved = unit_product(chunk.square("inverse"), chunk.column("beta") * error, docs)
+        written = broken(solved, docs).astype(k.dtype)
+        chunk.put("corrected", written, values)
+        keys_out = times(k, chunk.factor("out", keys)).astype(k.dtype)
+        added = dot(keys_out, leaving(written, docs), "tn")
+        return kept(state, chunk.keep(keys), docs) + added
+
+    state = row.load("initial", head, keys, values)
+    state = jax.lax.fori_loop(0, job.chunks, step, state)
+    row.store("final", state, head, keys, values)
+
+
+def from_state(chunk: Chunk, name: str, values: Span) -> jax.Array:
+    """What queries ("q") or keys ("k") read of the state that enters, `(C, values)`."""
+    job = chunk.job
+
+    def some_keys(n, total):
+        keys = block(n, job.keys)
+        x = chunk.of_group(name, keys)
+        x = times(x, chunk.factor("into", keys)).astype(x.dtype)
+        return total + dot(x, chunk.state("states", keys, values))
+
+    zero = jnp.zeros((job.chunk, values.size), jnp.float32)
+    return each_block(job.key_blocks, some_keys, zero)
+
+
+def read(job: Job, refs: Mapping[str, Any]) -> None:
+    """Of each chunk and some values, `(chunks, B, H * values)`: `o`."""
+    head = jax.lax.div(pl.program_id(2), jnp.int32(job.value_blocks))
+    values = block(pl.program_id(2) - head * job.value_blocks, job.values)
+    chunk = Chunk(job, Row(refs, pl.program_id(1)), head, pl.program_id(0))
+    docs = chunk.documents()
+    o = entering(from_state(chunk, "q", values), docs)
+    written = chunk.of_head("corrected", values)
+    o = job.scale * (o + dot(chunk.square("pairs"), finite(written, docs)))
+    if docs is not None:
+        o = only(docs.real, jnp.where(jnp.abs(written) < jnp.inf, o, jnp.nan))
+    chunk.put("o", o, values)
