@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.delta_rule import reference, xla
+from pallas_kernels.delta_rule import gpu, reference, tpu, xla
 from pallas_kernels.delta_rule.config import Config
 
 _OP = "delta_rule"
@@ -84,7 +84,7 @@ def delta_rule(
     if length == 1 and implementation is None:
         implementation = "xla"  # decoding: one step needs no kernel
     config = Config(float(q.shape[3] ** -0.5 if scale is None else scale))
-    implementations = {"reference": reference, "xla": xla}
+    implementations = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
     o, final_state = dispatch.run(
         _OP,
         {
@@ -93,7 +93,7 @@ def delta_rule(
         },
         *compat.vary_alike(q, k, v, beta, log_decay, initial_state, runs),
         requested=implementation,
-        refusals=_refusals(q, v),
+        refusals=_refusals(q, v, log_decay),
     )
     return checkpoint_name(o, _OP), checkpoint_name(final_state, f"{_OP}_state")
 
@@ -138,11 +138,11 @@ def _validate(q, k, v, beta, log_decay, initial_state, segment_ids) -> Any:
     return jnp.dtype(wide)
 
 
-def _refusals(q: Any, v: Any) -> dict[str, str]:
+def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
     reasons = {}
     if v.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
         reasons = {"tpu": wide, "gpu": wide}
-    if max(q.size, v.size) >= 2**31:
-        reasons.setdefault("gpu", f"v has {v.size} elements, its addresses hold 2**31")
+    elif (largest := gpu.largest_array(q, v, log_decay)) >= 2**31:
+        reasons["gpu"] = f"an array has {largest} elements, its addresses hold 2**31"
     return reasons

@@ -8,8 +8,8 @@ operand of a matmul is transposed a head at a time but the pairs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,7 @@ from pallas_kernels import chunks, compat
 from pallas_kernels.compat import pl
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention.tile import dot, only
-
-SLAB = 8  # tokens: the rows of a register
+from pallas_kernels.tpu_heads import SLAB, rows_shape
 
 
 class Decays(NamedTuple):
@@ -106,7 +105,7 @@ def decays(job, refs, docs: Documents | None) -> Decays:
     across = None if docs is None else docs.across
     slab = keep = None
     if job.decay is None:
-        into = out = jnp.ones((SLAB, job.tiles.chunk), jnp.float32)
+        into = out = jnp.ones(rows_shape(job), jnp.float32)
     else:
         g = chunks.clamp(refs["g"][...], across)
         before, inside, prefix, start = slab_sums(g, compat.tpu.roll)
@@ -131,11 +130,11 @@ def between(job, refs, decay: Decays, h: int) -> jax.Array | None:
     inside = refs["inside"][:, h, :][None]
     row = jax.lax.broadcasted_iota(jnp.int32, (size // SLAB, SLAB, size), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, row.shape, 2) >> 3
-    product = _by_slab(decay.slab, refs["before"][:, h : h + 1, :])
+    product = by_slab(decay.slab, refs["before"][:, h : h + 1, :])
     return jnp.where(row == column, inside, product).reshape(size, size)
 
 
-def _by_slab(slab: jax.Array, rows: jax.Array) -> jax.Array:
+def by_slab(slab: jax.Array, rows: jax.Array) -> jax.Array:
     """A column `(C, 1)` times a row of each slab, `(C / 8, 1, N) -> (C / 8, 8, N)`."""
     return slab.reshape(-1, SLAB, 1) * rows
 
@@ -203,7 +202,7 @@ def forward(job, refs) -> None:
             from_state = job.scale * dot(q, state, "nn")
             if decay.slab is not None:
                 # The same as `decay.into` in columns, which it costs more to make.
-                into = _by_slab(decay.slab, refs["start"][:, h : h + 1, :])
+                into = by_slab(decay.slab, refs["start"][:, h : h + 1, :])
                 from_state = into.reshape(from_state.shape) * dot(q, state, "nn")
             o = dot(pairs.astype(v.dtype), v, "nn") + tile.entering(from_state, step.down)
             lanes(refs["o"], h, job.value_size)[...] = o.astype(v.dtype)
@@ -258,12 +257,12 @@ def backward(job, refs) -> None:
             lanes(refs["dv"], h, job.value_size)[...] = d.dv.astype(v.dtype)
             dstate_ref[first + h] = d.dstate
             each.append(d)
-        sums = [_total(d[i] for d in each[heads.start :]) for i in range(3)]
+        sums = [total(d[i] for d in each[heads.start :]) for i in range(3)]
         dscores = job.scale * only(step.mask, sums[0])
         add_up(job, refs, "dq", group, dot(dscores.astype(q.dtype), k, "nn") + sums[1].T)
         add_up(job, refs, "dk", group, dot(dscores.T.astype(q.dtype), q, "nn") + sums[2].T)
     if job.decay is not None:
-        _decay_gradients(refs, step, each)
+        decay_gradients(refs, step.docs, each)
 
     @pl.when(chunk_ends(job))
     def _():
@@ -306,12 +305,15 @@ def _backward_head(
     )
 
 
-def _total(parts: Iterable[jax.Array]) -> jax.Array:
+def total(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _decay_gradients(refs, step: _Step, each: list[_HeadGradients]) -> None:
-    """Of the log decays of a step's heads: sums over later tokens and over earlier ones."""
+def decay_gradients(refs, docs: Documents | None, each: Sequence[Any]) -> None:
+    """Of the log decays of a step's heads: sums over later tokens and over earlier ones.
+
+    `each` head has the `dg`, `into` and `out` of `_HeadGradients`.
+    """
     g = refs["g"][...]
     row, size = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0), g.shape[1]
     rest = into = out = jnp.zeros_like(g)
@@ -320,7 +322,7 @@ def _decay_gradients(refs, step: _Step, each: list[_HeadGradients]) -> None:
         into = jnp.where(row == h, d.into, into)
         out = jnp.where(row == h, d.out, out)
     token, other = chunks.order(size)
-    across = None if step.docs is None else step.docs.across
+    across = None if docs is None else docs.across
     # Tokens that see the entering state all come first, and those in the leaving one last: masks
     # of the sums keep documents apart.
     into = tile.entering(dot(into, (token >= other).astype(jnp.float32), "nn"), across)

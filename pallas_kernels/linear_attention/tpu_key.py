@@ -26,8 +26,7 @@ from pallas_kernels.linear_attention.tpu_head import (
     lanes,
     own,
 )
-
-SLAB = 8  # tokens: the rows of a register
+from pallas_kernels.tpu_heads import SLAB
 
 
 class Factors(NamedTuple):
@@ -119,7 +118,7 @@ def _both(s: int, earlier: jax.Array, later: jax.Array) -> jax.Array:
     return _joined(earlier.reshape(-1, s, width), later.reshape(-1, s, width))
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What all heads of a step share.
 
     Attributes:
@@ -133,17 +132,17 @@ class _Step(NamedTuple):
     level: jax.Array
 
 
-def _step(job, refs) -> _Step:
+def step_of(job, refs) -> Step:
     docs, size = None, job.tiles.chunk
     if job.segmented:
         docs = chunks.documents(*(refs[name][...] for name in ("column", "row", "entering_run")))
     row, column = chunks.order(size)
     level = sum(((row ^ column) >= s).astype(jnp.int32) for s in chunks.sizes(size))
     mask = tile.causal(size, docs)
-    return _Step(docs, mask, jnp.where(mask, level, -1))
+    return Step(docs, mask, jnp.where(mask, level, -1))
 
 
-class _Head(NamedTuple):
+class Head(NamedTuple):
     """One head in one chunk, wide."""
 
     q: jax.Array
@@ -151,7 +150,7 @@ class _Head(NamedTuple):
     decay: Factors
     scale: float
 
-    def pairs(self, step: _Step, dtype) -> jax.Array:
+    def pairs(self, step: Step, dtype) -> jax.Array:
         """`A (C, C)`, scaled as outputs are."""
         on_diagonal = (self.q * self.k).sum(1, keepdims=True)
         pairs = only(step.level == 0, jnp.broadcast_to(on_diagonal, step.level.shape))
@@ -164,24 +163,45 @@ class _Head(NamedTuple):
             pairs = later.put(pairs, kept)
         return self.scale * pairs
 
+    def pairs_gradients(self, step: Step, dpairs, dtype):
+        """`(dq, dk, dlevels)` from the gradient of `pairs`; `dlevels` of the logarithms."""
+        across, across_level, dlevels = dpairs.T, step.level.T, []
+        on_diagonal = self.scale * only(step.level == 0, dpairs).sum(1, keepdims=True)
+        dq, dk = on_diagonal * self.k, on_diagonal * self.q
+        for n, (s, factor) in enumerate(self.levels()):
+            later, earlier = _Side(s, True), _Side(s, False)
+            q, k = later.take(self.q), earlier.take(self.k)
+            for_q, for_k = later.take(factor), earlier.take(factor)
+            met_q = later.put(self.q, q * for_q).astype(dtype)
+            met_k = earlier.put(self.k, k * for_k).astype(dtype)
+            part = self.scale * only(later.take(step.level) == n + 1, later.take(dpairs))
+            part_across = only(earlier.take(across_level) == n + 1, earlier.take(across))
+            # Only tokens of second halves have a row in it, only those of first halves a column.
+            into_q = for_q * dot(part.astype(dtype), met_k, "nn")
+            into_k = for_k * dot((self.scale * part_across).astype(dtype), met_q, "nn")
+            dq = later.put(dq, later.take(dq) + into_q)
+            dk = earlier.put(dk, earlier.take(dk) + into_k)
+            dlevels.append(_both(s, k * into_k, q * into_q))
+        return dq, dk, dlevels
+
     def levels(self):
         """Sizes of half blocks, and the factors of the pairs that part there."""
         return zip(chunks.sizes(self.q.shape[0]), self.decay.levels, strict=True)
 
-    def from_state(self, step: _Step, dtype) -> jax.Array:
+    def from_state(self, step: Step, dtype) -> jax.Array:
         """Queries as they meet the entering state."""
         return (self.q * tile.entering(self.decay.into, step.docs)).astype(dtype)
 
-    def to_state(self, step: _Step, dtype) -> jax.Array:
+    def to_state(self, step: Step, dtype) -> jax.Array:
         """Keys as they are in the leaving state."""
         return (self.k * tile.leaving(self.decay.out, step.docs)).astype(dtype)
 
 
-def _head(job, refs, step: _Step, group: int, h: int) -> _Head:
+def head_of(job, refs, step: Step, group: int, h: int) -> Head:
     q, k = (lanes(refs[name], group, job.key_size)[...].astype(jnp.float32) for name in "qk")
     g = lanes(refs["g"], h, job.key_size)[...].astype(jnp.float32)
     a = jnp.exp(chunks.clamp(g, step.docs))
-    return _Head(q, k, factors(a, job.scale, compat.tpu.roll), job.scale)
+    return Head(q, k, factors(a, job.scale, compat.tpu.roll), job.scale)
 
 
 def forward(job, refs) -> None:
@@ -193,17 +213,17 @@ def forward(job, refs) -> None:
 
     if "states" in refs:
         refs["states"][...] = state_ref[own(job)].astype(job.dtype)
-    step = _step(job, refs)
+    step = step_of(job, refs)
     for group in range(job.step_groups):
         for h in heads_of(job, group):
-            head = _head(job, refs, step, group, h)
+            head = head_of(job, refs, step, group, h)
             v = lanes(refs["v"], h, job.value_size)[...]
             state = state_ref[first + h]
             o = dot(head.pairs(step, v.dtype).astype(v.dtype), v, "nn")
             from_state = dot(head.from_state(step, v.dtype), state, "nt")
             o = o + tile.entering(from_state, step.docs)
             lanes(refs["o"], h, job.value_size)[...] = o.astype(v.dtype)
-            added = dot(_transposed(v), head.to_state(step, v.dtype), "nn")
+            added = dot(transposed(v), head.to_state(step, v.dtype), "nn")
             state_ref[first + h] = tile.kept(state, head.decay.keep, step.docs) + added
 
     @pl.when(chunk_ends(job))
@@ -211,7 +231,7 @@ def forward(job, refs) -> None:
         refs["final"][...] = state_ref[own(job)]
 
 
-def _transposed(x: jax.Array) -> jax.Array:
+def transposed(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32).T.astype(x.dtype)
 
 
@@ -222,11 +242,11 @@ def backward(job, refs) -> None:
     def _():
         dstate_ref[own(job)] = refs["dfinal"][...]
 
-    step = _step(job, refs)
+    step = step_of(job, refs)
     for group in range(job.step_groups):
         dq, dk = [], []
         for h in heads_of(job, group):
-            head = _head(job, refs, step, group, h)
+            head = head_of(job, refs, step, group, h)
             v, do = (lanes(refs[name], h, job.value_size)[...] for name in ("v", "do"))
             state, dstate = refs["states"][h], dstate_ref[first + h]
             d = _backward_head(step, head, v, state, do, dstate)
@@ -255,8 +275,8 @@ class _HeadGradients(NamedTuple):
     dstate: jax.Array
 
 
-def _backward_head(step: _Step, head: _Head, v, state, do, dstate) -> _HeadGradients:
-    docs, dtype, scale = step.docs, v.dtype, head.scale
+def _backward_head(step: Step, head: Head, v, state, do, dstate) -> _HeadGradients:
+    docs, dtype = step.docs, v.dtype
     dpairs = only(step.mask, dot(do, v, "nt"))
     dq = tile.entering(head.decay.into * dot(do, state, "nn"), docs)
     dk = tile.leaving(head.decay.out * dot(v, dstate, "nn"), docs)
@@ -266,24 +286,9 @@ def _backward_head(step: _Step, head: _Head, v, state, do, dstate) -> _HeadGradi
     kept = tile.kept(dstate, head.decay.keep, docs)
     through = tile.kept(dstate * state.astype(dstate.dtype), head.decay.keep, docs)
     dkeep = through.sum(0, keepdims=True)
-    dstate = kept + dot(_transposed(do), head.from_state(step, dtype), "nn")
+    dstate = kept + dot(transposed(do), head.from_state(step, dtype), "nn")
 
-    across, across_level, dlevels = dpairs.T, step.level.T, []
-    on_diagonal = scale * only(step.level == 0, dpairs).sum(1, keepdims=True)
-    dq, dk = dq + on_diagonal * head.k, dk + on_diagonal * head.q
-    for n, (s, factor) in enumerate(head.levels()):
-        later, earlier = _Side(s, True), _Side(s, False)
-        q, k = later.take(head.q), earlier.take(head.k)
-        for_q, for_k = later.take(factor), earlier.take(factor)
-        met_q = later.put(head.q, q * for_q).astype(dtype)
-        met_k = earlier.put(head.k, k * for_k).astype(dtype)
-        part = scale * only(later.take(step.level) == n + 1, later.take(dpairs))
-        part_across = scale * only(earlier.take(across_level) == n + 1, earlier.take(across))
-        # Only tokens of second halves have a row in it, only those of first halves a column.
-        into_q = for_q * dot(part.astype(dtype), met_k, "nn")
-        into_k = for_k * dot(part_across.astype(dtype), met_q, "nn")
-        dq = later.put(dq, later.take(dq) + into_q)
-        dk = earlier.put(dk, earlier.take(dk) + into_k)
-        dlevels.append(_both(s, k * into_k, q * into_q))
+    dq_pairs, dk_pairs, dlevels = head.pairs_gradients(step, dpairs, dtype)
+    dq, dk = dq + dq_pairs, dk + dk_pairs
     dg = log_gradient(dlevels, dinto, dout, compat.tpu.roll) + dkeep
     return _HeadGradients(dq, dk, dv, dg, dstate)

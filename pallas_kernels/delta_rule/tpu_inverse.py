@@ -1,0 +1,149 @@
+"""The inverse of `I + lower` inside a TPU kernel, float32.
+
+`lower (C, C)` is strictly lower triangular. The blocks of the diagonal, of `BLOCK` tokens, are
+inverted by forward substitution for all blocks of all heads at once: side by side in the lanes, as
+`(BLOCK, C)`, one column of every block is a gather of lanes, and one row of every inverse a row.
+Blocks are then merged to twice their size by matmuls:
+
+    [L1  0 ]^-1   [   L1^-1             0   ]
+    [M   L2]    = [-L2^-1 M L1^-1    L2^-1  ]
+
+With several documents what is not finite is taken for 0 wherever it would meet the rows of another
+one, as in `tile`; there it comes out as NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import chunks
+from pallas_kernels.linear_attention.tile import dot, only
+from pallas_kernels.tpu_heads import SLAB
+
+BLOCK = 16
+_TOGETHER = 4  # heads: enough independent work for every step of the substitution
+
+
+def finite(x: jax.Array, guarded: bool) -> jax.Array:
+    """`x`, 0 where it is or would be rounded to infinity, as the right operand of a matmul."""
+    return only(jnp.abs(x) < 1e38, x) if guarded else x
+
+
+def diagonal(lower: jax.Array, block: int) -> jax.Array:
+    """The blocks of the diagonal side by side, `(C, C) -> (block, C)`."""
+    size = lower.shape[0]
+    row, column = chunks.order(size)
+    return only((row ^ column) < block, lower).reshape(-1, block, size).sum(0)
+
+
+def substituted(blocks: jax.Array, guarded: bool) -> jax.Array:
+    """The inverses of `I +` strictly lower triangular blocks, `(heads, s, C)`, side by side."""
+    size = blocks.shape[1]
+    rows = [blocks[:, n : n + SLAB] for n in range(0, size, SLAB)]
+    row = jax.lax.broadcasted_iota(jnp.int32, rows[0].shape, 1)
+    lane = jax.lax.broadcasted_iota(jnp.int32, rows[0].shape, 2)
+    place, start = lane & (size - 1), lane & ~(size - 1)
+    inverse = [(place == row + n).astype(blocks.dtype) for n in range(0, size, SLAB)]
+    for j in range(size - 1):
+        done = inverse[j // SLAB][:, j % SLAB : j % SLAB + 1]
+        for n in range((j + 1) // SLAB, len(rows)):
+            column = jnp.take_along_axis(rows[n], start | j, axis=2)
+            inverse[n] = inverse[n] - column * finite(done, guarded)
+    return jnp.concatenate(inverse, 1)
+
+
+def spread(blocks: jax.Array) -> jax.Array:
+    """The inverse of `diagonal`, `(block, C) -> (C, C)` with zeros elsewhere."""
+    block, size = blocks.shape
+    row, column = chunks.order(size)
+    wide = jnp.broadcast_to(blocks[None], (size // block, block, size)).reshape(size, size)
+    return only((row ^ column) < block, wide)
+
+
+def merged(inverse: jax.Array, lower: jax.Array, block: int, guarded: bool) -> jax.Array:
+    """`(I + lower)^-1` from the inverses of the blocks of its diagonal, `(C, C)`."""
+    size = lower.shape[0]
+    s = block
+    while s < size:
+        corner = _second(only(chunks.parted(size, s), lower), s)
+        joined = dot(corner, finite(inverse, guarded), "nn")
+        second = _second(inverse, s)
+        behind = _with_first(jnp.zeros_like(joined), joined, s)
+        second = second - dot(second, finite(behind, guarded), "nn")
+        inverse = _with_first(_first(inverse, s), second, s)
+        s *= 2
+    return inverse
+
+
+def _first(x: jax.Array, s: int) -> jax.Array:
+    """First halves of all blocks of 2s rows."""
+    return x.reshape(-1, 2, s, x.shape[1])[:, 0].reshape(-1, x.shape[1])
+
+
+def _second(x: jax.Array, s: int) -> jax.Array:
+    return x.reshape(-1, 2, s, x.shape[1])[:, 1].reshape(-1, x.shape[1])
+
+
+def _with_first(first: jax.Array, second: jax.Array, s: int) -> jax.Array:
+    width = first.shape[1]
+    halves = [x.reshape(-1, s, width) for x in (first, second)]
+    return jnp.stack(halves, 1).reshape(-1, width)
+
+
+def invert(ref, guarded: bool) -> None:
+    """Replaces every `lower` of `ref (heads, C, C)` by `(I + lower)^-1`."""
+    heads, size, _ = ref.shape
+    block = min(BLOCK, size)
+    for first in range(0, heads, _TOGETHER):
+        some = range(first, min(first + _TOGETHER, heads))
+        blocks = jnp.stack([diagonal(ref[h], block) for h in some])
+        blocks = substituted(blocks, guarded)
+        for n, h in enumerate(some):
+            ref[h] = merged(spread(blocks[n]), ref[h], block, guarded)
+
+
+class Corrected(NamedTuple):
+    """What a chunk's tokens write.
+
+    Attributes:
+      values: `(C, V)`; NaN from a document's first that is not finite on.
+      error: values minus what the entering state holds under their keys, `(C, V)`.
+    """
+
+    values: jax.Array
+    error: jax.Array
+
+
+def corrected(inverse, beta, v, held, docs: chunks.Documents | None) -> Corrected:
+    """`Corrected` of one head.
+
+    Args:
+      inverse: `(C, C)`.
+      beta: `(C, 1)`.
+      v, held: `(C, V)`, the values and what the entering state holds under their keys.
+      docs: as everywhere.
+    """
+    guarded, error = docs is not None, v.astype(jnp.float32) - held
+    right = beta * error
+    values = dot(inverse, finite(right, guarded), "nn")
+    if docs is None:
+        return Corrected(values, error)
+    bad = jnp.where(jnp.maximum(jnp.abs(right), jnp.abs(values)) < 1e38, 0.0, 1.0)
+    bad = jnp.broadcast_to(bad.max(1, keepdims=True), values.shape).astype(jnp.bfloat16)
+    row, column = chunks.order(values.shape[0])
+    reach = jnp.where(docs.same & (row >= column), 1.0, 0.0).astype(jnp.bfloat16)
+    return Corrected(jnp.where(dot(reach, bad, "nn") > 0, jnp.nan, values), error)
+
+
+def write_columns(ref, columns: Sequence[jax.Array]) -> None:
+    """`ref (heads, C)` from a column `(C, 1)` of each head."""
+    heads, size = ref.shape
+    lane = jax.lax.broadcasted_iota(jnp.int32, (size, heads), 1)
+    x = jnp.zeros((size, heads), jnp.float32)
+    for h, column in enumerate(columns):
+        x = jnp.where(lane == h, column, x)
+    ref[...] = x.T
