@@ -41,7 +41,8 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
     else:
         y, final_state = _scan(config, x, dt, A, B, C, initial_state, resets)
     if D is not None:
-        y = y + D[None, None] * x.astype(dtype)
+        # Not D[None, None]: of that, XLA sums the gradient of a single row 20 times slower.
+        y = y + jnp.broadcast_to(D, x.shape) * x.astype(dtype)
     if gate is not None:
         y = y * jax.nn.silu(gate.astype(dtype))
     return _where(live, y).astype(x.dtype), final_state
@@ -50,7 +51,7 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
 def step_size(config: Config, dt, dt_bias):
     """dt as the recurrence sees it; the softplus never takes the exponential of a positive."""
     if dt_bias is not None:
-        dt = dt + dt_bias[None, None]
+        dt = dt + jnp.broadcast_to(dt_bias, dt.shape)
     return jax.nn.softplus(dt) if config.dt_softplus else dt
 
 

@@ -136,7 +136,8 @@ class S4D(Mixer[S4DConfig]):
         u = mask_padding(x.astype(jnp.float32), segments)
         hidden = None if state is None else state.resume(segments)
         y, final = _run(u, self._system(), segments, hidden, streams=self.streams)
-        y = y + self.param("D", initializers.normal(1.0), (self.width,))[None, None] * u
+        skip = self.param("D", initializers.normal(1.0), (self.width,))
+        y = y + jnp.broadcast_to(skip, u.shape) * u  # not skip[None, None], as in S5
         y = mask_padding(y, segments).astype(x.dtype)
         if not self.streams:
             return y, None
