@@ -2,6 +2,7 @@
 
 from pallas_kernels import segments
 from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.checkpoint_attention import checkpoint_attention
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.diagonal_ssm import diagonal_ssm
 from pallas_kernels.dispatch import explain
@@ -13,6 +14,7 @@ from pallas_kernels.validate import checked
 __all__ = [
     "causal_conv1d",
     "checked",
+    "checkpoint_attention",
     "delta_rule",
     "diagonal_ssm",
     "explain",
