@@ -1,0 +1,556 @@
+"""TPU kernels: a block of tokens against the checkpoints that it sees, scores transposed.
+
+Scores stand as `(slots, tokens)`: what is known of a token (its maximum, its sum, its first and
+last slot) is a row that spreads over the slots for free, and no block of scores is transposed for
+any matmul, forward or backward. A token's own key is the first key of its online softmax; it needs
+products of rows only. Heads are blocks of lanes of `(B, L, H K)`, so nothing is transposed outside.
+
+A strip of slots stays in VMEM while the tokens pass; a step of the grid takes one block of it, as
+far down as the block's last token sees. Backward sums the gradients of a strip over all tokens and
+all heads of the group, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat, vjp
+from pallas_kernels.checkpoint_attention import tile
+from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
+from pallas_kernels.compat import pl
+
+_LANES, _SUBLANES = 128, 8
+_TOKENS, _SLOTS = 512, 1024  # of a step at most
+_PARTS = 4  # how finely a block of slots is cut off behind the last visible one
+_VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
+_VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
+
+
+class Tiles(NamedTuple):
+    """`tokens` and `slots` of a step of the grid, and `strip` slots kept in VMEM."""
+
+    tokens: int
+    slots: int
+    strip: int
+
+
+class Job(NamedTuple):
+    """What is static about one call; lengths in whole tiles, widths in whole tiles of lanes."""
+
+    batch: int
+    length: int
+    slots: int
+    groups: int
+    heads: int
+    key_size: int
+    value_size: int
+    interval: int
+    scale: float
+    own: bool  # tokens see themselves
+    plain: bool  # one document from its start
+    dtype: Any
+    tiles: Tiles
+    backward: bool = False
+
+    @property
+    def group_heads(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def blocks(self) -> int:
+        return self.length // self.tiles.tokens
+
+    @property
+    def strips(self) -> int:
+        return self.slots // self.tiles.strip
+
+    @property
+    def steps(self) -> int:
+        """Of a strip."""
+        return self.tiles.strip // self.tiles.slots
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        tokens, strips = (self.blocks, self.group_heads), (self.strips,)
+        inner = strips + tokens if self.backward else tokens + strips
+        return self.batch, self.groups, *inner, self.steps
+
+
+class Place(NamedTuple):
+    """A step of the grid: row, group, block of tokens, head of the group, strip and its block."""
+
+    row: Any
+    group: Any
+    block: Any
+    head: Any
+    strip: Any
+    step: Any
+
+    def heads(self, job: Job) -> Any:
+        """The head among all heads."""
+        return self.group * job.group_heads + self.head
+
+
+def place(job: Job, *ids) -> Place:
+    row, group, *inner, step = ids
+    if job.backward:
+        strip, block, head = inner
+    else:
+        block, head, strip = inner
+    return Place(row, group, block, head, strip, step)
+
+
+def vmem_bytes(job: Job) -> int:
+    """Bytes of VMEM of the backward kernel, the larger one.
+
+    Blocks count twice, so that the next is fetched while one is worked on; scratch counts once.
+    """
+    width = jnp.dtype(job.dtype).itemsize
+    keys, values = job.key_size, job.value_size
+    dq = 4 if job.strips > 1 else width
+    tokens = job.tiles.tokens * ((3 * keys + 4 * values) * width + dq * keys)
+    tokens += 4 * job.tiles.tokens * 4 * _SUBLANES  # first, last, lse and its cotangent
+    strip = job.tiles.strip * (3 * keys + 2 * values) * width
+    scratch = 4 * job.tiles.strip * (keys + values)
+    scratch += 4 * job.tiles.tokens * (2 * keys + values + 2 * _SUBLANES)
+    between = 5 * 4 * job.tiles.tokens * job.tiles.slots  # scores and what is made of them
+    return 2 * (tokens + strip) + scratch + between
+
+
+def choose_tiles(job: Job) -> Tiles:
+    """The longest strip that fits, of all slots if they do.
+
+    Raises:
+      ValueError: the smallest does not fit.
+    """
+    for halvings in range(job.slots.bit_length()):
+        if job.slots % 2**halvings or job.slots >> halvings < job.tiles.slots:
+            break
+        tiles = job.tiles._replace(strip=job.slots >> halvings)
+        if vmem_bytes(job._replace(tiles=tiles)) <= _VMEM_BUDGET:
+            return tiles
+    raise ValueError(
+        f"checkpoint_attention: a head of K={job.key_size} and V={job.value_size} does not fit a "
+        "TPU's memory; use implementation='xla'"
+    )
+
+
+# Tile bookkeeping: which block of which array a grid step sees.
+
+
+def _spec(job: Job, shape, index: Callable[[Place], Any]) -> pl.BlockSpec:
+    return pl.BlockSpec(block_shape=shape, index_map=lambda *ids: index(place(job, *ids)))
+
+
+def _queries(job: Job, width: int) -> pl.BlockSpec:
+    """Of `(B, L, H * width)`."""
+    shape = (None, job.tiles.tokens, width)
+    return _spec(job, shape, lambda at: (at.row, at.block, at.heads(job)))
+
+
+def _keys(job: Job, width: int) -> pl.BlockSpec:
+    """Of `(B, L, G * width)`."""
+    shape = (None, job.tiles.tokens, width)
+    return _spec(job, shape, lambda at: (at.row, at.block, at.group))
+
+
+def _strips(job: Job, width: int) -> pl.BlockSpec:
+    """Of `(B, M, G * width)`."""
+    shape = (None, job.tiles.strip, width)
+    return _spec(job, shape, lambda at: (at.row, at.strip, at.group))
+
+
+def _strips_across(job: Job, width: int) -> pl.BlockSpec:
+    """Of `(B, G * width, M)`."""
+    shape = (None, width, job.tiles.strip)
+    return _spec(job, shape, lambda at: (at.row, at.group, at.strip))
+
+
+def _rows(job: Job) -> pl.BlockSpec:
+    """Of `(B, H, 1, L)`."""
+    shape = (None, None, 1, job.tiles.tokens)
+    return _spec(job, shape, lambda at: (at.row, at.heads(job), 0, at.block))
+
+
+def _tokens(job: Job) -> pl.BlockSpec:
+    """Of `(B, 1, L)`."""
+    shape = (None, 1, job.tiles.tokens)
+    return _spec(job, shape, lambda at: (at.row, 0, at.block))
+
+
+def _ranges(job: Job, first, last) -> dict[str, tuple[Any, pl.BlockSpec]]:
+    """`first` and `last` of each token, and the least and the greatest of each block."""
+    if job.plain:
+        return {}
+    some = last > first
+    by_block = (job.batch, job.blocks, job.tiles.tokens)
+    least = jnp.where(some, first, job.slots).reshape(by_block).min(-1)
+    greatest = jnp.where(some, last, 0).reshape(by_block).max(-1)
+    reach = jnp.stack([least, greatest], -1).reshape(-1)
+    return {
+        "first": (first[:, None], _tokens(job)),
+        "last": (last[:, None], _tokens(job)),
+        "reach": (reach, pl.BlockSpec(memory_space=compat.tpu.SMEM)),
+    }
+
+
+# Inside a step.
+
+
+class Step(NamedTuple):
+    """One step: where it is, the first slot of its block, and what its tokens see."""
+
+    at: Place
+    base: Any  # scalar
+    first: Any  # (1, T), or None
+    last: Any
+
+    @property
+    def real(self):
+        """Which tokens are no padding, or None if all."""
+        return None if self.last is None else self.last >= 0
+
+
+def begins(job: Job, at: Place):
+    """True where a block of tokens meets its first slots."""
+    start = at.step == 0
+    return start if job.backward else start & (at.strip == 0)
+
+
+def ends(job: Job, at: Place):
+    end = at.step == job.steps - 1
+    return end if job.backward else end & (at.strip == job.strips - 1)
+
+
+def _step(job: Job, refs) -> Step:
+    at = place(job, *map(pl.program_id, range(6)))
+    base = at.strip * job.tiles.strip + at.step * job.tiles.slots
+    ranges = (None, None) if job.plain else (refs["first"][...], refs["last"][...])
+    return Step(at, base, *ranges)
+
+
+def visible(job: Job, step: Step, count: int):
+    """`(count, T)`: who sees the first slots of the step's block."""
+    slot = step.base + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    if not job.plain:
+        return tile.visible(slot, step.first, step.last)
+    token = step.at.block * job.tiles.tokens
+    token = token + jax.lax.broadcasted_iota(jnp.int32, (1, job.tiles.tokens), 1)
+    # Slot j is token (j + 1) interval - 1, and comes before what sees it.
+    return (slot + 1) * job.interval <= token
+
+
+def for_visible(job: Job, refs, step: Step, meet: Callable[[int], None]) -> None:
+    """`meet(count)` with as many of the block's slots as its last token sees, in whole parts."""
+    if job.plain:
+        last_token = (step.at.block + 1) * job.tiles.tokens - 1
+        begin, end = 0, jax.lax.div(last_token, job.interval)
+    else:
+        index = 2 * (step.at.row * job.blocks + step.at.block)
+        begin, end = refs["reach"][index], refs["reach"][index + 1]
+    size = job.tiles.slots
+    part = max(_LANES, size // _PARTS)
+    live = jnp.where(begin < step.base + size, end - step.base, 0)
+    for count in range(part, size + 1, part):
+        fits = live > count - part
+        pl.when(fits if count == size else fits & (live <= count))(lambda count=count: meet(count))
+
+
+def across(x):
+    """Sums over the lanes of `(T, width)`, as a row `(1, T)`."""
+    return x.T.sum(0, keepdims=True)
+
+
+def down(row):
+    """A row `(1, T)` as a column `(T, 1)`."""
+    return jnp.broadcast_to(row, (_SUBLANES, row.shape[1])).T[:, :1]
+
+
+def only(mask, x, otherwise=0.0):
+    return x if mask is None else jnp.where(mask, x, otherwise)
+
+
+def product(refs, x: str, y: str):
+    return refs[x][...].astype(jnp.float32) * refs[y][...].astype(jnp.float32)
+
+
+def own_scores(job: Job, refs):
+    return job.scale * across(product(refs, "q", "k"))
+
+
+def forward(job: Job, refs) -> None:
+    step = _step(job, refs)
+
+    @pl.when(begins(job, step.at))
+    def _():
+        refs["sum"][...] = jnp.zeros_like(refs["sum"])
+        if job.own:
+            scores = own_scores(job, refs)
+            refs["maximum"][...] = only(step.real, scores, tile.LOW)
+            refs["total"][...] = only(step.real, jnp.ones_like(scores))
+            refs["own"][...] = scores
+        else:
+            refs["maximum"][...] = jnp.full_like(refs["maximum"], tile.LOW)
+            refs["total"][...] = jnp.zeros_like(refs["total"])
+
+    def meet(count: int):
+        slots = pl.ds(pl.multiple_of(step.at.step * job.tiles.slots, _LANES), count)
+        scores = job.scale * tile.dot(refs["slot_k"][slots], refs["q"][...], "nt")
+        maximum, total, factor, p = tile.block(
+            refs["maximum"][...], refs["total"][...], scores, visible(job, step, count), 0
+        )
+        refs["maximum"][...], refs["total"][...] = maximum, total
+        more = tile.dot(refs["slot_v"][:, slots], p, "nn")
+        refs["sum"][...] = factor * refs["sum"][...] + more
+
+    for_visible(job, refs, step, meet)
+
+    @pl.when(ends(job, step.at))
+    def _():
+        maximum, total = refs["maximum"][...], refs["total"][...]
+        inverse = tile.inverse(total)
+        o = (inverse * refs["sum"][...]).T
+        if job.own:
+            weight = only(step.real, inverse * jnp.exp(refs["own"][...] - maximum))
+            o = o + only_down(step, down(weight) * refs["v"][...].astype(jnp.float32))
+        refs["o"][...] = o.astype(refs["o"].dtype)
+        refs["lse"][...] = tile.log_sum_exp(maximum, total)
+
+
+def only_down(step: Step, x):
+    """`x (T, width)`, 0 on padding: there may be infinities that a weight of 0 does not kill."""
+    return x if step.last is None else jnp.where(down(step.last.astype(jnp.float32)) >= 0, x, 0.0)
+
+
+def backward(job: Job, refs) -> None:
+    step = _step(job, refs)
+    at = step.at
+
+    @pl.when(begins(job, at))
+    def _():
+        refs["dq_sum"][...] = jnp.zeros_like(refs["dq_sum"])
+        refs["delta"][...] = across(product(refs, "do", "o")) - refs["dlse"][...]
+
+    @pl.when((at.block == 0) & (at.head == 0) & (at.step == 0))
+    def _():
+        for name in ("dslot_k_sum", "dslot_v_sum"):
+            refs[name][...] = jnp.zeros_like(refs[name])
+
+    def meet(count: int):
+        slots = pl.ds(pl.multiple_of(at.step * job.tiles.slots, _LANES), count)
+        q, do, mask = refs["q"][...], refs["do"][...], visible(job, step, count)
+        scores = job.scale * tile.dot(refs["slot_k"][slots], q, "nt")
+        p = tile.probabilities(scores, mask, refs["lse"][...])
+        dp = tile.dot(refs["slot_v"][slots], do, "nt")
+        ds = job.scale * tile.score_gradient(p, mask, dp, refs["delta"][...])
+        refs["dslot_v_sum"][slots] += tile.dot(p, do, "nn")
+        refs["dslot_k_sum"][slots] += tile.dot(ds, q, "nn")
+        refs["dq_sum"][...] += tile.dot(refs["slot_k_across"][:, slots], ds, "nn")
+
+    for_visible(job, refs, step, meet)
+    pl.when(ends(job, at))(lambda: _finish(job, refs, step))
+
+    @pl.when((at.block == job.blocks - 1) & (at.head == job.group_heads - 1) & ends(job, at))
+    def _():
+        for name in ("dslot_k", "dslot_v"):
+            refs[name][...] = refs[f"{name}_sum"][...].astype(refs[name].dtype)
+
+
+def _finish(job: Job, refs, step: Step) -> None:
+    """What a block's own keys give and get; those of the group's heads are summed."""
+    dq = refs["dq_sum"][...].T
+    if job.own:
+        scores, lse = own_scores(job, refs), refs["lse"][...]
+        real = jnp.ones(scores.shape, bool) if step.real is None else step.real
+        p = tile.probabilities(scores, real, lse)
+        dp = across(product(refs, "do", "v"))
+        ds = job.scale * tile.score_gradient(p, real, dp, refs["delta"][...])
+        ds, p = down(ds), down(p)
+        q, k, do = (refs[name][...].astype(jnp.float32) for name in ("q", "k", "do"))
+        # Every strip meets the own keys; they count once.
+        dq = dq + only_down(step, jnp.where(step.at.strip == 0, ds, 0.0) * k)
+        _add_up(job, refs, step, "dk", only_down(step, ds * q))
+        _add_up(job, refs, step, "dv", only_down(step, p * do))
+    refs["dq"][...] = dq.astype(refs["dq"].dtype)
+
+
+def _add_up(job: Job, refs, step: Step, name: str, x) -> None:
+    out = refs[name]
+    if job.group_heads == 1:
+        out[...] = x.astype(out.dtype)
+        return
+    head, sums = step.at.head, refs[f"{name}_sum"]
+    x = x + jnp.where(head == 0, 0.0, sums[...])
+    sums[...] = x
+
+    @pl.when(head == job.group_heads - 1)
+    def _():
+        out[...] = x.astype(out.dtype)
+
+
+# The calls.
+
+
+def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> dict[str, Any]:
+    """Run a kernel of named operands `{name: (array, spec)}`, outputs `{name: (struct, spec)}`
+    and scratch `{name: shape}`; it is called with the job and a dictionary of all references.
+    """
+    names = [*operands, *out, *scratch]
+
+    def body(*refs):
+        kernel(job, dict(zip(names, refs, strict=True)))
+
+    arrays = [array for array, _ in operands.values()]
+    inner = 4 if job.backward else 2
+    semantics = ("parallel",) * (6 - inner) + ("arbitrary",) * inner
+    results = compat.pallas_call(
+        body,
+        backend="tpu",
+        name=f"checkpoint_attention_{name}",
+        grid=job.grid,
+        in_specs=[spec for _, spec in operands.values()],
+        out_specs=[spec for _, spec in out.values()],
+        out_shape=[compat.out_struct(x.shape, x.dtype, *arrays) for x, _ in out.values()],
+        scratch_shapes=[compat.tpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+        compiler_params=compat.tpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        flops=flops * job.batch * job.length * job.heads * job.slots,
+    )(*arrays)
+    return dict(zip(out, results, strict=True))
+
+
+def _job(config: Config, q, k, slots: Slots) -> Job:
+    """Of arguments as `_checkpoint_attention` leaves them."""
+    batch, length, heads, key_size = q.shape
+    count, groups = slots.k.shape[1:3]
+    tokens, block = config.tiles or (_TOKENS, _SLOTS)
+    tiles = Tiles(min(tokens, length), min(block, count), count)
+    job = Job(
+        batch, length, count, groups, heads, key_size, slots.v.shape[3], config.interval,
+        config.scale, k is not None, slots.last is None, q.dtype, tiles,
+    )  # fmt: skip
+    return job._replace(tiles=choose_tiles(job))
+
+
+def _lanes(x):
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _operands(job: Job, q, k, v, slots: Slots) -> dict[str, tuple[Any, pl.BlockSpec]]:
+    operands = {"q": (_lanes(q), _queries(job, job.key_size))}
+    if job.own:
+        operands["k"] = (_lanes(k), _keys(job, job.key_size))
+        operands["v"] = (_lanes(v), _keys(job, job.value_size))
+    operands["slot_k"] = (_lanes(slots.k), _strips(job, job.key_size))
+    return operands | _ranges(job, slots.first, slots.last)
+
+
+def _struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _forward(config: Config, q, k, v, slot_k, slot_v, first, last):
+    """`(o, lse)`, `lse` as `(B, H, 1, L)`."""
+    slots = Slots(slot_k, slot_v, first, last)
+    job = _job(config, q, k, slots)
+    operands = _operands(job, q, k, v, slots)
+    operands["slot_v"] = (_lanes(slot_v).swapaxes(1, 2), _strips_across(job, job.value_size))
+    tokens = job.tiles.tokens
+    wide = (job.batch, job.length, job.heads * job.value_size)
+    rows = (job.batch, job.heads, 1, job.length)
+    out = {
+        "o": (_struct(wide, q.dtype), _queries(job, job.value_size)),
+        "lse": (_struct(rows), _rows(job)),
+    }
+    scratch = {name: (1, tokens) for name in ("maximum", "total", "own")[: 2 + job.own]}
+    scratch["sum"] = (job.value_size, tokens)
+    flops = 2 * (job.key_size + job.value_size)
+    result = _call(forward, job, "forward", operands, out, scratch, flops)
+    return result["o"].reshape(*q.shape[:3], -1), result["lse"]
+
+
+def _backward(config: Config, residuals, cotangents):
+    """The gradients of all arguments."""
+    q, k, v, slot_k, slot_v, first, last, o, lse = residuals
+    do, dlse = cotangents
+    slots = Slots(slot_k, slot_v, first, last)
+    job = _job(config, q, k, slots)._replace(backward=True)
+    keys, values = job.key_size, job.value_size
+    operands = _operands(job, q, k, v, slots)
+    operands["slot_k_across"] = (_lanes(slot_k).swapaxes(1, 2), _strips_across(job, keys))
+    operands["slot_v"] = (_lanes(slot_v), _strips(job, values))
+    operands |= {name: (_lanes(x), _queries(job, values)) for name, x in (("o", o), ("do", do))}
+    operands |= {"lse": (lse, _rows(job)), "dlse": (dlse, _rows(job))}
+    shape = _lanes(q).shape
+    if job.strips == 1:
+        dq = (_struct(shape, q.dtype), _queries(job, keys))
+    else:
+        block = (None, None, job.tiles.tokens, keys)
+        by_strip = _spec(job, block, lambda at: (at.strip, at.row, at.block, at.heads(job)))
+        dq = (_struct((job.strips, *shape)), by_strip)
+    out = {
+        "dq": dq,
+        "dslot_k": (_struct(_lanes(slot_k).shape, q.dtype), _strips(job, keys)),
+        "dslot_v": (_struct(_lanes(slot_v).shape, q.dtype), _strips(job, values)),
+    }
+    tokens, strip = job.tiles.tokens, job.tiles.strip
+    scratch = {"dq_sum": (keys, tokens), "delta": (1, tokens)}
+    scratch |= {"dslot_k_sum": (strip, keys), "dslot_v_sum": (strip, values)}
+    if job.own:
+        out["dk"] = (_struct(_lanes(k).shape, q.dtype), _keys(job, keys))
+        out["dv"] = (_struct(_lanes(v).shape, q.dtype), _keys(job, values))
+        if job.group_heads > 1:
+            scratch |= {"dk_sum": (tokens, keys), "dv_sum": (tokens, values)}
+    flops = 2 * (3 * keys + 2 * values)
+    result = _call(backward, job, "backward", operands, out, scratch, flops)
+    dq = result["dq"] if job.strips == 1 else result["dq"].sum(0).astype(q.dtype)
+    dk, dv = (result[n].reshape(x.shape) if job.own else None for n, x in (("dk", k), ("dv", v)))
+    dslot_k, dslot_v = result["dslot_k"].reshape(slot_k.shape), result["dslot_v"]
+    return dq.reshape(q.shape), dk, dv, dslot_k, dslot_v.reshape(slot_v.shape), None, None
+
+
+def _keep(config: Config, *arrays):
+    o, lse = _forward(config, *arrays)
+    return (o, lse), (*arrays, o, lse)
+
+
+_attention = vjp.join(_forward, _keep, _backward)
+
+
+def _checkpoint_attention(config: Config, q, k, v, slots: Slots):
+    length, count, value_size = q.shape[1], slots.k.shape[1], slots.v.shape[3]
+    size = config.tiles or (_TOKENS, _SLOTS)
+    tokens = -length % min(size[0], -(-length // _LANES) * _LANES)
+    # Whole blocks, and a power of two of them, so that strips can be halved.
+    block = min(size[1], -(-count // _LANES) * _LANES)
+    blocks = 1 << (-(-count // block) - 1).bit_length()
+
+    def pad(x, rows: int, value=0):
+        """More rows, and whole tiles of lanes."""
+        if x is None:
+            return None
+        widths = [(0, 0), (0, rows), *([(0, 0), (0, -x.shape[-1] % _LANES)] if x.ndim > 2 else ())]
+        return jnp.pad(x, widths, constant_values=value)
+
+    o, lse = _attention(
+        config,
+        *(pad(x, tokens) for x in (q, k, v)),
+        *(pad(x, blocks * block - count) for x in (slots.k, slots.v)),
+        pad(slots.first, tokens),
+        pad(slots.last, tokens, -1),
+    )
+    return o[:, :length, :, :value_size], lse[:, :, 0, :length].swapaxes(1, 2)
+
+
+checkpoint_attention = with_slots(_checkpoint_attention)
+checkpoint_attention.__doc__ = """See `reference.checkpoint_attention`; float32 and bfloat16.
+
+Raises:
+  ValueError: one head does not fit into a TPU's memory.
+"""
