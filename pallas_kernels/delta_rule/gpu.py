@@ -14,19 +14,19 @@ import jax.numpy as jnp
 
 from pallas_kernels import chunks, compat, vjp
 from pallas_kernels.chunks_gpu import block_size
-from pallas_kernels.delta_rule import gpu_forward
+from pallas_kernels.delta_rule import gpu_backward, gpu_forward
 from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.gpu_tile import Job
 
-_CHUNK, _WIDE_CHUNK = 64, 32  # of bfloat16 and of float32
+_CHUNK, _SMALL_CHUNK = 64, 32  # the latter of float32, and of one decay a key: registers
 
 
 def _job(config: Config, q, v, log_decay, runs) -> Job:
     batch, length, heads, value_size = v.shape
-    most = _CHUNK if v.dtype == jnp.bfloat16 else _WIDE_CHUNK
     decay: Literal["head", "key"] | None = None
     if log_decay is not None:
         decay = "key" if log_decay.ndim == 4 else "head"
+    most = _CHUNK if v.dtype == jnp.bfloat16 and decay != "key" else _SMALL_CHUNK
     return Job(
         batch, length, q.shape[2], heads, q.shape[3], value_size, decay, runs is not None,
         config.scale, v.dtype, config.chunk or block_size(length, most),
@@ -87,17 +87,28 @@ def _prepare(job: Job, q, k, beta, log_decay, documents, *, keys: bool) -> dict[
     """What `gpu_forward.prepare` makes, and `beta` and `documents` with it, for other kernels."""
     square = ((job.batch, job.heads, job.chunks, job.chunk, job.chunk), job.dtype)
     outputs = dict.fromkeys(["pairs", "inverse", *["keys"] * keys], square)
+    factors = {}
     if job.decay is not None:
-        outputs |= dict.fromkeys(("into", "out"), (log_decay.shape, jnp.float32))
+        factors = dict.fromkeys(("into", "out"), (log_decay.shape, jnp.float32))
     made = _call(
         gpu_forward.prepare,
         job,
         (job.chunks, job.batch, job.heads),
         {"q": q, "k": k, "beta": beta, "g": log_decay, **documents},
-        outputs,
+        outputs | (factors if job.decay == "head" else {}),
         warps=4,
         flops=4 * job.chunk * job.key_size + job.chunk**2,
     )
+    if job.decay == "key":
+        made |= _call(
+            gpu_forward.reach,
+            job,
+            (job.chunks, job.batch, job.heads * job.key_blocks),
+            {"g": log_decay, **documents},
+            factors,
+            warps=4,
+            flops=4 * job.chunk * job.key_size,
+        )
     return {**made, "beta": beta, **documents}
 
 
@@ -123,7 +134,7 @@ def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
             "states": ((job.batch, job.chunks, job.heads, *matrix), v.dtype),
             "final": (initial_state.shape, jnp.float32),
         },
-        warps=8 if job.all_keys > 128 else 4,
+        warps=4 if job.all_keys <= 64 else 8,
         flops=4 * job.key_size * job.value_size + 2 * job.chunk * job.value_size,
     )
     out = _call(
@@ -141,7 +152,82 @@ def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
 
 
 def backward(config: Config, residuals, cotangents):
-    raise NotImplementedError
+    """Gradients of `delta_rule`'s arrays from those of `(o, final_state)`."""
+    q, k, v, beta, log_decay, runs, states = residuals
+    do, dfinal = cotangents
+    job = _job(config, q, v, log_decay, runs)
+    g = _log_decay(log_decay, runs)
+    made = _prepare(job, q, k, beta, g, _documents(job, runs), keys=True)
+    retreated = _call(
+        gpu_backward.retreat,
+        job,
+        (-(-job.value_size // job.walked), job.batch, job.heads),
+        {"q": q, "k": k, "do": do, "dfinal": dfinal}
+        | _factors(made, "pairs", "inverse", "beta", "into", "out"),
+        {
+            "dstates": (states.shape, v.dtype),
+            "dsolved": (v.shape, v.dtype),
+            "dinitial": (dfinal.shape, jnp.float32),
+        },
+        warps=4 if job.all_keys <= 64 else 8,
+        flops=6 * job.key_size * job.value_size + 4 * job.chunk * job.value_size,
+    )
+    square = (made["pairs"].shape, v.dtype)
+    by_head = {"dg": (beta.shape, jnp.float32)} if job.decay == "head" else {}
+    weighed = _call(
+        gpu_backward.weigh,
+        job,
+        (job.chunks, job.batch, job.heads),
+        {"k": k, "v": v, "do": do, "states": states, "dsolved": retreated["dsolved"]}
+        | ({"g": g} if job.decay == "head" else {})
+        | _factors(made, "pairs", "inverse", "keys", "beta", "into"),
+        {
+            "corrected": (v.shape, v.dtype),
+            "dv": (v.shape, v.dtype),
+            "dbeta": (beta.shape, beta.dtype),
+            "dqueries": square,
+            "dkeys": square,
+            **by_head,
+        },
+        warps=8,
+        flops=2 * job.key_size * job.value_size + 6 * job.chunk * job.value_size,
+    )
+    gradients = _attribute(job, q, k, do, g, states, retreated["dstates"], made, weighed)
+    dq, dk, dg = (gradients.get(name) for name in ("dq", "dk", "dg"))
+    if job.heads != job.groups:
+        each_group = (*q.shape[:3], -1, job.key_size)
+        dq, dk = (x.reshape(each_group).sum(3).astype(q.dtype) for x in (dq, dk))
+    if job.decay == "head":
+        dg = chunks.clamp_transpose(log_decay, dg.sum(3) + weighed["dg"], None)
+        dg = dg if runs is None else jnp.where((runs > 0)[..., None], dg, 0.0)
+        dg = dg.astype(log_decay.dtype)
+    return dq, dk, weighed["dv"], weighed["dbeta"], dg, retreated["dinitial"], None
+
+
+def _attribute(job: Job, q, k, do, g, states, dstates, made, weighed) -> dict[str, jax.Array]:
+    """`dq`, `dk` of each head, and `dg`, of a decay of all keys for each block of keys."""
+    queries = (*do.shape[:3], job.key_size)
+    dtype = q.dtype if job.heads == job.groups else jnp.float32
+    outputs: dict[str, tuple[tuple[int, ...], Any]] = {
+        "dq": (queries, dtype),
+        "dk": (queries, dtype),
+    }
+    if job.decay == "head":
+        outputs["dg"] = ((*do.shape[:3], job.key_blocks), jnp.float32)
+    if job.decay == "key":
+        outputs["dg"] = (g.shape, g.dtype)
+    return _call(
+        gpu_backward.attribute,
+        job,
+        (job.chunks, job.batch, job.heads * job.key_blocks),
+        {"q": q, "k": k, "do": do, "states": states, "dstates": dstates}
+        | ({"g": g} if job.decay == "key" else {})
+        | _factors(made, "into", "out")
+        | {name: weighed[name] for name in ("corrected", "dv", "dqueries", "dkeys")},
+        outputs,
+        warps=4,
+        flops=6 * job.key_size * job.value_size + 8 * job.chunk * job.key_size,
+    )
 
 
 delta_rule = vjp.join(lambda *args: forward(*args)[0], forward, backward)

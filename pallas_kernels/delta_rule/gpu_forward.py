@@ -1,7 +1,7 @@
 """The forward kernels on a GPU (Triton lowering).
 
 1. `prepare`, all chunks at once: what tokens of a chunk have in common, the inverse that corrects
-   their values, and the decays to the chunk's ends.
+   their values, and the decays to the chunk's ends; these in `reach` if every key has its own.
 2. `walk`, a program for some values of a head, from chunk to chunk: the corrected values, and the
    state that enters each chunk.
 3. `read`, all chunks at once: the outputs.
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents, Sums
-from pallas_kernels.chunks_gpu import BY_HALVES, PairSums, Row, Span, pair_sums
+from pallas_kernels.chunks import Documents
+from pallas_kernels.chunks_gpu import PairSums, Row, Span, pair_sums
 from pallas_kernels.compat import pl
 from pallas_kernels.delta_rule.gpu_tile import (
     Chunk,
@@ -26,11 +26,13 @@ from pallas_kernels.delta_rule.gpu_tile import (
     broken,
     dot,
     each_block,
+    each_level,
+    factor_at,
     inverse,
+    sums,
     unit_product,
 )
 from pallas_kernels.delta_rule.tile import finite
-from pallas_kernels.linear_attention import tile as attention
 from pallas_kernels.linear_attention.tile import entering, kept, leaving, only, times
 
 
@@ -46,14 +48,31 @@ def head_sums(chunk: Chunk) -> PairSums:
     return pair_sums(g, g.reshape(1, chunk.job.chunk))
 
 
-def key_sums(chunk: Chunk, keys: Span, docs: Documents | None) -> Sums:
-    g = chunk.of_head("g", keys).astype(jnp.float32)
-    return BY_HALVES.up(chunks.clamp(g, docs))
+def clamped(chunk: Chunk, keys: Span, docs: Documents | None) -> jax.Array:
+    """Log decays of some keys, `(C, keys)`."""
+    return chunks.clamp(chunk.of_head("g", keys).astype(jnp.float32), docs)
+
+
+def add_pairs_by_key(q, k, g, carry):
+    """What some keys add to `(queries, keys)`, where tokens are of one document."""
+
+    def level(at, carry):
+        apart, factor = chunks.parted(q.shape[0], at), factor_at(g, at)
+        left, right = ((x.astype(jnp.float32) * factor).astype(k.dtype) for x in (q, k))
+        return tuple(
+            total + only(apart, dot(x, right, "nt"))
+            for total, x in zip(carry, (left, right), strict=True)
+        )
+
+    queries, keys = each_level(q.shape[0], level, carry)
+    row, column = chunks.order(q.shape[0])
+    same = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(1, keepdims=True)
+    return queries + only(row == column, same), keys
 
 
 def prepare(job: Job, refs: Mapping[str, Any]) -> None:
     """Of each chunk and head, `(chunks, B, H)`: the squares `pairs`, `inverse` and, if they are
-    asked for, `keys`; and `into` and `out` where anything decays.
+    asked for, `keys`; and `into` and `out` where one decay serves all keys.
     """
     chunk = Chunk(job, Row(refs, pl.program_id(1)), pl.program_id(2), pl.program_id(0))
     docs = chunk.documents()
@@ -62,13 +81,10 @@ def prepare(job: Job, refs: Mapping[str, Any]) -> None:
         lanes = block(n, job.keys)
         q, k = (chunk.of_group(name, lanes) for name in ("q", "k"))
         if job.decay == "key":
-            sums = key_sums(chunk, lanes, docs)
-            chunk.put("into", jnp.exp(sums.into), lanes)
-            chunk.put("out", jnp.exp(sums.out), lanes)
-            more = tuple(attention.pairs_by_key(x, k, sums.levels, docs) for x in (q, k))
-        else:
-            more = (dot(q, k, "nt"), dot(k, k, "nt"))
-        return tuple(x + y for x, y in zip(carry, more, strict=True))
+            g = clamped(chunk, lanes, docs)
+            return add_pairs_by_key(q, k, g, carry)
+        queries, keys = carry
+        return queries + dot(q, k, "nt"), keys + dot(k, k, "nt")
 
     zero = jnp.zeros((job.chunk, job.chunk), jnp.float32)
     queries, keys = each_block(job.key_blocks, some_keys, (zero, zero))
@@ -84,6 +100,17 @@ def prepare(job: Job, refs: Mapping[str, Any]) -> None:
     chunk.put_square("inverse", inverse(chunk.column("beta") * keys, docs))
     if "keys" in refs:
         chunk.put_square("keys", keys)
+
+
+def reach(job: Job, refs: Mapping[str, Any]) -> None:
+    """Of each chunk and some keys, `(chunks, B, H * keys)`: `into` and `out`, each key its own."""
+    head = jax.lax.div(pl.program_id(2), jnp.int32(job.key_blocks))
+    keys = block(pl.program_id(2) - head * job.key_blocks, job.keys)
+    chunk = Chunk(job, Row(refs, pl.program_id(1)), head, pl.program_id(0))
+    g = clamped(chunk, keys, chunk.documents())
+    row, column = chunks.order(job.chunk)
+    chunk.put("into", jnp.exp(sums(row >= column, g)), keys)
+    chunk.put("out", jnp.exp(sums(row < column, g)), keys)
 
 
 def walk(job: Job, refs: Mapping[str, Any]) -> None:

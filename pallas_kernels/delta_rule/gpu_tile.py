@@ -127,6 +127,50 @@ def broken(values: jax.Array, docs: Documents | None) -> jax.Array:
     return jnp.where(dot(reach, first) > 0, jnp.nan, values)
 
 
+# One decay a key: a loop over the sizes of blocks at which pairs part, see `chunks.Sums`.
+
+
+def sums(which: jax.Array, x: jax.Array) -> jax.Array:
+    """For each row of `which (M, C)` the sum of the rows of `x (C, N)` that it marks, `(M, N)`.
+
+    `x`, float32 and finite, is three bfloat16 that add up to it: products of these with zeros and
+    ones are exact, so that nothing is lost but by adding.
+    """
+    ones, total = which.astype(jnp.bfloat16), jnp.zeros((which.shape[0], x.shape[1]), jnp.float32)
+    for _ in range(3):
+        piece = x.astype(jnp.bfloat16)
+        total, x = total + dot(ones, piece), x - piece.astype(jnp.float32)
+    return total
+
+
+def _marks(token: jax.Array, other: jax.Array, at: Any) -> jax.Array:
+    """The tokens whose decays a level sums for a token, if pairs part at blocks of `at`."""
+    second = (token & at) != 0
+    # As one mask and another: Triton does not select between masks.
+    behind = second & (other <= token) | ~second & (other > token)
+    return ((token ^ other) < at) & behind
+
+
+def each_level(size: int, body: Callable[..., Any], carry: Any) -> Any:
+    """`body(at, carry)` for blocks of 1, 2, 4, ... tokens."""
+
+    def level(n, carry):
+        return body(jax.lax.shift_left(jnp.int32(1), n), carry)
+
+    return jax.lax.fori_loop(0, len(chunks.sizes(size)), level, carry)
+
+
+def factor_at(g: jax.Array, at: Any) -> jax.Array:
+    """Each token's factor in the decay of the pairs that part at blocks of `at`, `(C, N)`."""
+    return jnp.exp(sums(_marks(*chunks.order(g.shape[0]), at), g))
+
+
+def factor_at_transpose(dlogs: jax.Array, at: Any) -> jax.Array:
+    """The gradient of `g` from that of the logarithms of `factor_at(g, at)`."""
+    token, other = chunks.order(dlogs.shape[0])
+    return sums(_marks(other, token, at), dlogs)
+
+
 # Loads and stores.
 
 
