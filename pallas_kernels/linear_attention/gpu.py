@@ -29,18 +29,17 @@ _ENOUGH_PROGRAMS = 512  # several for each multiprocessor
 def choose_tiles(job: Job) -> Tiles:
     """Blocks that keep the forward kernels in registers, and as many heads a program as leave the
     GPU full."""
-    size, narrow = chunks_gpu.block_size, job.dtype == jnp.bfloat16
+    size, narrow, group = chunks_gpu.block_size, job.dtype == jnp.bfloat16, job.heads // job.groups
     chunk = size(job.length, 64 if narrow and job.decay != "key" else 32)
     tiles = Tiles(
         chunk,
         values=size(job.value_size, 128 if narrow else 64),
-        keys=size(job.key_size, 64 if narrow else 32),
+        keys=size(job.key_size, 64 if narrow and group == 1 else 32),
         inner=32,
         state=32,
         heads=1,
         warps=8,
     )
-    group = job.heads // job.groups
     programs = math.prod(job._replace(tiles=tiles).key_grid)
     heads = [n for n in range(1, group + 1) if group % n == 0]
     fitting = [n for n in heads if programs // n >= _ENOUGH_PROGRAMS]

@@ -1,0 +1,227 @@
+"""The GPU kernels: interpreted on the host, their sums in plain JAX, and compiled ahead of time."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import aot, segments, testing
+from pallas_kernels.linear_attention import gpu, gpu_kernels
+from pallas_kernels.linear_attention.config import Config
+from pallas_kernels.linear_attention.shapes import SHAPES, case
+from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
+
+CASE = "pallas_kernels.linear_attention.shapes:case"
+# Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
+TILES = gpu_kernels.Tiles(chunk=16, values=16, keys=16, inner=16, state=16)
+WIDE = {"key_size": 20, "value_size": 18}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles_and_strict_promotion(monkeypatch):
+    monkeypatch.setattr(gpu, "choose_tiles", lambda _: TILES)
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def interpreted(case, **options):
+    with testing.interpret():
+        return jax.tree.map(np.asarray, case.run("gpu", **options))
+
+
+# Each feature with most others, not the full product: interpretation is slow.
+FEATURES = {
+    "plain": {"decay": None, "batch": 1},
+    "plain-packed": {"decay": None, "packed": True, "length": 20},
+    "constant": {"decay": "constant", "groups": 2, **WIDE},
+    "head-packed": {"decay": "head", "packed": True, "groups": 2, "heads": 4, "batch": 1},
+    "key": {"decay": "key", "batch": 1, "heads": 1, **WIDE},
+    "key-packed": {"decay": "key", "packed": True, "groups": 1},
+    "one-token": {"decay": "head", "length": 1, "batch": 1},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_kernels_equal_the_oracle(name):
+    case = Case(**({"length": 37} | FEATURES[name]))
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+def test_a_program_sums_the_gradients_of_some_heads_of_a_group(monkeypatch):
+    monkeypatch.setattr(gpu, "choose_tiles", lambda _: TILES._replace(heads=2))
+    case = Case(length=20, decay="head", batch=1, groups=2, heads=8, packed=True)
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_bfloat16_against_the_float32_oracle(decay):
+    sizes = {"key_size": 32, "value_size": 16, "batch": 1, "heads": 1}
+    case = Case(length=64, decay=decay, dtype="bfloat16", packed=True, **sizes)
+    actual, expected = interpreted(case), case.oracle()
+    assert actual["outputs"][0].dtype == jnp.bfloat16
+    assert actual["outputs"][1].dtype == np.float32
+    assert actual["gradients"]["log_decay"].dtype == np.float32
+    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
+    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+
+
+@pytest.mark.parametrize("decay", [None, "head", "key"])
+def test_documents_are_isolated_to_the_bit(decay):
+    case = Case(length=37, decay=decay, batch=1, heads=1)
+    assert_isolated(interpreted, case)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_extreme_decays(decay):
+    """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""
+    case = Case(length=40, decay=decay, batch=1, heads=1)
+    g = np.array(case.args["log_decay"])
+    g[:, 3::7], g[:, 5::7], g[:, 20:30] = 0.0, -1e30, -103.0
+    case = case.replaced(log_decay=jnp.asarray(g))
+    actual, expected = interpreted(case), case.oracle()
+    testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
+    np.testing.assert_array_equal(actual["gradients"]["log_decay"][:, 5::7], 0)
+
+
+@jax.jit
+def _run(args, ids):
+    runs = segments.runs(ids)
+    q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
+    return gpu.linear_attention(Config(5**-0.5), q, k, v, args["log_decay"], state, runs)
+
+
+def test_the_same_call_twice_is_bitwise_equal():
+    case = Case(length=37, decay="head", batch=1, packed=True)
+    with testing.interpret():
+        once, twice = (jax.tree.map(np.asarray, _run(case.args, case.ids)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+
+
+@hypothesis.settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
+)
+def test_any_segmentation(lengths, padding):
+    case = Case(length=37, decay="head", batch=1)
+    ids = np.repeat(np.arange(len(lengths)) + 1, lengths)[: 37 - padding]
+    case.ids = jnp.asarray(np.pad(ids, (0, 37 - len(ids)))[None], jnp.int32)
+    with testing.interpret():
+        actual = jax.tree.map(np.asarray, _run(case.args, case.ids))
+    testing.assert_close(actual, case.oracle()["outputs"], testing.FLOAT32_TOLERANCE)
+
+
+def test_a_row_of_padding_returns_its_initial_state():
+    case = Case(length=20, decay="head", batch=2)
+    with testing.interpret():
+        o, final = _run(case.args, jnp.zeros((2, 20), jnp.int32))
+    np.testing.assert_array_equal(o, np.zeros_like(o))
+    np.testing.assert_array_equal(final, case.args["initial_state"])
+
+
+def broken_carry_not_handed_on(monkeypatch):
+    monkeypatch.setattr(gpu_kernels.tile, "kept", lambda state, *_: state * 0)
+
+
+def broken_states_shifted_by_one_chunk(monkeypatch):
+    load = gpu_kernels.Row.load
+
+    def shifted(self, name, *index):
+        if name == "states":
+            index = (jnp.maximum(index[0] - 1, 0), *index[1:])
+        return load(self, name, *index)
+
+    monkeypatch.setattr(gpu_kernels.Row, "load", shifted)
+
+
+@pytest.mark.parametrize("mutant", [broken_carry_not_handed_on, broken_states_shifted_by_one_chunk])
+def test_mutants_are_caught(mutant, monkeypatch):
+    case = Case(length=37, decay="head")
+    expected = case.oracle()["outputs"]
+    mutant(monkeypatch)
+    ids = jnp.ones((2, 37), jnp.int32)
+    with testing.interpret():
+        # A function of its own, so that nothing traced before is found again.
+        outputs = jax.jit(lambda *args: _run.__wrapped__(*args))(case.args, ids)
+        outputs = jax.tree.map(np.asarray, outputs)
+    with pytest.raises(AssertionError, match=r"not finite|>"):
+        testing.assert_close(outputs, expected, testing.FLOAT32_TOLERANCE)
+
+
+# Tiles.
+
+
+def job_of(shape, **changes):
+    decay = {"constant": "head"}.get(shape.decay, shape.decay)
+    sizes = shape.batch, shape.length, shape.groups, shape.heads, shape.key_size, shape.value_size
+    job = gpu_kernels.Job(*sizes, decay, jnp.dtype(shape.dtype), 1.0, TILES)
+    return job._replace(**changes)
+
+
+CHOOSE_TILES = gpu.choose_tiles
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tiles_cover_the_arrays(name):
+    job = job_of(SHAPES[name])
+    job = job._replace(tiles=CHOOSE_TILES(job))
+    tiles = job.tiles
+    assert job.heads // job.groups % tiles.heads == 0
+    for size in (*tiles[:5], tiles.warps):
+        assert size & (size - 1) == 0
+    assert job.value_grid[1] * tiles.values >= job.value_size
+    assert job.key_grid[1] * tiles.keys >= job.key_size
+    assert (job.chunks - 1) * tiles.chunk < job.length <= job.chunks * tiles.chunk
+
+
+def test_as_many_heads_a_program_as_leave_the_gpu_full():
+    shape = SHAPES["mamba2-2.7b"]
+    long, short = (CHOOSE_TILES(job_of(shape, length=n)) for n in (2**16, 2**8))
+    assert long.heads > short.heads >= 1
+    job = job_of(shape, length=2**16)._replace(tiles=long)
+    assert np.prod(job.key_grid) >= gpu._ENOUGH_PROGRAMS
+
+
+def test_arrays_of_two_billion_elements_are_refused():
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    q, v = struct((1, 2**17, 1, 256)), struct((1, 2**17, 16, 256))
+    assert gpu.largest_array(q, v, None) >= 2**31
+
+
+# Ahead of time.
+
+
+@pytest.fixture
+def real_tiles(monkeypatch):
+    monkeypatch.setattr(gpu, "choose_tiles", CHOOSE_TILES)
+
+
+@pytest.mark.parametrize("chip", ["a100", "h100", "h200", "b200"])
+@pytest.mark.parametrize("shape", ["head-bench-packed", "key-bench"])
+def test_compiles_for_gpu(chip, shape, real_tiles):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    for kernel in ("forward_states", "forward_outputs", "backward_values", "backward_keys"):
+        assert f"linear_attention_{kernel}" in text
+
+
+@pytest.mark.parametrize("chip", ["a100", "h100"])
+def test_forward_spills_no_registers(chip):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in SPILL_SHAPES])
+    for shape, kernels in zip(SPILL_SHAPES, reports, strict=True):
+        assert not isinstance(kernels, Exception), (shape, kernels)
+        assert any("linear_attention_forward" in kernel.name for kernel in kernels)
+        assert {k.name: k.spill_stores for k in kernels if k.spill_stores} == {}, shape
+
+
+SPILL_SHAPES = ["head-bench-packed", "key-bench-packed", "gla-1.3b", "plain", "odd-key-packed"]
