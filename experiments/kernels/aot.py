@@ -35,7 +35,13 @@ from pallas_kernels.programs import MODES
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment, source_version
 
-FAMILIES = ("linear_scan", "selective_scan", "diagonal_ssm", "causal_conv1d")
+FAMILIES = (
+    "linear_scan",
+    "selective_scan",
+    "diagonal_ssm",
+    "causal_conv1d",
+    "linear_attention",
+)
 CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to
 REPOSITORY = Path(__file__).parents[2]
