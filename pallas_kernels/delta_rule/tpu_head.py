@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import chunks
 from pallas_kernels.compat import pl
 from pallas_kernels.delta_rule import tpu_inverse
-from pallas_kernels.delta_rule.tpu_inverse import corrected, finite
+from pallas_kernels.delta_rule.tpu_inverse import corrected, finite, operand
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention import tpu_head as attention
 from pallas_kernels.linear_attention.tile import dot, only
@@ -114,16 +114,16 @@ def forward(job, refs) -> None:
             held = tile.entering(_into(job, refs, decay, h, dot(k, state, "nn")), step.down)
             beta = step.beta[:, h : h + 1]
             values = corrected(refs["inverse"][h], beta, v, held, step.down).values
-            written = values.astype(v.dtype)
             read = job.scale * _into(job, refs, decay, h, dot(q, state, "nn"))
-            o = dot(
-                refs["queries"][h].astype(v.dtype), finite(written, job.segmented), "nn"
-            ) + tile.entering(read, step.down)
+            written = finite(values, job.segmented).astype(v.dtype)
+            o = dot(refs["queries"][h].astype(v.dtype), written, "nn")
+            o += tile.entering(read, step.down)
             if step.down is not None:
                 o = only(step.down.real, jnp.where(values == values, o, jnp.nan))
             lanes(refs["o"], h, job.value_size)[...] = o.astype(v.dtype)
-            leaving = tile.leaving(written, step.down)
-            added = dot((across * decay.out).astype(v.dtype), leaving, "nn")
+            leaving = step.down and step.down.leaving
+            out = (across * decay.out).astype(v.dtype)
+            added = dot(out, operand(leaving, values).astype(v.dtype), "nn")
             state_ref[first + h] = tile.kept(state, decay.keep, step.down) + added
 
     @pl.when(chunk_ends(job))
@@ -192,7 +192,7 @@ def _backward_head(job, refs, step: _Step, h: int, keys, across, dstate) -> _Hea
     """`keys` as they came, `across` queries and keys `(K, C)`, `dstate` of the leaving state."""
     q, k = across
     v, do = (lanes(refs[name], h, job.value_size)[...] for name in ("v", "do"))
-    state, decay, guarded = refs["states"][h], step.decays.head(h), job.segmented
+    state, decay = refs["states"][h], step.decays.head(h)
     decays, beta = between(job, refs, decay, h), step.beta[:, h : h + 1]
     inverse = refs["inverse"][h]
     held = tile.entering(_into(job, refs, decay, h, dot(keys, state, "nn")), step.down)
@@ -204,7 +204,7 @@ def _backward_head(job, refs, step: _Step, h: int, keys, across, dstate) -> _Hea
     # Of beta * error, and of what the inverse was made from.
     if step.down is not None:
         inverse = only(step.down.same, inverse)
-    dwritten = dot(inverse.T, finite(dvalues, guarded), "nn")
+    dwritten = dot(inverse.T, finite(dvalues, job.segmented), "nn")
     dlower = only(step.earlier, -dot(dwritten.astype(v.dtype), written, "nt"))
     dbeta = (dwritten * error).sum(1, keepdims=True)
     dbeta += (dlower * refs["keys"][h]).sum(1, keepdims=True)
@@ -213,10 +213,10 @@ def _backward_head(job, refs, step: _Step, h: int, keys, across, dstate) -> _Hea
     # subtracted.
     row, column = chunks.order(job.tiles.chunk)
     before = (row < column).astype(jnp.float32).astype(v.dtype)
-    dlogs = finite(dpairs * refs["queries"][h] + dlower * refs["keys"][h], guarded)
+    dlogs = dpairs * refs["queries"][h] + dlower * refs["keys"][h]
     summed = only(step.mask, dot(dlogs.astype(v.dtype), before, "nn"))
     # Transposed, so that decays and their gradients are rows.
-    dheld = -tile.entering(dv, step.down).astype(v.dtype)
+    dheld = operand(step.down and step.down.entering, -dv).astype(v.dtype)
     into = job.scale * decay.into
     dq = tile.entering(into * dot(state, do, "nt"), step.across)
     dread = tile.entering(decay.into * dot(state, dheld, "nt"), step.across)
@@ -233,7 +233,7 @@ def _backward_head(job, refs, step: _Step, h: int, keys, across, dstate) -> _Hea
         dv=dv,
         dbeta=dbeta,
         dstate=tile.kept(dstate, decay.keep, step.down) + dentering,
-        dg=summed.sum(0, keepdims=True) + finite(keep, guarded),
-        into=finite((q * dq + k * dread).sum(0, keepdims=True), guarded),
-        out=finite((k * dk).sum(0, keepdims=True), guarded),
+        dg=summed.sum(0, keepdims=True) + keep,
+        into=(q * dq + k * dread).sum(0, keepdims=True),
+        out=(k * dk).sum(0, keepdims=True),
     )

@@ -24,13 +24,21 @@ from pallas_kernels import chunks
 from pallas_kernels.linear_attention.tile import dot, only
 from pallas_kernels.tpu_heads import SLAB
 
-BLOCK = 16
+BLOCK = 32
 _TOGETHER = 4  # heads: enough independent work for every step of the substitution
 
 
 def finite(x: jax.Array, guarded: bool) -> jax.Array:
-    """`x`, 0 where it is or would be rounded to infinity, as the right operand of a matmul."""
-    return only(jnp.abs(x) < 1e38, x) if guarded else x
+    """`x`, 1 where it is or would be rounded to infinity, as the right operand of a matmul.
+
+    Not 0: it meets nothing but zeros, and a matmul of a masked operand need not compile.
+    """
+    return operand(jnp.abs(x) < 1e38 if guarded else None, x)
+
+
+def operand(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Rows of `x` as the right operand of a matmul whose left one is 0 outside of `mask`."""
+    return x if mask is None else jnp.where(mask, x, 1.0)
 
 
 def diagonal(lower: jax.Array, block: int) -> jax.Array:
@@ -60,38 +68,28 @@ def spread(blocks: jax.Array) -> jax.Array:
     """The inverse of `diagonal`, `(block, C) -> (C, C)` with zeros elsewhere."""
     block, size = blocks.shape
     row, column = chunks.order(size)
-    wide = jnp.broadcast_to(blocks[None], (size // block, block, size)).reshape(size, size)
-    return only((row ^ column) < block, wide)
+    return only((row ^ column) < block, _repeated(blocks))
 
 
-def merged(inverse: jax.Array, lower: jax.Array, block: int, guarded: bool) -> jax.Array:
-    """`(I + lower)^-1` from the inverses of the blocks of its diagonal, `(C, C)`."""
-    size = lower.shape[0]
-    s = block
+def _repeated(rows: jax.Array) -> jax.Array:
+    """`(s, C) -> (C, C)`, the same rows again and again."""
+    s, size = rows.shape
+    return jnp.broadcast_to(rows[None], (size // s, s, size)).reshape(size, size)
+
+
+def merged(inverse: jax.Array, lower: jax.Array, guarded: bool) -> jax.Array:
+    """`(I + lower)^-1` from the inverses of the blocks of its diagonal, side by side."""
+    s, size = inverse.shape
     while s < size:
-        corner = _second(only(chunks.parted(size, s), lower), s)
-        joined = dot(corner, finite(inverse, guarded), "nn")
-        second = _second(inverse, s)
-        behind = _with_first(jnp.zeros_like(joined), joined, s)
-        second = second - dot(second, finite(behind, guarded), "nn")
-        inverse = _with_first(_first(inverse, s), second, s)
-        s *= 2
+        lane = jax.lax.broadcasted_iota(jnp.int32, inverse.shape, 1)
+        later, parted = lane & s != 0, chunks.parted(size, s)
+        corner = only(parted, lower).reshape(-1, s, size).sum(0)
+        joined = dot(corner, finite(spread(inverse), guarded), "nn")
+        behind = only(parted, _repeated(finite(joined, guarded)))
+        second = dot(only(later, inverse), behind, "nn")
+        below = jnp.where(later, inverse, -second)
+        inverse, s = jnp.concatenate([only(~later, inverse), below]), 2 * s
     return inverse
-
-
-def _first(x: jax.Array, s: int) -> jax.Array:
-    """First halves of all blocks of 2s rows."""
-    return x.reshape(-1, 2, s, x.shape[1])[:, 0].reshape(-1, x.shape[1])
-
-
-def _second(x: jax.Array, s: int) -> jax.Array:
-    return x.reshape(-1, 2, s, x.shape[1])[:, 1].reshape(-1, x.shape[1])
-
-
-def _with_first(first: jax.Array, second: jax.Array, s: int) -> jax.Array:
-    width = first.shape[1]
-    halves = [x.reshape(-1, s, width) for x in (first, second)]
-    return jnp.stack(halves, 1).reshape(-1, width)
 
 
 def invert(ref, guarded: bool) -> None:
@@ -103,7 +101,7 @@ def invert(ref, guarded: bool) -> None:
         blocks = jnp.stack([diagonal(ref[h], block) for h in some])
         blocks = substituted(blocks, guarded)
         for n, h in enumerate(some):
-            ref[h] = merged(spread(blocks[n]), ref[h], block, guarded)
+            ref[h] = merged(blocks[n], ref[h], guarded)
 
 
 class Corrected(NamedTuple):
@@ -135,7 +133,7 @@ def corrected(inverse, beta, v, held, docs: chunks.Documents | None) -> Correcte
     bad = jnp.where(jnp.maximum(jnp.abs(right), jnp.abs(values)) < 1e38, 0.0, 1.0)
     bad = jnp.broadcast_to(bad.max(1, keepdims=True), values.shape).astype(jnp.bfloat16)
     row, column = chunks.order(values.shape[0])
-    reach = jnp.where(docs.same & (row >= column), 1.0, 0.0).astype(jnp.bfloat16)
+    reach = (docs.same & (row >= column)).astype(jnp.float32).astype(jnp.bfloat16)
     return Corrected(jnp.where(dot(reach, bad, "nn") > 0, jnp.nan, values), error)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import chunks, compat
 from pallas_kernels.compat import pl
 from pallas_kernels.delta_rule import tpu_inverse
-from pallas_kernels.delta_rule.tpu_inverse import corrected, finite
+from pallas_kernels.delta_rule.tpu_inverse import corrected, finite, operand
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention import tpu_key as attention
 from pallas_kernels.linear_attention.tile import dot, only
@@ -69,14 +69,13 @@ def forward(job, refs) -> None:
             state, docs = state_ref[first + h], step.docs
             held = tile.entering(dot(_reading(head, step, v.dtype), state, "nt"), docs)
             values = corrected(refs["inverse"][h], beta[:, h : h + 1], v, held, docs).values
-            written = values.astype(v.dtype)
             read = job.scale * dot(head.from_state(step, v.dtype), state, "nt")
-            pairs = refs["queries"][h].astype(v.dtype)
-            o = dot(pairs, finite(written, job.segmented), "nn") + tile.entering(read, docs)
+            written = finite(values, job.segmented).astype(v.dtype)
+            o = dot(refs["queries"][h].astype(v.dtype), written, "nn") + tile.entering(read, docs)
             if docs is not None:
                 o = only(docs.real, jnp.where(values == values, o, jnp.nan))
             lanes(refs["o"], h, job.value_size)[...] = o.astype(v.dtype)
-            leaving = transposed(tile.leaving(written, docs))
+            leaving = operand(docs and docs.leaving, values).T.astype(v.dtype)
             added = dot(leaving, head.to_state(step, v.dtype), "nn")
             state_ref[first + h] = tile.kept(state, head.decay.keep, docs) + added
 
@@ -129,7 +128,7 @@ def backward(job, refs) -> None:
 
 def _backward_head(job, refs, step: Step, head: Head, h: int, beta, dstate) -> _HeadGradients:
     """`dstate` of the leaving state."""
-    docs, guarded, dtype = step.docs, job.segmented, job.dtype
+    docs, dtype = step.docs, job.dtype
     v, do = (lanes(refs[name], h, job.value_size)[...] for name in ("v", "do"))
     state, inverse, keep = refs["states"][h], refs["inverse"][h], head.decay.keep
     reading = _reading(head, step, dtype)
@@ -142,30 +141,35 @@ def _backward_head(job, refs, step: Step, head: Head, h: int, beta, dstate) -> _
     # Of beta * error, and of what the inverse was made from.
     if docs is not None:
         inverse = only(docs.same, inverse)
-    dwritten = dot(inverse.T, finite(dvalues, guarded), "nn")
-    dlower = only(step.level > 0, -dot(dwritten.astype(dtype), written, "nt"))
+    dwritten = dot(inverse.T, finite(dvalues, job.segmented), "nn")
+    lowered = only(step.level > 0, dot(dwritten.astype(dtype), written, "nt"))
     dbeta = (dwritten * error).sum(1, keepdims=True)
-    dbeta += (dlower * refs["keys"][h]).sum(1, keepdims=True)
+    dbeta -= (lowered * refs["keys"][h]).sum(1, keepdims=True)
     dv = beta * dwritten
-    dheld = -tile.entering(dv, docs).astype(dtype)
+    dheld = operand(docs and docs.entering, -dv)
     dq = tile.entering(job.scale * head.decay.into * dot(do, state, "nn"), docs)
-    dread = tile.entering(head.decay.into * dot(dheld, state, "nn"), docs)
+    dread = tile.entering(head.decay.into * dot(dheld.astype(dtype), state, "nn"), docs)
     dk = tile.leaving(head.decay.out * dot(written, dstate, "nn"), docs)
     dinto, dout = head.q * dq + head.k * dread, head.k * dk
     dentering = job.scale * dot(transposed(do), head.from_state(step, dtype), "nn")
-    dentering += dot(transposed(dheld), reading, "nn")
+    dentering += dot(dheld.T.astype(dtype), reading, "nn")
     through = tile.kept(dstate * state.astype(dstate.dtype), keep, docs)
     # What comes through the pairs.
     of_queries = head._replace(scale=job.scale).pairs_gradients(step, dpairs, dtype)
-    of_keys = head._replace(q=head.k).pairs_gradients(step, beta * dlower, dtype)
-    dlevels = [finite(x + y, guarded) for x, y in zip(of_queries[2], of_keys[2], strict=True)]
-    dinto, dout = finite(dinto, guarded), finite(dout, guarded)
+    of_keys = head._replace(q=head.k, scale=-1.0).pairs_gradients(step, beta * lowered, dtype)
+    dlevels = [x + y for x, y in zip(of_queries[2], of_keys[2], strict=True)]
+    if docs is not None:  # decays are summed over tokens
+        dlevels, dinto, dout = jax.tree.map(_zero_if_broken, (dlevels, dinto, dout))
     dg = attention.log_gradient(dlevels, dinto, dout, compat.tpu.roll)
     return _HeadGradients(
         dq=dq + of_queries[0],
         dk=dk + dread + of_queries[1] + of_keys[0] + of_keys[1],
         dv=dv,
         dbeta=dbeta,
-        dg=dg + finite(through.sum(0, keepdims=True), guarded),
+        dg=dg + through.sum(0, keepdims=True),
         dstate=tile.kept(dstate, keep, docs) + dentering,
     )
+
+
+def _zero_if_broken(x: jax.Array) -> jax.Array:
+    return only(jnp.abs(x) < jnp.inf, x)

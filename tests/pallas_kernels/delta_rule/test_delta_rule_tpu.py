@@ -57,3 +57,203 @@ FEATURES = {
 def test_kernels_equal_the_oracle(name, small):
     case = Case(**({"length": 37} | FEATURES[name]))
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+def test_several_groups_in_one_step(monkeypatch):
+    monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
+    case = Case(length=1, batch=1, packed=True)
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_bfloat16_against_the_float32_oracle(decay, small):
+    sizes = {"size": (32, 16), "batch": 1, "heads": 1, "groups": 1}
+    case = Case(length=64, decay=decay, dtype="bfloat16", packed=True, **sizes)
+    actual, expected = interpreted(case), case.oracle()
+    assert actual["outputs"][0].dtype == jnp.bfloat16
+    assert actual["outputs"][1].dtype == np.float32
+    assert actual["gradients"]["log_decay"].dtype == np.float32
+    assert actual["gradients"]["beta"].dtype == jnp.bfloat16
+    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
+    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_documents_are_isolated_to_the_bit(decay, small):
+    assert_isolated(interpreted, Case(length=37, decay=decay, batch=1, heads=1, groups=1))
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_extreme_decays(decay, small):
+    """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""
+    case = Case(length=40, decay=decay, batch=1, heads=1, groups=1)
+    g = np.array(case.args["log_decay"])
+    g[:, 3::7], g[:, 5::7], g[:, 20:30] = 0.0, -1e30, -103.0
+    case.args["log_decay"] = jnp.asarray(g)
+    actual, expected = interpreted(case), case.oracle()
+    testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
+    np.testing.assert_array_equal(actual["gradients"]["log_decay"][:, 5::7], 0)
+
+
+@jax.jit
+def _run(args, ids):
+    runs = segments.runs(ids)
+    names = ("q", "k", "v", "beta", "log_decay", "initial_state")
+    return tpu.delta_rule(Config(8**-0.5, CHUNK), *(args[name] for name in names), runs)
+
+
+def one_head(**options):
+    return Case(**({"length": 37, "batch": 1, "heads": 1, "groups": 1} | options))
+
+
+def test_the_same_call_twice_is_bitwise_equal():
+    case = one_head(packed=True)
+    with testing.interpret():
+        once, twice = (jax.tree.map(np.asarray, _run(case.args, case.ids)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+
+
+@hypothesis.settings(max_examples=4, deadline=None)
+@hypothesis.given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
+)
+def test_any_segmentation(lengths, padding):
+    case = one_head()
+    ids = np.repeat(np.arange(len(lengths)) + 1, lengths)[: 37 - padding]
+    case.ids = jnp.asarray(np.pad(ids, (0, 37 - len(ids)))[None], jnp.int32)
+    with testing.interpret():
+        actual = jax.tree.map(np.asarray, _run(case.args, case.ids))
+    testing.assert_close(actual, case.oracle()["outputs"], testing.FLOAT32_TOLERANCE)
+
+
+def test_one_token_needs_no_kernel():
+    case = Case(length=1)
+    expected = case.oracle()
+    testing.assert_close(case.run(None), expected, testing.FLOAT32_TOLERANCE)
+
+
+def broken_carry_not_reset(monkeypatch):
+    monkeypatch.setattr(tpu_head, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
+
+
+def broken_carry_shifted_by_one(monkeypatch):
+    own = tpu_head.own
+
+    def shifted(job):
+        heads = job.parts * job.tiles.heads
+        start = jax.lax.rem(own(job).start + 1, heads)
+        return compat.pl.ds(start, job.tiles.heads)
+
+    monkeypatch.setattr(tpu_head, "own", shifted)
+
+
+@pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
+def test_mutants_are_caught(mutant, monkeypatch, small):
+    case = Case(length=37, batch=2, groups=1, heads=2)
+    expected = case.oracle()["outputs"]
+    mutant(monkeypatch)
+    ids = jnp.ones((2, 37), jnp.int32)
+    with testing.interpret():
+        # A function of its own, so that nothing traced before is found again.
+        outputs = jax.jit(lambda *args: _run.__wrapped__(*args))(case.args, ids)
+        outputs = jax.tree.map(np.asarray, outputs)
+    with pytest.raises(AssertionError, match=r"not finite|>"):
+        testing.assert_close(outputs, expected, testing.FLOAT32_TOLERANCE)
+
+
+# The inverse.
+
+
+@pytest.mark.parametrize("size", [8, 16, 64])
+@pytest.mark.parametrize("kind", ["random", "ones"])
+def test_inverse(kind, size):
+    """Also where its power series has terms of 1e18 that cancel to 1."""
+    keys = normalised(np.random.default_rng(0).standard_normal((size, 8)))
+    lower = np.tril(keys @ keys.T if kind == "random" else np.ones((size, size)), -1)
+    expected = np.linalg.inv(np.eye(size) + lower)
+    lower = jnp.asarray(lower, jnp.float32)
+    for block in (8, 16):
+        blocks = tpu_inverse.diagonal(lower, min(block, size))[None]
+        actual = tpu_inverse.merged(tpu_inverse.substituted(blocks, False)[0], lower, False)
+        testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
+
+
+def test_inverse_of_documents_that_overflow():
+    """Rows of the others are the same to the bit; the first broken one is seen."""
+    document = np.repeat([1, 2, 3], [5, 6, 5])
+    keys = normalised(np.random.default_rng(0).standard_normal((16, 8)))
+    lower = np.where(document[:, None] == document, np.tril(keys @ keys.T, -1), 0)
+    broken = lower.copy()
+    broken[7, 6], broken[10, 9] = np.inf, 1e38
+
+    def inverse(lower):
+        blocks = tpu_inverse.diagonal(lower, 8)[None]
+        return tpu_inverse.merged(tpu_inverse.substituted(blocks, True)[0], lower, True)
+
+    before, after = (
+        np.asarray(jax.jit(inverse)(jnp.asarray(x, jnp.float32))) for x in (lower, broken)
+    )
+    others = document != 2
+    np.testing.assert_array_equal(after[others], before[others])
+    assert not np.isfinite(after[7, 6])
+
+
+# Memory.
+
+
+def job_of(shape):
+    keys, values = (-(-size // 128) * 128 for size in (shape.key_size, shape.value_size))
+    length = -(-shape.length // 128) * 128
+    sizes = (shape.batch, length, shape.groups, shape.heads, keys, values)
+    return tpu.Job(*sizes, shape.decay, True, 1.0, jnp.dtype(shape.dtype), tpu.Tiles(128, 1))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_tiles_fit_every_generation(chip, name):
+    job = job_of(SHAPES[name])
+    tiles = tpu.choose_tiles(job)
+    job = job._replace(tiles=tiles)
+    capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
+    assert tpu.vmem_bytes(job) <= capacity // 2
+    assert job.grid[1] * job.parts * tiles.heads == job.heads
+
+
+def test_the_chooser_obeys_the_estimator(monkeypatch):
+    job = job_of(SHAPES["gated-delta-bench"])
+    roomy = tpu.choose_tiles(job)
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(job._replace(tiles=roomy)) - 1)
+    tight = tpu.choose_tiles(job)
+    assert tight.heads < roomy.heads
+    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= tpu._VMEM_BUDGET
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**20)
+    assert tpu.choose_tiles(job) is None
+
+
+def test_a_group_too_large_for_vmem_is_split(monkeypatch, small):
+    case = Case(length=20, batch=1, groups=1, heads=2)
+    monkeypatch.setattr(tpu, "choose_tiles", only_one_head_a_group)
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+def only_one_head_a_group(job):
+    return tpu.Tiles(CHUNK, 1) if job.heads == job.groups else None
+
+
+def test_a_head_too_large_for_vmem_is_refused(monkeypatch):
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**16)
+    args, ids = Case(length=9, batch=2).args, jnp.ones((2, 9), jnp.int32)
+    with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
+        jax.eval_shape(_run, args, ids)
+
+
+# Ahead of time.
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_for_tpu(chip, shape, mode):
+    compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
+    kernels = {"forward": 1, "forward+backward": 2}[mode]
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
