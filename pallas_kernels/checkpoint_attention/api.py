@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.checkpoint_attention import reference, tpu, xla
+from pallas_kernels.checkpoint_attention import gpu, reference, tpu, xla
 from pallas_kernels.checkpoint_attention.config import Config
 
 _OP = "checkpoint_attention"
@@ -122,6 +122,7 @@ def checkpoint_attention(
             "reference": functools.partial(reference.checkpoint_attention, config),
             "xla": functools.partial(xla.checkpoint_attention, config),
             "tpu": functools.partial(tpu.checkpoint_attention, config),
+            "gpu": functools.partial(gpu.checkpoint_attention, config),
         },
         *compat.vary_alike(*arrays, *integers, runs),
         requested=implementation,

@@ -247,18 +247,26 @@ def visible(job: Job, step: Step, count: int):
 
 def for_visible(job: Job, refs, step: Step, meet: Callable[[int], None]) -> None:
     """`meet(count)` with as many of the block's slots as its last token sees, in whole parts."""
+    size = job.tiles.slots
+    part = max(_LANES, size // _PARTS)
     if job.plain:
         last_token = (step.at.block + 1) * job.tiles.tokens - 1
-        begin, end = 0, jax.lax.div(last_token, job.interval)
+
+        def seen(count: int):
+            """Whether any token sees the slot that is `count` behind the first."""
+            return last_token >= (step.base + count + 1) * job.interval
     else:
         index = 2 * (step.at.row * job.blocks + step.at.block)
         begin, end = refs["reach"][index], refs["reach"][index + 1]
-    size = job.tiles.slots
-    part = max(_LANES, size // _PARTS)
-    live = jnp.where(begin < step.base + size, end - step.base, 0)
+
+        def seen(count: int):
+            return (begin < step.base + size) & (end > step.base + count)
+
     for count in range(part, size + 1, part):
-        fits = live > count - part
-        pl.when(fits if count == size else fits & (live <= count))(lambda count=count: meet(count))
+        fits = seen(count - part)
+        if count < size:
+            fits = fits & ~seen(count)
+        pl.when(fits)(lambda count=count: meet(count))
 
 
 def across(x):
