@@ -19,19 +19,27 @@ def normal(rng, *shape):
 
 
 @pytest.mark.parametrize("size", [16, 64])
-def test_halves_sum_like_a_matrix(size):
-    rng = np.random.default_rng(0)
-    g = -jnp.abs(normal(rng, size, 3))
-    testing.assert_close(chunks_gpu.BY_HALVES.up(g), chunks.BY_HALVES.up(g), 1e-6)
+def test_sums_by_halves(size):
+    g = -np.abs(np.random.default_rng(0).standard_normal((size, 3)))
+    sums = jax.jit(chunks_gpu.BY_HALVES.up)(jnp.asarray(g, jnp.float32))
+    for s, level in zip(chunks.sizes(size), sums.levels, strict=True):
+        # First half: behind the token up to the half's end. Second: from its start to the token.
+        blocks = g.reshape(-1, 2, s, 3)
+        behind = np.cumsum(blocks[:, 0, ::-1], 1)[:, ::-1] - blocks[:, 0]
+        expected = np.stack([behind, np.cumsum(blocks[:, 1], 1)], 1).reshape(size, 3)
+        testing.assert_close(level, expected, 1e-6)
+    testing.assert_close(sums.into, np.cumsum(g, 0), 1e-6)
+    testing.assert_close(sums.out, np.cumsum(g[::-1], 0)[::-1] - g, 1e-6)
+    testing.assert_close(sums.total, g.sum(0, keepdims=True), 1e-6)
 
 
-@pytest.mark.parametrize("size", [16, 64])
-def test_the_transpose_of_halves(size):
+def test_the_transpose_of_sums_by_halves():
     rng = np.random.default_rng(0)
-    levels = [normal(rng, size, 3) for _ in chunks.sizes(size)]
-    sums = chunks.Sums(levels, normal(rng, size, 3), normal(rng, size, 3), normal(rng, 1, 3))
-    expected = chunks.BY_HALVES.down(sums)
-    testing.assert_close(chunks_gpu.BY_HALVES.down(sums), expected, 1e-6)
+    up, down = chunks_gpu.BY_HALVES
+    g = normal(rng, 16, 3)
+    cotangents = jax.tree.map(lambda x: normal(rng, *x.shape), jax.eval_shape(up, g))
+    [expected] = jax.jit(lambda g, c: jax.vjp(up, g)[1](c))(g, cotangents)
+    testing.assert_close(jax.jit(down)(cotangents), expected, 1e-6)
 
 
 def test_halves_keep_an_infinite_gradient_with_the_tokens_it_sums():
@@ -40,14 +48,14 @@ def test_halves_keep_an_infinite_gradient_with_the_tokens_it_sums():
     levels = [jnp.zeros((size, 1)) for _ in chunks.sizes(size)]
     levels[1] = levels[1].at[:4].set(jnp.inf)
     zero = jnp.zeros((size, 1))
-    dg = chunks_gpu.BY_HALVES.down(chunks.Sums(levels, zero, zero, zero[:1]))
+    dg = jax.jit(chunks_gpu.BY_HALVES.down)(chunks.Sums(levels, zero, zero, zero[:1]))
     np.testing.assert_array_equal(dg[4:], zero[4:])
 
 
 def test_pair_sums_are_sums_between_tokens():
     g = -np.random.default_rng(0).uniform(0, 3, 16)
     column = jnp.asarray(g[:, None], jnp.float32)
-    sums = chunks_gpu.pair_sums(column, column.reshape(1, -1))
+    sums = jax.jit(chunks_gpu.pair_sums)(column, column.reshape(1, -1))
     between = [[g[j + 1 : i + 1].sum() for j in range(16)] for i in range(16)]
     testing.assert_close(sums.between, np.array(between), 1e-6)
     testing.assert_close(sums.into[:, 0], np.cumsum(g), 1e-6)
@@ -57,7 +65,7 @@ def test_pair_sums_are_sums_between_tokens():
 
 def test_nothing_is_taken_from_a_sum_by_an_extreme_neighbour():
     column = jnp.full((16, 1), -104.0).at[8:].set(-1e-3)
-    between = chunks_gpu.pair_sums(column, column.reshape(1, -1)).between
+    between = jax.jit(chunks_gpu.pair_sums)(column, column.reshape(1, -1)).between
     assert float(between[9, 8]) == np.float32(-1e-3)
 
 
@@ -70,5 +78,5 @@ def test_the_transpose_of_pair_sums():
 
     sums = jax.tree.map(lambda x: normal(rng, *x.shape), up(g))
     sums = sums._replace(between=jnp.tril(sums.between, -1))
-    [expected] = jax.vjp(up, g)[1](sums)
+    [expected] = jax.jit(lambda g, c: jax.vjp(up, g)[1](c))(g, sums)
     testing.assert_close(chunks_gpu.pair_sums_transpose(sums)[0], expected, 1e-6)
