@@ -16,9 +16,19 @@ from pallas_kernels import chunks, compat, vjp
 from pallas_kernels.chunks_gpu import block_size
 from pallas_kernels.delta_rule import gpu_backward, gpu_forward
 from pallas_kernels.delta_rule.config import Config
-from pallas_kernels.delta_rule.gpu_tile import Job
+from pallas_kernels.delta_rule.gpu_tile import Job, Tiles
 
-_CHUNK, _SMALL_CHUNK = 64, 32  # the latter of float32, and of one decay a key: registers
+
+def choose_tiles(length: int, key_size: int, value_size: int, by_key: bool, narrow: bool) -> Tiles:
+    """Blocks that keep the forward kernels in registers: smaller where every key has its decay,
+    and where numbers are float32.
+    """
+    return Tiles(
+        chunk=block_size(length, 32 if by_key or not narrow else 64),
+        keys=block_size(key_size, 32 if by_key else 64),
+        values=block_size(value_size, 64),
+        walked=block_size(value_size, 32),
+    )
 
 
 def _job(config: Config, q, v, log_decay, runs) -> Job:
@@ -26,10 +36,13 @@ def _job(config: Config, q, v, log_decay, runs) -> Job:
     decay: Literal["head", "key"] | None = None
     if log_decay is not None:
         decay = "key" if log_decay.ndim == 4 else "head"
-    most = _CHUNK if v.dtype == jnp.bfloat16 and decay != "key" else _SMALL_CHUNK
+    key_size, narrow = q.shape[3], v.dtype == jnp.bfloat16
+    tiles = choose_tiles(length, key_size, value_size, decay == "key", narrow)
+    if config.chunk:
+        tiles = tiles._replace(chunk=config.chunk)
     return Job(
-        batch, length, q.shape[2], heads, q.shape[3], value_size, decay, runs is not None,
-        config.scale, v.dtype, config.chunk or block_size(length, most),
+        batch, length, q.shape[2], heads, key_size, value_size, decay, runs is not None,
+        config.scale, v.dtype, tiles,
     )  # fmt: skip
 
 
@@ -83,10 +96,10 @@ def _documents(job: Job, runs) -> dict[str, Any]:
     return {"runs": runs, "entering_run": chunks.entering_runs(filled, job.chunk)}
 
 
-def _prepare(job: Job, q, k, beta, log_decay, documents, *, keys: bool) -> dict[str, Any]:
-    """What `gpu_forward.prepare` makes, and `beta` and `documents` with it, for other kernels."""
-    square = ((job.batch, job.heads, job.chunks, job.chunk, job.chunk), job.dtype)
-    outputs = dict.fromkeys(["pairs", "inverse", *["keys"] * keys], square)
+def _prepare(job: Job, q, k, beta, log_decay, documents) -> dict[str, Any]:
+    """What `prepare`, `invert` and `reach` make; with `beta` and `documents`, for others."""
+    squares = (job.batch, job.heads, job.chunks, job.chunk, job.chunk)
+    outputs = {"pairs": (squares, job.dtype), "keys": (squares, jnp.float32)}
     factors = {}
     if job.decay is not None:
         factors = dict.fromkeys(("into", "out"), (log_decay.shape, jnp.float32))
@@ -94,10 +107,19 @@ def _prepare(job: Job, q, k, beta, log_decay, documents, *, keys: bool) -> dict[
         gpu_forward.prepare,
         job,
         (job.chunks, job.batch, job.heads),
-        {"q": q, "k": k, "beta": beta, "g": log_decay, **documents},
+        {"q": q, "k": k, "g": log_decay, **documents},
         outputs | (factors if job.decay == "head" else {}),
         warps=4,
-        flops=4 * job.chunk * job.key_size + job.chunk**2,
+        flops=4 * job.chunk * job.key_size,
+    )
+    made |= _call(
+        gpu_forward.invert,
+        job,
+        (job.chunks, job.batch, job.heads),
+        {"keys": made["keys"], "beta": beta},
+        {"inverse": (squares, job.dtype)},
+        warps=2,
+        flops=job.chunk**2,
     )
     if job.decay == "key":
         made |= _call(
@@ -121,12 +143,12 @@ def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
     """`((o, final_state), residuals)`; arguments as in `reference.delta_rule`."""
     job = _job(config, q, v, log_decay, runs)
     documents = _documents(job, runs)
-    made = _prepare(job, q, k, beta, _log_decay(log_decay, runs), documents, keys=False)
+    made = _prepare(job, q, k, beta, _log_decay(log_decay, runs), documents)
     matrix = (job.key_size, job.value_size)
     walked = _call(
         gpu_forward.walk,
         job,
-        (-(-job.value_size // job.walked), job.batch, job.heads),
+        (-(-job.value_size // job.tiles.walked), job.batch, job.heads),
         {"k": k, "v": v, "initial": initial_state}
         | _factors(made, "inverse", "beta", "into", "out"),
         {
@@ -157,11 +179,11 @@ def backward(config: Config, residuals, cotangents):
     do, dfinal = cotangents
     job = _job(config, q, v, log_decay, runs)
     g = _log_decay(log_decay, runs)
-    made = _prepare(job, q, k, beta, g, _documents(job, runs), keys=True)
+    made = _prepare(job, q, k, beta, g, _documents(job, runs))
     retreated = _call(
         gpu_backward.retreat,
         job,
-        (-(-job.value_size // job.walked), job.batch, job.heads),
+        (-(-job.value_size // job.tiles.walked), job.batch, job.heads),
         {"q": q, "k": k, "do": do, "dfinal": dfinal}
         | _factors(made, "pairs", "inverse", "beta", "into", "out"),
         {
@@ -193,11 +215,11 @@ def backward(config: Config, residuals, cotangents):
         flops=2 * job.key_size * job.value_size + 6 * job.chunk * job.value_size,
     )
     gradients = _attribute(job, q, k, do, g, states, retreated["dstates"], made, weighed)
-    dq, dk, dg = (gradients.get(name) for name in ("dq", "dk", "dg"))
+    dq, dk, dg = gradients["dq"], gradients["dk"], gradients.get("dg")
     if job.heads != job.groups:
         each_group = (*q.shape[:3], -1, job.key_size)
         dq, dk = (x.reshape(each_group).sum(3).astype(q.dtype) for x in (dq, dk))
-    if job.decay == "head":
+    if dg is not None and job.decay == "head":
         dg = chunks.clamp_transpose(log_decay, dg.sum(3) + weighed["dg"], None)
         dg = dg if runs is None else jnp.where((runs > 0)[..., None], dg, 0.0)
         dg = dg.astype(log_decay.dtype)

@@ -46,7 +46,7 @@ def _cotangent(chunk: Chunk, values: Span) -> jax.Array:
 def retreat(job: Job, refs: Mapping[str, Any]) -> None:
     """Of some values of a head, `(values, B, H)`: `dstates`, `dsolved` and `dinitial`."""
     row, head = Row(refs, pl.program_id(1)), pl.program_id(2)
-    keys, values = Span(0, job.all_keys), block(pl.program_id(0), job.walked)
+    keys, values = Span(0, job.all_keys), block(pl.program_id(0), job.tiles.walked)
 
     def step(back, dstate):
         chunk = Chunk(job, row, head, job.chunks - 1 - back)
@@ -82,10 +82,10 @@ def weigh(job: Job, refs: Mapping[str, Any]) -> None:
 
     def some_values(n, carry):
         dqueries, dkeys, dbeta = carry
-        values = block(n, job.values)
+        values = block(n, job.tiles.values)
         held = entering(from_state(chunk, "k", values), docs)
         error = chunk.of_head("v", values).astype(jnp.float32) - held
-        written = broken(unit_product(chunk.square("inverse"), beta * error, docs), docs)
+        written = broken(unit_product(chunk.square("inverse"), beta * error, job.segmented), docs)
         written = written.astype(job.dtype)
         dsolved = chunk.of_head("dsolved", values)
         chunk.put("corrected", written, values)
@@ -98,7 +98,7 @@ def weigh(job: Job, refs: Mapping[str, Any]) -> None:
     carry = zero, zero, jnp.zeros((job.chunk, 1), jnp.float32)
     dqueries, dkeys, dbeta = each_block(job.value_blocks, some_values, carry)
     causal, earlier = masks(job.chunk, docs)
-    keys = chunk.square("keys").astype(jnp.float32)
+    keys = chunk.square("keys")
     dqueries, dkeys = only(causal, dqueries), only(earlier, -dkeys)
     chunk.put_column("dbeta", dbeta + (dkeys * keys).sum(1, keepdims=True))
     dkeys = beta * dkeys
@@ -121,13 +121,13 @@ def attribute(job: Job, refs: Mapping[str, Any]) -> None:
     """Of each chunk and some keys, `(chunks, B, H * keys)`: `dq`, `dk` and `dg`."""
     head = jax.lax.div(pl.program_id(2), jnp.int32(job.key_blocks))
     place = pl.program_id(2) - head * job.key_blocks
-    keys = block(place, job.keys)
+    keys = block(place, job.tiles.keys)
     chunk = Chunk(job, Row(refs, pl.program_id(1)), head, pl.program_id(0))
     docs = chunk.documents()
 
     def some_values(n, carry):
         dq, dk, dread, dkeep = carry
-        values = block(n, job.values)
+        values = block(n, job.tiles.values)
         state, dstate = (chunk.state(name, keys, values) for name in ("states", "dstates"))
         dq = dq + dot(_cotangent(chunk, values), state, "nt")
         dk = dk + dot(chunk.of_head("corrected", values), dstate, "nt")

@@ -1,7 +1,7 @@
 """The forward kernels on a GPU (Triton lowering).
 
-1. `prepare`, all chunks at once: what tokens of a chunk have in common, the inverse that corrects
-   their values, and the decays to the chunk's ends; these in `reach` if every key has its own.
+1. `prepare` and `invert`, all chunks at once: what tokens of a chunk have in common, the decays to
+   the chunk's ends (in `reach` if every key has its own), the inverse that corrects values.
 2. `walk`, a program for some values of a head, from chunk to chunk: the corrected values, and the
    state that enters each chunk.
 3. `read`, all chunks at once: the outputs.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from pallas_kernels.delta_rule.gpu_tile import (
     each_block,
     each_level,
     factor_at,
+    finite_if,
     inverse,
     sums,
     unit_product,
@@ -71,14 +73,14 @@ def add_pairs_by_key(q, k, g, carry):
 
 
 def prepare(job: Job, refs: Mapping[str, Any]) -> None:
-    """Of each chunk and head, `(chunks, B, H)`: the squares `pairs`, `inverse` and, if they are
-    asked for, `keys`; and `into` and `out` where one decay serves all keys.
+    """Of each chunk and head, `(chunks, B, H)`: the squares `pairs` and `keys`; and `into` and
+    `out` where one decay serves all keys.
     """
     chunk = Chunk(job, Row(refs, pl.program_id(1)), pl.program_id(2), pl.program_id(0))
     docs = chunk.documents()
 
     def some_keys(n, carry):
-        lanes = block(n, job.keys)
+        lanes = block(n, job.tiles.keys)
         q, k = (chunk.of_group(name, lanes) for name in ("q", "k"))
         if job.decay == "key":
             g = clamped(chunk, lanes, docs)
@@ -95,17 +97,41 @@ def prepare(job: Job, refs: Mapping[str, Any]) -> None:
         chunk.put_column("out", jnp.exp(head.out))
         between = only(causal, jnp.exp(head.between))
         queries, keys = queries * between, keys * between
-    queries, keys = only(causal, queries), only(earlier, keys)
-    chunk.put_square("pairs", queries)
-    chunk.put_square("inverse", inverse(chunk.column("beta") * keys, docs))
-    if "keys" in refs:
-        chunk.put_square("keys", keys)
+    chunk.put_square("pairs", only(causal, queries))
+    chunk.put_square("keys", only(earlier, keys))
+
+
+def invert(job: Job, refs: Mapping[str, Any]) -> None:
+    """Of each chunk and head, `(chunks, B, H)`: the square `inverse`.
+
+    Blocks of 32 tokens one after the other: whole chunks do not fit into registers.
+    """
+    row, head, index = Row(refs, pl.program_id(1)), pl.program_id(2), pl.program_id(0)
+    side = min(job.chunk, 32)
+    count = job.chunk // side
+    spans = [block(n, side) for n in range(count)]
+    docs = job.segmented
+
+    def lower(i: int, j: int) -> jax.Array:
+        beta = row.load("beta", Span(index * job.chunk + i * side, side), head)
+        return beta.astype(jnp.float32)[:, None] * row.load("keys", head, index, spans[i], spans[j])
+
+    done: dict[tuple[int, int], jax.Array] = {}
+    for i in range(count):
+        own = inverse(lower(i, i), docs)
+        for j in range(count):
+            part = own if j == i else jnp.zeros_like(own)
+            if j < i:
+                held = [dot(lower(i, n), finite_if(done[n, j], docs)) for n in range(j, i)]
+                part = -unit_product(own, functools.reduce(jnp.add, held), docs)
+            done[i, j] = part
+            row.store("inverse", part, head, index, spans[i], spans[j])
 
 
 def reach(job: Job, refs: Mapping[str, Any]) -> None:
     """Of each chunk and some keys, `(chunks, B, H * keys)`: `into` and `out`, each key its own."""
     head = jax.lax.div(pl.program_id(2), jnp.int32(job.key_blocks))
-    keys = block(pl.program_id(2) - head * job.key_blocks, job.keys)
+    keys = block(pl.program_id(2) - head * job.key_blocks, job.tiles.keys)
     chunk = Chunk(job, Row(refs, pl.program_id(1)), head, pl.program_id(0))
     g = clamped(chunk, keys, chunk.documents())
     row, column = chunks.order(job.chunk)
@@ -116,7 +142,7 @@ def reach(job: Job, refs: Mapping[str, Any]) -> None:
 def walk(job: Job, refs: Mapping[str, Any]) -> None:
     """Of some values of a head, `(values, B, H)`: `corrected` and `states`; and `final`."""
     row, head = Row(refs, pl.program_id(1)), pl.program_id(2)
-    keys, values = Span(0, job.all_keys), block(pl.program_id(0), job.walked)
+    keys, values = Span(0, job.all_keys), block(pl.program_id(0), job.tiles.walked)
 
     def step(index, state):
         chunk = Chunk(job, row, head, index)
@@ -125,7 +151,7 @@ def walk(job: Job, refs: Mapping[str, Any]) -> None:
         k = chunk.of_group("k", keys)
         held = dot(times(k, chunk.factor("into", keys)).astype(k.dtype), state.astype(k.dtype))
         error = chunk.of_head("v", values).astype(jnp.float32) - entering(held, docs)
-        solved = unit_product(chunk.square("inverse"), chunk.column("beta") * error, docs)
+        solved = unit_product(chunk.square("inverse"), chunk.column("beta") * error, job.segmented)
         written = broken(solved, docs).astype(k.dtype)
         chunk.put("corrected", written, values)
         keys_out = times(k, chunk.factor("out", keys)).astype(k.dtype)
@@ -142,7 +168,7 @@ def from_state(chunk: Chunk, name: str, values: Span) -> jax.Array:
     job = chunk.job
 
     def some_keys(n, total):
-        keys = block(n, job.keys)
+        keys = block(n, job.tiles.keys)
         x = chunk.of_group(name, keys)
         x = times(x, chunk.factor("into", keys)).astype(x.dtype)
         return total + dot(x, chunk.state("states", keys, values))
@@ -154,7 +180,7 @@ def from_state(chunk: Chunk, name: str, values: Span) -> jax.Array:
 def read(job: Job, refs: Mapping[str, Any]) -> None:
     """Of each chunk and some values, `(chunks, B, H * values)`: `o`."""
     head = jax.lax.div(pl.program_id(2), jnp.int32(job.value_blocks))
-    values = block(pl.program_id(2) - head * job.value_blocks, job.values)
+    values = block(pl.program_id(2) - head * job.value_blocks, job.tiles.values)
     chunk = Chunk(job, Row(refs, pl.program_id(1)), head, pl.program_id(0))
     docs = chunk.documents()
     o = entering(from_state(chunk, "q", values), docs)

@@ -12,20 +12,27 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat
+from pallas_kernels import chunks
 from pallas_kernels.chunks import Documents
 from pallas_kernels.chunks_gpu import Row, Span, block_size
-from pallas_kernels.delta_rule.tile import finite
 from pallas_kernels.linear_attention.tile import only
 
 _ELIMINATED = 16  # tokens of a block whose inverse is found one token at a time
 
 
-class Job(NamedTuple):
-    """What is static about one call.
-
-    `chunk` tokens meet pairwise.
+class Tiles(NamedTuple):
+    """`chunk` tokens meet pairwise; sides of blocks of a state: `keys`, `values` and, in a program
+    that walks from chunk to chunk with all keys, `walked` values.
     """
+
+    chunk: int
+    keys: int
+    values: int
+    walked: int
+
+
+class Job(NamedTuple):
+    """What is static about one call."""
 
     batch: int
     length: int
@@ -37,37 +44,27 @@ class Job(NamedTuple):
     segmented: bool
     scale: float
     dtype: Any
-    chunk: int
+    tiles: Tiles
+
+    @property
+    def chunk(self) -> int:
+        return self.tiles.chunk
 
     @property
     def chunks(self) -> int:
         return -(-self.length // self.chunk)
-
-    # Sides of blocks: all keys or some, the values of a program that walks and of others.
 
     @property
     def all_keys(self) -> int:
         return block_size(self.key_size, 256)
 
     @property
-    def keys(self) -> int:
-        return block_size(self.key_size, 64)
-
-    @property
-    def walked(self) -> int:
-        return block_size(self.value_size, 32)
-
-    @property
-    def values(self) -> int:
-        return block_size(self.value_size, 64)
-
-    @property
     def key_blocks(self) -> int:
-        return -(-self.key_size // self.keys)
+        return -(-self.key_size // self.tiles.keys)
 
     @property
     def value_blocks(self) -> int:
-        return -(-self.value_size // self.values)
+        return -(-self.value_size // self.tiles.values)
 
 
 # Products.
@@ -76,25 +73,47 @@ class Job(NamedTuple):
 def dot(x: jax.Array, y: jax.Array, contract: str = "nn") -> jax.Array:
     """`x y` ("nn"), `x y^T` ("nt") or `x^T y` ("tn") of operands of one dtype, float32 sums.
 
-    Of float32 operands three products in TF32: about as good as float32, on tensor cores.
+    Of float32 operands six products of bfloat16, those of `_pieces` that float32 would not round
+    away: exact on every device, and a fraction of the registers of one product in TF32.
     """
-    precision: Any = jax.lax.Precision.DEFAULT
-    if x.dtype == jnp.float32:
-        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        if compat.interpreting():  # a host has no TF32
-            precision = jax.lax.Precision.HIGHEST
+    if x.dtype == jnp.bfloat16:
+        return _dot(x, y, contract)
+    left, right = _pieces(x), _pieces(y)
+    # The smallest first.
+    total = _dot(left[2], right[0], contract) + _dot(left[0], right[2], contract)
+    total = total + _dot(left[1], right[1], contract)
+    total = total + (_dot(left[1], right[0], contract) + _dot(left[0], right[1], contract))
+    return total + _dot(left[0], right[0], contract)
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: str) -> jax.Array:
     axes = (((0 if contract[0] == "t" else 1,), (1 if contract[1] == "t" else 0,)), ((), ()))
+    precision = jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def unit_product(unit: jax.Array, x: jax.Array, docs: Documents | None) -> jax.Array:
+def _pieces(x: jax.Array) -> list[jax.Array]:
+    """Three bfloat16 that add up to a finite float32."""
+    pieces = []
+    for _ in range(3):
+        pieces.append(x.astype(jnp.bfloat16))
+        x = x - pieces[-1].astype(jnp.float32)
+    return pieces
+
+
+def finite_if(x: jax.Array, segmented: bool) -> jax.Array:
+    """`tile.finite`: what a matmul over tokens of several documents may multiply by zero."""
+    return only(jnp.abs(x) < jnp.inf, x) if segmented else x
+
+
+def unit_product(unit: jax.Array, x: jax.Array, segmented: bool) -> jax.Array:
     """`unit x`, `unit` lower triangular with ones on the diagonal; NaN where `x` is not finite."""
     x = x.astype(unit.dtype)
-    product = dot(unit, finite(x, docs))
-    return product if docs is None else jnp.where(jnp.abs(x) < jnp.inf, product, jnp.nan)
+    product = dot(unit, finite_if(x, segmented))
+    return jnp.where(jnp.abs(x) < jnp.inf, product, jnp.nan) if segmented else product
 
 
-def inverse(lower: jax.Array, docs: Documents | None) -> jax.Array:
+def inverse(lower: jax.Array, segmented: bool) -> jax.Array:
     """`tile.inverse`, with the blocks of 16 tokens on the diagonal by elimination."""
     size = lower.shape[0]
     row, column = chunks.order(size)
@@ -112,8 +131,8 @@ def inverse(lower: jax.Array, docs: Documents | None) -> jax.Array:
     unit = jax.lax.fori_loop(0, _ELIMINATED - 1, eliminate, unit)
     for s in chunks.sizes(size):
         if s >= _ELIMINATED:
-            corner = dot(only(chunks.parted(size, s), lower), finite(unit, docs))
-            unit = unit - unit_product(unit, corner, docs)
+            corner = dot(only(chunks.parted(size, s), lower), finite_if(unit, segmented))
+            unit = unit - unit_product(unit, corner, segmented)
     return unit
 
 
@@ -133,14 +152,11 @@ def broken(values: jax.Array, docs: Documents | None) -> jax.Array:
 def sums(which: jax.Array, x: jax.Array) -> jax.Array:
     """For each row of `which (M, C)` the sum of the rows of `x (C, N)` that it marks, `(M, N)`.
 
-    `x`, float32 and finite, is three bfloat16 that add up to it: products of these with zeros and
-    ones are exact, so that nothing is lost but by adding.
+    `x` is float32 and finite; zeros and ones times `_pieces` are exact.
     """
-    ones, total = which.astype(jnp.bfloat16), jnp.zeros((which.shape[0], x.shape[1]), jnp.float32)
-    for _ in range(3):
-        piece = x.astype(jnp.bfloat16)
-        total, x = total + dot(ones, piece), x - piece.astype(jnp.float32)
-    return total
+    ones = which.astype(jnp.bfloat16)
+    high, middle, low = (_dot(ones, piece, "nn") for piece in _pieces(x))
+    return low + middle + high
 
 
 def _marks(token: jax.Array, other: jax.Array, at: Any) -> jax.Array:

@@ -1,0 +1,220 @@
+"""The GPU kernels: interpreted on the host, their maths, and compiled ahead of time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import aot, chunks, delta_rule, testing
+from pallas_kernels.delta_rule import gpu, gpu_forward, gpu_tile
+from pallas_kernels.delta_rule.shapes import SHAPES, case
+from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
+
+CASE = "pallas_kernels.delta_rule.shapes:case"
+CHOOSE_TILES = gpu.choose_tiles
+# Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
+TILES = gpu_tile.Tiles(chunk=16, keys=16, values=16, walked=16)
+WIDE = {"size": (20, 18), "heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles_and_strict_promotion(monkeypatch):
+    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: TILES)
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def interpreted(case, **options):
+    with testing.interpret():
+        return jax.tree.map(np.asarray, case.run("gpu", **options))
+
+
+# Each feature with most others, not the full product: interpretation is slow.
+FEATURES = {
+    "plain": {"decay": None, "packed": True},
+    "head": {"decay": "head", **WIDE},
+    "head-packed": {"decay": "head", "packed": True, **WIDE, "groups": 1},
+    "key": {"decay": "key"},
+    "key-packed": {"decay": "key", "packed": True, **WIDE},
+    "one-token": {"decay": "head", "length": 1},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_kernels_equal_the_oracle(name):
+    case = Case(**({"length": 37, "batch": 2} | FEATURES[name]))
+    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+def test_bfloat16_against_the_oracle():
+    case = Case(length=37, batch=2, decay="key", dtype="bfloat16")
+    actual, expected = interpreted(case), case.oracle()
+    assert {n: g.dtype for n, g in actual["gradients"].items()} == {
+        n: x.dtype for n, x in case.args.items()
+    }
+    testing.assert_close(actual["outputs"], expected["outputs"], testing.BFLOAT16_TOLERANCE)
+    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+
+
+@pytest.mark.parametrize("decay", ["head", "key"])
+def test_documents_are_isolated_to_the_bit_and_calls_are_repeatable(decay):
+    case = Case(length=37, batch=2, decay=decay)
+    assert_isolated(functools.partial(interpreted, case), case)
+
+
+def test_extreme_gates_and_a_row_of_padding():
+    case = Case(length=37, batch=2, decay="head", packed=True)
+    rng = np.random.default_rng(1)
+    shape = case.args["log_decay"].shape
+    chosen = rng.choice([0, -1e-6, -30, -1e4], shape, p=[0.45, 0.45, 0.05, 0.05])
+    case.args |= {
+        "log_decay": jnp.asarray(chosen, jnp.float32),
+        "beta": jnp.asarray(rng.choice([0.0, 1.0], case.args["beta"].shape), jnp.float32),
+    }
+    case.ids = case.ids.at[1].set(0)
+    actual = interpreted(case)
+    testing.assert_close(actual, case.oracle(), testing.FLOAT32_TOLERANCE)
+    np.testing.assert_array_equal(actual["outputs"][1][1], case.args["initial_state"][1])
+
+
+def documents_run_on(monkeypatch):
+    """The state is carried over a document's end."""
+    monkeypatch.setattr(gpu_forward, "kept", lambda state, keep, _: state * keep)
+
+
+def states_shifted(monkeypatch):
+    """The state kept for a chunk is the one that leaves it."""
+    put = gpu_tile.Chunk.put_state
+
+    def later(chunk, *args):
+        put(chunk._replace(index=jnp.maximum(chunk.index - 1, 0)), *args)
+
+    monkeypatch.setattr(gpu_tile.Chunk, "put_state", later)
+
+
+@pytest.mark.parametrize("mutant", [documents_run_on, states_shifted])
+def test_mutants_are_caught(mutant, monkeypatch):
+    # Scales of their own, for a program that is not traced yet.
+    scale = 0.3 if mutant is states_shifted else 0.4
+    case = Case(length=37, batch=2, packed=True, scale=scale)
+    expected = case.oracle()
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match=r"not finite|>"):
+        testing.assert_close(interpreted(case), expected, testing.FLOAT32_TOLERANCE)
+
+
+# The maths.
+
+
+def lower_triangular(size, repeated):
+    rng = np.random.default_rng(0)
+    k = normalised(rng.standard_normal((1 if repeated else size, 8)))
+    return np.tril(np.broadcast_to(k, (size, 8)) @ np.broadcast_to(k, (size, 8)).T, -1)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("size", [16, 64])
+def test_inverse(size, repeated):
+    lower = lower_triangular(size, repeated)
+    expected = np.linalg.inv(np.eye(size) + lower)
+    actual = jax.jit(functools.partial(gpu_tile.inverse, segmented=True))(
+        jnp.asarray(lower, jnp.float32)
+    )
+    testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
+
+
+def test_inverse_in_blocks():
+    """A chunk of 64 tokens, which the kernel takes in two blocks of 32."""
+    job = gpu._job(gpu.Config(1.0, 64), *(jnp.zeros((1, 64, 1, 8)),) * 2, None, None)
+    keys = lower_triangular(64, repeated=False)
+    beta = np.random.default_rng(1).uniform(0, 1, (64, 1))
+    with testing.interpret():
+        made = gpu._call(
+            gpu_forward.invert,
+            job,
+            (1, 1, 1),
+            {
+                "keys": jnp.asarray(keys, jnp.float32)[None, None, None],
+                "beta": jnp.asarray(beta, jnp.float32)[None],
+            },
+            {"inverse": ((1, 1, 1, 64, 64), jnp.float32)},
+            warps=2,
+            flops=1,
+        )
+    expected = np.linalg.inv(np.eye(64) + beta * keys)
+    testing.assert_close(made["inverse"][0, 0, 0], expected, testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("contract", ["nn", "nt", "tn"])
+def test_products_of_pieces_are_float32(contract):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 32, 32)).astype(np.float32)
+    expected = (x.T if contract[0] == "t" else x).astype(np.float64)
+    expected = expected @ (y.T if contract[1] == "t" else y)
+    testing.assert_close(gpu_tile.dot(jnp.asarray(x), jnp.asarray(y), contract), expected, 5e-7)
+
+
+def test_factors_of_levels():
+    """Against sums in double precision, and the transpose against the sums."""
+    rng = np.random.default_rng(0)
+    g, other = -rng.exponential(1, (2, 32, 16))
+    token = np.arange(32)
+    for at in chunks.sizes(32):
+        second = (token & at != 0)[:, None]
+        near = (token[:, None] // at) == (token // at)
+        marks = near & np.where(second, token <= token[:, None], token > token[:, None])
+        actual = gpu_tile.factor_at(jnp.asarray(g, jnp.float32), jnp.int32(at))
+        testing.assert_close(actual, np.exp(marks @ g), testing.FLOAT32_TOLERANCE)
+        down = gpu_tile.factor_at_transpose(jnp.asarray(other, jnp.float32), jnp.int32(at))
+        testing.assert_close(down, marks.T @ other, testing.FLOAT32_TOLERANCE)
+
+
+# Where it runs.
+
+
+def test_explain_and_arrays_that_are_too_large():
+    args = SHAPES["gated-delta-bench"].operands()
+    choices = {c.platform: c for c in pallas_kernels.explain(delta_rule, **args)}
+    assert choices["cuda"].implementation == "gpu"
+    assert choices["rocm"].implementation == "xla"
+    long = SHAPES["gated-delta-bench"].scaled(128).operands()
+    choices = {c.platform: c for c in pallas_kernels.explain(delta_rule, **long)}
+    assert "addresses hold 2**31" in choices["cuda"].skipped["gpu"]
+
+
+# Ahead of time.
+
+KERNELS = ("prepare", "invert", "walk", "read", "retreat", "weigh", "attribute")
+# One of each kind: whether it compiles depends on the mode and on widths, hardly on lengths.
+GPU_SHAPES = ["gated-delta-bench-packed", "kda-bench-packed", "gated-deltanet-1.3b", "cpu"]
+FORWARD_SHAPES = ["gated-delta-bench", "kda-bench-packed", "deltanet-1.3b"]
+
+
+@pytest.fixture
+def real_tiles(monkeypatch):
+    monkeypatch.setattr(gpu, "choose_tiles", CHOOSE_TILES)
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape"), [*zip(["a100", "h100", "h200", "b200"], GPU_SHAPES, strict=True)]
+)
+def test_compiles_for_gpu(chip, shape, real_tiles):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    for kernel in KERNELS:
+        assert f"delta_rule_{kernel}" in text
+
+
+@pytest.mark.parametrize("chip", ["a100", "h100"])
+def test_forward_spills_no_registers(chip):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in FORWARD_SHAPES])
+    for shape, kernels in zip(FORWARD_SHAPES, reports, strict=True):
+        assert not isinstance(kernels, Exception), (shape, kernels)
+        assert any("delta_rule_walk" in kernel.name for kernel in kernels)
+        assert {k.name: k.spill_stores for k in kernels if k.spill_stores} == {}, shape
