@@ -1,5 +1,7 @@
 """The TPU kernels: interpreted on the host, their inverse in numpy, and compiled ahead of time."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -43,6 +45,10 @@ def interpreted(case, **options):
         return jax.tree.map(np.asarray, case.run("tpu", **options))
 
 
+def one_head(**options):
+    return Case(**({"length": 37, "batch": 1, "heads": 1, "groups": 1} | options))
+
+
 # Each feature with each other at least once, not the full product: interpretation is slow.
 FEATURES = {
     "groups-in-parts": {"decay": "head", "packed": True, "heads": 4, "batch": 1},
@@ -67,8 +73,7 @@ def test_several_groups_in_one_step(monkeypatch):
 
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_bfloat16_against_the_float32_oracle(decay, small):
-    sizes = {"size": (32, 16), "batch": 1, "heads": 1, "groups": 1}
-    case = Case(length=64, decay=decay, dtype="bfloat16", packed=True, **sizes)
+    case = one_head(length=64, decay=decay, dtype="bfloat16", packed=True, size=(32, 16))
     actual, expected = interpreted(case), case.oracle()
     assert actual["outputs"][0].dtype == jnp.bfloat16
     assert actual["outputs"][1].dtype == np.float32
@@ -80,13 +85,14 @@ def test_bfloat16_against_the_float32_oracle(decay, small):
 
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_documents_are_isolated_to_the_bit(decay, small):
-    assert_isolated(interpreted, Case(length=37, decay=decay, batch=1, heads=1, groups=1))
+    case = one_head(decay=decay)
+    assert_isolated(functools.partial(interpreted, case), case)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_extreme_decays(decay, small):
     """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""
-    case = Case(length=40, decay=decay, batch=1, heads=1, groups=1)
+    case = one_head(length=40, decay=decay)
     g = np.array(case.args["log_decay"])
     g[:, 3::7], g[:, 5::7], g[:, 20:30] = 0.0, -1e30, -103.0
     case.args["log_decay"] = jnp.asarray(g)
@@ -100,10 +106,6 @@ def _run(args, ids):
     runs = segments.runs(ids)
     names = ("q", "k", "v", "beta", "log_decay", "initial_state")
     return tpu.delta_rule(Config(8**-0.5, CHUNK), *(args[name] for name in names), runs)
-
-
-def one_head(**options):
-    return Case(**({"length": 37, "batch": 1, "heads": 1, "groups": 1} | options))
 
 
 def test_the_same_call_twice_is_bitwise_equal():
