@@ -36,7 +36,7 @@ def choose_tiles(job: Job) -> Tiles:
         values=size(job.value_size, 128 if narrow else 64),
         keys=size(job.key_size, 64 if narrow and group == 1 else 32),
         inner=32,
-        state=32,
+        state=32 if narrow else 16,
         heads=1,
         warps=8,
     )
