@@ -21,10 +21,11 @@ from pallas_kernels.delta_rule.gpu_tile import Job, Tiles
 
 def choose_tiles(length: int, key_size: int, value_size: int, by_key: bool, narrow: bool) -> Tiles:
     """Blocks that keep the forward kernels in registers: smaller where every key has its decay,
-    and where numbers are float32.
+    where numbers are float32, and where a state has many keys.
     """
+    small = by_key or not narrow or key_size > 128
     return Tiles(
-        chunk=block_size(length, 32 if by_key or not narrow else 64),
+        chunk=block_size(length, 32 if small else 64),
         keys=block_size(key_size, 32 if by_key else 64),
         values=block_size(value_size, 64),
         walked=block_size(value_size, 32),
@@ -109,7 +110,7 @@ def _prepare(job: Job, q, k, beta, log_decay, documents) -> dict[str, Any]:
         (job.chunks, job.batch, job.heads),
         {"q": q, "k": k, "g": log_decay, **documents},
         outputs | (factors if job.decay == "head" else {}),
-        warps=4,
+        warps=8 if job.decay == "key" else 4,
         flops=4 * job.chunk * job.key_size,
     )
     made |= _call(

@@ -180,7 +180,7 @@ def test_explain_and_arrays_that_are_too_large():
     choices = {c.platform: c for c in pallas_kernels.explain(delta_rule, **args)}
     assert choices["cuda"].implementation == "gpu"
     assert choices["rocm"].implementation == "xla"
-    long = SHAPES["gated-delta-bench"].scaled(128).operands()
+    long = SHAPES["gated-delta-bench"].scaled(128.0).operands()
     choices = {c.platform: c for c in pallas_kernels.explain(delta_rule, **long)}
     assert "addresses hold 2**31" in choices["cuda"].skipped["gpu"]
 
