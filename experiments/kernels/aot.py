@@ -41,6 +41,7 @@ FAMILIES = (
     "diagonal_ssm",
     "causal_conv1d",
     "linear_attention",
+    "delta_rule",
 )
 CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to
