@@ -118,13 +118,24 @@ class RecurrentState:
             jnp.take_along_axis(part, last, axis=1)[:, 0]
             for part in (segments.runs, segments.positions, segments.ids)
         )
-        before = jnp.where((run == 1) & ~self._starts(segments), self.position, 0)
+        before = jnp.where(run == 1, self._continued(segments), 0)
         some = lengths > 0
         return RecurrentState(
             hidden,
             jnp.where(some, place + 1 + before, self.position),
             jnp.where(some, name, self.segment),
         )
+
+    def positions(self, segments: Segments | None, length: int) -> Int[Array, "b l"]:
+        """Positions of the next ``length`` tokens, each from the start of its document."""
+        if segments is None:
+            return self.position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+        before = self._continued(segments)[:, None]
+        return segments.positions + jnp.where(segments.runs == 1, before, 0)
+
+    def _continued(self, segments: Segments) -> Int[Array, " b"]:
+        """Tokens of each row's first document that earlier calls have seen."""
+        return jnp.where(self._starts(segments), 0, self.position)
 
     def _starts(self, segments: Segments) -> Bool[Array, " b"]:
         first = segments.ids[:, 0]
