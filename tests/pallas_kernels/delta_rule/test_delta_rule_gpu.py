@@ -37,7 +37,6 @@ FEATURES = {
     "plain": {"decay": None, "packed": True},
     "head": {"decay": "head", **WIDE},
     "head-packed": {"decay": "head", "packed": True, **WIDE, "groups": 1},
-    "key": {"decay": "key"},
     "key-packed": {"decay": "key", "packed": True, **WIDE},
     "one-token": {"decay": "head", "length": 1},
 }
