@@ -1,6 +1,7 @@
 """The GPU kernels: interpreted on the host, their maths, and compiled ahead of time."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def interpreted(case, **options):
 
 
 # Each feature with most others, not the full product: interpretation is slow.
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     "plain": {"decay": None, "packed": True},
     "head": {"decay": "head", **WIDE},
     "head-packed": {"decay": "head", "packed": True, **WIDE, "groups": 1},
@@ -44,7 +45,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_kernels_equal_the_oracle(name):
-    case = Case(**({"length": 37, "batch": 2} | FEATURES[name]))
+    case = Case(**{"length": 37, "batch": 2, **FEATURES[name]})
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
@@ -73,6 +74,7 @@ def test_extreme_gates_and_a_row_of_padding():
         "log_decay": jnp.asarray(chosen, jnp.float32),
         "beta": jnp.asarray(rng.choice([0.0, 1.0], case.args["beta"].shape), jnp.float32),
     }
+    assert case.ids is not None
     case.ids = case.ids.at[1].set(0)
     actual = interpreted(case)
     testing.assert_close(actual, case.oracle(), testing.FLOAT32_TOLERANCE)
