@@ -136,7 +136,7 @@ def _every_head(fn, tokens: _Tokens, entering, dtype, *more):
     q, k, v, beta, g, _ = jax.tree.map(lambda x: x.astype(dtype), wide)
 
     def head(q, k, v, beta, g, docs, *more):
-        gates = tile.gates(beta[:, None], g, docs, chunks.by_matmul(q.shape[0]))
+        gates = tile.gates(beta[:, None], g, docs, chunks.BY_HALVES)
         return fn(q, k, v, gates, docs, *more)
 
     def row(q, k, v, beta, g, runs, entering, *more):
@@ -165,7 +165,7 @@ def _backward_step(config: Config, tokens: _Tokens, entering, state, do, dstate)
     """`(gradients of the tokens, dstate)`."""
 
     def head(q, k, v, gates, docs, state, do, dstate):
-        summation = chunks.by_matmul(q.shape[0])
+        summation = chunks.BY_HALVES
         return tile.backward(q, k, v, gates, docs, state, do, dstate, config.scale, summation)
 
     do = jnp.moveaxis(do, 1, 3).astype(state.dtype)

@@ -103,7 +103,7 @@ def _added(rows: _Rows):
     docs = _documents(rows)
 
     def head(q, k, v, g):
-        decay = tile.decay(g, docs, chunks.by_matmul(q.shape[0]))
+        decay = tile.decay(g, docs, chunks.BY_HALVES)
         return decay.keep, tile.added(k, v, decay, docs)
 
     keep, added = _heads(head, rows)
@@ -116,7 +116,7 @@ def _output(config: Config, rows: _Rows, state):
     mask = tile.causal(rows.q.shape[0], docs)
 
     def head(q, k, v, g, state):
-        decay = tile.decay(g, docs, chunks.by_matmul(q.shape[0]))
+        decay = tile.decay(g, docs, chunks.BY_HALVES)
         if _by_key(g):
             pairs = tile.pairs_by_key(q, k, decay.levels, docs)
         else:
@@ -131,9 +131,7 @@ def _state_gradient(config: Config, rows: _Rows, do):
     docs = _documents(rows)
 
     def head(q, k, v, g, do):
-        return tile.state_gradient(
-            q, do, tile.decay(g, docs, chunks.by_matmul(q.shape[0])), docs, config.scale
-        )
+        return tile.state_gradient(q, do, tile.decay(g, docs, chunks.BY_HALVES), docs, config.scale)
 
     return _heads(head, rows, jnp.moveaxis(do, 0, 2))
 
@@ -143,7 +141,7 @@ def _gradients(config: Config, rows: _Rows, do, state, dstate):
     docs = _documents(rows)
     mask = tile.causal(rows.q.shape[0], docs)
 
-    summation = chunks.by_matmul(rows.q.shape[0])
+    summation = chunks.BY_HALVES
 
     def head(q, k, v, g, do, state, dstate):
         decay = tile.decay(g, docs, summation)

@@ -14,15 +14,14 @@ def _strict_promotion():
         yield
 
 
-def summation(kind, size):
-    return chunks.by_matmul(size) if kind == "matmul" else chunks.by_tree(jnp.roll)
+SUMMATIONS = {"halves": chunks.BY_HALVES, "tree": chunks.by_tree(jnp.roll)}
 
 
-@pytest.mark.parametrize("kind", ["matmul", "tree"])
+@pytest.mark.parametrize("kind", SUMMATIONS)
 @pytest.mark.parametrize("size", [1, 2, 16])
 def test_decay_between_every_two_tokens(kind, size):
     g = -np.random.default_rng(0).uniform(0, 2, (size, 3)).astype(np.float32)
-    sums = summation(kind, size).up(jnp.asarray(g))
+    sums = SUMMATIONS[kind].up(jnp.asarray(g))
     total = np.cumsum(g.astype(np.float64), 0)
     np.testing.assert_allclose(sums.into, total, rtol=1e-6)
     np.testing.assert_allclose(sums.out, total[-1] - total, rtol=1e-5, atol=1e-6)
@@ -37,11 +36,11 @@ def test_decay_between_every_two_tokens(kind, size):
     np.testing.assert_array_equal(seen, np.tri(size, dtype=bool))
 
 
-@pytest.mark.parametrize("kind", ["matmul", "tree"])
+@pytest.mark.parametrize("kind", SUMMATIONS)
 def test_down_is_the_transpose_of_up(kind):
     rng = np.random.default_rng(1)
     g = jnp.asarray(-rng.uniform(0, 2, (16, 3)), jnp.float32)
-    up, down = summation(kind, 16)
+    up, down = SUMMATIONS[kind]
     sums, pullback = jax.vjp(up, g)
     cotangents = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), sums)
     np.testing.assert_allclose(down(cotangents), pullback(cotangents)[0], rtol=1e-5, atol=1e-5)
@@ -53,10 +52,10 @@ def test_a_tree_along_the_other_axis_is_the_transpose():
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.T), down, across)
 
 
-@pytest.mark.parametrize("kind", ["matmul", "tree"])
+@pytest.mark.parametrize("kind", SUMMATIONS)
 def test_an_extreme_decay_takes_no_digits_from_its_neighbours(kind):
     g = jnp.asarray([-1e-6, -104.0, -1e-6, -2e-6] * 4, jnp.float32)[:, None]
-    levels = summation(kind, 16).up(g).levels
+    levels = SUMMATIONS[kind].up(g).levels
     np.testing.assert_array_equal(levels[0][3], g[3])  # 3 and 2 part at 1
     np.testing.assert_array_equal(levels[0][2], 0)
 

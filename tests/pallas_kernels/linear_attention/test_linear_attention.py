@@ -13,6 +13,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import linear_attention, testing
 from pallas_kernels.linear_attention.config import Config
+from pallas_kernels.linear_attention.shapes import Shape
 from pallas_kernels.linear_attention.xla import linear_attention as xla_attention
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
@@ -307,6 +308,16 @@ BAD = [
 def test_bad_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         linear_attention(**(GOOD | changed))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+def test_residuals_are_at_most_inputs_outputs_and_one_state_a_chunk(implementation):
+    args = Shape("deep", "a test", 1, 1024, 1, 2, 128, 128, "head").operands()
+    op = functools.partial(linear_attention, implementation=implementation)
+    pullback = jax.eval_shape(lambda *a: jax.vjp(op, *a)[1], *args)
+    held = sum(x.size for x in jax.tree.leaves(pullback))
+    states = 1024 // 32 * 2 * 128 * 128
+    assert states // 16 < held <= sum(x.size for x in args) + args[2].size + states
 
 
 def test_checked_finds_positive_decays_under_jit():

@@ -168,9 +168,8 @@ def test_sums_between_slabs():
 
 def test_products_up_the_tree_are_exponentials_of_sums():
     g = -np.random.default_rng(0).uniform(0, 0.5, (64, 3)).astype(np.float32)
-    size = len(g)
     actual = tpu_key.factors(jnp.exp(jnp.asarray(g)), 0.5, jnp.roll)
-    sums = tpu_key.chunks.by_matmul(size).up(jnp.asarray(g))
+    sums = tpu_key.chunks.BY_HALVES.up(jnp.asarray(g))
     testing.assert_close(actual.levels, [np.exp(x) for x in sums.levels], 1e-6)
     testing.assert_close(actual.into, 0.5 * np.exp(sums.into), 1e-6)
     testing.assert_close((actual.out, actual.keep), (np.exp(sums.out), np.exp(sums.total)), 1e-6)
@@ -178,7 +177,7 @@ def test_products_up_the_tree_are_exponentials_of_sums():
 
 def test_log_gradient_is_the_transpose_of_the_sums():
     rng = np.random.default_rng(0)
-    summation = tpu_key.chunks.by_matmul(64)
+    summation = tpu_key.chunks.BY_HALVES
     levels = [jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(6)]
     into, out = (jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(2))
     zero = jnp.zeros((1, 3), jnp.float32)
