@@ -86,30 +86,9 @@ class Cache(NamedTuple):
         written = (runs == jnp.maximum(document, 1)) & ((position + 1) % interval == 0)
         slot = jnp.where(written, position // interval, self.k.shape[1])
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        new_k, new_v = (_write(held, x, row, slot) for held, x in ((self.k, k), (self.v, v)))
+        new_k, new_v = (
+            held.at[row, slot].set(x, mode="drop") for held, x in ((self.k, k), (self.v, v))
+        )
         real = jnp.sum((runs == document) & (runs > 0), axis=1, dtype=jnp.int32)
         before = jnp.where(document[:, 0] > 1, 0, self.position)
         return Cache(new_k, new_v, before + real)
-
-
-@jax.custom_vjp
-def _write(held, x, row, slot):
-    """`held` with `x` at `[row, slot]`; what lies behind it is dropped."""
-    bits = jnp.uint16 if held.dtype == jnp.bfloat16 else held.dtype
-    # A CPU would widen all of a bfloat16 array to write a few of its rows; integers it leaves.
-    held_bits, x_bits = (jax.lax.bitcast_convert_type(z, bits) for z in (held, x))
-    written = held_bits.at[row, slot].set(x_bits, mode="drop")
-    return jax.lax.bitcast_convert_type(written, held.dtype)
-
-
-def _write_keep(held, x, row, slot):
-    return _write(held, x, row, slot), (row, slot)
-
-
-def _write_pull(residuals, d):
-    row, slot = residuals
-    taken = d.at[row, slot].get(mode="fill", fill_value=0)
-    return d.at[row, slot].set(jnp.zeros_like(taken), mode="drop"), taken, None, None
-
-
-_write.defvjp(_write_keep, _write_pull)

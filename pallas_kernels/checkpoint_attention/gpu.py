@@ -156,9 +156,9 @@ _ENDS = "begin", "end"
 def _column(place: _Place, name: str, tokens: _Tokens, length: int):
     """Of `(B, H, L)`, `(T, 1)`."""
     rows = place.row, place.head, pl.ds(tokens.start, length)
-    return compat.triton.load(
-        place.refs[name].at[rows], mask=tokens.inside[:, 0], other=0.0
-    )[:, None]
+    return compat.triton.load(place.refs[name].at[rows], mask=tokens.inside[:, 0], other=0.0)[
+        :, None
+    ]
 
 
 def _wide(x):

@@ -52,9 +52,10 @@ def block(
       The new maximum and total, the factor on what was summed before, and the block's
       exponentials.
     """
-    highest = jnp.max(jnp.where(mask, scores, LOW), axis=axis, keepdims=True)
-    new = jnp.maximum(maximum, highest)
-    p = jnp.where(mask, jnp.exp(scores - new), 0.0)
+    scores = jnp.where(mask, scores, LOW)
+    new = jnp.maximum(maximum, jnp.max(scores, axis=axis, keepdims=True))
+    # Where there was no key yet `new` is LOW too, and the exponentials have to be 0 all the same.
+    p = jnp.exp(scores - jnp.maximum(new, LOW / 2))
     factor = jnp.exp(maximum - new)
     return new, factor * total + jnp.sum(p, axis=axis, keepdims=True), factor, p
 
@@ -71,7 +72,7 @@ def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
 
 def probabilities(scores: jax.Array, mask: jax.Array, lse: jax.Array) -> jax.Array:
     """`exp(scores - lse)`, 0 outside of the mask."""
-    return jnp.where(mask, jnp.exp(scores - lse), 0.0)
+    return jnp.exp(jnp.where(mask, scores - lse, LOW))
 
 
 def score_gradient(p: jax.Array, mask: jax.Array, dp: jax.Array, delta: jax.Array) -> jax.Array:
@@ -80,7 +81,7 @@ def score_gradient(p: jax.Array, mask: jax.Array, dp: jax.Array, delta: jax.Arra
     Args:
       delta: `sum(do * o) - dlse` of each query.
     """
-    return jnp.where(mask, p * (dp - delta), 0.0)
+    return p * jnp.where(mask, dp - delta, 0.0)
 
 
 def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:

@@ -25,7 +25,7 @@ from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
 from pallas_kernels.compat import pl
 
 _LANES, _SUBLANES = 128, 8
-_TOKENS, _SLOTS = 512, 1024  # of a step at most
+_TOKENS, _SLOTS = 1024, 512  # of a step at most
 _PARTS = 4  # how finely a block of slots is cut off behind the last visible one
 _VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
 _VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
@@ -476,7 +476,7 @@ def _forward(config: Config, q, k, v, slot_k, slot_v, first, last):
         "o": (_struct(wide, q.dtype), _queries(job, job.value_size)),
         "lse": (_struct(rows), _rows(job)),
     }
-    scratch = {name: (1, tokens) for name in ("maximum", "total", "own")[: 2 + job.own]}
+    scratch = dict.fromkeys(("maximum", "total", "own")[: 2 + job.own], (1, tokens))
     scratch["sum"] = (job.value_size, tokens)
     flops = 2 * (job.key_size + job.value_size)
     result = _call(forward, job, "forward", operands, out, scratch, flops)

@@ -194,10 +194,10 @@ def test_gradients_flow_through_the_cache():
 CUTS = [0, 10, 17, 24], [0, 24]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_cache_is_updated_in_place(dtype):
-    cache = Cache.empty(2, 2**14, 1, 8, 8, interval=4, dtype=jnp.dtype(dtype))
-    token = jnp.ones((2, 1, 1, 8), dtype)
+def test_the_cache_is_updated_in_place():
+    # In float32: XLA's CPU backend has no bfloat16 and widens all of an array to change a part.
+    cache = Cache.empty(2, 2**14, 1, 8, 8, interval=4, dtype=jnp.float32)
+    token = jnp.ones((2, 1, 1, 8), jnp.float32)
     step = jax.jit(functools.partial(Cache.extend, interval=4), donate_argnums=0)
     compiled = step.lower(cache, token, token).compile()
     assert cache.k.shape[1] == 2**14 // 4

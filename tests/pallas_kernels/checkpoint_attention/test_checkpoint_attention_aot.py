@@ -1,0 +1,51 @@
+"""Checkpoint attention compiles for absent TPUs and GPUs at the shapes of real models."""
+
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.checkpoint_attention.shapes import SHAPES, case
+
+CASE = "pallas_kernels.checkpoint_attention.shapes:case"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_for_tpu(chip, shape):
+    text = aot.compile_for(chip, *case(shape, "tpu", "forward+backward")).as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
+# One of each kind: whether it compiles depends on widths and ranges, hardly on lengths.
+GPU_SHAPES = [("a100", "bench"), ("h100", "scout-430m"), ("h200", "odd-packed"), ("b200", "long")]
+
+
+@pytest.mark.parametrize(("chip", "shape"), GPU_SHAPES)
+def test_compiles_for_gpu(chip, shape):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    for kernel in ("forward", "backward", "backward_slots"):
+        assert f"checkpoint_attention_{kernel}" in text
+
+
+@pytest.mark.parametrize(("chip", "shape"), [("a100", "bench-packed"), ("h100", "bench")])
+def test_forward_spills_no_registers(chip, shape):
+    if aot.missing(chip):
+        pytest.skip("not run: needs seqmodels[aot]")
+    kernels = aot.report(chip, CASE, shape, "gpu", "forward")
+    assert any("checkpoint_attention_forward" in kernel.name for kernel in kernels)
+    assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+
+
+def test_scaled_shape_keeps_all_but_the_length():
+    shape = SHAPES["bench"].scaled(0.5)
+    assert (shape.length, shape.heads, shape.key_size, shape.interval) == (4096, 16, 128, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("gpt", "tpu"), "shape='gpt'"), (("odd", "tpu", "sideways"), "mode='sideways'")],
+)
+def test_unknown_case(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        case(*arguments)

@@ -1,0 +1,181 @@
+"""The TPU and GPU kernels, interpreted on the host."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, testing
+from pallas_kernels.checkpoint_attention import gpu, tpu
+from pallas_kernels.checkpoint_attention.shapes import SHAPES
+from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
+
+BACKENDS = {"tpu": tpu, "gpu": gpu}
+CHIPS = {
+    "v5e": compat.tpu.ChipVersion.TPU_V5E,
+    "v5p": compat.tpu.ChipVersion.TPU_V5P,
+    "v6e": compat.tpu.ChipVersion.TPU_V6E,
+    "tpu7x": compat.tpu.ChipVersion.TPU_7X,
+}
+# 3 blocks of tokens and 2 or 3 of slots, 2 heads; no length and no width divides.
+SMALL = {"length": 41, "interval": 2, "heads": 2, "batch": 1}
+choose_tpu_tiles, choose_gpu_tiles = tpu.choose_tiles, gpu.choose_tiles
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(tpu, "_TOKENS", 16)
+    monkeypatch.setattr(tpu, "_SLOTS", 8)
+    monkeypatch.setattr(tpu, "_LANES", 8)
+    monkeypatch.setattr(gpu, "choose_tiles", lambda *_, **__: gpu.Tiles(16, 8, 4))
+
+
+def interpreted(case, backend):
+    with testing.interpret():
+        return jax.tree.map(np.asarray, case.run(backend))
+
+
+# Each feature with each other at least once, not the full product: interpretation is slow.
+FEATURES = {
+    "plain": {"batch": 2},
+    "packed-past-grouped": {"packed": True, "past": 5, "past_length": [3], "heads": 4, "groups": 2},
+    "past-alone": {"own": False, "past": 13, "past_length": [5, 0], "batch": 2},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FEATURES)
+def test_kernels_equal_the_oracle(name, backend, small):
+    case = Case(**(SMALL | FEATURES[name]))
+    testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_strips_of_slots(packed, small, monkeypatch):
+    """Keys of 4 strips, each with 2 steps."""
+    monkeypatch.setattr(tpu, "choose_tiles", lambda job: job.tiles._replace(strip=16))
+    monkeypatch.setattr(tpu, "_TOKENS", 32)
+    case = Case(**(SMALL | {"interval": 1, "heads": 1, "packed": packed}))
+    testing.assert_close(interpreted(case, "tpu"), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_against_the_float32_oracle(backend, small):
+    case = Case(**(SMALL | {"dtype": "bfloat16", "heads": 1, "key_size": 32, "value_size": 16}))
+    actual, expected = interpreted(case, backend), case.oracle()
+    assert [x.dtype.name for x in actual["outputs"]] == ["bfloat16", "float32"]
+    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
+    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_are_isolated_to_the_bit(backend, small):
+    case = Case(**(SMALL | {"heads": 1, "past": 2}))
+    assert_isolated(lambda case: interpreted(case, backend), case)
+
+
+def test_the_same_call_twice_is_bitwise_equal(small):
+    case = Case(**(SMALL | {"heads": 1, "packed": True}))
+    once, twice = (interpreted(case, "tpu") for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@hypothesis.settings(
+    max_examples=3, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
+)
+def test_any_segmentation(backend, small, lengths, padding):
+    ids = np.repeat(np.arange(len(lengths)) + 1, lengths)[: 41 - padding]
+    ids = np.pad(ids, (0, 41 - len(ids)))
+    case = Case(**(SMALL | {"heads": 1}))
+    case = case.replaced(segment_ids=jnp.asarray(ids[None], jnp.int32))
+    testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
+
+
+def tpu_sums_not_reset(monkeypatch):
+    monkeypatch.setattr(tpu, "begins", lambda job, at: at.row < 0)
+
+
+def tpu_slots_shifted_by_one(monkeypatch):
+    visible = tpu.visible
+
+    def shifted(job, step, count):
+        return visible(job, step._replace(base=step.base + 1), count)
+
+    monkeypatch.setattr(tpu, "visible", shifted)
+
+
+def gpu_slots_shifted_by_one(monkeypatch):
+    visible = gpu.visible
+    monkeypatch.setattr(gpu, "visible", lambda job, tokens, slot: visible(job, tokens, slot + 1))
+
+
+@pytest.mark.parametrize(
+    "mutant", [tpu_sums_not_reset, tpu_slots_shifted_by_one, gpu_slots_shifted_by_one]
+)
+def test_mutants_are_caught(mutant, monkeypatch, small):
+    case = Case(**(SMALL | {"heads": 1}))
+    expected = case.oracle()
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match=r"not finite|>"):
+        backend = mutant.__name__[:3]
+        testing.assert_close(interpreted(case, backend), expected, testing.FLOAT32_TOLERANCE)
+
+
+# Memory, and what tiles are chosen.
+
+
+def job_of(shape):
+    keys, values = (-(-size // 128) * 128 for size in (shape.key_size, shape.value_size))
+    length = -(-shape.length // tpu._TOKENS) * tpu._TOKENS
+    count = -(-(shape.length // shape.interval + shape.past) // 512) * 512
+    count = 512 << (count // 512 - 1).bit_length()
+    sizes = (shape.batch, length, count, shape.groups, shape.heads, keys, values, shape.interval)
+    tiles = tpu.Tiles(tpu._TOKENS, tpu._SLOTS, count)
+    return tpu.Job(*sizes, 1.0, True, False, jnp.dtype(shape.dtype), tiles)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_tiles_fit_every_generation(chip, name):
+    job = job_of(SHAPES[name])
+    tiles = choose_tpu_tiles(job)
+    job = job._replace(tiles=tiles)
+    capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
+    assert tpu.vmem_bytes(job) <= capacity // 2
+    assert job.strips * job.steps * tiles.slots == job.slots
+
+
+def test_the_chooser_obeys_the_estimator(monkeypatch):
+    job = job_of(SHAPES["long"])
+    job = job._replace(tiles=choose_tpu_tiles(job))
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(job) - 1)
+    tight = choose_tpu_tiles(job)
+    assert tight.strip < job.tiles.strip
+    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= tpu._VMEM_BUDGET
+
+
+def test_what_does_not_fit_vmem_is_refused(monkeypatch):
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**16)
+    with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
+        jax.eval_shape(lambda: Case(**SMALL).run("tpu"))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gpu_tiles_are_powers_of_two_that_registers_hold(shape):
+    narrow = shape.dtype == "bfloat16"
+    sizes = shape.length, shape.length // shape.interval, shape.key_size, shape.value_size
+    tiles = choose_gpu_tiles(*sizes, narrow=narrow)
+    assert all(size & (size - 1) == 0 and size >= 16 for size in tiles[:2])
+    assert tiles.tokens * (tiles.slots + shape.value_size) <= 32 * tiles.warps * 128
