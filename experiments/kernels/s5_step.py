@@ -17,7 +17,7 @@ from experiments.kernels.baselines import linear_scan as baselines
 from experiments.kernels.results import TIMED, Result, Target
 from experiments.kernels.timing import milliseconds
 from experiments.lra import presets
-from seqmodels.mixers import S5Config, base
+from seqmodels.mixers import S5Config, base, projected
 from seqmodels.models import BackboneConfig, Classifier, ClassifierConfig, backbone, marks
 from seqmodels.training.task import classification
 
@@ -34,6 +34,16 @@ def _identity_norm(self: nn.Module, x, *args: Any, **kwargs: Any):
 def replaced(module: Any, name: str, by: Any) -> Iterator[None]:
     """While a program is traced inside, `module.name` is something else."""
     with mock.patch.object(module, name, by):
+        yield
+
+
+@contextlib.contextmanager
+def scanned(by: Any) -> Iterator[None]:
+    """S5 as products around scans of all of the time, with `by` in place of `linear_scan`."""
+    with (
+        replaced(projected, "by_blocks", projected.by_scans),
+        replaced(base, "linear_scan", by),
+    ):
         yield
 
 
@@ -73,9 +83,9 @@ def programs(
     variants: dict[str, tuple[ClassifierConfig, Any]] = {
         "step": (config, contextlib.nullcontext()),
         "associative_scan": (
-            config, replaced(base, "linear_scan", baselines.associative_scan)
+            config, scanned(baselines.associative_scan)
         ),
-        "without scan": (config, replaced(base, "linear_scan", _identity_scan)),
+        "without scan": (config, scanned(_identity_scan)),
         "without norm": (config, replaced(backbone.Norm, "__call__", _identity_norm)),
         "without gate": (no_gate, contextlib.nullcontext()),
     }  # fmt: skip

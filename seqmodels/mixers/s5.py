@@ -25,6 +25,7 @@ from seqmodels.mixers.base import (
     mask_padding,
     recurrence,
 )
+from seqmodels.mixers.projected import both_ways
 from seqmodels.mixers.ssm import Discretization, check_step_range, constant, discretize, log_uniform
 
 CInit = Literal["lecun_normal", "trunc_standard_normal", "complex_normal"]
@@ -122,20 +123,19 @@ class S5(Mixer[S5Config]):
             state = self.initial_state(x.shape[0])
         u = x.astype(jnp.float32)
         decay, into = self._system()
-        drive = _project(u, jnp.concatenate([into.real, into.imag]).T)
-        drive = jax.lax.complex(*jnp.split(drive, 2, axis=-1))
-
-        hidden = None if state is None else state.resume(segments)
-        h, final = recurrence(decay, drive, segments=segments, hidden=hidden)
-        states = [h]
+        into = jnp.concatenate([into.real, into.imag]).T
+        final = None
         if self.config.bidirectional:
-            states.append(recurrence(decay, drive, segments=segments, reverse=True)[0])
-
-        # 2 Re(C h) = 2 (Re C Re h - Im C Im h): one real matmul over all planes.
-        planes = jnp.concatenate([part for h in states for part in (h.real, h.imag)], axis=-1)
+            y = both_ways(u, decay, into, self._readout(), segments)
+        else:
+            drive = jax.lax.complex(*jnp.split(_project(u, into), 2, axis=-1))
+            hidden = None if state is None else state.resume(segments)
+            h, final = recurrence(decay, drive, segments=segments, hidden=hidden)
+            # 2 Re(C h) = 2 (Re C Re h - Im C Im h): one real matmul over both planes.
+            y = _project(jnp.concatenate([h.real, h.imag], axis=-1), self._readout())
         skip = self.param("D", initializers.normal(1.0), (self.width,))
         # Not skip[None, None]: of that, XLA sums the gradient of a single row 20 times slower.
-        y = _project(planes, self._readout()) + jnp.broadcast_to(skip, u.shape) * u
+        y = y + jnp.broadcast_to(skip, u.shape) * u
         y = mask_padding(y, segments).astype(x.dtype)
         return y, None if state is None else state.advance(final, segments, x.shape[1])
 

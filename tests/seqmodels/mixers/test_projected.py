@@ -1,0 +1,55 @@
+"""The recurrence with its projections: block by block = all of the time at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import testing
+from seqmodels.mixers import Segments, projected
+
+WIDTH, STATES = 3, 4
+
+
+def arguments(batch, length):
+    rng = np.random.default_rng(length)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    decay = np.exp(rng.uniform(-0.5, -1e-3, STATES) + 1j * rng.uniform(0, 3, STATES))
+    u, into, readout = (
+        normal(batch, length, WIDTH), normal(WIDTH, 2 * STATES), normal(4 * STATES, WIDTH)
+    )  # fmt: skip
+    return u, jnp.asarray(decay, jnp.complex64), into, readout
+
+
+def value_and_gradients(fn):
+    @jax.jit
+    def run(args, cotangent):
+        y, pullback = jax.vjp(fn, *args)
+        return y, pullback(cotangent)
+
+    return run
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 63), (3, 300), (20, 260)])
+def test_blocks_equal_scans(batch, length):
+    args = arguments(batch, length)
+    cotangent = jnp.cos(jnp.arange(args[0].size, dtype=jnp.float32)).reshape(args[0].shape)
+    with jax.numpy_dtype_promotion("strict"):
+        actual = value_and_gradients(projected.by_blocks)(args, cotangent)
+        expected = value_and_gradients(projected.by_scans)(args, cotangent)
+    testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
+
+
+def test_documents_and_padding():
+    u, *shared = arguments(2, 40)
+    ids = jnp.asarray([[1] * 15 + [2] * 25, [1] * 40], jnp.int32)
+    both = jax.jit(projected.both_ways)
+    packed = both(u, *shared, Segments.from_ids(ids))
+    alone = both(u[:1, 15:], *shared, None)
+    testing.assert_close(packed[:1, 15:], alone, testing.FLOAT32_TOLERANCE)
+    one = Segments.from_ids(jnp.asarray([[1] * 15 + [0] * 25, [1] * 40], jnp.int32), single=True)
+    padded = both(u, *shared, one)
+    testing.assert_close(padded[0, :15], packed[0, :15], testing.FLOAT32_TOLERANCE)
