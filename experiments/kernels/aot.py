@@ -42,6 +42,7 @@ FAMILIES = (
     "causal_conv1d",
     "linear_attention",
     "delta_rule",
+    "checkpoint_attention",
 )
 CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to

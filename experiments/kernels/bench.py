@@ -19,6 +19,7 @@ import tyro
 
 from experiments.kernels import (
     causal_conv1d,
+    checkpoint_attention,
     delta_rule,
     diagonal_ssm,
     linear_attention,
@@ -33,6 +34,7 @@ from seqmodels.training.run_directory import environment
 
 FAMILIES = {
     "causal_conv1d": causal_conv1d,
+    "checkpoint_attention": checkpoint_attention,
     "delta_rule": delta_rule,
     "diagonal_ssm": diagonal_ssm,
     "linear_attention": linear_attention,

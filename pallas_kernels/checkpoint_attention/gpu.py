@@ -116,8 +116,8 @@ class _Tokens(NamedTuple):
     start: Any
     inside: jax.Array  # (T, 1)
     real: jax.Array  # (T, 1)
-    first: jax.Array | None  # (T, 1)
-    last: jax.Array | None
+    first: Any  # (T, 1), or None
+    last: Any
 
 
 def _tokens(job: _Job, place: _Place, block) -> _Tokens:
@@ -237,7 +237,8 @@ def _token_kernel(*refs, job: _Job, names):
         ds = tile.score_gradient(p, mask, tile.dot(do, slot_v, "nt"), delta)
         return dq + tile.dot(job.scale * ds, slot_k, "nn")
 
-    dq = jax.lax.fori_loop(*_reach(job, place, place.block), meet, dq)
+    begin, end = _reach(job, place, place.block)
+    dq = jax.lax.fori_loop(begin, end, meet, dq)
     place.store("dq", place.head, start, inside, dq)
 
 
@@ -245,6 +246,13 @@ def _cotangents(job: _Job, place: _Place, tokens: _Tokens):
     do = place.load("do", place.head, tokens.start, tokens.inside, job.value_size)
     size = job.tiles.tokens
     return do, *(_column(place, name, tokens, size) for name in ("lse", "delta"))
+
+
+def _seen(job: _Job, place: _Place, start):
+    """The blocks of tokens that see this block of slots: from, and up to but without."""
+    if job.plain:
+        return jax.lax.div((start + 1) * job.interval, job.tiles.tokens), job.blocks
+    return tuple(compat.triton.load(place.refs[n].at[place.row, place.block]) for n in _ENDS)
 
 
 def _slot_kernel(*refs, job: _Job, names):
@@ -263,11 +271,7 @@ def _slot_kernel(*refs, job: _Job, names):
         ds = job.scale * tile.score_gradient(p, mask, tile.dot(do, slot_v, "nt"), delta)
         return dk + tile.dot(ds, q, "tn"), dv + tile.dot(p, do, "tn")
 
-    if job.plain:
-        begin, end = jax.lax.div((start + 1) * job.interval, job.tiles.tokens), job.blocks
-    else:
-        ends = (place.refs[name].at[place.row, place.block] for name in _ENDS)
-        begin, end = map(compat.triton.load, ends)
+    begin, end = _seen(job, place, start)
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (slot_k, slot_v))
     dk, dv = jax.lax.fori_loop(begin, end, meet, tuple(zeros))
     inside = (slot < job.slots)[0][:, None]
@@ -295,7 +299,7 @@ def _call(kernel, job: _Job, name: str, blocks: int, operands, outputs, flops: i
 
 def _job(config: Config, q, k, slots: Slots) -> _Job:
     batch, length, heads, key_size = q.shape
-    count, groups, value_size = *slots.k.shape[1:3], slots.v.shape[3]
+    _, count, groups, value_size = slots.v.shape
     narrow = q.dtype == jnp.bfloat16
     tiles = choose_tiles(length, count, key_size, value_size, narrow=narrow)
     return _Job(

@@ -12,6 +12,7 @@ all heads of the group, in float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -266,7 +267,7 @@ def for_visible(job: Job, refs, step: Step, meet: Callable[[int], None]) -> None
         fits = seen(count - part)
         if count < size:
             fits = fits & ~seen(count)
-        pl.when(fits)(lambda count=count: meet(count))
+        pl.when(fits)(functools.partial(meet, count))
 
 
 def across(x):
@@ -414,8 +415,6 @@ def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> di
         kernel(job, dict(zip(names, refs, strict=True)))
 
     arrays = [array for array, _ in operands.values()]
-    inner = 4 if job.backward else 2
-    semantics = ("parallel",) * (6 - inner) + ("arbitrary",) * inner
     results = compat.pallas_call(
         body,
         backend="tpu",
@@ -426,7 +425,9 @@ def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> di
         out_shape=[compat.out_struct(x.shape, x.dtype, *arrays) for x, _ in out.values()],
         scratch_shapes=[compat.tpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
         compiler_params=compat.tpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=_VMEM_LIMIT
+            # Rows and groups of heads; along all other axes something is summed.
+            dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 4,
+            vmem_limit_bytes=_VMEM_LIMIT,
         ),
         flops=flops * job.batch * job.length * job.heads * job.slots,
     )(*arrays)
