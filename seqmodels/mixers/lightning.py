@@ -1,0 +1,75 @@
+"""Lightning attention: linear attention of activated heads with fixed decays.
+
+Qin, Sun, Li, Shen, Sun & Zhong, "Lightning Attention-2: A Free Lunch for Handling Unlimited
+Sequence Lengths in Large Language Models", 2024; the layer around it is that of MiniMax,
+"MiniMax-01: Scaling Foundation Models with Lightning Attention", 2025, section 2.2.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from seqmodels.mixers.base import RecurrentState, Segments
+from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, attend, check_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class LightningConfig(MatrixConfig):
+    """Configuration of a lightning attention layer.
+
+    Attributes:
+      heads: H.
+      head_size: K and V.
+      layer, layers: place of the layer, from 0, in a stack of so many: decays weaken with depth.
+    """
+
+    mixer: ClassVar[str] = "lightning"
+
+    heads: int = 16
+    head_size: int = 128
+    layer: int = 0
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer(self)
+
+
+LIGHTNING_MINIMAX_TEXT_01 = LightningConfig(heads=64, head_size=128, layers=80)
+"""The first layer of MiniMax-Text-01, for a width of 6144."""
+
+
+class Lightning(MatrixMixer[LightningConfig]):
+    """``S_t = exp(-s_h) S_{t-1} + k_t v_t^T``, ``o_t = S_t^T q_t``, a norm, a gate, a map.
+
+    Queries, keys and values are ``silu`` of linear maps, queries unscaled. The slopes ``s_h`` are
+    those of ``slopes``. The output is ``W_o (RMSNorm(o_t) * sigmoid(W_g x_t))`` with the norm over
+    all heads together.
+    """
+
+    @property
+    def sizes(self) -> Sizes:
+        config = self.config
+        return Sizes(config.heads, config.heads, config.head_size, config.head_size)
+
+    def mix(
+        self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
+    ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
+        config, sizes = self.config, self.sizes
+        tokens = Tokens(*(jax.nn.silu(part) for part in self.tokens(x)))
+        decay = -slopes(config.heads, config.layer, config.layers)
+        memory = state.resume(segments)["memory"]
+        o, memory = attend(tokens, decay, memory, segments, scale=1.0)
+        gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
+        y = self.readout(o, gate, jax.nn.sigmoid, per_head=False)
+        return y, {"memory": memory}
+
+
+def slopes(heads: int, layer: int, layers: int) -> np.ndarray:
+    """``2^(-8 (h + 1) / H) (1 - layer / (layers - 1) + 1e-5)``, float32 ``(H,)``."""
+    depth = layer / max(layers - 1, 1)
+    rate = np.exp2(-8.0 * (np.arange(heads) + 1) / heads)
+    return (rate * (1.0 - depth + 1e-5)).astype(np.float32)

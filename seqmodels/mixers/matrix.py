@@ -1,0 +1,213 @@
+"""What mixers share whose heads each keep a matrix: sizes, state, calls of the kernels."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import delta_rule, linear_attention
+from seqmodels.layers.heads import GatedNorm, Projection, merge_heads, split_heads
+from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.parallel.rows import over_rows
+
+WIDEST = 256
+"""Widest values of one head that the kernels take; wider ones run as several heads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixConfig(MixerConfig):
+    """Configuration that all mixers with matrix states have.
+
+    Attributes:
+      init_std: deviation of the projections' normal initialisation.
+      norm_epsilon: added to the mean square in the norm of the outputs.
+    """
+
+    init_std: float = 0.02
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and field.name != "layer" and value <= 0:
+                raise ValueError(
+                    f"{type(self).__name__}: {field.name}={value} must be positive; its default "
+                    f"is {field.default}"
+                )
+
+
+def check_layer(config: Any) -> None:
+    """Raises ValueError unless ``0 <= layer < layers``."""
+    if not 0 <= config.layer < config.layers:
+        raise ValueError(
+            f"{type(config).__name__}: layer={config.layer} must be in [0, layers={config.layers})"
+        )
+
+
+class Sizes(NamedTuple):
+    """Heads of queries and keys, heads of values and their widths: G, H, K, V."""
+
+    groups: int
+    heads: int
+    key: int
+    value: int
+
+
+class Tokens(NamedTuple):
+    """Queries and keys ``(B, L, G, K)``, values ``(B, L, H, V)``."""
+
+    q: Array
+    k: Array
+    v: Array
+
+
+Config = TypeVar("Config", bound=MatrixConfig)
+
+
+class MatrixMixer(Mixer[Config]):
+    """A mixer whose heads each keep a matrix ``(K, V)``.
+
+    ``hidden`` of the state is a dict: ``"memory"`` float32 ``(B, H', K, V')``, one matrix a head,
+    where a head of values wider than 256 is stored as several (see ``pieces``), and what
+    the mixer adds to it. Subclasses say their ``sizes`` and write ``mix``.
+    """
+
+    @property
+    def sizes(self) -> Sizes:
+        """Raises ValueError where the width does not divide as the configuration says."""
+        raise NotImplementedError
+
+    def mix(
+        self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
+    ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
+        """Outputs, anything on padding, and ``hidden`` after the last real token."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: RecurrentState | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], RecurrentState]:
+        self.check(x, segments, state)
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype)
+        y, hidden = self.mix(x, segments, state)
+        return mask_padding(y, segments), state.advance(hidden, segments, x.shape[1])
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        """Zeros; ``dtype`` is that of convolutions' windows, ``max_length`` is unused."""
+        sizes = self.sizes
+        split = pieces(sizes.value)
+        shape = (batch_size, sizes.heads * split, sizes.key, sizes.value // split)
+        return RecurrentState.start({"memory": jnp.zeros(shape, jnp.float32)}, batch_size)
+
+    def project(
+        self, features: int, name: str, *, use_bias: bool = False, dtype: Any = None
+    ) -> Projection:
+        """A projection with the configuration's initialisation."""
+        return Projection(features, self.config.init_std, use_bias, dtype, name=name)
+
+    def tokens(self, x: Float[Array, "b l d"]) -> Tokens:
+        """Queries, keys and values as linear functions of ``x``."""
+        sizes = self.sizes
+        return Tokens(
+            split_heads(self.project(sizes.groups * sizes.key, "q_proj")(x), sizes.key),
+            split_heads(self.project(sizes.groups * sizes.key, "k_proj")(x), sizes.key),
+            split_heads(self.project(sizes.heads * sizes.value, "v_proj")(x), sizes.value),
+        )
+
+    def readout(
+        self,
+        o: Float[Array, "b l h v"],
+        gate: Float[Array, "b l n"] | None = None,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        *,
+        per_head: bool = True,
+    ) -> Float[Array, "b l d"]:
+        """``W_o (RMSNorm(o) * activation(gate))``, normed per head with one scale, or all heads."""
+        gate = gate if gate is None or not per_head else split_heads(gate, o.shape[-1])
+        norm = GatedNorm(self.config.norm_epsilon, activation, name="o_norm")
+        o = merge_heads(norm(o, gate)) if per_head else norm(merge_heads(o), gate)
+        return self.project(self.width, "o_proj")(o)
+
+    def per_head(self, total: float, heads: int, name: str) -> int:
+        """``total / heads`` channels; ValueError unless that is a whole number."""
+        size = round(total / heads)
+        if size < 1 or abs(size * heads - total) > 1e-6:
+            raise ValueError(
+                f"{self.config.mixer} mixer: {name} of {total:g} channels (width {self.width}) "
+                f"must divide into heads={heads}; change heads or the expansion"
+            )
+        return size
+
+
+def pieces(value: int) -> int:
+    """Heads of at most 256 values, all equally wide, that one head of ``value`` values runs as."""
+    return next(n for n in range(1, value + 1) if value % n == 0 and value // n <= WIDEST)
+
+
+def attend(
+    tokens: Tokens,
+    log_decay: Float[np.ndarray, " h"] | Float[Array, "b l h *k"] | None,
+    memory: Float[Array, "b hp k vp"],
+    segments: Segments | None,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
+    """``linear_attention`` -> outputs and the memory after each row's last real token.
+
+    Decays ``(H,)`` are constants; the others belong to tokens.
+    """
+    split = pieces(tokens.v.shape[-1])
+    constant = np.repeat(log_decay, split) if isinstance(log_decay, np.ndarray) else None
+    varying = None if isinstance(log_decay, np.ndarray) else _spread(log_decay, split)
+
+    def op(q: Any, k: Any, v: Any, decay: Any, memory: Any, runs: Any) -> Any:
+        decay = decay if constant is None else constant
+        return linear_attention(q, k, v, decay, scale=scale, initial_state=memory, segment_ids=runs)
+
+    o, memory = over_rows(op, [], [*_folded(tokens, split), varying, memory, _runs(segments)])
+    return o.reshape(tokens.v.shape), memory
+
+
+def correct(
+    tokens: Tokens,
+    beta: Float[Array, "b l h"],
+    log_decay: Float[Array, "b l h *k"] | None,
+    memory: Float[Array, "b hp k vp"],
+    segments: Segments | None,
+) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
+    """``delta_rule`` -> outputs and the memory after each row's last real token."""
+    split = pieces(tokens.v.shape[-1])
+    gates = [_spread(beta, split), _spread(log_decay, split)]
+
+    def op(q: Any, k: Any, v: Any, beta: Any, decay: Any, memory: Any, runs: Any) -> Any:
+        return delta_rule(q, k, v, beta, decay, initial_state=memory, segment_ids=runs)
+
+    o, memory = over_rows(op, [], [*_folded(tokens, split), *gates, memory, _runs(segments)])
+    return o.reshape(tokens.v.shape), memory
+
+
+def _folded(tokens: Tokens, split: int) -> Tokens:
+    batch, length, heads, value = tokens.v.shape
+    return tokens._replace(v=tokens.v.reshape(batch, length, heads * split, value // split))
+
+
+def _spread(x: Array | None, split: int) -> Array | None:
+    """What belongs to a head ``(B, L, H, ..)``, once for each of its pieces."""
+    return x if x is None or split == 1 else jnp.repeat(x, split, axis=2)
+
+
+def _runs(segments: Segments | None) -> Array | None:
+    return None if segments is None else segments.runs
