@@ -17,8 +17,14 @@ class Embedding(nn.Module):
     width: int
     std: float
 
-    @nn.compact
-    def __call__(self, tokens: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b l d"]:
+    def setup(self) -> None:
         shape = (self.vocabulary_size, self.width)
-        table = self.param("embedding", nn.initializers.normal(self.std), shape)
-        return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        self.embedding = self.param("embedding", nn.initializers.normal(self.std), shape)
+
+    def __call__(self, tokens: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b l d"]:
+        """The rows of ``tokens``."""
+        return jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+
+    def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """The product of ``x`` with every row: logits of a model with tied embeddings."""
+        return jnp.dot(x, self.embedding.T, preferred_element_type=x.dtype)

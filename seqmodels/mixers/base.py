@@ -90,8 +90,9 @@ class RecurrentState:
     @classmethod
     def start(cls, hidden: Any, batch_size: int) -> "RecurrentState":
         """The state before the first token, around an all-zero ``hidden``."""
-        zero = jnp.zeros((batch_size,), jnp.int32)
-        return cls(hidden=hidden, position=zero, segment=zero)
+        # Two arrays: one could not be donated twice.
+        position, segment = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
+        return cls(hidden=hidden, position=position, segment=segment)
 
     def resume(self, segments: Segments | None) -> Any:
         """``hidden``, zeroed in the rows where a new document begins at the first token."""

@@ -6,9 +6,12 @@ from typing import Any
 from seqmodels.models import backbone
 from seqmodels.models.backbone import Backbone, BackboneConfig, stack_layers, unstack_layers
 from seqmodels.models.classifier import Classifier, ClassifierConfig
+from seqmodels.models.language import LanguageModel, LanguageModelConfig
 
 
-def marks(config: BackboneConfig | ClassifierConfig, params: Mapping[str, Any]) -> Any:
+def marks(
+    config: BackboneConfig | ClassifierConfig | LanguageModelConfig, params: Mapping[str, Any]
+) -> Any:
     """How the optimizer treats each parameter: a tree like ``params`` whose leaves are Marks."""
     stack = config if isinstance(config, BackboneConfig) else config.backbone
     return backbone.marks(stack, params)
@@ -19,6 +22,8 @@ __all__ = [
     "BackboneConfig",
     "Classifier",
     "ClassifierConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
     "marks",
     "stack_layers",
     "unstack_layers",

@@ -1,0 +1,122 @@
+"""Language models: embedding, backbone, projection onto the vocabulary."""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from seqmodels.layers.embedding import Embedding
+from seqmodels.mixers import Segments, State
+from seqmodels.mixers.base import check_choices
+from seqmodels.models.backbone import Backbone, BackboneConfig
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """Configuration of a language model.
+
+    Attributes:
+      backbone: the stack of blocks.
+      vocabulary_size: token ids are below it.
+      tie_embeddings: the projection onto the vocabulary is the embedding's table.
+      embedding_std: of the initial embeddings, and of an untied projection.
+      embedding_scale: what embeddings are multiplied by; ``sqrt(width)`` in Gemma's models.
+      logit_cap: None, or the bound c of ``c tanh(logits / c)``.
+      dtype: of activations; parameters are float32.
+    """
+
+    backbone: BackboneConfig
+    vocabulary_size: int
+    tie_embeddings: bool = True
+    embedding_std: float = 0.02
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        if self.vocabulary_size < 2:
+            raise ValueError(
+                f"LanguageModelConfig: vocabulary_size={self.vocabulary_size} must be at least 2"
+            )
+        for argument in ("embedding_std", "embedding_scale"):
+            if getattr(self, argument) <= 0:
+                raise ValueError(
+                    f"LanguageModelConfig: {argument}={getattr(self, argument)} must be positive"
+                )
+        if self.logit_cap is not None and self.logit_cap <= 0:
+            raise ValueError(
+                f"LanguageModelConfig: logit_cap={self.logit_cap} must be None or positive"
+            )
+        check_choices(self)
+
+
+class LanguageModel(nn.Module):
+    """Tokens to logits of the next token; states in and out, as in the mixers' contract.
+
+    Parameters: ``embedding/embedding (vocabulary, width)``, ``backbone``, and without tied
+    embeddings ``head/kernel (width, vocabulary)``.
+    """
+
+    config: LanguageModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        width, std = config.backbone.width, config.embedding_std
+        self.embedding = Embedding(config.vocabulary_size, width, std)
+        self.backbone = Backbone(config.backbone)
+        if not config.tie_embeddings:
+            init = nn.initializers.normal(std)
+            self.head = nn.Dense(config.vocabulary_size, use_bias=False, kernel_init=init)
+
+    def __call__(
+        self,
+        tokens: Shaped[Array | np.ndarray, "..."],
+        *,
+        segments: Segments | None = None,
+        state: tuple[State, ...] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l v"], tuple[State, ...]]:
+        """Ids ``(B, L)`` -> float32 logits ``(B, L, V)`` and one state for each block.
+
+        Raises:
+          ValueError: tokens that are not integers ``(B, L)``, or bad arguments of a mixer.
+        """
+        x, state = self.hidden(tokens, segments=segments, state=state, deterministic=deterministic)
+        return self.logits(x), state
+
+    def hidden(
+        self,
+        tokens: Shaped[Array | np.ndarray, "..."],
+        *,
+        segments: Segments | None = None,
+        state: tuple[State, ...] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], tuple[State, ...]]:
+        """The backbone's outputs: what ``logits`` takes, position by position."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; a language model "
+                "takes integer ids (B, L)"
+            )
+        x = self.embedding(tokens) * self.config.embedding_scale
+        x = x.astype(self.config.dtype)
+        return self.backbone(x, segments=segments, state=state, deterministic=deterministic)
+
+    def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Float32 logits of hidden vectors."""
+        wide = x.astype(jnp.float32)
+        logits = self.embedding.attend(wide) if self.config.tie_embeddings else self.head(wide)
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> tuple[State, ...]:
+        """One state for each block, before the first token; see ``Backbone.initial_state``."""
+        backbone = Backbone(self.config.backbone, parent=None)
+        return backbone.initial_state(batch_size, max_length=max_length, dtype=dtype)
