@@ -11,28 +11,11 @@ import pytest
 
 from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, Segments, build
 from seqmodels.mixers.base import RecurrentState, check_choices
+from tests.seqmodels.mixers.cases import CASES, FLAGS
 
 WIDTH = 4
 from_ids = jax.jit(Segments.from_ids, static_argnames="single")
 
-CASES = {
-    "s5": S5Config(state_size=8, blocks=2),
-    "s5-bilinear": S5Config(state_size=8, discretization="bilinear", c_init="complex_normal"),
-    "s5-bidirectional": S5Config(state_size=8, blocks=2, bidirectional=True),
-    "s4d": S4DConfig(state_size=6),
-    "s4d-tied-legs": S4DConfig(state_size=6, init="legs", n_ssm=2, discretization="bilinear"),
-    "s4d-bidirectional": S4DConfig(state_size=6, bidirectional=True),
-}
-
-# mode: (causal, streams, packs)
-FLAGS = {
-    "s5": (True, True, True),
-    "s5-bilinear": (True, True, True),
-    "s5-bidirectional": (False, False, True),
-    "s4d": (True, True, True),
-    "s4d-tied-legs": (True, True, True),
-    "s4d-bidirectional": (False, False, True),
-}
 STREAMING = [case for case, flags in FLAGS.items() if flags[1]]
 PACKING = [case for case, flags in FLAGS.items() if flags[2]]
 BIDIRECTIONAL = [case for case, flags in FLAGS.items() if not flags[0]]
@@ -106,7 +89,9 @@ def test_shapes_dtypes_and_marks(case):
     low, _ = run(x.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
     close(low.astype(jnp.float32), y, 2e-2)
-    assert set(CASES[case].marks()) <= set(variables["params"])
+    paths = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
+    names = {"/".join(entry.key for entry in path) for path, _ in paths}
+    assert set(CASES[case].marks()) <= names
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
 
 
