@@ -6,11 +6,11 @@ python -m experiments.kernels.aot --readme README.md                    rewrite 
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
 whether it compiles; on v5e the compiler's static time and its multiple of the floor (every input
-and output once), but for the families of matrix states, whose loops it would simulate for hours:
-their benchmark has it for a part of the length; on a GPU what ptxas says of registers and spills. On "cpu" the portable path
-runs, on zeros and at most 512 tokens. Compiled ahead of time is not run: no cell here needs a TPU
-or a GPU. Cells are written as they come and kept; a cell is done again when the sources of its
-family have changed, or when it did not pass.
+and output once), but for the families of matrix states, whose loops it would simulate for hours
+(their benchmark has it for a part of the length); on a GPU what ptxas says of registers and spills.
+On "cpu" the portable path runs, on zeros and at most 512 tokens. Compiled ahead of time is not run:
+no cell here needs a TPU or a GPU. Cells are written as they come and kept; a cell is done again
+when the sources of its family have changed, or when it did not pass.
 """
 
 import dataclasses
