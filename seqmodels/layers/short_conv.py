@@ -1,0 +1,90 @@
+"""The short causal convolution in front of gated recurrences, with its window as state."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import causal_conv1d
+from seqmodels.parallel.rows import over_rows
+
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""Initialiser of matrices: uniform within ``fan_in^(-1/2)`` of 0, as `torch.nn.Linear` has it."""
+
+
+def uniform_taps(taps: int) -> Any:
+    """Initialiser: uniform within ``taps^(-1/2)`` of 0, as `torch.nn.Conv1d` has it by channel."""
+    bound = taps**-0.5
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+    return init
+
+
+class ShortConv(nn.Module):
+    """``y_t = act(bias + sum_j kernel_j x_{t-(W-1)+j})`` for each channel, within its document.
+
+    Parameters: ``kernel`` ``(W, D)``, the newest token's tap last, and ``bias`` ``(D,)``; both as
+    `torch.nn.Conv1d` initialises them unless ``kernel_init``, ``bias_init`` say otherwise.
+
+    Attributes:
+      taps: W.
+      use_bias: whether there is a bias.
+      activation: None or "silu".
+      kernel_init, bias_init: initialisers; None for uniform within ``W^(-1/2)`` of 0.
+    """
+
+    taps: int = 4
+    use_bias: bool = True
+    activation: Literal["silu"] | None = "silu"
+    kernel_init: Any = None
+    bias_init: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        window: Float[Array, "b w d"] | None = None,
+        *,
+        runs: Int[Array, "b l"] | None = None,
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
+        """Outputs, zero on padding, and the window after each row's last real token.
+
+        Args:
+          x: float32 or bfloat16.
+          window: the ``W - 1`` tokens before ``x``, all of the row's first document: a mixer takes
+            it from ``RecurrentState.resume``, which zeroes it at a new document. Zeros if None;
+            cast to ``x``'s dtype, in which the new window comes back.
+          runs: document of each token, ``Segments.runs``; 0 is padding. None: one document.
+
+        Raises:
+          ValueError: ``window`` or ``runs`` of a wrong shape.
+        """
+        width = x.shape[-1]
+        init = uniform_taps(self.taps)
+        kernel = self.param("kernel", self.kernel_init or init, (self.taps, width))
+        shared: list[Any] = [kernel]
+        if self.use_bias:
+            shared.append(self.param("bias", self.bias_init or init, (width,)))
+        if window is not None:
+            window = window.astype(x.dtype)
+
+        def op(*arrays: Any) -> tuple[Array, Array]:
+            *parameters, x, window, runs = arrays
+            return causal_conv1d(
+                x,
+                *parameters,
+                activation=self.activation,
+                initial_state=window,
+                segment_ids=runs,
+            )
+
+        return over_rows(op, shared, [x, window, runs])
+
+
+def start_window(batch_size: int, taps: int, width: int, dtype: Any) -> Float[Array, "b w d"]:
+    """The window before the first token: zeros ``(B, W - 1, D)``."""
+    return jnp.zeros((batch_size, taps - 1, width), dtype)
