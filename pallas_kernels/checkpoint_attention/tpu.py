@@ -113,8 +113,8 @@ def vmem_bytes(job: Job) -> int:
     """
     width = jnp.dtype(job.dtype).itemsize
     keys, values = job.key_size, job.value_size
-    dq = 4 if job.strips > 1 else width
-    tokens = job.tiles.tokens * ((3 * keys + 4 * values) * width + dq * keys)
+    summed = 4 if job.strips > 1 else width
+    tokens = job.tiles.tokens * ((2 * keys + 3 * values) * width + (2 * keys + values) * summed)
     tokens += 4 * job.tiles.tokens * 4 * _SUBLANES  # first, last, lse and its cotangent
     strip = job.tiles.strip * (3 * keys + 2 * values) * width
     scratch = 4 * job.tiles.strip * (keys + values)
@@ -379,10 +379,10 @@ def _finish(job: Job, refs, step: Step) -> None:
         p = tile.probabilities(scores, real, lse)
         dp = across(product(refs, "do", "v"))
         ds = job.scale * tile.score_gradient(p, real, dp, refs["delta"][...])
-        ds, p = down(ds), down(p)
-        q, k, do = (refs[name][...].astype(jnp.float32) for name in ("q", "k", "do"))
         # Every strip meets the own keys; they count once.
-        dq = dq + only_down(step, jnp.where(step.at.strip == 0, ds, 0.0) * k)
+        ds, p = (down(jnp.where(step.at.strip == 0, x, 0.0)) for x in (ds, p))
+        q, k, do = (refs[name][...].astype(jnp.float32) for name in ("q", "k", "do"))
+        dq = dq + only_down(step, ds * k)
         _add_up(job, refs, step, "dk", only_down(step, ds * q))
         _add_up(job, refs, step, "dv", only_down(step, p * do))
     refs["dq"][...] = dq.astype(refs["dq"].dtype)
@@ -496,15 +496,19 @@ def _backward(config: Config, residuals, cotangents):
     operands["slot_v"] = (_lanes(slot_v), _strips(job, values))
     operands |= {name: (_lanes(x), _queries(job, values)) for name, x in (("o", o), ("do", do))}
     operands |= {"lse": (lse, _rows(job)), "dlse": (dlse, _rows(job))}
-    shape = _lanes(q).shape
-    if job.strips == 1:
-        dq = (_struct(shape, q.dtype), _queries(job, keys))
-    else:
-        block = (None, None, job.tiles.tokens, keys)
-        by_strip = _spec(job, block, lambda at: (at.strip, at.row, at.block, at.heads(job)))
-        dq = (_struct((job.strips, *shape)), by_strip)
+
+    def by_strip(like, width: int, at_heads):
+        """A gradient that every strip adds to, `(strips, B, L, heads * width)`."""
+        dtype = q.dtype if job.strips == 1 else jnp.float32
+        spec = _spec(
+            job,
+            (None, None, job.tiles.tokens, width),
+            lambda at: (at.strip, at.row, at.block, at_heads(at)),
+        )
+        return _struct((job.strips, *_lanes(like).shape), dtype), spec
+
     out = {
-        "dq": dq,
+        "dq": by_strip(q, keys, lambda at: at.heads(job)),
         "dslot_k": (_struct(_lanes(slot_k).shape, q.dtype), _strips(job, keys)),
         "dslot_v": (_struct(_lanes(slot_v).shape, q.dtype), _strips(job, values)),
     }
@@ -512,16 +516,22 @@ def _backward(config: Config, residuals, cotangents):
     scratch = {"dq_sum": (keys, tokens), "delta": (1, tokens)}
     scratch |= {"dslot_k_sum": (strip, keys), "dslot_v_sum": (strip, values)}
     if job.own:
-        out["dk"] = (_struct(_lanes(k).shape, q.dtype), _keys(job, keys))
-        out["dv"] = (_struct(_lanes(v).shape, q.dtype), _keys(job, values))
+        out["dk"] = by_strip(k, keys, lambda at: at.group)
+        out["dv"] = by_strip(v, values, lambda at: at.group)
         if job.group_heads > 1:
             scratch |= {"dk_sum": (tokens, keys), "dv_sum": (tokens, values)}
     flops = 2 * (3 * keys + 2 * values)
     result = _call(backward, job, "backward", operands, out, scratch, flops)
-    dq = result["dq"] if job.strips == 1 else result["dq"].sum(0).astype(q.dtype)
-    dk, dv = (result[n].reshape(x.shape) if job.own else None for n, x in (("dk", k), ("dv", v)))
-    dslot_k, dslot_v = result["dslot_k"].reshape(slot_k.shape), result["dslot_v"]
-    return dq.reshape(q.shape), dk, dv, dslot_k, dslot_v.reshape(slot_v.shape), None, None
+
+    def joined(name: str, like):
+        x = result[name]
+        return (x[0] if job.strips == 1 else x.sum(0).astype(q.dtype)).reshape(like.shape)
+
+    dk, dv = (joined(n, x) if job.own else None for n, x in (("dk", k), ("dv", v)))
+    dslot_k, dslot_v = (
+        result[n].reshape(x.shape) for n, x in (("dslot_k", slot_k), ("dslot_v", slot_v))
+    )
+    return joined("dq", q), dk, dv, dslot_k, dslot_v, None, None
 
 
 def _keep(config: Config, *arrays):
