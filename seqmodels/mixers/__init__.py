@@ -3,12 +3,22 @@
 from typing import Any
 
 from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, State
+from seqmodels.mixers.gla import GLA, GLAConfig
+from seqmodels.mixers.hgrn2 import HGRN2, HGRN2Config
+from seqmodels.mixers.lightning import Lightning, LightningConfig
+from seqmodels.mixers.lru import LRU, LRUConfig
+from seqmodels.mixers.retnet import RetNet, RetNetConfig
 from seqmodels.mixers.s4d import S4D, S4DConfig
 from seqmodels.mixers.s5 import S5, S5Config
 
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
+    "lru": (LRUConfig, LRU),
+    "gla": (GLAConfig, GLA),
+    "retnet": (RetNetConfig, RetNet),
+    "lightning": (LightningConfig, Lightning),
+    "hgrn2": (HGRN2Config, HGRN2),
 }
 """Registered name -> config class, module class."""
 
@@ -25,13 +35,23 @@ def build(config: MixerConfig, width: int, **module: Any) -> Mixer:
 
 
 __all__ = [
+    "GLA",
+    "HGRN2",
+    "LRU",
     "REGISTRY",
     "S4D",
     "S5",
+    "GLAConfig",
+    "HGRN2Config",
+    "LRUConfig",
+    "Lightning",
+    "LightningConfig",
     "Mark",
     "Mixer",
     "MixerConfig",
     "RecurrentState",
+    "RetNet",
+    "RetNetConfig",
     "S4DConfig",
     "S5Config",
     "Segments",

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import LowRank, split_heads
 from seqmodels.mixers.base import RecurrentState, Segments
-from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, attend
+from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,6 @@ class GLA(MatrixMixer[GLAConfig]):
         )(x)
         decay = jax.nn.log_sigmoid(split_heads(logits, sizes.key)) / config.gate_temperature
         memory = state.resume(segments)["memory"]
-        o, memory = attend(self.tokens(x), decay, memory, segments)
+        o, memory = self.attend(self.tokens(x), decay, memory, segments)
         gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
         return self.readout(o, gate), {"memory": memory}

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import split_heads
 from seqmodels.mixers.base import Mark, RecurrentState, Segments
-from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, attend, check_layer
+from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class HGRN2(MatrixMixer[HGRN2Config]):
         decay, k = self._gate(logits)
         parts = (split_heads(part, size) for part in (q, k.astype(x.dtype), v))
         memory = state.resume(segments)["memory"]
-        o, memory = attend(Tokens(*parts), split_heads(decay, size), memory, segments)
+        o, memory = self.attend(Tokens(*parts), split_heads(decay, size), memory, segments)
         return self.readout(o, per_head=False), {"memory": memory}
 
     def _gate(

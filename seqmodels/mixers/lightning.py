@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from seqmodels.mixers.base import RecurrentState, Segments
-from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, attend, check_layer
+from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Lightning(MatrixMixer[LightningConfig]):
         tokens = Tokens(*(jax.nn.silu(part) for part in self.tokens(x)))
         decay = -slopes(config.heads, config.layer, config.layers)
         memory = state.resume(segments)["memory"]
-        o, memory = attend(tokens, decay, memory, segments, scale=1.0)
+        o, memory = self.attend(tokens, decay, memory, segments, scale=1.0)
         gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
         y = self.readout(o, gate, jax.nn.sigmoid, per_head=False)
         return y, {"memory": memory}

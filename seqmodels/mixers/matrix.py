@@ -26,10 +26,13 @@ class MatrixConfig(MixerConfig):
     Attributes:
       init_std: deviation of the projections' normal initialisation.
       norm_epsilon: added to the mean square in the norm of the outputs.
+      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+        "reference" for forward mode and second derivatives.
     """
 
     init_std: float = 0.02
     norm_epsilon: float = 1e-5
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -127,6 +130,54 @@ class MatrixMixer(Mixer[Config]):
             split_heads(self.project(sizes.heads * sizes.value, "v_proj")(x), sizes.value),
         )
 
+    def attend(
+        self,
+        tokens: Tokens,
+        log_decay: Float[np.ndarray, " h"] | Float[Array, "b l h *k"] | None,
+        memory: Float[Array, "b hp k vp"],
+        segments: Segments | None,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
+        """``linear_attention`` -> outputs and the memory after each row's last real token.
+
+        Decays ``(H,)`` are constants; the others belong to tokens.
+        """
+        split = pieces(tokens.v.shape[-1])
+        constant = np.repeat(log_decay, split) if isinstance(log_decay, np.ndarray) else None
+        varying = None if isinstance(log_decay, np.ndarray) else _spread(log_decay, split)
+        options = {"scale": scale, "implementation": self.config.implementation}
+
+        def op(q: Any, k: Any, v: Any, decay: Any, memory: Any, runs: Any) -> Any:
+            decay = decay if constant is None else constant
+            return linear_attention(
+                q, k, v, decay, initial_state=memory, segment_ids=runs, **options
+            )
+
+        o, memory = over_rows(op, [], [*_folded(tokens, split), varying, memory, _runs(segments)])
+        return o.reshape(tokens.v.shape), memory
+
+    def correct(
+        self,
+        tokens: Tokens,
+        beta: Float[Array, "b l h"],
+        log_decay: Float[Array, "b l h *k"] | None,
+        memory: Float[Array, "b hp k vp"],
+        segments: Segments | None,
+    ) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
+        """``delta_rule`` -> outputs and the memory after each row's last real token."""
+        split = pieces(tokens.v.shape[-1])
+        gates = [_spread(beta, split), _spread(log_decay, split)]
+        options = {"implementation": self.config.implementation}
+
+        def op(q: Any, k: Any, v: Any, beta: Any, decay: Any, memory: Any, runs: Any) -> Any:
+            return delta_rule(
+                q, k, v, beta, decay, initial_state=memory, segment_ids=runs, **options
+            )
+
+        o, memory = over_rows(op, [], [*_folded(tokens, split), *gates, memory, _runs(segments)])
+        return o.reshape(tokens.v.shape), memory
+
     def readout(
         self,
         o: Float[Array, "b l h v"],
@@ -155,48 +206,6 @@ class MatrixMixer(Mixer[Config]):
 def pieces(value: int) -> int:
     """Heads of at most 256 values, all equally wide, that one head of ``value`` values runs as."""
     return next(n for n in range(1, value + 1) if value % n == 0 and value // n <= WIDEST)
-
-
-def attend(
-    tokens: Tokens,
-    log_decay: Float[np.ndarray, " h"] | Float[Array, "b l h *k"] | None,
-    memory: Float[Array, "b hp k vp"],
-    segments: Segments | None,
-    *,
-    scale: float | None = None,
-) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
-    """``linear_attention`` -> outputs and the memory after each row's last real token.
-
-    Decays ``(H,)`` are constants; the others belong to tokens.
-    """
-    split = pieces(tokens.v.shape[-1])
-    constant = np.repeat(log_decay, split) if isinstance(log_decay, np.ndarray) else None
-    varying = None if isinstance(log_decay, np.ndarray) else _spread(log_decay, split)
-
-    def op(q: Any, k: Any, v: Any, decay: Any, memory: Any, runs: Any) -> Any:
-        decay = decay if constant is None else constant
-        return linear_attention(q, k, v, decay, scale=scale, initial_state=memory, segment_ids=runs)
-
-    o, memory = over_rows(op, [], [*_folded(tokens, split), varying, memory, _runs(segments)])
-    return o.reshape(tokens.v.shape), memory
-
-
-def correct(
-    tokens: Tokens,
-    beta: Float[Array, "b l h"],
-    log_decay: Float[Array, "b l h *k"] | None,
-    memory: Float[Array, "b hp k vp"],
-    segments: Segments | None,
-) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
-    """``delta_rule`` -> outputs and the memory after each row's last real token."""
-    split = pieces(tokens.v.shape[-1])
-    gates = [_spread(beta, split), _spread(log_decay, split)]
-
-    def op(q: Any, k: Any, v: Any, beta: Any, decay: Any, memory: Any, runs: Any) -> Any:
-        return delta_rule(q, k, v, beta, decay, initial_state=memory, segment_ids=runs)
-
-    o, memory = over_rows(op, [], [*_folded(tokens, split), *gates, memory, _runs(segments)])
-    return o.reshape(tokens.v.shape), memory
 
 
 def _folded(tokens: Tokens, split: int) -> Tokens:

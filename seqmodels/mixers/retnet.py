@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.rotary import rotary
 from seqmodels.mixers.base import RecurrentState, Segments
-from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, attend
+from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RetNet(MatrixMixer[RetNetConfig]):
         q, k = (rotary(part, positions, config.rotary_base) for part in (tokens.q, tokens.k))
         memory = state.resume(segments)["memory"]
         tokens = tokens._replace(q=q, k=k)
-        o, memory = attend(tokens, log_decays(config.heads), memory, segments)
+        o, memory = self.attend(tokens, log_decays(config.heads), memory, segments)
         gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
         return self.readout(o, gate), {"memory": memory}
 
