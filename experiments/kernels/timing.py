@@ -31,14 +31,15 @@ def milliseconds(
     """Median time of each compiled function on `args`.
 
     In each repetition all run in turn, so that a disturbance of the machine meets them alike. Each
-    runs twice and the second run counts: a program that frees gigabytes makes the allocator give
-    them back to the system, and whoever comes next would pay for the pages (measured: 96 ms instead
-    of 61), which a loop of training steps does not.
+    runs three times and the last run counts: a program that frees gigabytes makes the allocator
+    give them back to the system, and whoever comes next would pay for the pages (measured: 180 ms,
+    then 105, then 96 for good), which a loop of training steps does not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for _ in range(repetitions):
         for name, run in compiled.items():
-            jax.block_until_ready(run(*args))
+            for _ in range(2):
+                jax.block_until_ready(run(*args))
             start = time.perf_counter()
             jax.block_until_ready(run(*args))
             seconds[name].append(time.perf_counter() - start)

@@ -128,12 +128,16 @@ def _output(config: Config, rows: _Rows, state):
 
 
 def _state_gradient(config: Config, rows: _Rows, do):
+    """`(keep, keeps, gradient)` of a chunk: what its map is, and what its outputs give to the state
+    that enters it."""
     docs = _documents(rows)
 
     def head(q, k, v, g, do):
-        return tile.state_gradient(q, do, tile.decay(g, docs, chunks.BY_HALVES), docs, config.scale)
+        decay = tile.decay(g, docs, chunks.BY_HALVES)
+        return decay.keep, tile.state_gradient(q, do, decay, docs, config.scale)
 
-    return _heads(head, rows, jnp.moveaxis(do, 0, 2))
+    keep, gradient = _heads(head, rows, jnp.moveaxis(do, 0, 2))
+    return keep, None if docs is None else docs.keeps, gradient
 
 
 def _gradients(config: Config, rows: _Rows, do, state, dstate):
@@ -214,9 +218,8 @@ def _pull_back(config: Config, residuals, cotangents):
     do = _cut(config, q, k, do, log_decay, None).v
     grouped = (v.shape[0], *rows.v.shape[2:4], *dfinal.shape[2:])
     last = dfinal.reshape(grouped).swapaxes(-1, -2)
-    keep, keeps, _ = _each(_added, rows)
-    more = _each(functools.partial(_state_gradient, config), rows, do)
-    dstates, first = _chain(last, keep, keeps, more, reverse=True)
+    maps = _each(functools.partial(_state_gradient, config), rows, do)
+    dstates, first = _chain(last, *maps, reverse=True)
     dq, dk, dv, dg = _each(functools.partial(_gradients, config), rows, do, states, dstates)
     dlog_decay = None if dg is None else _uncut(dg, log_decay)
     dinitial = first.swapaxes(-1, -2).reshape(dfinal.shape)
