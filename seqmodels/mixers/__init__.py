@@ -2,23 +2,35 @@
 
 from typing import Any
 
+from seqmodels.mixers.attention import Attention, AttentionConfig
 from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, State
+from seqmodels.mixers.deltanet import DeltaNet, DeltaNetConfig
+from seqmodels.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from seqmodels.mixers.gla import GLA, GLAConfig
 from seqmodels.mixers.hgrn2 import HGRN2, HGRN2Config
+from seqmodels.mixers.kda import KDA, KDAConfig
 from seqmodels.mixers.lightning import Lightning, LightningConfig
 from seqmodels.mixers.lru import LRU, LRUConfig
+from seqmodels.mixers.mamba import Mamba, MambaConfig
 from seqmodels.mixers.retnet import RetNet, RetNetConfig
 from seqmodels.mixers.s4d import S4D, S4DConfig
 from seqmodels.mixers.s5 import S5, S5Config
+from seqmodels.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
 
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
+    "mamba": (MambaConfig, Mamba),
     "lru": (LRUConfig, LRU),
     "gla": (GLAConfig, GLA),
     "retnet": (RetNetConfig, RetNet),
     "lightning": (LightningConfig, Lightning),
     "hgrn2": (HGRN2Config, HGRN2),
+    "deltanet": (DeltaNetConfig, DeltaNet),
+    "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
+    "kda": (KDAConfig, KDA),
+    "attention": (AttentionConfig, Attention),
+    "sliding_window": (SlidingWindowConfig, SlidingWindow),
 }
 """Registered name -> config class, module class."""
 
@@ -37,15 +49,25 @@ def build(config: MixerConfig, width: int, **module: Any) -> Mixer:
 __all__ = [
     "GLA",
     "HGRN2",
+    "KDA",
     "LRU",
     "REGISTRY",
     "S4D",
     "S5",
+    "Attention",
+    "AttentionConfig",
+    "DeltaNet",
+    "DeltaNetConfig",
     "GLAConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
     "HGRN2Config",
+    "KDAConfig",
     "LRUConfig",
     "Lightning",
     "LightningConfig",
+    "Mamba",
+    "MambaConfig",
     "Mark",
     "Mixer",
     "MixerConfig",
@@ -55,6 +77,8 @@ __all__ = [
     "S4DConfig",
     "S5Config",
     "Segments",
+    "SlidingWindow",
+    "SlidingWindowConfig",
     "State",
     "build",
 ]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from seqmodels.layers.heads import LowRank, split_heads
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes
+from seqmodels.mixers.published import Published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class GLAConfig(MatrixConfig):
     gate_temperature: float = 16.0
 
 
-GLA_1_3B = GLAConfig()
-"""The layer of the 1.3B model, for a width of 2048: 4 heads of 256 keys and 512 values."""
+GLA_1_3B = Published(width=2048, layers=24, config=GLAConfig())
+"""4 heads of 256 keys and 512 values."""
 
 
 class GLA(MatrixMixer[GLAConfig]):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from seqmodels.layers.heads import split_heads
 from seqmodels.mixers.base import Mark, RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
+from seqmodels.mixers.published import Published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class HGRN2Config(MatrixConfig):
         return {"lower_bound": bound} if self.layer else {}
 
 
-HGRN2_1_3B = HGRN2Config(layers=24)
-"""The first layer of the 1.3B model, for a width of 2048: 16 heads of 128."""
+HGRN2_1_3B = Published(width=2048, layers=24, config=HGRN2Config(layers=24))
+"""16 heads of 128; of the first layer."""
 
 
 class HGRN2(MatrixMixer[HGRN2Config]):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
+from seqmodels.mixers.published import Published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,10 @@ class LightningConfig(MatrixConfig):
         check_layer(self)
 
 
-LIGHTNING_MINIMAX_TEXT_01 = LightningConfig(heads=64, head_size=128, layers=80)
-"""The first layer of MiniMax-Text-01, for a width of 6144."""
+LIGHTNING_MINIMAX_TEXT_01 = Published(
+    width=6144, layers=70, config=LightningConfig(heads=64, head_size=128, layers=80)
+)
+"""64 heads of 128, in 7 of 8 layers; of the first layer."""
 
 
 class Lightning(MatrixMixer[LightningConfig]):

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import delta_rule, linear_attention
-from seqmodels.layers.heads import GatedNorm, Projection, merge_heads, split_heads
+from seqmodels.layers.heads import GatedNorm, Projection, l2_normalise, merge_heads, split_heads
+from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
 from seqmodels.parallel.rows import over_rows
 
@@ -201,6 +202,63 @@ class MatrixMixer(Mixer[Config]):
                 f"must divide into heads={heads}; change heads or the expansion"
             )
         return size
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaConfig(MatrixConfig):
+    """Configuration that all delta rules have.
+
+    Attributes:
+      taps: of the short convolutions over queries, keys and values.
+      negative_eigenvalues: doubles beta, so that the state may change sign along a key (Grazzi et
+        al., "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", 2024).
+    """
+
+    taps: int = 4
+    negative_eigenvalues: bool = False
+
+
+AnyDelta = TypeVar("AnyDelta", bound=DeltaConfig)
+
+
+class DeltaMixer(MatrixMixer[AnyDelta]):
+    """A mixer whose matrices follow a delta rule.
+
+    ``hidden`` also holds the windows of the convolutions, ``"q_window"``, ``"k_window"`` and
+    ``"v_window"``, ``(B, W - 1, channels)``.
+    """
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        hidden = super().initial_state(batch_size).hidden
+        for name, width in self._channels().items():
+            hidden[f"{name}_window"] = start_window(batch_size, self.config.taps, width, dtype)
+        return RecurrentState.start(hidden, batch_size)
+
+    def convolved(
+        self, x: Float[Array, "b l d"], hidden: dict[str, Array], segments: Segments | None
+    ) -> tuple[Tokens, dict[str, Array]]:
+        """``silu`` of short convolutions, queries and keys of norm 1; the windows after them."""
+        windows, parts = {}, {}
+        for name, channels in self._channels().items():
+            part = self.project(channels, f"{name}_proj")(x)
+            conv = ShortConv(self.config.taps, use_bias=False, name=f"{name}_conv")
+            window = f"{name}_window"
+            parts[name], windows[window] = conv(part, hidden[window], runs=_runs(segments))
+        sizes = self.sizes
+        q, k = (l2_normalise(split_heads(parts[name], sizes.key)) for name in "qk")
+        return Tokens(q, k, split_heads(parts["v"], sizes.value)), windows
+
+    def beta(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h"]:
+        """How much of the old value each head replaces: in (0, 1), or in (0, 2)."""
+        logits = self.project(self.sizes.heads, "b_proj", dtype=jnp.float32)(x)
+        return jax.nn.sigmoid(logits) * (2.0 if self.config.negative_eigenvalues else 1.0)
+
+    def _channels(self) -> dict[str, int]:
+        sizes = self.sizes
+        keys = sizes.groups * sizes.key
+        return {"q": keys, "k": keys, "v": sizes.heads * sizes.value}
 
 
 def pieces(value: int) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from seqmodels.layers.rotary import rotary
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes
+from seqmodels.mixers.published import Published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,8 @@ class RetNetConfig(MatrixConfig):
     rotary_base: float = 1e4
 
 
-RETNET_1_3B = RetNetConfig()
-"""The layer of the 1.3B model, for a width of 2048: 8 heads of 256 keys and 512 values."""
+RETNET_1_3B = Published(width=2048, layers=24, config=RetNetConfig())
+"""8 heads of 256 keys and 512 values."""
 
 
 class RetNet(MatrixMixer[RetNetConfig]):

@@ -3,13 +3,19 @@
 from typing import Any
 
 from seqmodels.mixers import (
+    AttentionConfig,
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
     GLAConfig,
     HGRN2Config,
+    KDAConfig,
     LightningConfig,
     LRUConfig,
+    MambaConfig,
     RetNetConfig,
     S4DConfig,
     S5Config,
+    SlidingWindowConfig,
 )
 
 # Kernels have tests of their own; token by token they compile faster. Initial values as of a width
@@ -25,11 +31,28 @@ CASES = {
     "s4d-bidirectional": S4DConfig(state_size=6, bidirectional=True),
     "lru": LRUConfig(state_size=3),
     "lru-bidirectional": LRUConfig(state_size=3, bidirectional=True),
+    "mamba": MambaConfig(state_size=3),
+    "mamba-norms": MambaConfig(state_size=3, dt_rank=2, conv_size=2, mixer_rms_eps=1e-6),
     "gla": GLAConfig(heads=2, expand_k=1.0, gate_rank=3, **_MATRIX),
     "retnet": RetNetConfig(heads=2, **_MATRIX),
     "lightning": LightningConfig(heads=2, head_size=3, layer=1, layers=3, **_MATRIX),
     "hgrn2": HGRN2Config(head_size=2, layer=1, layers=3, **_MATRIX),
+    "deltanet": DeltaNetConfig(heads=2, **_MATRIX),
+    "gated_deltanet": GatedDeltaNetConfig(heads=4, key_heads=2, head_size=2, **_MATRIX),
+    "kda": KDAConfig(heads=2, head_size=2, **_MATRIX),
+    "attention": AttentionConfig(heads=2, init_std=0.5),
+    "attention-grouped": AttentionConfig(
+        heads=4, kv_heads=2, head_size=2, rotary_base=None, qk_norm=True, init_std=0.5
+    ),
+    "attention-bidirectional": AttentionConfig(heads=1, bidirectional=True, init_std=0.5),
+    "sliding_window": SlidingWindowConfig(heads=2, kv_heads=1, window=3, init_std=0.5),
+    "sliding_window-sinks": SlidingWindowConfig(
+        heads=1, window=4, sinks=2, rotary_fraction=0.5, init_std=0.5
+    ),
 }
+
+# States of these hold a cache that grows: they begin with initial_state(.., max_length=..).
+GROWING = {"attention", "attention-grouped"}
 
 # mode: (causal, streams, packs)
 FLAGS = {
@@ -41,8 +64,18 @@ FLAGS = {
     "s4d-bidirectional": (False, False, True),
     "lru": (True, True, True),
     "lru-bidirectional": (False, False, True),
+    "mamba": (True, True, True),
+    "mamba-norms": (True, True, True),
     "gla": (True, True, True),
     "retnet": (True, True, True),
     "lightning": (True, True, True),
     "hgrn2": (True, True, True),
+    "deltanet": (True, True, True),
+    "gated_deltanet": (True, True, True),
+    "kda": (True, True, True),
+    "attention": (True, True, True),
+    "attention-grouped": (True, True, True),
+    "attention-bidirectional": (False, False, True),
+    "sliding_window": (True, True, True),
+    "sliding_window-sinks": (True, True, True),
 }

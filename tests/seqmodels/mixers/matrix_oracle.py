@@ -1,72 +1,23 @@
-"""Mixers with matrix states, written from their equations: NumPy, float64, token by token."""
+"""Recurrences of matrices, token by token in NumPy; the parameters of published sizes."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from seqmodels.mixers import build
-
-WIDTH, LENGTH = 4, 9
+from tests.seqmodels.mixers import oracles
 
 
-def applied(config, width=WIDTH):
-    """Random parameters (float64), inputs ``(2, L, width)`` and the mixer's outputs."""
-    mixer = build(config, width)
-    x = jax.random.normal(jax.random.key(1), (2, LENGTH, width))
-    rng = np.random.default_rng(0)
-
-    def other(leaf):
-        return leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
-
-    shapes = jax.eval_shape(mixer.init, jax.random.key(0), x)
-    start = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-    variables = jax.tree.map(other, start)
-    y, _ = jax.jit(mixer.apply)(variables, x)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
-    return params, np.asarray(x, np.float64), np.asarray(y)
-
-
-def initial_parameters(config, width=WIDTH):
-    mixer = build(config, width)
-    return jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 2, width)))["params"]
-
-
-def count(config, width):
-    """Parameters of a mixer that is never made."""
-    mixer, x = build(config, width), jax.ShapeDtypeStruct((1, 2, width), jnp.bfloat16)
-    shapes = jax.eval_shape(mixer.init, jax.random.key(0), x)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
-def assert_close(actual, expected):
-    error = np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
-    assert error < 2e-6
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
-def softplus(x):
-    return np.log1p(np.exp(x))
-
-
-def rms(x):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+def heads(x, count):
+    """``(L, N)`` -> ``(L, count, N / count)``."""
+    return x.reshape(len(x), count, -1)
 
 
 def unit(x):
-    return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
-def convolve(x, weight):
-    """``silu(sum_j weight_j x_{t-(W-1)+j})`` of ``x (L, D)``."""
-    padded = np.concatenate([np.zeros((len(weight) - 1, x.shape[1])), x])
-    return silu(sum(w * padded[j : j + len(x)] for j, w in enumerate(weight)))
+def convolved(x, p, name):
+    """A projection, its short convolution, silu."""
+    taps = p[f"{name}_conv/kernel"]
+    return oracles.silu(oracles.causal_conv(x @ p[f"{name}_proj/kernel"], taps, 0.0))
 
 
 def attention(q, k, v, decay, scale):
@@ -89,3 +40,13 @@ def delta_rule(q, k, v, beta, decay):
         state = state + (beta[t][:, None] * k[t])[..., None] * error[:, None]
         out.append(np.einsum("hk,hkv->hv", q[t], state) / np.sqrt(q.shape[2]))
     return np.stack(out)
+
+
+def readout(o, p, gate=1.0):
+    """Norm over the last axis, scale, gate, the map to the outputs."""
+    o = oracles.rms_norm(o, 1e-5) * p["o_norm/scale"] * gate
+    return o.reshape(len(o), -1) @ p["o_proj/kernel"]
+
+
+def count(published):
+    return oracles.count(published.config, published.width)

@@ -1,26 +1,24 @@
 """Lightning attention against its equations; its slopes, its size."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from seqmodels.mixers import LightningConfig
 from seqmodels.mixers.lightning import LIGHTNING_MINIMAX_TEXT_01, slopes
-from tests.seqmodels.mixers import matrix_oracle as oracle
+from tests.seqmodels.mixers import matrix_oracle, oracles
+from tests.seqmodels.mixers.matrix_oracle import heads, readout
+
+WIDTH, LENGTH = 4, 9
 
 
 def test_equations():
-    config = LightningConfig(heads=2, head_size=3, layer=1, layers=5)
-    p, inputs, outputs = oracle.applied(config)
+    config = LightningConfig(heads=2, head_size=3, layer=1, layers=5, init_std=0.5)
+    p, inputs, outputs = oracles.initialised(config, WIDTH, LENGTH)
     decay = np.exp(-np.array([2.0**-4, 2.0**-8]) * (0.75 + 1e-5))
     for x, y in zip(inputs, outputs, strict=True):
-        q, k, v = (
-            oracle.silu(x @ p[f"{name}_proj"]["kernel"]).reshape(len(x), 2, 3) for name in "qkv"
-        )
-        o = oracle.attention(q, k, v, decay[:, None], 1.0).reshape(len(x), -1)
-        gate = oracle.sigmoid(x @ p["g_proj"]["kernel"])
-        oracle.assert_close(y, oracle.rms(o) * p["o_norm"]["scale"] * gate @ p["o_proj"]["kernel"])
+        q, k, v = (heads(oracles.silu(x @ p[f"{name}_proj/kernel"]), 2) for name in "qkv")
+        o = matrix_oracle.attention(q, k, v, decay[:, None], 1.0).reshape(LENGTH, -1)
+        oracles.assert_close(y, readout(o, p, oracles.sigmoid(x @ p["g_proj/kernel"])))
 
 
 def test_slopes():
@@ -30,9 +28,9 @@ def test_slopes():
 
 
 def test_published_size():
-    assert oracle.count(LIGHTNING_MINIMAX_TEXT_01, 6144) == 5 * 6144 * 8192 + 8192
+    assert matrix_oracle.count(LIGHTNING_MINIMAX_TEXT_01) == 5 * 6144 * 8192 + 8192
 
 
 def test_bad_layers_are_refused():
     with pytest.raises(ValueError, match=r"layer=4 must be in \[0, layers=4\)"):
-        dataclasses.replace(LightningConfig(), layer=4, layers=4)
+        LightningConfig(layer=4, layers=4)
