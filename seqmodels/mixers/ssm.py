@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from seqmodels.mixers.base import Mark
+
 Discretization = Literal["zoh", "bilinear"]
+
+
+SYSTEM = Mark(weight_decay=False, float32=True)
+"""Decays, biases of steps and skip connections of selective layers."""
 
 
 def discretize(
@@ -43,3 +49,12 @@ def check_step_range(owner: str, dt_min: float, dt_max: float) -> None:
     """Raises ValueError unless ``0 < dt_min <= dt_max``."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(f"{owner}: need 0 < dt_min <= dt_max, got {dt_min=} and {dt_max=}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError unless the named fields of a config are positive."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(
+                f"{type(config).__name__}: {name}={getattr(config, name)} must be positive"
+            )

@@ -1,0 +1,30 @@
+"""Projections and the norm without a scale, as the published state-space layers use them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqmodels.layers.short_conv import uniform_fan_in
+
+
+def dense(
+    x: Float[Array, "b l d"],
+    features: int,
+    name: str,
+    *,
+    use_bias: bool = False,
+    kernel_init: Any = uniform_fan_in,
+) -> Float[Array, "b l features"]:
+    """``x W (+ b)`` in ``x``'s dtype: a child of the calling module; ``b`` starts at 0."""
+    layer = nn.Dense(features, use_bias, name=name, dtype=x.dtype, kernel_init=kernel_init)
+    return layer(x)
+
+
+def rms_normalise(x: Float[Array, "*b d"], epsilon: float, groups: int = 1) -> Float[Array, "*b d"]:
+    """Each of ``groups`` parts of the last axis over its root mean square; float32 inside."""
+    wide = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + epsilon)).reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,179 @@
+"""Mamba: a selective state-space model behind a short convolution.
+
+Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023
+(arXiv:2312.00752), section 3; Zuo et al., "Falcon Mamba", 2024 (arXiv:2410.05355) for the norms of
+what depends on the token.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import selective_scan
+from seqmodels.layers.heads import step_bias
+from seqmodels.layers.projections import dense, rms_normalise
+from seqmodels.layers.short_conv import ShortConv, start_window, uniform_fan_in
+from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.mixers.published import Published
+from seqmodels.mixers.ssm import SYSTEM, check_positive, check_step_range
+from seqmodels.parallel.rows import over_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig(MixerConfig):
+    """Configuration of a Mamba layer; E = expand * width channels.
+
+    Attributes:
+      state_size: N, states of each channel.
+      expand: E as a multiple of the width.
+      conv_size: taps of the convolution.
+      dt_rank: rank of the map from inputs to step sizes; None is ``ceil(width / 16)``.
+      dt_min, dt_max: range of the log-uniform initial step sizes, one for each channel.
+      use_bias: biases of the projections into and out of the layer.
+      use_conv_bias: bias of the convolution.
+      mixer_rms_eps: None, or the epsilon of RMS norms, without scales, of what each token gives to
+        B, C and the step sizes (Falcon Mamba).
+      layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
+    """
+
+    mixer: ClassVar[str] = "mamba"
+
+    state_size: int = 16
+    expand: int = 2
+    conv_size: int = 4
+    dt_rank: int | None = None
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    mixer_rms_eps: float | None = None
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        check_positive(self, "state_size", "expand", "conv_size", "layers")
+        for name in ("dt_rank", "mixer_rms_eps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"MambaConfig: {name}={value} must be positive or None")
+        check_step_range("MambaConfig", self.dt_min, self.dt_max)
+
+    def marks(self) -> dict[str, Mark]:
+        return dict.fromkeys(("A_log", "D", "dt_proj/bias"), SYSTEM)
+
+
+MAMBA_130M = Published(768, 24, MambaConfig(layers=24))
+MAMBA_370M = Published(1024, 48, MambaConfig(layers=48))
+MAMBA_790M = Published(1536, 48, MambaConfig(layers=48))
+MAMBA_1_4B = Published(2048, 48, MambaConfig(layers=48))
+MAMBA_2_8B = Published(2560, 64, MambaConfig(layers=64))
+FALCON_MAMBA_7B = Published(4096, 64, MambaConfig(mixer_rms_eps=1e-6, layers=64))
+
+
+class Mamba(Mixer[MambaConfig]):
+    """``h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_t``, ``y_t = C_t h_t + D x_t``, times ``silu(z_t)``.
+
+    ``[x, z] = in_proj(u)``, ``x = silu(conv1d(x))``, ``[δ, B, C] = x_proj(x)``,
+    ``Δ = softplus(dt_proj(δ))``, ``A = -exp(A_log)``; the output is ``out_proj(y * silu(z))``.
+
+    Parameters, names as in the published checkpoints: ``in_proj``, ``conv1d``, ``x_proj``,
+    ``dt_proj``, ``out_proj``, each with a ``kernel`` (inputs first), some a ``bias``; ``A_log``
+    ``(E, N)``; ``D`` ``(E,)``. Step sizes, A, D and states are float32.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: RecurrentState | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], RecurrentState]:
+        self.check(x, segments, state)
+        config = self.config
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype)
+        hidden = state.resume(segments)
+        runs = None if segments is None else segments.runs
+        both = dense(x, 2 * self.inner, "in_proj", use_bias=config.use_bias)
+        inner, gate = jnp.split(both, 2, axis=-1)
+        conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")
+        inner, window = conv(inner, hidden["conv"], runs=runs)
+        shared, rows = self._selection(inner)
+
+        def op(a: Any, skip: Any, bias: Any, *rows: Any) -> tuple[Array, Array]:
+            x, dt, b, c, gate, memory, runs = rows
+            return selective_scan(
+                x,
+                dt,
+                a,
+                b,
+                c,
+                skip,
+                gate=gate,
+                dt_bias=bias,
+                dt_softplus=True,
+                initial_state=memory,
+                segment_ids=runs,
+            )
+
+        y, memory = over_rows(op, shared, [inner, *rows, gate, hidden["ssm"], runs])
+        init = nn.initializers.variance_scaling(1 / (3 * config.layers), "fan_in", "uniform")
+        y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
+        state = state.advance({"conv": window, "ssm": memory}, segments, x.shape[1])
+        return mask_padding(y, segments), state
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        """Zeros: ``hidden`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"ssm"``
+        float32 ``(B, E, N)``."""
+        memory = jnp.zeros((batch_size, self.inner, self.config.state_size), jnp.float32)
+        window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
+        return RecurrentState.start({"conv": window, "ssm": memory}, batch_size)
+
+    @property
+    def inner(self) -> int:
+        """E, the channels of the recurrence."""
+        return self.config.expand * self.width
+
+    def _selection(self, x: Float[Array, "b l e"]) -> tuple[list[Array], list[Array]]:
+        """``A (E, N)``, ``D (E,)``, the steps' bias ``(E,)``; and what each token says: its step
+        before bias and softplus ``(B, L, E)``, B and C ``(B, L, N)``."""
+        config, states = self.config, self.config.state_size
+        rank = -(-self.width // 16) if config.dt_rank is None else config.dt_rank
+        parts = dense(x, rank + 2 * states, "x_proj")
+        dt, b, c = jnp.split(parts, [rank, rank + states], axis=-1)
+        if config.mixer_rms_eps is not None:
+            dt, b, c = (rms_normalise(part, config.mixer_rms_eps) for part in (dt, b, c))
+        step = StepProjection(self.inner, config.dt_min, config.dt_max, name="dt_proj")
+        dt, bias = step(dt)
+        a_log = self.param("A_log", _log_of_state_numbers, (self.inner, states))
+        skip = self.param("D", nn.initializers.ones, (self.inner,))
+        return [-jnp.exp(a_log), skip, bias], [dt, b, c]
+
+
+class StepProjection(nn.Module):
+    """``x W`` and, for the kernel to add, the bias whose softplus is an initial step size."""
+
+    features: int
+    dt_min: float
+    dt_max: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l r"]
+    ) -> tuple[Float[Array, "b l e"], Float[Array, " e"]]:
+        kernel = self.param("kernel", uniform_fan_in, (x.shape[-1], self.features))
+        bias = self.param("bias", step_bias(self.dt_min, self.dt_max), (self.features,))
+        return jnp.dot(x, kernel.astype(x.dtype)), bias
+
+
+def _log_of_state_numbers(key: Array, shape: tuple[int, int]) -> Array:
+    """``ln(1), .., ln(N)`` for every channel (S4D-Real)."""
+    channels, states = shape
+    numbers = jnp.arange(1, states + 1, dtype=jnp.float32)
+    return jnp.tile(jnp.log(numbers), (channels, 1))
