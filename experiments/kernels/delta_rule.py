@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernels import results
+from experiments.kernels.against_scans import against_scans
 from experiments.kernels.baselines import delta_rule as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
-from experiments.kernels.timing import medians
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape, program
 from pallas_kernels.programs import MODES, named
@@ -63,17 +63,7 @@ def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
     """Forward and backward here and now, all gradients, against the recurrence."""
     ops = {"delta_rule": delta_rule, **baselines.SCANS}
     programs = {name: program(op, shape, BOTH)[0] for name, op in ops.items()}
-    figures = medians(programs, arguments(shape), repetitions)
-    scan = min(value for name, value in figures.items() if name.startswith("scan"))
-    return Result(
-        case=BOTH,
-        device=jax.devices()[0].device_kind,
-        kind=results.TIMED,
-        shape=describe(shape),
-        figures={f"{name} ms": value for name, value in figures.items()},
-        ratios={"scan": scan / figures["delta_rule"]},
-        targets=targets or {},
-    )
+    return against_scans(programs, arguments(shape), repetitions, describe(shape), targets)
 
 
 def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernels import results
+from experiments.kernels.against_scans import against_scans
 from experiments.kernels.baselines import linear_attention as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
-from experiments.kernels.timing import medians
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention.shapes import Shape, named, program
 from pallas_kernels.programs import MODES
@@ -50,17 +50,7 @@ def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
     """Forward and backward here and now, all gradients, against the step-by-step scan."""
     ops = {"linear_attention": linear_attention, **baselines.SCANS}
     programs = {name: program(op, shape, BOTH)[0] for name, op in ops.items()}
-    figures = medians(programs, arguments(shape), repetitions)
-    scan = min(value for name, value in figures.items() if name.startswith("scan"))
-    return Result(
-        case=BOTH,
-        device=jax.devices()[0].device_kind,
-        kind=results.TIMED,
-        shape=describe(shape),
-        figures={f"{name} ms": value for name, value in figures.items()},
-        ratios={"scan": scan / figures["linear_attention"]},
-        targets=targets or {},
-    )
+    return against_scans(programs, arguments(shape), repetitions, describe(shape), targets)
 
 
 def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
