@@ -8,6 +8,7 @@ from pallas_kernels.diagonal_ssm import diagonal_ssm
 from pallas_kernels.dispatch import explain
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels.long_conv import long_conv
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.validate import checked
 
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "linear_attention",
     "linear_scan",
+    "long_conv",
     "segments",
     "selective_scan",
 ]

@@ -10,11 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.diagonal_ssm import chunked, tile
 from pallas_kernels.diagonal_ssm.powers import powers
-
-
-def size(length: int) -> int:
-    """The shortest transform that holds a linear convolution: `m * 2**k` with m = 1, 3, 5."""
-    return min(m << max(0, -(-(2 * length - 1) // m) - 1).bit_length() for m in (1, 3, 5))
+from pallas_kernels.long_conv.fft import long_conv as convolve
 
 
 def kernel(log_a, c, length: int):
@@ -35,10 +31,7 @@ def diagonal_ssm(u, log_a, c, initial_state, runs):
     real = log_a.real.dtype
     if runs is not None:
         u = jnp.where((runs != 0)[..., None], u, jnp.zeros_like(u))
-    x = jnp.moveaxis(u.astype(real), 2, 1)
-    n = size(length)
-    spectrum = jnp.fft.rfft(x, n) * jnp.fft.rfft(kernel(log_a, c, length), n)[None]
-    y = jnp.moveaxis(jnp.fft.irfft(spectrum, n)[..., :length], 1, 2)
+    y = convolve(None, u.astype(real), kernel(log_a, c, length), None)
 
     matrices = tile.chunk(log_a, c, chunked.chunk_size(length))
     pieces = chunked.cut(u, real, chunked.chunk_size(length))

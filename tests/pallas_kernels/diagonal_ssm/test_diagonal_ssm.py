@@ -12,7 +12,7 @@ from hypothesis import strategies
 
 import pallas_kernels
 from pallas_kernels import diagonal_ssm, testing
-from pallas_kernels.diagonal_ssm import chunked, fft, xla
+from pallas_kernels.diagonal_ssm import chunked, xla
 from tests.pallas_kernels.diagonal_ssm.cases import Case, assert_isolated
 
 METHODS = ("fft", "chunked", "scan")
@@ -384,15 +384,6 @@ def test_checked_finds_bad_ids_under_jit():
 @pytest.mark.parametrize(("length", "method"), [(1, "scan"), (2, "chunked"), (65536, "chunked")])
 def test_the_method_that_xla_takes(length, method):
     assert xla.choose(length) == method
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 100, 2048, 2049, 100_000])
-def test_transforms_hold_a_linear_convolution_and_factor_into_small_primes(length):
-    size = fft.size(length)
-    assert 2 * length - 1 <= size <= max(1.35 * 2 * length, 2)
-    while size % 2 == 0:
-        size //= 2
-    assert size in (1, 3, 5)
 
 
 def test_documents_of_a_chunk():
