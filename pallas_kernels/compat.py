@@ -2,7 +2,8 @@
 
 Pallas moves fast. What differs between the supported versions of jax, what every call must say
 (a cost estimate, an axis type under `shard_map`), and how a kernel is interpreted, is said here
-once. `pl`, `tpu` and `triton` are Pallas' own modules, for what kernels use inside.
+once. `pl`, `tpu` and `triton` are Pallas' own modules, for what kernels use inside; `splash` is
+attention that comes with JAX.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 __all__ = [
     "interpreting",
@@ -23,6 +25,7 @@ __all__ = [
     "pallas_call",
     "pl",
     "race_found",
+    "splash",
     "tpu",
     "triton",
     "using_interpreter",

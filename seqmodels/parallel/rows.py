@@ -21,13 +21,17 @@ def on_mesh(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return traced
 
 
-def over_rows(op: Callable[..., Any], shared: Sequence[Any], rows: Sequence[Any]) -> Any:
+def over_rows(
+    op: Callable[..., Any], shared: Sequence[Any], rows: Sequence[Any], *, check_vma: bool = True
+) -> Any:
     """``op(*shared, *rows)``, rows split over the data axis of the current mesh if there is one.
 
     Args:
       op: takes arrays and returns arrays whose axis 0 is the batch.
       shared: arguments that every device has in full; their gradients are summed over devices.
       rows: arguments ``(B, ...)``, or None.
+      check_vma: as in `jax.shard_map`; False for kernels that do not know of it, where nothing may
+        be shared.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get("data", 1) == 1:
@@ -39,4 +43,5 @@ def over_rows(op: Callable[..., Any], shared: Sequence[Any], rows: Sequence[Any]
         mesh=mesh,
         in_specs=(PartitionSpec(), split),
         out_specs=split,
+        check_vma=check_vma,
     )(list(shared), list(rows))

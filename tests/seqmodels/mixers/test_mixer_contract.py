@@ -11,7 +11,7 @@ import pytest
 
 from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, Segments, build
 from seqmodels.mixers.base import RecurrentState, check_choices
-from tests.seqmodels.mixers.cases import CASES, FLAGS
+from tests.seqmodels.mixers.cases import CASES, FLAGS, GROWING
 
 WIDTH = 4
 from_ids = jax.jit(Segments.from_ids, static_argnames="single")
@@ -40,9 +40,15 @@ def setup(case):
 
     @jax.jit
     def run(x, segments=None, state=None):
+        if state is None and case in GROWING:
+            state = start(mixer, x.shape[0])
         return mixer.apply(variables, x, segments=segments, state=state)
 
     return mixer, variables, x, run
+
+
+def start(mixer, batch):
+    return mixer.initial_state(batch, max_length=2 * LENGTH, dtype=jnp.float32)
 
 
 def close(actual, expected, tolerance=2e-6):
@@ -60,7 +66,7 @@ def close_states(actual, expected):
 
 def in_pieces(mixer, run, x, ids, cuts):
     """Outputs and last state when the row is fed in pieces that end at ``cuts``."""
-    state, outputs = mixer.initial_state(x.shape[0]), []
+    state, outputs = start(mixer, x.shape[0]), []
     for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
         segments = None if ids is None else from_ids(ids[:, begin:end])
         y, state = run(x[:, begin:end], segments, state)
@@ -220,6 +226,32 @@ def test_state_size_is_that_of_the_real_state(case):
     assert mixer.state_size(100) == sum(leaf.nbytes for leaf in leaves)
 
 
+@pytest.mark.parametrize("case", sorted(GROWING))
+def test_growing_states_need_a_length(case):
+    mixer, variables, x, run = setup(case)
+    y, state = jax.jit(mixer.apply)(variables, x, segments=from_ids(IDS))
+    close(y, run(x, from_ids(IDS))[0])
+    with pytest.raises(ValueError, match=r"holds no cache; begin with initial_state\(.*max_length"):
+        run(x, None, state)
+    with pytest.raises(ValueError, match="max_length=None must be positive"):
+        mixer.initial_state(3)
+    assert mixer.state_size(200) > mixer.state_size(100)
+    room = mixer.initial_state(3, max_length=LENGTH - 6, dtype=jnp.float32)
+    late, _ = run(x, None, room)
+    assert np.all(np.isfinite(late[:, : LENGTH - 6]))
+    assert np.all(np.isnan(late[:, -1]))
+
+
+@pytest.mark.parametrize("case", STREAMING)
+def test_states_can_be_donated(case):
+    mixer, _, x, run = setup(case)
+    places = []
+    for leaf in jax.tree.leaves(start(mixer, 3)) + jax.tree.leaves(run(x)[1]):
+        if leaf.size:
+            places.append(leaf.unsafe_buffer_pointer())
+    assert len(set(places)) == len(places)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_arguments_are_refused(case):
     mixer, _, x, run = setup(case)
@@ -229,7 +261,7 @@ def test_bad_arguments_are_refused(case):
         run(x, from_ids(IDS[:, :6]))
     if mixer.streams:
         with pytest.raises(ValueError, match=r"state is for a batch of 2, .* initial_state\(3\)"):
-            run(x, None, mixer.initial_state(2))
+            run(x, None, start(mixer, 2))
 
 
 @pytest.mark.parametrize("case", BIDIRECTIONAL)

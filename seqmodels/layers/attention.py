@@ -1,0 +1,279 @@
+"""Softmax attention of packed rows: full, or in a sliding window with sinks.
+
+On a TPU it is JAX's splash attention; elsewhere `jax.nn.dot_product_attention`, block by block, so
+that a window of W keys costs O(L W) time and the scores never stand in memory all at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from seqmodels.parallel.rows import over_rows
+
+_SCORES = 2**24
+"""Scores that are held at a time: 64 MB."""
+
+_LEAST_BLOCK = 64
+"""Queries of the smallest block; a narrower window leaves too little work for one product."""
+
+
+class _Rule(NamedTuple):
+    """Which keys a query sees, apart from segments."""
+
+    causal: bool
+    window: int | None
+    sinks: int
+    scale: float
+
+
+class _Keys(NamedTuple):
+    """Keys, and what tells which of them a query sees; ``index`` may be ``(1, S)``."""
+
+    k: Array
+    v: Array
+    index: Array
+    segments: Array | None
+    positions: Array | None
+
+
+def attend(
+    q: Float[Array, "b l h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g k"],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    scale: float | None = None,
+    q_segments: Int[Array, "b l"] | None = None,
+    k_segments: Int[Array, "b s"] | None = None,
+    k_positions: Int[Array, "b s"] | None = None,
+) -> Float[Array, "b l h k"]:
+    """``softmax(scale q k^T) v`` over the keys that each query sees; softmax in float32.
+
+    A query and a key see each other where their segments are equal. If ``causal``, the queries are
+    those of the last L keys, and a query sees no key behind its own. With ``window`` it sees the
+    ``window`` last of these, its own included, and the first ``sinks`` keys of its document.
+
+    Args:
+      q: queries.
+      k, v: keys and values; head h reads group ``h // (H / G)``.
+      causal: whether the keys' order counts.
+      window: None, or how many keys a query sees; needs ``causal``.
+      sinks: keys at a document's start that stay visible; needs ``window`` and ``k_positions``.
+      scale: of the scores; ``K**-0.5`` if None.
+      q_segments, k_segments: the documents of queries and keys, both or neither. A key that
+        nothing may see has a number that no query has.
+      k_positions: of the keys in their documents, from 0; of a document the keys are in order.
+
+    Returns:
+      ``(B, L, H, K)`` in q's dtype; finite but unspecified where a query sees no key.
+
+    Raises:
+      ValueError: arguments that do not fit each other.
+    """
+    _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions)
+    rule = _Rule(causal, window, sinks, float(q.shape[-1] ** -0.5 if scale is None else scale))
+    arrays = (q, k, v, q_segments, k_segments, k_positions)
+    portable = functools.partial(_portable, rule)
+    if sinks or q.shape[1] < 128:
+        return over_rows(portable, [], arrays)
+
+    def op(*arrays: Any) -> Array:
+        splash = functools.partial(_splash, rule)
+        return jax.lax.platform_dependent(*arrays, tpu=splash, default=portable)
+
+    return over_rows(op, [], arrays, check_vma=False)
+
+
+def _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions) -> None:
+    if k.shape != v.shape or q.shape[2] % k.shape[2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"attend: q {q.shape}, k {k.shape} and v {v.shape} must be (B, L, H, K) and twice "
+            "(B, S, G, K) with G a divisor of H"
+        )
+    if causal and k.shape[1] < q.shape[1]:
+        raise ValueError(
+            f"attend: {q.shape[1]} causal queries need at least as many keys, got {k.shape[1]}"
+        )
+    if window is not None and (not causal or window < 1):
+        raise ValueError(f"attend: window={window} must be positive, with causal=True")
+    if sinks and (window is None or k_positions is None):
+        raise ValueError(f"attend: sinks={sinks} needs a window and k_positions")
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("attend: q_segments and k_segments go together; give both or neither")
+
+
+def _portable(rule: _Rule, q, k, v, q_segments, k_segments, k_positions):
+    batch, length, heads, _ = q.shape
+    index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+    keys = _Keys(k, v, index, k_segments, k_positions)
+    block = length if rule.window is None else max(rule.window, _LEAST_BLOCK)
+    if length <= 2 * block:
+        # One block of a window is as much work as all pairs.
+        rows = max(_LEAST_BLOCK, _SCORES // (batch * heads * k.shape[1]))
+        return _blocks_of_queries(rule, q, q_segments, keys, min(rows, length))
+    return _band(rule, q, q_segments, keys, block)
+
+
+def _blocks_of_queries(rule: _Rule, q, segments, keys: _Keys, rows: int):
+    """Every query against every key, ``rows`` queries at a time."""
+    length = q.shape[1]
+    index = keys.index[:, keys.index.shape[1] - length :] if rule.causal else None
+
+    def one(part):
+        return _visible(rule, *part, keys)
+
+    parts = jax.tree.map(lambda x: _split(x, rows), (q, index, segments))
+    return _join(jax.lax.map(jax.checkpoint(one), parts), length)
+
+
+def _band(rule: _Rule, q, segments, keys: _Keys, block: int):
+    """Each block of queries against its own keys, the block before, and sinks before these."""
+    batch, length, heads, _ = q.shape
+    past = keys.index.shape[1] - length
+    index = keys.index[:, past:]
+
+    def spans(x, fill):
+        """``(n, B, 2 block, ..)``: the blocks' own keys behind as many earlier ones."""
+        x = x[:, max(0, past - block) :]
+        rest = [(0, 0)] * (x.ndim - 2)
+        front = max(0, block - past)
+        x = _split(jnp.pad(x, ((0, 0), (front, 0), *rest), constant_values=fill), block, fill)
+        return jnp.concatenate([x[:-1], x[1:]], axis=2)
+
+    # Behind every query, so that none sees the padding before the first key.
+    near = _Keys(
+        spans(keys.k, 0),
+        spans(keys.v, 0),
+        spans(keys.index, jnp.iinfo(jnp.int32).max),
+        None if keys.segments is None else spans(keys.segments, -1),
+        None if keys.positions is None else spans(keys.positions, 0),
+    )
+    if rule.sinks:
+        first = past - block + block * jnp.arange(near.k.shape[0], dtype=jnp.int32)
+        near = jax.tree.map(
+            lambda one, two: jnp.concatenate([one, two], axis=2),
+            _sinks(rule.sinks, keys, first),
+            near._replace(index=jnp.broadcast_to(near.index, near.positions.shape)),
+        )
+
+    def one(part):
+        q, index, segments, keys = part
+        return _visible(rule, q, index, segments, keys)
+
+    parts = jax.tree.map(lambda x: _split(x, block), (q, index, segments))
+    together = max(1, _SCORES // (batch * heads * block * near.k.shape[2]))
+    o = jax.lax.map(jax.checkpoint(one), (*parts, near), batch_size=together)
+    return _join(o, length)
+
+
+def _sinks(count: int, keys: _Keys, first):
+    """The first ``count`` keys of the document that runs at each key in ``first (n,)``.
+
+    ``(n, B, count, ..)``; those at or behind ``first`` are hidden, as they are in the span.
+    """
+    place = jnp.where(
+        keys.positions[..., None] == jnp.arange(count, dtype=jnp.int32)[None, None],
+        keys.index[..., None],
+        -1,
+    )
+    at = jnp.clip(first, 0)
+    found = jax.lax.cummax(place, axis=1)[:, at]  # (B, n, count)
+    rows = jnp.arange(place.shape[0], dtype=jnp.int32)[:, None, None]
+    safe = jnp.maximum(found, 0)
+    hidden = (found < 0) | (found >= first[None, :, None])
+    index = jnp.where(hidden, jnp.iinfo(jnp.int32).max, found)
+    taken = _Keys(
+        keys.k[rows, safe],
+        keys.v[rows, safe],
+        index,
+        None if keys.segments is None else keys.segments[rows, safe],
+        keys.positions[rows, safe],
+    )
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), taken)
+
+
+def _visible(rule: _Rule, q, index, segments, keys: _Keys):
+    """Attention ``(B, T, H, K)`` of some queries to some keys."""
+    mask = None
+    if rule.causal:
+        distance = index[:, :, None] - keys.index[:, None]
+        mask = distance >= 0
+        if rule.window is not None:
+            near = distance < rule.window
+            if rule.sinks:
+                near = near | (keys.positions < rule.sinks)[:, None]
+            mask = mask & near
+    if segments is not None:
+        same = segments[:, :, None] == keys.segments[:, None]
+        mask = same if mask is None else mask & same
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))[:, None]
+    with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32
+        return jax.nn.dot_product_attention(q, keys.k, keys.v, mask=mask, scale=rule.scale)
+
+
+def _split(x, size: int, fill: int = 0):
+    """``(B, L, ..)`` -> ``(n, B, size, ..)``, padded with ``fill`` at the end."""
+    x = jnp.pad(
+        x,
+        ((0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)),
+        constant_values=fill,
+    )
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _join(x, length: int):
+    """The inverse of ``_split``."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _splash(rule: _Rule, q, k, v, q_segments, k_segments, k_positions, *, interpret: bool = False):
+    """Splash attention, in blocks of up to 512 queries and keys."""
+    del k_positions
+    length, keys = q.shape[1], k.shape[1]
+    rows, columns = (512 if n >= 512 else n + -n % 128 for n in (length, keys))
+    if q_segments is None and (length % rows or keys % columns):
+        q_segments, k_segments = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q, k))
+
+    def pad(x, size, fill=0):
+        return jnp.pad(
+            x,
+            ((0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)),
+            constant_values=fill,
+        )
+
+    q = pad((q * rule.scale).astype(q.dtype), rows)
+    k, v = pad(k, columns), pad(v, columns)
+    shape, past = (q.shape[1], k.shape[1]), keys - length
+    if rule.window is not None:
+        mask: Any = compat.splash.LocalMask(shape, (rule.window - 1, 0), past)
+    elif rule.causal:
+        mask = compat.splash.CausalMask(shape, past)
+    else:
+        mask = compat.splash.FullMask(shape)
+    kernel = compat.splash.make_splash_mha_single_device(
+        compat.splash.MultiHeadMask([mask] * q.shape[2]),
+        block_sizes=compat.splash.BlockSizes(
+            block_q=rows,
+            block_kv=columns,
+            block_q_dkv=rows,
+            block_kv_dkv=columns,
+            block_q_dq=rows,
+            block_kv_dq=columns,
+        ),
+        interpret=interpret,
+    )
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    ids = None
+    if q_segments is not None:
+        ids = compat.splash.SegmentIds(pad(q_segments, rows, -2), pad(k_segments, columns, -2))
+    return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]

@@ -1,0 +1,99 @@
+"""Softmax attention to the whole past, or to the whole document.
+
+Vaswani et al., "Attention Is All You Need", 2017; grouped heads: Ainslie et al., "GQA", 2023;
+rotary embedding: Su et al., "RoFormer", 2021; norms of queries and keys: Henry et al., "Query-Key
+Normalization for Transformers", 2020.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqmodels.layers.attention import attend
+from seqmodels.mixers.base import RecurrentState, Segments
+from seqmodels.mixers.softmax import (
+    SoftmaxConfig,
+    SoftmaxMixer,
+    cleared,
+    held,
+    last_document,
+    overflow,
+    renewed,
+    runs_of,
+    write,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(SoftmaxConfig):
+    """Configuration of an attention layer.
+
+    Attributes:
+      bidirectional: each token sees its whole document.
+    """
+
+    mixer: ClassVar[str] = "attention"
+
+    bidirectional: bool = False
+
+    @property
+    def causal(self) -> bool:
+        return not self.bidirectional
+
+    @property
+    def streams(self) -> bool:
+        return not self.bidirectional
+
+
+class Attention(SoftmaxMixer[AttentionConfig]):
+    """``W_o softmax(q_t k_s^T / sqrt(K)) v_s`` over ``s <= t``, or over all of the document.
+
+    The state's cache ``{"k", "v"}: (B, max_length, G, K)`` holds the document's rotated keys and
+    its values. Tokens at ``max_length`` and behind come out as NaN.
+    """
+
+    def mix(
+        self,
+        x: Float[Array, "b l d"],
+        segments: Segments | None,
+        state: RecurrentState,
+        after: RecurrentState,
+    ) -> tuple[Float[Array, "b l d"], Any]:
+        positions = state.positions(segments, x.shape[1])
+        q, k, v = self.tokens(x, positions)
+        runs = None if segments is None else segments.runs
+        if state.hidden is None:
+            o = attend(q, k, v, causal=self.causal, q_segments=runs, k_segments=runs)
+            return self.readout(o), None
+        before = held(state, segments)
+        runs = runs_of(x, segments)
+        chosen = runs == 1 if segments is None else last_document(segments)
+        clean = (
+            state.hidden if segments is None else cleared(renewed(state, segments), state.hidden)
+        )
+        hidden = {
+            name: write(clean[name], new, positions, chosen) for name, new in (("k", k), ("v", v))
+        }
+        capacity = hidden["k"].shape[1]
+        slots = jnp.arange(capacity, dtype=jnp.int32)[None]
+        if x.shape[1] == 1:
+            # One token has only its own document to see: that in the cache, itself included.
+            seen = jnp.where(slots <= before[:, None], 1, -1)
+            past_k, past_v = (hidden[name].astype(x.dtype) for name in ("k", "v"))
+            ones = jnp.ones_like(runs)
+            o = attend(q, past_k, past_v, causal=False, q_segments=ones, k_segments=seen)
+        else:
+            seen = jnp.where(slots < before[:, None], 1, -1)
+            all_k, all_v = (
+                jnp.concatenate([state.hidden[name].astype(x.dtype), new], axis=1)
+                for name, new in (("k", k), ("v", v))
+            )
+            keys = jnp.concatenate([seen, runs], axis=1)
+            o = attend(q, all_k, all_v, q_segments=runs, k_segments=keys)
+        return overflow(self.readout(o), positions >= capacity), hidden
+
+    def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
+        shape = (batch_size, self.require_length(max_length), self.config.groups, self.head_size)
+        return {name: jnp.zeros(shape, dtype) for name in ("k", "v")}

@@ -1,0 +1,147 @@
+"""Softmax attention to a window of the past, with the first tokens of a document as sinks.
+
+Windows: Beltagy, Peters & Cohan, "Longformer", 2020; sinks: Xiao et al., "Efficient Streaming
+Language Models with Attention Sinks", 2023.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqmodels.layers.attention import attend
+from seqmodels.mixers.base import RecurrentState, Segments
+from seqmodels.mixers.softmax import (
+    SoftmaxConfig,
+    SoftmaxMixer,
+    held,
+    last_document,
+    renewed,
+    require_positive,
+    runs_of,
+    write,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindowConfig(SoftmaxConfig):
+    """Configuration of a sliding-window attention layer.
+
+    Attributes:
+      window: how many tokens a token sees, itself included.
+      sinks: how many of a document's first tokens it sees besides.
+    """
+
+    mixer: ClassVar[str] = "sliding_window"
+
+    window: int = 2048
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "window")
+        if self.sinks < 0:
+            raise ValueError(f"{type(self).__name__}: sinks={self.sinks} must not be negative")
+
+
+SAMBA = SlidingWindowConfig(heads=12, window=2048)
+"""Samba (Ren et al. 2024), for a width of 1536."""
+
+RAT_WINDOW = SlidingWindowConfig(heads=16, window=1025)
+"""The layer between those of RAT (Wei et al. 2025), for a width of 2048; a token sees 1024 others.
+"""
+
+GRIFFIN_2B = SlidingWindowConfig(heads=10, kv_heads=1, rotary_fraction=0.5, window=2049)
+"""RecurrentGemma 2B (De et al. 2024), for a width of 2560; a token sees 2048 others."""
+
+
+class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
+    """``W_o softmax(q_t k_s^T / sqrt(K)) v_s`` over ``t - window < s <= t`` and ``s < sinks``.
+
+    Positions are those in the document, for sinks too: the paper on sinks instead numbers the keys
+    that it keeps, which is another function of the tokens once sinks have left the window.
+
+    The state holds rotated keys and values of the last ``window`` tokens, ``{"k", "v"}``, the
+    newest last, and of the first ``sinks``, ``{"sink_k", "sink_v"}``: its size does not grow.
+    """
+
+    def mix(
+        self,
+        x: Float[Array, "b l d"],
+        segments: Segments | None,
+        state: RecurrentState,
+        after: RecurrentState,
+    ) -> tuple[Float[Array, "b l d"], Any]:
+        config = self.config
+        positions = state.positions(segments, x.shape[1])
+        q, k, v = self.tokens(x, positions)
+        runs = None if segments is None else segments.runs
+        key_runs, key_positions, all_k, all_v = runs, positions, k, v
+        if state.hidden is None:
+            state = state.replace(hidden=self.empty(x.shape[0], None, x.dtype))
+        else:
+            runs = runs_of(x, segments)
+            past_runs, past_positions = self._past(held(state, segments))
+            key_runs = jnp.concatenate([past_runs, runs], axis=1)
+            key_positions = jnp.concatenate([past_positions, positions], axis=1)
+            past = {name: part.astype(x.dtype) for name, part in state.hidden.items()}
+            all_k = jnp.concatenate([past["sink_k"], past["k"], k], axis=1)
+            all_v = jnp.concatenate([past["sink_v"], past["v"], v], axis=1)
+        o = attend(
+            q,
+            all_k,
+            all_v,
+            window=config.window,
+            sinks=config.sinks,
+            q_segments=runs,
+            k_segments=key_runs,
+            k_positions=key_positions if config.sinks else None,
+        )
+        return self.readout(o), self._keep(k, v, positions, segments, state, after)
+
+    def _past(self, before: Array) -> tuple[Array, Array]:
+        """Runs and positions of the cached keys: sinks, then window; -1 where there is no key.
+
+        A sink that is in the window still counts there.
+        """
+        config = self.config
+        before = before[:, None]
+        sinks = jnp.arange(config.sinks, dtype=jnp.int32)[None]
+        sinks = jnp.where(sinks < before - config.window, sinks, -1)
+        window = before - config.window + jnp.arange(config.window, dtype=jnp.int32)[None]
+        positions = jnp.concatenate([sinks, jnp.maximum(window, -1)], axis=1)
+        return jnp.where(positions < 0, -1, 1), positions
+
+    def _keep(self, k, v, positions, segments, state, after) -> dict[str, Array]:
+        """The caches after these tokens."""
+        config, old = self.config, state.hidden
+        if segments is None:
+            count = jnp.full(k.shape[:1], k.shape[1], jnp.int32)
+            chosen = jnp.ones(k.shape[:2], bool)
+        else:
+            count, chosen = segments.lengths, last_document(segments)
+        window = jnp.arange(config.window, dtype=jnp.int32)[None]
+        place = (count[:, None] + window)[:, :, None, None]
+        valid = (config.window - window <= after.position[:, None])[:, :, None, None]
+        fresh = renewed(state, segments)[:, None, None, None]
+        kept = {}
+        for name, new in (("k", k), ("v", v)):
+            line = jnp.concatenate([old[name], new.astype(old[name].dtype)], axis=1)
+            last = jnp.take_along_axis(line, place, axis=1)
+            kept[name] = jnp.where(valid, last, jnp.zeros_like(last))
+            sinks = old[f"sink_{name}"]
+            sinks = jnp.where(fresh, jnp.zeros_like(sinks), sinks)
+            first = chosen & (positions < config.sinks)
+            kept[f"sink_{name}"] = write(sinks, new, positions, first)
+        return kept
+
+    def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
+        config = self.config
+
+        def zeros(length: int) -> Array:
+            return jnp.zeros((batch_size, length, config.groups, self.head_size), dtype)
+
+        sizes = {"k": config.window, "v": config.window}
+        sizes |= {"sink_k": config.sinks, "sink_v": config.sinks}
+        return {name: zeros(length) for name, length in sizes.items()}

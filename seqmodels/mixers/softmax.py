@@ -1,0 +1,236 @@
+"""What mixers with softmax attention share: projections, positions, states with caches."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from seqmodels.layers.heads import GatedNorm, Projection, merge_heads, split_heads
+from seqmodels.layers.rotary import rotary
+from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfig(MixerConfig):
+    """Configuration that mixers of grouped heads have.
+
+    Attributes:
+      heads: H, of queries.
+      kv_heads: G, of keys and values; None for as many as queries have.
+      head_size: K; None for ``width / heads``.
+      rotary_base: of the rotary embedding of queries and keys; None for no positions at all.
+      rotary_fraction: share of a head's channels that are rotated.
+      qk_norm: RMS norm of each head's queries and keys, with a scale, before the rotation.
+      norm_epsilon: added to the mean square in that norm.
+      init_std: deviation of the projections' normal initialisation.
+      use_bias: biases in the projections.
+    """
+
+    heads: int = 16
+    kv_heads: int | None = None
+    head_size: int | None = None
+    rotary_base: float | None = 1e4
+    rotary_fraction: float = 1.0
+    qk_norm: bool = False
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    use_bias: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "heads", "kv_heads", "head_size", "rotary_base", "init_std", "norm_epsilon"
+        )
+        if self.heads % self.groups:
+            raise ValueError(
+                f"{type(self).__name__}: kv_heads={self.kv_heads} must divide heads={self.heads}"
+            )
+        if not 0 < self.rotary_fraction <= 1:
+            raise ValueError(
+                f"{type(self).__name__}: rotary_fraction={self.rotary_fraction} must be in (0, 1]"
+            )
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises ValueError unless the fields called ``names`` are None or positive."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{type(config).__name__}: {name}={value} must be positive")
+
+
+Config = TypeVar("Config", bound=MixerConfig)
+
+
+class CachingMixer(Mixer[Config]):
+    """A mixer whose state is a dict ``hidden`` of arrays, caches among them.
+
+    Subclasses write ``mix`` and ``empty``. A cache that grows has to know how far, so that a call
+    without a state returns one that cannot be continued: its ``hidden`` is None.
+    """
+
+    def mix(
+        self,
+        x: Float[Array, "b l d"],
+        segments: Segments | None,
+        state: RecurrentState,
+        after: RecurrentState,
+    ) -> tuple[Float[Array, "b l d"], Any]:
+        """Outputs, anything on padding, and ``hidden`` after the last real token.
+
+        ``after`` is the state then but for ``hidden``. ``state.hidden`` is None where no token has
+        been seen; ``hidden`` is to be None then too if it grows.
+        """
+        raise NotImplementedError
+
+    def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
+        """``hidden`` before the first token."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: RecurrentState | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], RecurrentState | None]:
+        self.check(x, segments, state)
+        if state is None:
+            state = RecurrentState.start(None, x.shape[0])
+        elif state.hidden is None:
+            raise ValueError(
+                f"{self.config.mixer} mixer: state is of a call that was given none, so it holds "
+                "no cache; begin with initial_state(batch_size, max_length=...)"
+            )
+        after = state.advance(None, segments, x.shape[1])
+        y, hidden = self.mix(x, segments, state, after)
+        y = mask_padding(y, segments)
+        return y, after.replace(hidden=hidden) if self.streams else None
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        """An empty cache; ``dtype`` is that of its keys and values."""
+        self.require_streams("initial_state")
+        return RecurrentState.start(self.empty(batch_size, max_length, dtype), batch_size)
+
+    def require_length(self, max_length: int | None) -> int:
+        """``max_length``, of which a growing cache has to know."""
+        if max_length is None or max_length < 1:
+            raise ValueError(
+                f"{self.config.mixer} mixer: max_length={max_length} must be positive, the cache "
+                "has room for so many tokens of a document"
+            )
+        return max_length
+
+
+class SoftmaxMixer(CachingMixer[Config]):
+    """A caching mixer with ``SoftmaxConfig``: projections to heads and back."""
+
+    @property
+    def head_size(self) -> int:
+        """K; ValueError where the width does not divide."""
+        config = self.config
+        if config.head_size is None and self.width % config.heads:
+            raise ValueError(
+                f"{config.mixer} mixer: heads={config.heads} must divide the width {self.width}; "
+                "or set head_size"
+            )
+        return config.head_size or self.width // config.heads
+
+    def project(self, x: Float[Array, "b l d"], features: int, name: str) -> Array:
+        """``x W (+ b)``, initialised as the configuration says."""
+        config = self.config
+        return Projection(features, config.init_std, config.use_bias, name=name)(x)
+
+    def tokens(
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+    ) -> tuple[Array, Array, Array]:
+        """Queries ``(B, L, H, K)``, keys and values ``(B, L, G, K)``, normed and rotated."""
+        config, size = self.config, self.head_size
+        q, k, v = (
+            split_heads(self.project(x, heads * size, name), size)
+            for heads, name in (
+                (config.heads, "q_proj"),
+                (config.groups, "k_proj"),
+                (config.groups, "v_proj"),
+            )
+        )
+        if config.qk_norm:
+            q = GatedNorm(config.norm_epsilon, name="q_norm")(q)
+            k = GatedNorm(config.norm_epsilon, name="k_norm")(k)
+        return self.rotate(q, positions), self.rotate(k, positions), v
+
+    def rotate(self, x: Float[Array, "b l h k"], positions: Int[Array, "b l"]) -> Array:
+        """The rotary embedding, if the configuration wants one."""
+        config = self.config
+        if config.rotary_base is None:
+            return x
+        channels = round(self.head_size * config.rotary_fraction)
+        return rotary(x, positions, config.rotary_base, channels)
+
+    def readout(self, o: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
+        """Heads to channels."""
+        return self.project(merge_heads(o), self.width, "o_proj")
+
+
+def runs_of(x: Array, segments: Segments | None) -> Int[Array, "b l"]:
+    """Numbers of documents along each row; 1 everywhere without segments."""
+    return jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments.runs
+
+
+def held(state: RecurrentState, segments: Segments | None) -> Int[Array, " b"]:
+    """Tokens of each row's first document that are behind the state; 0 before padding."""
+    return state.positions(segments, 1)[:, 0]
+
+
+def renewed(state: RecurrentState, segments: Segments | None) -> Bool[Array, " b"]:
+    """Rows whose last document begins in this call."""
+    if segments is None:
+        return jnp.zeros(state.position.shape, bool)
+    some = segments.ids[:, 0] != 0
+    started = some & (segments.ids[:, 0] != state.segment)
+    return started | (jnp.max(segments.runs, axis=1) > 1)
+
+
+def last_document(segments: Segments) -> Bool[Array, "b l"]:
+    """The tokens of each row's last document."""
+    return (segments.runs == jnp.max(segments.runs, axis=1, keepdims=True)) & segments.mask
+
+
+def cleared(rows: Bool[Array, " b"], caches: Any) -> Any:
+    """``caches (B, ..)`` with zeros in ``rows``; costs nothing where there are none."""
+
+    def clear(caches: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x),
+            caches,
+        )
+
+    return jax.lax.cond(jnp.any(rows), clear, lambda caches: caches, caches)
+
+
+def write(
+    cache: Float[Array, "b p *k"],
+    x: Float[Array, "b l *k"],
+    slots: Int[Array, "b l"],
+    chosen: Bool[Array, "b l"],
+) -> Float[Array, "b p *k"]:
+    """``cache`` with the ``chosen`` of ``x`` in their ``slots``; those without one are dropped."""
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    slots = jnp.where(chosen, slots, cache.shape[1])
+    return cache.at[rows, slots].set(x.astype(cache.dtype), mode="drop")
+
+
+def overflow(y: Array, full: Bool[Array, "b l"]) -> Array:
+    """NaN, rather than a wrong answer, for tokens behind what a cache has room for."""
+    return jnp.where(full[:, :, None], jnp.full_like(y, jnp.nan), y)
