@@ -24,6 +24,7 @@ from experiments.kernels import (
     diagonal_ssm,
     linear_attention,
     linear_scan,
+    long_conv,
     results,
     s5_step,
     selective_scan,
@@ -39,6 +40,7 @@ FAMILIES = {
     "diagonal_ssm": diagonal_ssm,
     "linear_attention": linear_attention,
     "linear_scan": linear_scan,
+    "long_conv": long_conv,
     "selective_scan": selective_scan,
 }
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"

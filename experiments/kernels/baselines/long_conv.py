@@ -1,0 +1,31 @@
+"""What the long convolution is measured against: the same maths written with JAX alone.
+
+Each has the signature of the op it stands in for.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.long_conv.shapes import named, program
+
+
+def published_fft(u, kernel, *, kernel_reverse=None):
+    """An FFT of `L + Lk` numbers as in S4's code; JAX differentiates it."""
+    length = u.shape[1]
+    n = length + kernel.shape[1]
+    circle = jnp.pad(kernel, ((0, 0), (0, length)))
+    if kernel_reverse is not None:
+        circle = circle + jnp.pad(jnp.flip(kernel_reverse, 1), ((0, 0), (length, 0)))
+    spectrum = jnp.fft.rfft(u.astype(kernel.dtype), n, axis=1)
+    spectrum = spectrum * jnp.fft.rfft(circle.T, n, axis=0)[None]
+    return jnp.fft.irfft(spectrum, n, axis=1)[:, :length].astype(u.dtype)
+
+
+CONVS: dict[str, Any] = {"published fft": published_fft}
+
+
+def case(shape: str, baseline: str, mode: str, scale: str = "1") -> tuple[Any, ...]:
+    """As `pallas_kernels.long_conv.shapes.case`, of a key of `CONVS`."""
+    fn, operands = program(CONVS[baseline], named(shape).scaled(float(scale)), mode)
+    return fn, *operands

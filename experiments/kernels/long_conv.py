@@ -1,0 +1,102 @@
+"""What is measured of the long convolution, and what it has to reach."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.kernels import results
+from experiments.kernels.baselines import long_conv as baselines
+from experiments.kernels.results import Result, Target
+from experiments.kernels.timing import medians
+from pallas_kernels import long_conv
+from pallas_kernels.long_conv.api import METHODS
+from pallas_kernels.long_conv.shapes import Shape, named, program
+
+CASE = "pallas_kernels.long_conv.shapes:case"
+BASELINE_CASE = "experiments.kernels.baselines.long_conv:case"
+BOTH = ("forward", "forward+backward")
+FASTEST = {"published fft": Target("at least", 1.0)}
+CPU_SHAPE = Shape("cpu", "S4 at laptop size", 4, 2048, 64, two_sided=True)
+SCALES = (0.5, 1.0, 2.0)
+NO_PTXAS = "the family has no kernel of its own: XLA calls the platform's transform"
+
+
+def describe(shape: Shape) -> str:
+    taps = f"{shape.taps or shape.length} taps{' a side' * shape.two_sided}"
+    return f"({shape.batch}, {shape.length}, {shape.width}) {taps}, {shape.dtype}"
+
+
+def inputs(shape: Shape, mode: str, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Normal values for the operands of the program, its cotangent included; filters fall off."""
+    rng = np.random.default_rng(seed)
+    _, operands = program(long_conv, shape, mode)
+
+    def normal(struct: jax.ShapeDtypeStruct) -> jax.Array:
+        x = rng.standard_normal(struct.shape)
+        if len(struct.shape) == 2:
+            x = x * np.exp(-np.arange(struct.shape[1]) / 200.0)
+        return jnp.asarray(x, struct.dtype)
+
+    return tuple(map(normal, operands))
+
+
+def timed(shape: Shape, mode: str, repetitions: int) -> Result:
+    """Both methods here and now, against the baselines."""
+    convs: dict[str, Any] = {name: functools.partial(long_conv, method=name) for name in METHODS}
+    convs |= baselines.CONVS
+    programs = {name: program(c, shape, mode)[0] for name, c in convs.items()}
+    figures = medians(programs, inputs(shape, mode), repetitions)
+    best = min(figures[name] for name in METHODS)
+    return Result(
+        case=mode,
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=describe(shape),
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={name: value / best for name, value in figures.items()},
+        targets=FASTEST,
+    )
+
+
+def cpu(repetitions: int, shape: Shape = CPU_SHAPE) -> Iterator[Result]:
+    """At half the length, at it, at twice; one-sided, where the circle cannot be shared."""
+    for mode in BOTH:
+        for scale in SCALES:
+            yield timed(shape.scaled(scale), mode, repetitions)
+        yield timed(Shape("one-sided", "SGConv", 4, 2048, 64), mode, repetitions)
+
+
+TPU_SHAPES = ("s4-listops", "s4-text", "hyena-153m")
+
+
+def tpu(chips: tuple[str, ...]) -> Iterator[Result]:
+    """Both methods at published shapes, and the published form."""
+    for chip in chips:
+        for mode in BOTH:
+            for name in TPU_SHAPES:
+                for method in METHODS:
+                    row = Result(f"{mode}, {method}", chip, results.STATIC, describe(named(name)))
+                    yield results.estimated(row, CASE, name, "xla", mode, "1", method)
+            row = Result(
+                f"{mode}, published fft", chip, results.STATIC, describe(named("s4-listops"))
+            )
+            yield results.estimated(row, BASELINE_CASE, "s4-listops", "published fft", mode)
+
+
+GPU_SHAPES = ("s4-listops", "s4-text", "s4-pathx", "hyena-153m")
+
+
+def gpu(repetitions: int, chips: tuple[str, ...]) -> Iterator[Result]:
+    """Times on the GPU that is here; there is no kernel to read registers of."""
+    for name in GPU_SHAPES:
+        for mode in BOTH:
+            if jax.default_backend() == "gpu":
+                yield timed(named(name), mode, repetitions)
+            else:
+                yield results.no_gpu(mode, describe(named(name)))
+    for chip in chips:
+        yield Result("registers", chip, results.NOT_RUN, "any", figures={"reason": NO_PTXAS})
