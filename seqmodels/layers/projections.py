@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqmodels.layers.short_conv import uniform_fan_in
+
+def uniform_fan_in(layers: int = 1) -> Any:
+    """Initialiser: uniform within ``(fan_in layers)^(-1/2)`` of 0.
+
+    With one layer it is that of `torch.nn.Linear`; the projections that end a residual branch may
+    start smaller by the root of the number of branches.
+    """
+    return nn.initializers.variance_scaling(1 / (3 * layers), "fan_in", "uniform")
 
 
 def dense(
@@ -16,11 +23,14 @@ def dense(
     name: str,
     *,
     use_bias: bool = False,
-    kernel_init: Any = uniform_fan_in,
+    kernel_init: Any = None,
 ) -> Float[Array, "b l features"]:
-    """``x W (+ b)`` in ``x``'s dtype: a child of the calling module; ``b`` starts at 0."""
-    layer = nn.Dense(features, use_bias, name=name, dtype=x.dtype, kernel_init=kernel_init)
-    return layer(x)
+    """``x W (+ b)`` in ``x``'s dtype: a child of the calling module.
+
+    ``b`` starts at 0, ``W`` as `torch.nn.Linear` has it unless ``kernel_init`` says otherwise.
+    """
+    init = kernel_init or uniform_fan_in()
+    return nn.Dense(features, use_bias, name=name, dtype=x.dtype, kernel_init=init)(x)
 
 
 def rms_normalise(x: Float[Array, "*b d"], epsilon: float, groups: int = 1) -> Float[Array, "*b d"]:

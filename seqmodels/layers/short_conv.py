@@ -10,9 +10,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import causal_conv1d
 from seqmodels.parallel.rows import over_rows
 
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""Initialiser of matrices: uniform within ``fan_in^(-1/2)`` of 0, as `torch.nn.Linear` has it."""
-
 
 def uniform_taps(taps: int) -> Any:
     """Initialiser: uniform within ``taps^(-1/2)`` of 0, as `torch.nn.Conv1d` has it by channel."""

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import selective_scan
 from seqmodels.layers.heads import step_bias
-from seqmodels.layers.projections import dense, rms_normalise
-from seqmodels.layers.short_conv import ShortConv, start_window, uniform_fan_in
+from seqmodels.layers.projections import dense, rms_normalise, uniform_fan_in
+from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, mask_padding
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.ssm import SYSTEM, check_positive, check_step_range
@@ -37,6 +37,8 @@ class MambaConfig(MixerConfig):
       mixer_rms_eps: None, or the epsilon of RMS norms, without scales, of what each token gives to
         B, C and the step sizes (Falcon Mamba).
       layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
+      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+        "reference" for forward mode and second derivatives.
     """
 
     mixer: ClassVar[str] = "mamba"
@@ -51,6 +53,7 @@ class MambaConfig(MixerConfig):
     use_conv_bias: bool = True
     mixer_rms_eps: float | None = None
     layers: int = 1
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "state_size", "expand", "conv_size", "layers")
@@ -118,10 +121,11 @@ class Mamba(Mixer[MambaConfig]):
                 dt_softplus=True,
                 initial_state=memory,
                 segment_ids=runs,
+                implementation=config.implementation,
             )
 
         y, memory = over_rows(op, shared, [inner, *rows, gate, hidden["ssm"], runs])
-        init = nn.initializers.variance_scaling(1 / (3 * config.layers), "fan_in", "uniform")
+        init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
         state = state.advance({"conv": window, "ssm": memory}, segments, x.shape[1])
         return mask_padding(y, segments), state
@@ -167,7 +171,7 @@ class StepProjection(nn.Module):
     def __call__(
         self, x: Float[Array, "b l r"]
     ) -> tuple[Float[Array, "b l e"], Float[Array, " e"]]:
-        kernel = self.param("kernel", uniform_fan_in, (x.shape[-1], self.features))
+        kernel = self.param("kernel", uniform_fan_in(), (x.shape[-1], self.features))
         bias = self.param("bias", step_bias(self.dt_min, self.dt_max), (self.features,))
         return jnp.dot(x, kernel.astype(x.dtype)), bias
 
