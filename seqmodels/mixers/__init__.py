@@ -13,6 +13,7 @@ from seqmodels.mixers.lightning import Lightning, LightningConfig
 from seqmodels.mixers.lru import LRU, LRUConfig
 from seqmodels.mixers.mamba import Mamba, MambaConfig
 from seqmodels.mixers.retnet import RetNet, RetNetConfig
+from seqmodels.mixers.rg_lru import RGLRU, RGLRUConfig
 from seqmodels.mixers.s4d import S4D, S4DConfig
 from seqmodels.mixers.s5 import S5, S5Config
 from seqmodels.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
@@ -20,6 +21,7 @@ from seqmodels.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
+    "rg_lru": (RGLRUConfig, RGLRU),
     "mamba": (MambaConfig, Mamba),
     "lru": (LRUConfig, LRU),
     "gla": (GLAConfig, GLA),
@@ -52,6 +54,7 @@ __all__ = [
     "KDA",
     "LRU",
     "REGISTRY",
+    "RGLRU",
     "S4D",
     "S5",
     "Attention",
@@ -71,6 +74,7 @@ __all__ = [
     "Mark",
     "Mixer",
     "MixerConfig",
+    "RGLRUConfig",
     "RecurrentState",
     "RetNet",
     "RetNetConfig",

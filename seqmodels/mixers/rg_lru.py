@@ -1,0 +1,204 @@
+"""The recurrent block of Griffin: a real gated linear recurrent unit behind a short convolution.
+
+De et al., "Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language
+Models", 2024 (arXiv:2402.19427), section 2.4 and appendix A.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import linear_scan
+from seqmodels.layers.projections import dense
+from seqmodels.layers.short_conv import ShortConv, start_window
+from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.mixers.published import Published
+from seqmodels.mixers.ssm import SYSTEM, check_positive
+from seqmodels.parallel.rows import over_rows
+
+_STEEPEST = 1000.0
+"""Largest derivative of the root that scales the inputs; of a decay of 1 it would be infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RGLRUConfig(MixerConfig):
+    """Configuration of Griffin's recurrent block.
+
+    Attributes:
+      lru_width: E, channels of the recurrence; None is the width.
+      heads: blocks of the gates' block-diagonal matrices; divides E.
+      conv_size: taps of the convolution.
+      r_min, r_max: range of the initial decays at a recurrence gate of 1/8, uniform by area.
+      layers: depth of the model; the initial ``linear_out`` is smaller by ``sqrt(layers / 2)``.
+      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+        "reference" for forward mode and second derivatives.
+    """
+
+    mixer: ClassVar[str] = "rg_lru"
+
+    lru_width: int | None = None
+    heads: int = 8
+    conv_size: int = 4
+    r_min: float = 0.9
+    r_max: float = 0.999
+    layers: int = 1
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "heads", "conv_size", "layers")
+        if self.lru_width is not None:
+            check_positive(self, "lru_width")
+        if not 0 < self.r_min < self.r_max < 1:
+            raise ValueError(
+                f"RGLRUConfig: need 0 < r_min < r_max < 1, got r_min={self.r_min} and "
+                f"r_max={self.r_max}"
+            )
+
+    def marks(self) -> dict[str, Mark]:
+        return {"rg_lru/recurrent_param": SYSTEM}
+
+
+RECURRENTGEMMA_2B = Published(2560, 18, RGLRUConfig(heads=10, layers=26))
+RECURRENTGEMMA_9B = Published(4096, 26, RGLRUConfig(heads=16, layers=38))
+GRIFFIN_7B = Published(4096, 22, RGLRUConfig(lru_width=5632, heads=32, layers=32))
+
+
+class RGLRU(Mixer[RGLRUConfig]):
+    """``linear_out(gelu(linear_y(u)) * h)``, h the recurrence over ``conv_1d(linear_x(u))``.
+
+    Parameters, names as in the published checkpoints: ``linear_x``, ``linear_y``, ``linear_out``,
+    ``conv_1d``, each with a ``kernel`` (inputs first) and a ``bias``; under ``rg_lru`` those of
+    ``RealGatedUnit``. Gates' sums, decays and states are float32.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: RecurrentState | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], RecurrentState]:
+        self.check(x, segments, state)
+        config, length = self.config, x.shape[1]
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype)
+        hidden = state.resume(segments)
+        runs = None if segments is None else segments.runs
+        lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        gate = dense(x, self.inner, "linear_y", use_bias=True, kernel_init=lecun)
+        inner = dense(x, self.inner, "linear_x", use_bias=True, kernel_init=lecun)
+        small = nn.initializers.normal((0.01 / config.conv_size) ** 0.5)
+        zeros = nn.initializers.zeros
+        conv = ShortConv(config.conv_size, True, None, small, zeros, name="conv_1d")
+        inner, window = conv(inner, hidden["conv"], runs=runs)
+        first = state.positions(segments, length) == 0
+        h, last = RealGatedUnit(config, name="rg_lru")(inner, hidden["h"], first, runs)
+        y = jax.nn.gelu(gate, approximate=True) * h
+        init = nn.initializers.variance_scaling(2.0 / config.layers, "fan_in", "normal")
+        y = dense(y, self.width, "linear_out", use_bias=True, kernel_init=init)
+        state = state.advance({"conv": window, "h": last}, segments, length)
+        return mask_padding(y, segments), state
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        """Zeros: ``hidden`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"h"`` float32
+        ``(B, E)``."""
+        window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
+        hidden = {"conv": window, "h": jnp.zeros((batch_size, self.inner), jnp.float32)}
+        return RecurrentState.start(hidden, batch_size)
+
+    @property
+    def inner(self) -> int:
+        """E, the channels of the recurrence; ValueError unless the heads divide them."""
+        config = self.config
+        inner = self.width if config.lru_width is None else config.lru_width
+        if inner % config.heads:
+            raise ValueError(
+                f"rg_lru mixer: heads={config.heads} must divide the {inner} channels of the "
+                "recurrence; change heads or lru_width"
+            )
+        return int(inner)
+
+
+class RealGatedUnit(nn.Module):
+    """``h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t * x_t)``, ``a_t = exp(-8 r_t softplus(Λ))``.
+
+    ``r_t``, ``i_t`` are sigmoids of block-diagonal linear functions of ``x_t``. At the first token
+    of a document the root is 1.
+
+    Parameters: ``recurrent_param`` Λ ``(E,)``; ``recurrent_gate_weight``, ``input_gate_weight``
+    ``(heads, E / heads, E / heads)``, inputs first; ``recurrent_gate_bias``, ``input_gate_bias``
+    ``(heads, E / heads)``.
+    """
+
+    config: RGLRUConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l e"],
+        hidden: Float[Array, "b e"],
+        first: Any,
+        runs: Int[Array, "b l"] | None,
+    ) -> tuple[Float[Array, "b l e"], Float[Array, "b e"]]:
+        """``h`` in ``x``'s dtype and the last one in float32; ``first (B, L)`` tells the starts."""
+        config = self.config
+        decays = self.param("recurrent_param", _decays(config.r_min, config.r_max), x.shape[-1:])
+        rate = -8.0 * jax.nn.softplus(decays)
+        log_a = self._gate(x, "recurrent_gate") * jnp.broadcast_to(rate, x.shape)
+        scale = bounded_sqrt(-jnp.expm1(2.0 * log_a))
+        scale = jnp.where(first[..., None], jnp.ones_like(scale), scale)
+        drive = scale * self._gate(x, "input_gate") * x.astype(jnp.float32)
+
+        def op(a: Any, b: Any, hidden: Any, runs: Any) -> tuple[Array, Array]:
+            return linear_scan(
+                a,
+                b,
+                initial_state=hidden,
+                segment_ids=runs,
+                implementation=config.implementation,
+            )
+
+        h, last = over_rows(op, [], [jnp.exp(log_a), drive, hidden, runs])
+        return h.astype(x.dtype), last
+
+    def _gate(self, x: Float[Array, "b l e"], name: str) -> Float[Array, "b l e"]:
+        heads = self.config.heads
+        size = x.shape[-1] // heads
+        init = nn.initializers.normal(size**-0.5)
+        weight = self.param(f"{name}_weight", init, (heads, size, size))
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, size))
+        blocks = x.reshape(*x.shape[:-1], heads, size)
+        z = jnp.einsum(
+            "blhi,hij->blhj", blocks, weight.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        return jax.nn.sigmoid(z + jnp.broadcast_to(bias, z.shape)).reshape(x.shape)
+
+
+@jax.custom_jvp
+def bounded_sqrt(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """``sqrt(x)`` whose derivative is at most 1000."""
+    return jnp.sqrt(x)
+
+
+@bounded_sqrt.defjvp
+def _bounded_sqrt_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    return jnp.sqrt(x), 0.5 * dx * jax.lax.rsqrt(jnp.maximum(x, 0.25 * _STEEPEST**-2))
+
+
+def _decays(r_min: float, r_max: float) -> Any:
+    """Initialiser: Λ such that ``exp(-softplus(Λ))`` is uniform, by area, from r_min to r_max."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        square = jax.random.uniform(key, shape, jnp.float32, r_min**2, r_max**2)
+        return jnp.log(jnp.expm1(-0.5 * jnp.log(square)))
+
+    return init
