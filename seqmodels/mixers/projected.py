@@ -2,9 +2,10 @@
 
     h_t = a h_{t-1} + W u_t,   g_t = a g_{t+1} + W u_t,   y_t = 2 Re(C1 h_t + C2 g_t)
 
-There are four times as many state planes as channels, so on a CPU most of the time goes into moving
-them. There each direction is taken through blocks of time that stay in the cache: project a block,
-scan it, read it out. The backward pass keeps the states between blocks and does the rest again.
+There are four times as many state planes as channels, so on a CPU, where they are too many for its
+caches, most of the time goes into moving them. There each direction is taken through blocks of time
+that do stay in the cache: project a block, scan it, read it out. The backward pass keeps the states
+between blocks and does the rest again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from jaxtyping import Array, Complex, Float
 from pallas_kernels import compat, vjp
 from seqmodels.mixers.base import Segments, mask_padding, recurrence
 from seqmodels.parallel.rows import over_rows
+
+# State values, B * L * P. Measured on x86 with 2 cores, forward and backward: with fewer, scans are
+# up to 1.6 times faster than blocks; with more, blocks are 1.1 to 1.3 times faster than scans.
+_LARGE = 2**20
 
 _dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
 
@@ -42,6 +47,8 @@ def both_ways(
     if segments is not None and not segments.single:
         return by_scans(u, decay, into, readout, segments)
     u = mask_padding(u, segments)
+    if u.shape[0] * u.shape[1] * decay.size < _LARGE:
+        return by_scans(u, decay, into, readout)
     return jax.lax.platform_dependent(
         u, decay, into, readout, cpu=by_blocks, default=functools.partial(by_scans, segments=None)
     )

@@ -53,3 +53,13 @@ def test_documents_and_padding():
     one = Segments.from_ids(jnp.asarray([[1] * 15 + [0] * 25, [1] * 40], jnp.int32), single=True)
     padded = both(u, *shared, one)
     testing.assert_close(padded[0, :15], packed[0, :15], testing.FLOAT32_TOLERANCE)
+
+
+def test_a_cpu_takes_blocks_where_states_are_many(monkeypatch):
+    args = arguments(2, 300)
+    expected = jax.jit(projected.by_blocks)(*args)
+    monkeypatch.setattr(projected, "_LARGE", 2 * 300 * STATES)
+    np.testing.assert_array_equal(jax.jit(projected.both_ways)(*args, None), expected)
+    monkeypatch.setattr(projected, "_LARGE", 2 * 300 * STATES + 1)
+    scanned = jax.jit(lambda *a: projected.both_ways(*a, None))(*args)
+    np.testing.assert_array_equal(scanned, jax.jit(projected.by_scans)(*args))
