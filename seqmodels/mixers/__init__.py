@@ -12,10 +12,12 @@ from seqmodels.mixers.kda import KDA, KDAConfig
 from seqmodels.mixers.lightning import Lightning, LightningConfig
 from seqmodels.mixers.lru import LRU, LRUConfig
 from seqmodels.mixers.mamba import Mamba, MambaConfig
+from seqmodels.mixers.rat import RAT, RATConfig
 from seqmodels.mixers.retnet import RetNet, RetNetConfig
 from seqmodels.mixers.rg_lru import RGLRU, RGLRUConfig
 from seqmodels.mixers.s4d import S4D, S4DConfig
 from seqmodels.mixers.s5 import S5, S5Config
+from seqmodels.mixers.scout import SCOUT, SCOUTConfig
 from seqmodels.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
 
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
@@ -31,6 +33,8 @@ REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "deltanet": (DeltaNetConfig, DeltaNet),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "kda": (KDAConfig, KDA),
+    "rat": (RATConfig, RAT),
+    "scout": (SCOUTConfig, SCOUT),
     "attention": (AttentionConfig, Attention),
     "sliding_window": (SlidingWindowConfig, SlidingWindow),
 }
@@ -53,10 +57,12 @@ __all__ = [
     "HGRN2",
     "KDA",
     "LRU",
+    "RAT",
     "REGISTRY",
     "RGLRU",
     "S4D",
     "S5",
+    "SCOUT",
     "Attention",
     "AttentionConfig",
     "DeltaNet",
@@ -74,12 +80,14 @@ __all__ = [
     "Mark",
     "Mixer",
     "MixerConfig",
+    "RATConfig",
     "RGLRUConfig",
     "RecurrentState",
     "RetNet",
     "RetNetConfig",
     "S4DConfig",
     "S5Config",
+    "SCOUTConfig",
     "Segments",
     "SlidingWindow",
     "SlidingWindowConfig",

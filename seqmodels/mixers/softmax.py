@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqmodels.layers.heads import GatedNorm, Projection, merge_heads, split_heads
+from seqmodels.layers.heads import GatedNorm, merge_heads, split_heads
+from seqmodels.layers.projections import dense
 from seqmodels.layers.rotary import rotary
 from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
 
@@ -149,8 +150,8 @@ class SoftmaxMixer(CachingMixer[Config]):
 
     def project(self, x: Float[Array, "b l d"], features: int, name: str) -> Array:
         """``x W (+ b)``, initialised as the configuration says."""
-        config = self.config
-        return Projection(features, config.init_std, config.use_bias, name=name)(x)
+        init = nn.initializers.normal(self.config.init_std)
+        return dense(x, features, name, use_bias=self.config.use_bias, kernel_init=init)
 
     def tokens(
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]

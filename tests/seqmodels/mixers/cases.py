@@ -12,10 +12,12 @@ from seqmodels.mixers import (
     LightningConfig,
     LRUConfig,
     MambaConfig,
+    RATConfig,
     RetNetConfig,
     RGLRUConfig,
     S4DConfig,
     S5Config,
+    SCOUTConfig,
     SlidingWindowConfig,
 )
 
@@ -52,10 +54,38 @@ CASES = {
     "sliding_window-sinks": SlidingWindowConfig(
         heads=1, window=4, sinks=2, rotary_fraction=0.5, init_std=0.5
     ),
+    "rat": RATConfig(chunk=3, heads=2, groups=1, implementation="reference", init_std=0.5),
+    "rat-chunks-of-one": RATConfig(
+        chunk=1, heads=1, groups=1, rotary_base=None, implementation="reference", init_std=0.5
+    ),
+    "scout": SCOUTConfig(heads=2, interval=3, implementation="reference", init_std=0.5),
+    "scout-window": SCOUTConfig(
+        heads=2,
+        kv_heads=1,
+        interval=2,
+        local=SlidingWindowConfig(heads=1, window=2, init_std=0.5),
+        implementation="reference",
+        init_std=0.5,
+    ),
+    "scout-mamba": SCOUTConfig(
+        heads=1,
+        interval=3,
+        local=MambaConfig(state_size=2, implementation="reference"),
+        implementation="reference",
+        init_std=0.5,
+    ),
 }
 
 # States of these hold a cache that grows: they begin with initial_state(.., max_length=..).
-GROWING = {"attention", "attention-grouped"}
+GROWING = {
+    "attention",
+    "attention-grouped",
+    "rat",
+    "rat-chunks-of-one",
+    "scout",
+    "scout-window",
+    "scout-mamba",
+}
 
 # mode: (causal, streams, packs)
 FLAGS = {
@@ -83,4 +113,9 @@ FLAGS = {
     "attention-bidirectional": (False, False, True),
     "sliding_window": (True, True, True),
     "sliding_window-sinks": (True, True, True),
+    "rat": (True, True, True),
+    "rat-chunks-of-one": (True, True, True),
+    "scout": (True, True, True),
+    "scout-window": (True, True, True),
+    "scout-mamba": (True, True, True),
 }

@@ -1,0 +1,69 @@
+"""Checkpoint attention over a document, and its cache: what RAT and SCOUT share."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checkpoint_attention
+from pallas_kernels.checkpoint_attention import Cache
+from seqmodels.mixers.base import RecurrentState, Segments
+from seqmodels.mixers.softmax import cleared, held, renewed
+from seqmodels.parallel.rows import over_rows
+
+
+def attend_checkpoints(
+    q: Float[Array, "b l h k"],
+    k: Float[Array, "b l g k"],
+    v: Float[Array, "b l g k"],
+    caches: dict[str, Array] | None,
+    *,
+    interval: int,
+    state: RecurrentState,
+    segments: Segments | None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b l h k"], dict[str, Array] | None]:
+    """``checkpoint_attention`` that continues ``caches``, and the caches after it.
+
+    ``caches`` are ``{"k", "v"}: (B, P, G, K)``, the checkpoints of each row's document; None where
+    none are kept and nothing precedes. A token costs the update of one checkpoint, in place where
+    the state is donated, and what it reads of them.
+    """
+    runs = None if segments is None else segments.runs
+    options: dict[str, Any] = {"interval": interval, "implementation": implementation}
+    if caches is None:
+
+        def whole(q: Array, k: Array, v: Array, runs: Any) -> Array:
+            return checkpoint_attention(q, k, v, segment_ids=runs, **options)
+
+        return over_rows(whole, [], [q, k, v, runs]), None
+
+    def continued(q: Array, k: Array, v: Array, cache: Cache, runs: Any) -> Array:
+        past = cache.past(interval)
+        past |= {name: past[name].astype(q.dtype) for name in ("past_k", "past_v")}
+        return checkpoint_attention(q, k, v, segment_ids=runs, **past, **options)
+
+    before = held(state, segments)
+    o = over_rows(continued, [], [q, k, v, Cache(caches["k"], caches["v"], before), runs])
+    if segments is not None:
+        caches = cleared(renewed(state, segments), caches)
+    dtype = caches["k"].dtype
+    after = Cache(caches["k"], caches["v"], before).extend(
+        k.astype(dtype), v.astype(dtype), interval=interval, segment_ids=runs
+    )
+    return o, {"k": after.k, "v": after.v}
+
+
+def empty_checkpoints(
+    batch: int, max_length: int, groups: int, size: int, interval: int, dtype: Any
+) -> dict[str, Array]:
+    """Room for the checkpoints of documents of up to ``max_length`` tokens."""
+    cache = Cache.empty(batch, max_length, groups, size, size, interval=interval, dtype=dtype)
+    return {"k": cache.k, "v": cache.v}
+
+
+def beyond(positions: Int[Array, "b l"], caches: dict[str, Array] | None, interval: int) -> Array:
+    """Tokens that should see checkpoints for which there was no room."""
+    if caches is None:
+        return jnp.zeros(positions.shape, bool)
+    return positions // interval > caches["k"].shape[1]
