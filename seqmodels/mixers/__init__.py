@@ -8,10 +8,12 @@ from seqmodels.mixers.deltanet import DeltaNet, DeltaNetConfig
 from seqmodels.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from seqmodels.mixers.gla import GLA, GLAConfig
 from seqmodels.mixers.hgrn2 import HGRN2, HGRN2Config
+from seqmodels.mixers.hydra import Hydra, HydraConfig
 from seqmodels.mixers.kda import KDA, KDAConfig
 from seqmodels.mixers.lightning import Lightning, LightningConfig
 from seqmodels.mixers.lru import LRU, LRUConfig
 from seqmodels.mixers.mamba import Mamba, MambaConfig
+from seqmodels.mixers.mamba2 import Mamba2, Mamba2Config
 from seqmodels.mixers.rat import RAT, RATConfig
 from seqmodels.mixers.retnet import RetNet, RetNetConfig
 from seqmodels.mixers.rg_lru import RGLRU, RGLRUConfig
@@ -23,6 +25,8 @@ from seqmodels.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
+    "hydra": (HydraConfig, Hydra),
+    "mamba2": (Mamba2Config, Mamba2),
     "rg_lru": (RGLRUConfig, RGLRU),
     "mamba": (MambaConfig, Mamba),
     "lru": (LRUConfig, LRU),
@@ -71,11 +75,15 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "HGRN2Config",
+    "Hydra",
+    "HydraConfig",
     "KDAConfig",
     "LRUConfig",
     "Lightning",
     "LightningConfig",
     "Mamba",
+    "Mamba2",
+    "Mamba2Config",
     "MambaConfig",
     "Mark",
     "Mixer",

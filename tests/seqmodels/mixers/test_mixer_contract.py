@@ -18,6 +18,7 @@ from_ids = jax.jit(Segments.from_ids, static_argnames="single")
 
 STREAMING = [case for case, flags in FLAGS.items() if flags[1]]
 PACKING = [case for case, flags in FLAGS.items() if flags[2]]
+UNPACKING = [case for case, flags in FLAGS.items() if not flags[2]]
 BIDIRECTIONAL = [case for case, flags in FLAGS.items() if not flags[0]]
 
 # Two documents of one id each side of another, and padding; one row full; one row of padding only.
@@ -155,7 +156,7 @@ def test_documents_are_isolated_bit_for_bit(case):
         assert np.any(before[0][inside] != after[0][inside])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PACKING)
 def test_single_document_rows_agree_with_the_general_path(case):
     mixer, _, x, run = setup(case)
     ids = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
@@ -175,6 +176,32 @@ def test_single_document_rows_agree_with_the_general_path(case):
     if mixer.streams:
         close_states(single[2], general[2])
         np.testing.assert_array_equal(single[2].position, [9, LENGTH, 0])
+
+
+@pytest.mark.parametrize("case", UNPACKING)
+def test_mixers_of_single_documents_refuse_packed_rows_and_ignore_padding(case):
+    _, _, x, run = setup(case)
+    with pytest.raises(ValueError, match=r"several documents a row are not supported"):
+        run(x, from_ids(IDS))
+    ids = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
+    cotangent = jax.random.normal(jax.random.key(5), x.shape)
+
+    @jax.jit
+    def differentiate(x, cotangent, segments=None):
+        y, vjp = jax.vjp(lambda x: run(x, segments)[0], x)
+        return y, vjp(cotangent)[0]
+
+    segments = from_ids(ids, single=True)
+    padded = differentiate(x, cotangent, segments)
+    for part, whole, short in zip(
+        padded,
+        differentiate(x, cotangent),
+        differentiate(x[:1, :9], cotangent[:1, :9]),
+        strict=True,
+    ):
+        close(part[1], whole[1])
+        close(part[0, :9], short[0])
+        assert not np.any(np.asarray(part)[ids == 0])
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -269,11 +296,12 @@ def test_bidirectional_mixers_refuse_a_state(case):
     mixer, _, x, run = setup(case)
     assert run(x)[1] is None
     state = RecurrentState.start(jnp.zeros((3, 4), jnp.complex64), 3)
-    with pytest.raises(ValueError, match=r"state is refused.*set bidirectional=False"):
+    fix = "(set bidirectional=False|take mamba2) to stream"
+    with pytest.raises(ValueError, match=f"mixer: state is refused.*{fix}"):
         run(x, None, state)
-    with pytest.raises(ValueError, match=r"initial_state is refused.*set bidirectional=False"):
+    with pytest.raises(ValueError, match=f"initial_state is refused.*{fix}"):
         mixer.initial_state(3)
-    with pytest.raises(ValueError, match="set bidirectional=False"):
+    with pytest.raises(ValueError, match=fix):
         mixer.state_size(10)
 
 

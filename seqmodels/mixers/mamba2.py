@@ -1,0 +1,137 @@
+"""Mamba-2: state-space duality behind a short convolution.
+
+Dao & Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured
+State Space Duality", ICML 2024 (arXiv:2405.21060), section 7.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seqmodels.layers.heads import log_of_uniform, merge_heads, split_heads, step_bias
+from seqmodels.layers.projections import dense, rms_normalise, uniform_fan_in
+from seqmodels.layers.short_conv import ShortConv, start_window
+from seqmodels.mixers.base import Mixer, RecurrentState, Segments, mask_padding
+from seqmodels.mixers.published import Published
+from seqmodels.mixers.ssd import SSDConfig, dual, steps
+from seqmodels.mixers.ssm import check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config(SSDConfig):
+    """Configuration of a Mamba-2 layer; the other fields are ``SSDConfig``'s.
+
+    Attributes:
+      layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
+    """
+
+    mixer: ClassVar[str] = "mamba2"
+
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "layers")
+
+
+MAMBA2_130M = Published(768, 24, Mamba2Config(layers=24))
+MAMBA2_370M = Published(1024, 48, Mamba2Config(layers=48))
+MAMBA2_780M = Published(1536, 48, Mamba2Config(layers=48))
+MAMBA2_1_3B = Published(2048, 48, Mamba2Config(layers=48))
+MAMBA2_2_7B = Published(2560, 64, Mamba2Config(layers=64))
+CODESTRAL_MAMBA_7B = Published(4096, 64, Mamba2Config(groups=8, layers=64))
+
+
+class Mamba2(Mixer[Mamba2Config]):
+    """``S_t = exp(Δ_t A) S_{t-1} + Δ_t B_t x_t^T``, ``y_t = S_t^T C_t + D x_t`` for each head.
+
+    ``[z, x, B, C, dt] = in_proj(u)``, ``[x, B, C] = silu(conv1d([x, B, C]))``,
+    ``Δ = softplus(dt + dt_bias)``, ``A = -exp(A_log)``; the output is
+    ``out_proj(RMSNorm(y * silu(z)))``, the norm over the channels of one group.
+
+    Parameters, names as in the published checkpoints: ``in_proj``, ``conv1d``, ``out_proj``, each
+    with a ``kernel`` (inputs first), some a ``bias``; ``norm/scale`` ``(E,)``; ``A_log``, ``D``,
+    ``dt_bias`` ``(H,)``. Step sizes, decays and states are float32.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: RecurrentState | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], RecurrentState]:
+        self.check(x, segments, state)
+        config = self.config
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype)
+        hidden = state.resume(segments)
+        runs = None if segments is None else segments.runs
+        inner, heads, shared = self._sizes
+        parts = dense(x, 2 * (inner + shared) + heads, "in_proj", use_bias=config.use_bias)
+        gate, parts, dt = jnp.split(parts, [inner, 2 * (inner + shared)], axis=-1)
+        conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")
+        parts, window = conv(parts, hidden["conv"], runs=runs)
+        y, memory = self._recur(parts, dt, hidden["ssm"], runs)
+        y = GatedGroupNorm(config.groups, config.norm_epsilon, name="norm")(y, gate)
+        init = uniform_fan_in(config.layers)
+        y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
+        state = state.advance({"conv": window, "ssm": memory}, segments, x.shape[1])
+        return mask_padding(y, segments), state
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        """Zeros: ``hidden`` is a dict, ``"conv"`` ``(B, W - 1, E + 2 G N)`` in ``dtype``, ``"ssm"``
+        float32 ``(B, H, N, P)``."""
+        config, (inner, heads, shared) = self.config, self._sizes
+        shape = (batch_size, heads, config.state_size, config.head_size)
+        window = start_window(batch_size, config.conv_size, inner + 2 * shared, dtype)
+        return RecurrentState.start({"conv": window, "ssm": jnp.zeros(shape)}, batch_size)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """E, H, and G N, the channels of B and of C."""
+        config = self.config
+        inner = config.expand * self.width
+        return inner, config.heads(self.width), config.groups * config.state_size
+
+    def _recur(
+        self,
+        parts: Float[Array, "b l xbc"],
+        dt: Float[Array, "b l h"],
+        memory: Float[Array, "b h n p"],
+        runs: Int[Array, "b l"] | None,
+    ) -> tuple[Float[Array, "b l e"], Float[Array, "b h n p"]]:
+        """The recurrence over ``[x, B, C]`` and its skip connection, float32; the last memory."""
+        config, (inner, heads, shared) = self.config, self._sizes
+        x, b, c = jnp.split(parts, [inner, inner + shared], axis=-1)
+        x = split_heads(x, config.head_size)
+        bias = self.param("dt_bias", step_bias(config.dt_min, config.dt_max), (heads,))
+        a_log = self.param("A_log", log_of_uniform(1.0, 16.0), (heads,))
+        skip = self.param("D", nn.initializers.ones, (heads,))
+        keys, queries = (split_heads(part, config.state_size) for part in (b, c))
+        step = steps(dt, bias, config.time_step_limit)
+        y, memory = dual(x, step, a_log, keys, queries, memory, runs, config.implementation)
+        kept = jnp.broadcast_to(skip[:, None], x.shape) * x.astype(jnp.float32)
+        return merge_heads(y.astype(jnp.float32) + kept).astype(parts.dtype), memory
+
+
+class GatedGroupNorm(nn.Module):
+    """RMS norm of ``x * silu(gate)`` within each of ``groups`` parts of the channels, scaled."""
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l e"], gate: Float[Array, "b l e"]) -> Any:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        wide = x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
+        y = rms_normalise(wide, self.epsilon, self.groups)
+        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)

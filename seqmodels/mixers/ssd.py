@@ -1,0 +1,115 @@
+"""State-space duality: what Mamba-2 and Hydra share.
+
+Dao & Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured
+State Space Duality", ICML 2024 (arXiv:2405.21060), sections 5 to 7.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import linear_attention
+from seqmodels.mixers.base import Mark, MixerConfig
+from seqmodels.mixers.ssm import SYSTEM, check_positive, check_step_range
+from seqmodels.parallel.rows import over_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SSDConfig(MixerConfig):
+    """Sizes of a layer over E = expand * width channels, in heads of ``head_size``.
+
+    Attributes:
+      state_size: N, states of each channel.
+      expand: E as a multiple of the width.
+      head_size: P, channels that share their decays.
+      groups: G, sets of B and C; each serves as many heads.
+      conv_size: taps of the convolution.
+      dt_min, dt_max: range of the log-uniform initial step sizes, one for each head.
+      use_bias: biases of the projections into and out of the layer.
+      use_conv_bias: bias of the convolution.
+      time_step_limit: the step sizes are clipped to this range.
+      norm_epsilon: added to the mean square in the norm of the outputs.
+      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+        "reference" for forward mode and second derivatives.
+    """
+
+    state_size: int = 128
+    expand: int = 2
+    head_size: int = 64
+    groups: int = 1
+    conv_size: int = 4
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    norm_epsilon: float = 1e-5
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "state_size", "expand", "head_size", "groups", "conv_size", "norm_epsilon"
+        )
+        low, high = self.time_step_limit
+        if not 0 <= low < high:
+            raise ValueError(
+                f"{type(self).__name__}: time_step_limit={self.time_step_limit} must be a range "
+                "(low, high) with 0 <= low < high"
+            )
+        check_step_range(type(self).__name__, self.dt_min, self.dt_max)
+
+    def marks(self) -> dict[str, Mark]:
+        return dict.fromkeys(("A_log", "D", "dt_bias"), SYSTEM)
+
+    def heads(self, width: int) -> int:
+        """H; ValueError unless the heads divide the channels and the groups the heads."""
+        heads, rest = divmod(self.expand * width, self.head_size)
+        if rest or heads % self.groups:
+            raise ValueError(
+                f"{self.mixer} mixer: head_size={self.head_size} must divide expand * width = "
+                f"{self.expand * width}, and groups={self.groups} the heads"
+            )
+        return heads
+
+
+def steps(
+    dt: Float[Array, "b l h"], bias: Float[Array, " h"], limit: tuple[float, float]
+) -> Float[Array, "b l h"]:
+    """``clip(softplus(dt + bias))``, float32."""
+    wide = dt.astype(jnp.float32)
+    return jnp.clip(jax.nn.softplus(wide + jnp.broadcast_to(bias, wide.shape)), *limit)
+
+
+def dual(
+    x: Float[Array, "b l h p"],
+    step: Float[Array, "b l h"],
+    a_log: Float[Array, " h"],
+    b: Float[Array, "b l g n"],
+    c: Float[Array, "b l g n"],
+    memory: Float[Array, "b h n p"],
+    runs: Int[Array, "b l"] | None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b l h p"], Float[Array, "b h n p"]]:
+    """``S_t = exp(-e^a_log Δ_t) S_{t-1} + Δ_t B_t x_t^T``, ``y_t = S_t^T C_t``, and the last S.
+
+    Linear attention with queries C, keys B and values ``Δ x``. The memory is float32.
+    """
+
+    def op(q: Any, k: Any, v: Any, decay: Any, memory: Any, runs: Any) -> tuple[Array, Array]:
+        return linear_attention(
+            q,
+            k,
+            v,
+            decay,
+            scale=1.0,
+            initial_state=memory,
+            segment_ids=runs,
+            implementation=implementation,
+        )
+
+    decay = -step * jnp.broadcast_to(jnp.exp(a_log), step.shape)
+    values = (x.astype(jnp.float32) * step[..., None]).astype(x.dtype)
+    return over_rows(op, [], [c, b, values, decay, memory, runs])
