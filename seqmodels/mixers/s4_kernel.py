@@ -1,0 +1,153 @@
+"""The convolution kernel of S4: a diagonal plus low-rank state-space model, through its spectrum.
+
+With ``A = diag(λ) - p p*``, the bilinear rule and a readout that is already truncated,
+``C~ = C (I - Ā^L)``, the transform of the kernel at the L-th roots of unity is four Cauchy sums and
+Woodbury's identity: Gu, Goel & Ré, "Efficiently Modeling Long Sequences with Structured State
+Spaces", ICLR 2022, appendix C.3. On the unit circle, at the angle θ, ``2 (1 - ω) / (1 + ω)`` is
+``i s`` with a real ``s = 2 tan(θ / 2)``, so that
+
+    K^(θ) = exp(iθ/2) / cos(θ/2) (r(B, C~) - r(P, C~) r(B, P*) / (1 + r(P, P*)))
+    r(v, c) = Δ sum_n v_n c_n / (i s - Δ λ_n)  +  the same of the conjugates
+
+A mode resonates where s meets ``Δ Im λ``, and their difference is all that matters there: both are
+held in two float32 numbers. Sums run over blocks of angles, forward and backward, and tables of
+``(H, N/2, block)`` are all that ever exists.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+from pallas_kernels import vjp
+
+_BLOCK = 64
+
+
+def s4_kernel(
+    dt: Float[Array, " h"],
+    eigenvalues: Complex[Array, "h n"],
+    p: Complex[Array, "h n"],
+    b: Complex[Array, "h n"],
+    c: Complex[Array, "r h n"],
+    length: int,
+) -> Float[Array, "r h l"]:
+    """``K_t = 2 Re C_r Ā^t B̄`` for t below ``length``, for R readouts ``(R, H, L)``.
+
+    Args:
+      dt: step sizes ``(H,)``, float32.
+      eigenvalues: ``λ (H, N/2)``, one of each conjugate pair, real part < 0; complex64.
+      p: the low-rank part, ``(H, N/2)``.
+      b: the input vector, ``(H, N/2)``.
+      c: truncated readouts ``C (I - Ā^L)``, ``(R, H, N/2)``.
+      length: L.
+
+    float32; float64 (complex128) is kept. Gradients flow through all arrays.
+    """
+    step = dt[:, None]
+    imaginary, low = _product(step, eigenvalues.imag)
+    inputs = jnp.stack([b, p], 1)  # (H, 2, N/2)
+    readouts = jnp.moveaxis(jnp.concatenate([c, jnp.conj(p)[None]]), 0, 1)  # (H, R + 1, N/2)
+    g = step[:, None, None].astype(b.dtype) * inputs[:, :, None] * readouts[:, None]
+    weights = jnp.concatenate([g.real, g.imag], -1).reshape(dt.shape[0], -1, 2 * b.shape[1])
+    real, imag = _response(length, step * eigenvalues.real, imaginary, low, weights)
+    angle = np.pi * np.arange(length // 2 + 1) / length
+    scale = jnp.asarray(np.exp(1j * angle) / np.cos(angle), b.dtype)
+    return jnp.fft.irfft(jax.lax.complex(real, imag) * scale[None, None], length)
+
+
+def _product(x, y):
+    """``x y`` as the nearest number and what it lacks; the derivative is that of the first."""
+    high = x * y
+    low = jax.lax.stop_gradient(_lacking(x, y, high))
+    return high, low
+
+
+def _lacking(x, y, product):
+    """Dekker 1971: halves of both numbers have exact products."""
+    if product.dtype == jnp.float64:
+        return jnp.zeros_like(product)
+
+    def halves(z):
+        bits = jax.lax.bitcast_convert_type(z, jnp.uint32) & np.uint32(0xFFFFF000)
+        upper = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return upper, z - upper
+
+    (xh, xl), (yh, yl) = halves(x), halves(y)
+    return ((xh * yh - product) + xh * yl + xl * yh) + xl * yl
+
+
+def _nodes(length: int, dtype) -> tuple[Array, Array]:
+    """``s = 2 tan(θ / 2)`` in two parts, ``(blocks, _BLOCK)``; filled up with its last value.
+
+    At θ = π it is 3e16 in double precision, and its square still a float32.
+    """
+    s = 2 * np.tan(np.pi * np.arange(length // 2 + 1) / length)
+    s = np.concatenate([s, np.full(-len(s) % _BLOCK, s[-1])]).reshape(-1, _BLOCK)
+    high = s.astype(dtype)
+    return jnp.asarray(high), jnp.asarray((s - high.astype(np.float64)).astype(dtype))
+
+
+def _block(decay, imaginary, low, weights, s, s_low):
+    """Both parts of the spectrum over ``exp(iθ/2) / cos(θ/2)`` at one block of angles.
+
+    ``decay, imaginary, low (H, N/2)``, ``weights (H, 2 (R + 1), N)``, ``s (T,)`` -> ``(R, H, T)``.
+    """
+    a, w, w_low = -decay[..., None], imaginary[..., None], low[..., None]
+    s, s_low = s[None, None], s_low[None, None]
+    below, above = (s - w) + (s_low - w_low), (s + w) + (s_low + w_low)
+    # 1 / (a + i x) = (a - i x) / (a^2 + x^2), for a mode and for its conjugate.
+    near, far = 1 / (a * a + below * below), 1 / (a * a + above * above)
+    below, above = below * near, above * far
+    near, far = a * near, a * far
+
+    def total(of_real, of_imaginary):
+        table = jnp.concatenate([of_real, of_imaginary], 1)
+        sums = jnp.einsum("hqn,hnt->qht", weights, table, precision=jax.lax.Precision.HIGHEST)
+        return sums.reshape(2, -1, *sums.shape[1:])
+
+    real = total(near + far, below - above)
+    imag = total(-(below + above), near - far)
+    sums = jax.lax.complex(real, imag)  # (2, R + 1, H, T)
+    spectrum = sums[0, :-1] - sums[1, :-1] * (sums[0, -1:] / (1 + sums[1, -1:]))
+    return spectrum.real, spectrum.imag
+
+
+def _primal(length, decay, imaginary, low, weights):
+    """``(R, H, L // 2 + 1)``, real and imaginary part."""
+    nodes = _nodes(length, decay.dtype)
+    parts = jax.lax.map(lambda s: _block(decay, imaginary, low, weights, *s), nodes)
+
+    def joined(x):
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], -1)[..., : length // 2 + 1]
+
+    return tuple(map(joined, parts))
+
+
+def _backward(length, arrays, cotangents):
+    nodes = _nodes(length, arrays[0].dtype)
+    count, block = nodes[0].shape
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, count * block - x.shape[2])))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], count, block), 2, 0)
+
+    decay, imaginary, low, weights = arrays
+
+    def add(total, part):
+        s, cotangent = part
+
+        def at(decay, imaginary, weights):
+            return _block(decay, imaginary, low, weights, *s)
+
+        gradients = jax.vjp(at, decay, imaginary, weights)[1](cotangent)
+        return jax.tree.map(jnp.add, total, gradients), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (decay, imaginary, weights))
+    parts = (nodes, tuple(map(cut, cotangents)))
+    ddecay, dimaginary, dweights = jax.lax.scan(add, zeros, parts)[0]
+    return ddecay, dimaginary, None, dweights
+
+
+_response = vjp.join(_primal, lambda length, *x: (_primal(length, *x), x), _backward)
