@@ -1,4 +1,4 @@
-"""Parts of layers whose heads each keep a matrix: projections, norms, gates, initialisers."""
+"""Parts of layers whose heads each keep a matrix: gates, norms, initialisers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,29 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-
-class Projection(nn.Module):
-    """``x W (+ b)`` with ``W`` normal of deviation ``std``, ``b`` zero; computed in ``dtype``."""
-
-    features: int
-    std: float
-    use_bias: bool = False
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l features"]:
-        shape = (x.shape[-1], self.features)
-        dtype = x.dtype if self.dtype is None else self.dtype
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
-        y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return y + jnp.broadcast_to(bias.astype(dtype), y.shape)
+from seqmodels.layers.projections import dense, rms_normalise
 
 
 class LowRank(nn.Module):
-    """Two projections, through ``rank`` channels and with no activation between them."""
+    """Two projections, through ``rank`` channels and with no activation between them.
+
+    Attributes:
+      features, rank: channels of the outputs and in between.
+      std: deviation of the projections' normal initialisation.
+      use_bias: whether the second one has a bias.
+      dtype: of the second one; None for that of the inputs.
+    """
 
     features: int
     rank: int
@@ -41,8 +30,10 @@ class LowRank(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l features"]:
-        x = Projection(self.rank, self.std, name="down")(x)
-        return Projection(self.features, self.std, self.use_bias, self.dtype, name="up")(x)
+        init = nn.initializers.normal(self.std)
+        x = dense(x, self.rank, "down", kernel_init=init)
+        x = x if self.dtype is None else x.astype(self.dtype)
+        return dense(x, self.features, "up", use_bias=self.use_bias, kernel_init=init)
 
 
 class GatedNorm(nn.Module):
@@ -61,9 +52,7 @@ class GatedNorm(nn.Module):
         self, x: Float[Array, "*b v"], gate: Float[Array, "*b v"] | None = None
     ) -> Float[Array, "*b v"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(mean_square + self.epsilon) * jnp.broadcast_to(scale, x.shape)
+        y = rms_normalise(x.astype(jnp.float32), self.epsilon) * jnp.broadcast_to(scale, x.shape)
         if gate is not None:
             y = y * self.activation(gate.astype(jnp.float32))
         return y.astype(x.dtype)

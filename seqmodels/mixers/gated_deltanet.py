@@ -84,12 +84,12 @@ class GatedDeltaNet(DeltaMixer[GatedDeltaNetConfig]):
         tokens, windows = self.convolved(x, hidden, segments)
         decay, memory = self._log_decay(x), hidden["memory"]
         o, memory = self.correct(tokens, self.beta(x), decay, memory, segments)
-        gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
+        gate = self.project(x, sizes.heads * sizes.value, "g_proj")
         return self.readout(o, gate), {"memory": memory, **windows}
 
     def _log_decay(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h"]:
         heads = self.config.heads
-        step = self.project(heads, "a_proj", dtype=jnp.float32)(x)
+        step = self.project(x.astype(jnp.float32), heads, "a_proj")
         # Not from 0: a head that starts there has no gradient to leave it.
         rate = jnp.exp(self.param("A_log", log_of_uniform(1e-4, 16.0), (heads,)))
         bias = jnp.broadcast_to(self.param("dt_bias", step_bias(), (heads,)), step.shape)

@@ -70,5 +70,5 @@ class GLA(MatrixMixer[GLAConfig]):
         decay = jax.nn.log_sigmoid(split_heads(logits, sizes.key)) / config.gate_temperature
         memory = state.resume(segments)["memory"]
         o, memory = self.attend(self.tokens(x), decay, memory, segments)
-        gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
+        gate = self.project(x, sizes.heads * sizes.value, "g_proj")
         return self.readout(o, gate), {"memory": memory}

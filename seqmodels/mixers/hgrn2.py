@@ -71,9 +71,9 @@ class HGRN2(MatrixMixer[HGRN2Config]):
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
         size = self.config.head_size
-        q = jax.nn.silu(self.project(self.width, "q_proj")(x))
-        v = self.project(self.width, "i_proj")(x)
-        logits = self.project(self.width, "f_proj")(x).astype(jnp.float32)
+        q = jax.nn.silu(self.project(x, self.width, "q_proj"))
+        v = self.project(x, self.width, "i_proj")
+        logits = self.project(x, self.width, "f_proj").astype(jnp.float32)
         decay, k = self._gate(logits)
         parts = (split_heads(part, size) for part in (q, k.astype(x.dtype), v))
         memory = state.resume(segments)["memory"]

@@ -66,7 +66,7 @@ class Lightning(MatrixMixer[LightningConfig]):
         decay = -slopes(config.heads, config.layer, config.layers)
         memory = state.resume(segments)["memory"]
         o, memory = self.attend(tokens, decay, memory, segments, scale=1.0)
-        gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
+        gate = self.project(x, sizes.heads * sizes.value, "g_proj")
         y = self.readout(o, gate, jax.nn.sigmoid, per_head=False)
         return y, {"memory": memory}
 

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import delta_rule, linear_attention
-from seqmodels.layers.heads import GatedNorm, Projection, l2_normalise, merge_heads, split_heads
+from seqmodels.layers.heads import GatedNorm, l2_normalise, merge_heads, split_heads
+from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
 from seqmodels.parallel.rows import over_rows
@@ -77,8 +78,8 @@ class MatrixMixer(Mixer[Config]):
     """A mixer whose heads each keep a matrix ``(K, V)``.
 
     ``hidden`` of the state is a dict: ``"memory"`` float32 ``(B, H', K, V')``, one matrix a head,
-    where a head of values wider than 256 is stored as several (see ``pieces``), and what
-    the mixer adds to it. Subclasses say their ``sizes`` and write ``mix``.
+    where a head of values wider than 256 is stored as several (see ``pieces``), and what the mixer
+    adds to it. Subclasses say their ``sizes`` and write ``mix``.
     """
 
     @property
@@ -117,18 +118,19 @@ class MatrixMixer(Mixer[Config]):
         return RecurrentState.start({"memory": jnp.zeros(shape, jnp.float32)}, batch_size)
 
     def project(
-        self, features: int, name: str, *, use_bias: bool = False, dtype: Any = None
-    ) -> Projection:
-        """A projection with the configuration's initialisation."""
-        return Projection(features, self.config.init_std, use_bias, dtype, name=name)
+        self, x: Float[Array, "b l d"], features: int, name: str
+    ) -> Float[Array, "b l features"]:
+        """A projection without bias, initialised as the configuration says."""
+        init = nn.initializers.normal(self.config.init_std)
+        return dense(x, features, name, kernel_init=init)
 
     def tokens(self, x: Float[Array, "b l d"]) -> Tokens:
         """Queries, keys and values as linear functions of ``x``."""
         sizes = self.sizes
         return Tokens(
-            split_heads(self.project(sizes.groups * sizes.key, "q_proj")(x), sizes.key),
-            split_heads(self.project(sizes.groups * sizes.key, "k_proj")(x), sizes.key),
-            split_heads(self.project(sizes.heads * sizes.value, "v_proj")(x), sizes.value),
+            split_heads(self.project(x, sizes.groups * sizes.key, "q_proj"), sizes.key),
+            split_heads(self.project(x, sizes.groups * sizes.key, "k_proj"), sizes.key),
+            split_heads(self.project(x, sizes.heads * sizes.value, "v_proj"), sizes.value),
         )
 
     def attend(
@@ -191,7 +193,7 @@ class MatrixMixer(Mixer[Config]):
         gate = gate if gate is None or not per_head else split_heads(gate, o.shape[-1])
         norm = GatedNorm(self.config.norm_epsilon, activation, name="o_norm")
         o = merge_heads(norm(o, gate)) if per_head else norm(merge_heads(o), gate)
-        return self.project(self.width, "o_proj")(o)
+        return self.project(o, self.width, "o_proj")
 
     def per_head(self, total: float, heads: int, name: str) -> int:
         """``total / heads`` channels; ValueError unless that is a whole number."""
@@ -242,7 +244,7 @@ class DeltaMixer(MatrixMixer[AnyDelta]):
         """``silu`` of short convolutions, queries and keys of norm 1; the windows after them."""
         windows, parts = {}, {}
         for name, channels in self._channels().items():
-            part = self.project(channels, f"{name}_proj")(x)
+            part = self.project(x, channels, f"{name}_proj")
             conv = ShortConv(self.config.taps, use_bias=False, name=f"{name}_conv")
             window = f"{name}_window"
             parts[name], windows[window] = conv(part, hidden[window], runs=_runs(segments))
@@ -252,7 +254,7 @@ class DeltaMixer(MatrixMixer[AnyDelta]):
 
     def beta(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h"]:
         """How much of the old value each head replaces: in (0, 1), or in (0, 2)."""
-        logits = self.project(self.sizes.heads, "b_proj", dtype=jnp.float32)(x)
+        logits = self.project(x.astype(jnp.float32), self.sizes.heads, "b_proj")
         return jax.nn.sigmoid(logits) * (2.0 if self.config.negative_eigenvalues else 1.0)
 
     def _channels(self) -> dict[str, int]:

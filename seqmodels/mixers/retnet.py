@@ -63,7 +63,7 @@ class RetNet(MatrixMixer[RetNetConfig]):
         memory = state.resume(segments)["memory"]
         tokens = tokens._replace(q=q, k=k)
         o, memory = self.attend(tokens, log_decays(config.heads), memory, segments)
-        gate = self.project(sizes.heads * sizes.value, "g_proj")(x)
+        gate = self.project(x, sizes.heads * sizes.value, "g_proj")
         return self.readout(o, gate), {"memory": memory}
 
 
