@@ -15,6 +15,8 @@ from experiments.kernels.timing import medians
 from pallas_kernels import long_conv
 from pallas_kernels.long_conv.api import METHODS
 from pallas_kernels.long_conv.shapes import Shape, named, program
+from seqmodels.mixers import hippo
+from seqmodels.mixers.s4_kernel import s4_kernel
 
 CASE = "pallas_kernels.long_conv.shapes:case"
 BASELINE_CASE = "experiments.kernels.baselines.long_conv:case"
@@ -63,11 +65,47 @@ def timed(shape: Shape, mode: str, repetitions: int) -> Result:
 
 
 def cpu(repetitions: int, shape: Shape = CPU_SHAPE) -> Iterator[Result]:
-    """At half the length, at it, at twice; one-sided, where the circle cannot be shared."""
+    """At half the length, at it, at twice; one-sided; the kernel of S4."""
     for mode in BOTH:
         for scale in SCALES:
             yield timed(shape.scaled(scale), mode, repetitions)
         yield timed(Shape("one-sided", "SGConv", 4, 2048, 64), mode, repetitions)
+    for mode in BOTH:
+        yield generated(mode, repetitions)
+
+
+def generated(
+    mode: str, repetitions: int, width: int = 64, states: int = 64, length: int = 4096
+) -> Result:
+    """The kernel of S4, from HiPPO-LegS, against the einsum over the whole Cauchy matrix."""
+    rng = np.random.default_rng(0)
+    values, vectors = hippo.normal_eigen(states)
+    low_rank = vectors.conj().T @ np.sqrt(np.arange(states) + 0.5)
+    parameters = [np.tile(x, (width, 1)) for x in (values, low_rank, hippo.normal_input(vectors))]
+    c = rng.standard_normal((2, 1, width, states // 2))
+    arrays = [jnp.asarray(x, jnp.complex64) for x in (*parameters, c[0] + 1j * c[1])]
+    args = (jnp.asarray(np.geomspace(1e-3, 0.1, width), jnp.float32), *arrays)
+    cotangent = jnp.asarray(rng.standard_normal((1, width, length)), jnp.float32)
+
+    def forward_backward(op: Any, *args: Any) -> Any:
+        kernel, pullback = jax.vjp(op, *args)
+        return kernel, pullback(cotangent)
+
+    def chosen(op: Any) -> Any:
+        op = functools.partial(op, length=length)
+        return op if mode == "forward" else functools.partial(forward_backward, op)
+
+    programs = {"s4_kernel": chosen(s4_kernel), "einsum": chosen(baselines.cauchy_einsum)}
+    figures = medians(programs, args, repetitions)
+    return Result(
+        case=f"{mode}, kernel of S4",
+        device=jax.devices()[0].device_kind,
+        kind=results.TIMED,
+        shape=f"({width}, {length}) {states} states, float32",
+        figures={f"{name} ms": value for name, value in figures.items()},
+        ratios={"einsum": figures["einsum"] / figures["s4_kernel"]},
+        targets={"einsum": Target("at least", 2.0)},
+    )
 
 
 TPU_SHAPES = ("s4-listops", "s4-text", "hyena-153m")

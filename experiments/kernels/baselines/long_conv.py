@@ -22,6 +22,24 @@ def published_fft(u, kernel, *, kernel_reverse=None):
     return jnp.fft.irfft(spectrum, n, axis=1)[:, :length].astype(u.dtype)
 
 
+def cauchy_einsum(dt, eigenvalues, p, b, c, length):
+    """`s4_kernel` with all of the Cauchy matrix, `(H, N / 2, L / 2 + 1)`, and its conjugate's."""
+    w = jnp.exp(-2j * jnp.pi * jnp.arange(length // 2 + 1) / length)
+    inputs = jnp.stack([b, p]) * dt[None, :, None]
+    readouts = jnp.concatenate([c, jnp.conj(p)[None]])
+
+    def sums(values, weights):
+        poles = (dt[:, None] * values)[..., None]
+        cauchy = 1 / (2 * (1 - w)[None, None] - (1 + w)[None, None] * poles)
+        return jnp.einsum("ahn,rhn,hnl->arhl", *weights, cauchy)
+
+    conjugates = (jnp.conj(inputs), jnp.conj(readouts))
+    r = sums(eigenvalues, (inputs, readouts)) + sums(jnp.conj(eigenvalues), conjugates)
+    w1 = (1 + w)[None, None]
+    spectrum = 2 * (r[0, :-1] - w1 * r[1, :-1] * r[0, -1:] / (1 + w1 * r[1, -1:]))
+    return jnp.fft.irfft(spectrum, length)
+
+
 CONVS: dict[str, Any] = {"published fft": published_fft}
 
 
