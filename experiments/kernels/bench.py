@@ -97,6 +97,7 @@ def measure(config: BenchConfig) -> Iterator[Result]:
 def run(config: BenchConfig, rows: Iterable[Result], console: rich.console.Console) -> list[Result]:
     """Collects the rows, naming each on `console` as it comes, and writes them after each."""
     start, done = time.perf_counter(), []
+    machine = environment()  # before this command's own output changes the checkout
     settings = {**vars(config), "output": None}
     with console.status("measuring"):
         for row in rows:
@@ -104,7 +105,7 @@ def run(config: BenchConfig, rows: Iterable[Result], console: rich.console.Conso
             console.print(f"[dim]{row.device}: {row.case} {row.shape}[/dim]")
             record = {
                 "config": settings,
-                **environment(),
+                **machine,
                 "wall_s": time.perf_counter() - start,
                 "cases": [row.to_json() for row in done],
             }

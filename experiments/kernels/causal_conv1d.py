@@ -1,5 +1,6 @@
 """What is measured of the short convolution, and what it has to reach."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import causal_conv1d as baselines
+from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
-from experiments.kernels.timing import medians, milliseconds
+from experiments.kernels.timing import medians
 from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d.shapes import Shape, named, program
 
@@ -57,32 +59,24 @@ def timed(shape: Shape, repetitions: int, *, targets: Any = None) -> Result:
     )
 
 
-def per_token(shape: Shape, repetitions: int) -> Result:
-    """Time for each token at half the length and at twice, over that at the length itself."""
-
-    def bound(scaled: Shape):
-        run = jax.jit(program(causal_conv1d, scaled, "forward+backward")[0])
-        args = inputs(scaled)
-        return lambda: run(*args)
-
-    runs = {f"x{scale:g}": bound(shape.scaled(scale)) for scale in SCALES}
-    ms = milliseconds(runs, (), repetitions)
-    one = ms["x1"]
-    return Result(
-        case="forward+backward, time for each token over length",
-        device=jax.devices()[0].device_kind,
-        kind=results.TIMED,
-        shape=describe(shape),
-        figures={f"{name} ms": value for name, value in ms.items()},
-        ratios={f"x{s:g}": ms[f"x{s:g}"] / s / one for s in SCALES if s != 1},
+def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
+    """The same number of tokens as rows of different lengths."""
+    return equal_tokens(
+        shape,
+        lengths,
+        repetitions,
+        program=lambda chosen: program(causal_conv1d, chosen, "forward+backward")[0],
+        arguments=inputs,
+        description=describe(shape),
     )
 
 
 def cpu(repetitions: int, shape: Shape = CPU_SHAPE) -> Iterator[Result]:
-    """At half the length, at it, at twice."""
+    """At half the length, at it, at twice; equal tokens from 1k to 64k long."""
     for scale in SCALES:
         yield timed(shape.scaled(scale), repetitions, targets=FASTER)
-    yield per_token(shape, repetitions)
+    long = dataclasses.replace(shape, batch=1, length=2**16, width=256)
+    yield flat(long, (2**10, 2**12, 2**14, 2**16), repetitions)
 
 
 def static(shape: str, mode: str, scale: float = 1.0, chip: str = "v5e", baseline: str = ""):
