@@ -63,7 +63,7 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
     that it keeps, which is another function of the tokens once sinks have left the window.
 
     The state holds rotated keys and values of the last ``window`` tokens, ``{"k", "v"}``, the
-    newest last, and of the first ``sinks``, ``{"sink_k", "sink_v"}``: its size does not grow.
+    newest last, and of the first ``sinks``, if any, ``{"sink_k", "sink_v"}``: it does not grow.
     """
 
     def mix(
@@ -86,8 +86,11 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
             key_runs = jnp.concatenate([past_runs, runs], axis=1)
             key_positions = jnp.concatenate([past_positions, positions], axis=1)
             past = {name: part.astype(x.dtype) for name, part in state.hidden.items()}
-            all_k = jnp.concatenate([past["sink_k"], past["k"], k], axis=1)
-            all_v = jnp.concatenate([past["sink_v"], past["v"], v], axis=1)
+            parts = ("sink_", "") if config.sinks else ("",)
+            all_k, all_v = (
+                jnp.concatenate([*(past[part + name] for part in parts), new], axis=1)
+                for name, new in (("k", k), ("v", v))
+            )
         o = attend(
             q,
             all_k,
@@ -130,6 +133,8 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
             line = jnp.concatenate([old[name], new.astype(old[name].dtype)], axis=1)
             last = jnp.take_along_axis(line, place, axis=1)
             kept[name] = jnp.where(valid, last, jnp.zeros_like(last))
+            if not config.sinks:
+                continue
             sinks = old[f"sink_{name}"]
             sinks = jnp.where(fresh, jnp.zeros_like(sinks), sinks)
             first = chosen & (positions < config.sinks)
@@ -143,5 +148,6 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
             return jnp.zeros((batch_size, length, config.groups, self.head_size), dtype)
 
         sizes = {"k": config.window, "v": config.window}
-        sizes |= {"sink_k": config.sinks, "sink_v": config.sinks}
+        if config.sinks:
+            sizes |= {"sink_k": config.sinks, "sink_v": config.sinks}
         return {name: zeros(length) for name, length in sizes.items()}

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import aot
+from seqmodels.layers import attention
 from seqmodels.layers.attention import attend
 from seqmodels.mixers import Segments
+from seqmodels.parallel import make_mesh
+from seqmodels.parallel.rows import on_mesh
 
 
 @pytest.fixture(autouse=True)
@@ -15,26 +19,38 @@ def _strict_promotion():
         yield
 
 
-def by_queries(q, k, v, *, causal=True, window=None, sinks=0, q_segments=None, k_segments=None,
-               k_positions=None):  # fmt: skip
+def by_queries(
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    window=None,
+    sinks=0,
+    q_segments=None,
+    k_segments=None,
+    k_positions=None,
+):
     """The definition, one query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, length, heads, size = q.shape
     past, group = k.shape[1] - length, heads // k.shape[2]
-    o = np.zeros_like(q)
-    for b, t, h in np.ndindex(batch, length, heads):
-        seen = []
-        for s in range(k.shape[1]):
-            if q_segments is not None and q_segments[b, t] != k_segments[b, s]:
-                continue
-            if causal and s > past + t:
-                continue
-            late = window is None or past + t - s < window
-            if late or (sinks and k_positions[b, s] < sinks):
-                seen.append(s)
-        scores = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(size)
-        p = np.exp(scores - scores.max())
-        o[b, t, h] = p / p.sum() @ v[b, seen, h // group]
+    o, index = np.zeros_like(q), np.arange(k.shape[1])
+    segments = [None if x is None else np.asarray(x) for x in (q_segments, k_segments)]
+    k_positions = None if k_positions is None else np.asarray(k_positions)
+    for b, t in np.ndindex(batch, length):
+        seen = np.ones(k.shape[1], bool)
+        if causal:
+            seen &= index <= past + t
+        if window is not None:
+            late = past + t - index < window
+            seen &= late | (k_positions[b] < sinks) if sinks else late
+        if q_segments is not None:
+            seen &= segments[0][b, t] == segments[1][b]
+        for h in range(heads):
+            scores = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(size)
+            p = np.exp(scores - scores.max())
+            o[b, t, h] = p / p.sum() @ v[b, seen, h // group]
     return o
 
 
@@ -59,7 +75,8 @@ def packed(length, past=0):
         runs[1, : past // 2] = -1
         positions[1, : past // 2] = -1
         positions[1] -= np.where(runs[1] == 1, past // 2, 0)
-    return {"q_segments": runs[:, past:], "k_segments": runs, "k_positions": positions}
+    masks = {"q_segments": runs[:, past:], "k_segments": runs, "k_positions": positions}
+    return {name: jnp.asarray(mask) for name, mask in masks.items()}
 
 
 def close(actual, expected, real=None):
@@ -78,10 +95,121 @@ def test_packed_rows(length, past, window, sinks):
     masks = packed(length, past)
     options = {"window": window, "sinks": sinks}
     o = jax.jit(lambda *args, **masks: attend(*args, **options, **masks))(q, k, v, **masks)
-    close(o, by_queries(q, k, v, **options, **masks), masks["q_segments"] != 0)
+    close(o, by_queries(q, k, v, **options, **masks), np.asarray(masks["q_segments"] != 0))
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 10}])
 def test_rows_of_one_document(options):
-    q, k, v = tensors(150, 0, heads=2)
+    q, k, v = tensors(150, heads=2)
     close(jax.jit(lambda *args: attend(*args, **options))(q, k, v), by_queries(q, k, v, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 70}, {"window": 9, "sinks": 3}])
+def test_documents_are_isolated_and_blocks_change_nothing(options, monkeypatch):
+    length = 210
+    q, k, v = tensors(length)
+    masks = packed(length)
+    if "sinks" not in options:
+        masks.pop("k_positions")
+    other = np.asarray(masks["q_segments"] == 2)[:, :, None, None]
+
+    def differentiate(q, k, v):
+        y, vjp = jax.vjp(lambda *args: attend(*args, **options, **masks), q, k, v)
+        return y, vjp(jnp.where(masks["q_segments"][:, :, None, None] != 0, jnp.sin(y), 0.0))
+
+    before = jax.jit(differentiate)(q, k, v)
+    changed = jax.jit(differentiate)(*(jnp.where(other, 1e3 * x + 1.0, x) for x in (q, k, v)))
+    for one, two in zip(jax.tree.leaves(before), jax.tree.leaves(changed), strict=True):
+        same = np.broadcast_to(other, one.shape)
+        np.testing.assert_array_equal(one[~same], two[~same])
+        assert np.any(one[same] != two[same])
+    # One block after the other instead of all together.
+    monkeypatch.setattr(attention, "_SCORES", 1)
+    jax.tree.map(close, jax.jit(lambda *args: differentiate(*args))(q, k, v), before)
+
+
+def test_a_window_costs_in_proportion_to_the_length():
+    def flops(length, **options):
+        arrays = [jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)] * 3
+        compiled = jax.jit(lambda *args: attend(*args, **options)).lower(*arrays).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(2048, window=64) < 2.1 * flops(1024, window=64)
+    assert flops(2048, window=64) < flops(2048) / 10
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 30}])
+def test_splash(options):
+    """The TPU's kernel, interpreted: padded, with a past, documents and grouped heads."""
+    length, past = 140, 0 if "causal" in options else 20
+    q, k, v = tensors(length, past, size=8)
+    masks = packed(length, past)
+    rule = attention._Rule(**{"causal": True, "window": None} | options, sinks=0, scale=8**-0.5)
+    arrays = (masks["q_segments"], masks["k_segments"], None)
+
+    def splash(q, k, v):
+        return attention._splash(rule, q, k, v, *arrays, interpret=True)
+
+    def portable(q, k, v):
+        return attend(q, k, v, q_segments=arrays[0], k_segments=arrays[1], **options)
+
+    def differentiate(fn):
+        y, vjp = jax.vjp(fn, q, k, v)
+        return y, vjp(jnp.where(arrays[0][:, :, None, None] != 0, jnp.sin(y), 0.0))
+
+    real = np.asarray(arrays[0] != 0)
+    (one, gradients), (two, others) = (
+        jax.jit(differentiate, static_argnums=0)(fn) for fn in (splash, portable)
+    )
+    close(one, two, real)
+    jax.tree.map(close, gradients, others)
+
+
+def test_compiles_for_a_tpu():
+    """Padded length, a past, documents, heads in groups and of half a register's width."""
+
+    def differentiate(q, k, v, *segments):
+        def op(q, k, v):
+            q_segments, k_segments = segments
+            return attend(q, k, v, window=300, q_segments=q_segments, k_segments=k_segments)
+
+        y, vjp = jax.vjp(op, q, k, v)
+        return vjp(y)
+
+    Struct = jax.ShapeDtypeStruct
+    q, k = (Struct((2, n, h, 64), jnp.bfloat16) for n, h in ((1000, 4), (1300, 2)))
+    segments = [Struct((2, n), jnp.int32) for n in (1000, 1300)]
+    compiled = aot.compile_for("v5e", differentiate, q, k, k, *segments)
+    assert (compiled.as_text() or "").count("tpu_custom_call") == 3  # forward, dq, dk and dv
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2**20  # no scores
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9, "sinks": 2}])
+def test_on_a_mesh(options):
+    q, k, v = tensors(130, heads=2)
+    masks = packed(130)
+    mesh = make_mesh(2, devices=jax.devices()[:2])
+
+    def differentiate(q, k, v):
+        y, vjp = jax.vjp(lambda *args: attend(*args, **options, **masks), q, k, v)
+        return y, vjp(jnp.sin(y))
+
+    on_two = jax.jit(on_mesh(differentiate, mesh))(q, k, v)
+    jax.tree.map(close, on_two, jax.jit(differentiate)(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((1, 3, 3, 2), (1, 3, 2, 2)), {}, "G a divisor of H"),
+        (((1, 3, 2, 2), (1, 2, 2, 2)), {}, "3 causal queries need at least as many keys, got 2"),
+        (((1, 3, 2, 2), (1, 3, 2, 2)), {"window": 0}, "window=0 must be positive"),
+        (((1, 3, 2, 2), (1, 3, 2, 2)), {"window": 2, "causal": False}, "causal=True"),
+        (((1, 3, 2, 2), (1, 3, 2, 2)), {"sinks": 2}, "sinks=2 needs a window"),
+        (((1, 3, 2, 2), (1, 3, 2, 2)), {"q_segments": jnp.ones((1, 3), jnp.int32)}, "go together"),
+    ],
+)
+def test_bad_arguments_are_refused(shapes, options, message):
+    q, k = map(jnp.zeros, shapes)
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, k, **options)
