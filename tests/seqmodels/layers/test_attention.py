@@ -9,7 +9,7 @@ from pallas_kernels import aot
 from seqmodels.layers import attention
 from seqmodels.layers.attention import attend
 from seqmodels.mixers import Segments
-from seqmodels.parallel import make_mesh
+from seqmodels.parallel import batch_sharding, make_mesh
 from seqmodels.parallel.rows import on_mesh
 
 
@@ -194,7 +194,7 @@ def test_on_a_mesh(options):
         y, vjp = jax.vjp(lambda *args: attend(*args, **options, **masks), q, k, v)
         return y, vjp(jnp.sin(y))
 
-    on_two = jax.jit(on_mesh(differentiate, mesh))(q, k, v)
+    on_two = jax.jit(on_mesh(differentiate, mesh), in_shardings=batch_sharding(mesh))(q, k, v)
     jax.tree.map(close, on_two, jax.jit(differentiate)(q, k, v))
 
 
