@@ -33,13 +33,13 @@ class _Rule(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Keys, and what tells which of them a query sees; ``index`` may be ``(1, S)``."""
+    """Keys, and what tells which of them a query sees; ``order`` may be ``(1, S)``."""
 
     k: Array
     v: Array
-    index: Array
-    segments: Array | None
-    positions: Array | None
+    order: Array
+    segments: Any  # Array | None, and who asks knows which
+    positions: Any
 
 
 def attend(
@@ -125,10 +125,11 @@ def _portable(rule: _Rule, q, k, v, q_segments, k_segments, k_positions):
 def _blocks_of_queries(rule: _Rule, q, segments, keys: _Keys, rows: int):
     """Every query against every key, ``rows`` queries at a time."""
     length = q.shape[1]
-    index = keys.index[:, keys.index.shape[1] - length :] if rule.causal else None
+    index = keys.order[:, keys.order.shape[1] - length :] if rule.causal else None
 
     def one(part):
-        return _visible(rule, *part, keys)
+        q, index, segments = part
+        return _visible(rule, q, index, segments, keys)
 
     parts = jax.tree.map(lambda x: _split(x, rows), (q, index, segments))
     return _join(jax.lax.map(jax.checkpoint(one), parts), length)
@@ -137,8 +138,8 @@ def _blocks_of_queries(rule: _Rule, q, segments, keys: _Keys, rows: int):
 def _band(rule: _Rule, q, segments, keys: _Keys, block: int):
     """Each block of queries against its own keys, the block before, and sinks before these."""
     batch, length, heads, _ = q.shape
-    past = keys.index.shape[1] - length
-    index = keys.index[:, past:]
+    past = keys.order.shape[1] - length
+    index = keys.order[:, past:]
 
     def spans(x, fill):
         """``(n, B, 2 block, ..)``: the blocks' own keys behind as many earlier ones."""
@@ -152,7 +153,7 @@ def _band(rule: _Rule, q, segments, keys: _Keys, block: int):
     near = _Keys(
         spans(keys.k, 0),
         spans(keys.v, 0),
-        spans(keys.index, jnp.iinfo(jnp.int32).max),
+        spans(keys.order, jnp.iinfo(jnp.int32).max),
         None if keys.segments is None else spans(keys.segments, -1),
         None if keys.positions is None else spans(keys.positions, 0),
     )
@@ -161,7 +162,7 @@ def _band(rule: _Rule, q, segments, keys: _Keys, block: int):
         near = jax.tree.map(
             lambda one, two: jnp.concatenate([one, two], axis=2),
             _sinks(rule.sinks, keys, first),
-            near._replace(index=jnp.broadcast_to(near.index, near.positions.shape)),
+            near._replace(order=jnp.broadcast_to(near.order, near.positions.shape)),
         )
 
     def one(part):
@@ -181,7 +182,7 @@ def _sinks(count: int, keys: _Keys, first):
     """
     place = jnp.where(
         keys.positions[..., None] == jnp.arange(count, dtype=jnp.int32)[None, None],
-        keys.index[..., None],
+        keys.order[..., None],
         -1,
     )
     at = jnp.clip(first, 0)
@@ -204,7 +205,7 @@ def _visible(rule: _Rule, q, index, segments, keys: _Keys):
     """Attention ``(B, T, H, K)`` of some queries to some keys."""
     mask = None
     if rule.causal:
-        distance = index[:, :, None] - keys.index[:, None]
+        distance = index[:, :, None] - keys.order[:, None]
         mask = distance >= 0
         if rule.window is not None:
             near = distance < rule.window

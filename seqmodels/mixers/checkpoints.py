@@ -39,7 +39,7 @@ def attend_checkpoints(
         return over_rows(whole, [], [q, k, v, runs]), None
 
     def continued(q: Array, k: Array, v: Array, cache: Cache, runs: Any) -> Array:
-        past = cache.past(interval)
+        past: dict[str, Any] = cache.past(interval)
         past |= {name: past[name].astype(q.dtype) for name in ("past_k", "past_v")}
         return checkpoint_attention(q, k, v, segment_ids=runs, **past, **options)
 

@@ -105,7 +105,7 @@ class RAT(CachingMixer[RATConfig]):
         hidden = state.hidden
         running = None
         if hidden is not None:
-            running = state.replace(hidden=hidden["running"]).resume(segments)
+            running = dataclasses.replace(state, hidden=hidden["running"]).resume(segments)
         streams = jnp.concatenate([v, jnp.tile(k, repeats)], axis=-1)
         streams, running = self.smooth(streams, forget, positions, running, segments)
         v, k = jnp.split(streams.astype(x.dtype), 2, axis=-1)

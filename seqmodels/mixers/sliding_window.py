@@ -79,7 +79,7 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
         runs = None if segments is None else segments.runs
         key_runs, key_positions, all_k, all_v = runs, positions, k, v
         if state.hidden is None:
-            state = state.replace(hidden=self.empty(x.shape[0], None, x.dtype))
+            state = dataclasses.replace(state, hidden=self.empty(x.shape[0], None, x.dtype))
         else:
             runs = runs_of(x, segments)
             past_runs, past_positions = self._past(held(state, segments))

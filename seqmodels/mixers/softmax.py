@@ -115,7 +115,7 @@ class CachingMixer(Mixer[Config]):
         after = state.advance(None, segments, x.shape[1])
         y, hidden = self.mix(x, segments, state, after)
         y = mask_padding(y, segments)
-        return y, after.replace(hidden=hidden) if self.streams else None
+        return y, dataclasses.replace(after, hidden=hidden) if self.streams else None
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
