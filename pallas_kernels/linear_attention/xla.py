@@ -46,10 +46,12 @@ def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(-1, size, *shape)
 
+    # Not bfloat16: a CPU has no product of some layouts of two bfloat16 matrices with wide sums.
+    wide = jnp.float64 if v.dtype == jnp.float64 else jnp.float32
+    q, k, v = (x.astype(wide) for x in (q, k, v))
     g = entering = None
     if log_decay is not None:
         width = 1 if log_decay.ndim == 3 else log_decay.shape[3]
-        wide = jnp.float64 if v.dtype == jnp.float64 else jnp.float32
         g = cut(log_decay.astype(wide), *heads, width)
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, padding)))

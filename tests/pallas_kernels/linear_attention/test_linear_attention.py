@@ -71,9 +71,12 @@ def test_the_oracle_is_the_recurrence():
     np.testing.assert_allclose(final[0], state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("decay", ["head", "key"])
-def test_bfloat16_against_the_float32_oracle(decay):
-    case = Case(length=200, decay=decay, dtype="bfloat16", packed=True, key_size=32, value_size=16)
+@pytest.mark.parametrize(
+    ("decay", "packed"), [("head", True), ("key", True), ("constant", False), (None, False)]
+)
+def test_bfloat16_against_the_float32_oracle(decay, packed):
+    sizes = {"key_size": 32, "value_size": 16}
+    case = Case(length=200, decay=decay, dtype="bfloat16", packed=packed, **sizes)
     actual, expected = case.run("xla"), case.oracle()
     assert actual["outputs"][0].dtype == jnp.bfloat16
     assert actual["outputs"][1].dtype == jnp.float32
