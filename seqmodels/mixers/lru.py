@@ -22,9 +22,8 @@ from seqmodels.mixers.base import (
     RecurrentState,
     Segments,
     mask_padding,
-    recurrence,
 )
-from seqmodels.mixers.projected import both_ways
+from seqmodels.mixers.projected import both_ways, from_left
 from seqmodels.mixers.published import Published
 
 
@@ -110,9 +109,7 @@ class LRU(Mixer[LRUConfig]):
         if state is None:
             y = both_ways(u, decay, into, readout, segments)
         else:
-            drive = jax.lax.complex(*jnp.split(_project(u, into), 2, axis=-1))
-            h, final = recurrence(decay, drive, segments=segments, hidden=state.resume(segments))
-            y = _project(jnp.concatenate([h.real, h.imag], axis=-1), readout)
+            y, final = from_left(u, decay, into, readout, segments, state.resume(segments))
         skip = self.param("D", initializers.normal(1.0), (self.width,))
         y = y + jnp.broadcast_to(skip, u.shape) * u  # not skip[None, None], as in S5
         y = mask_padding(y, segments).astype(x.dtype)
@@ -146,10 +143,6 @@ class LRU(Mixer[LRUConfig]):
         real, imaginary = (self.param(name, init, shape).T for name in ("C_re", "C_im"))
         pieces = zip(jnp.split(real, directions), jnp.split(imaginary, directions), strict=True)
         return jnp.concatenate([plane for re, im in pieces for plane in (re, -im)])
-
-
-def _project(x: Float[Array, "b l k"], w: Float[Array, "k n"]) -> Float[Array, "b l n"]:
-    return jnp.dot(x, w, precision=jax.lax.Precision.HIGHEST)
 
 
 def _nu_log(r_min: float, r_max: float) -> Any:

@@ -1,6 +1,6 @@
-"""A diagonal recurrence between two projections, both ways through time: the core of S5.
+"""A diagonal recurrence between two projections, one or both ways: the core of S5 and LRU.
 
-    h_t = a h_{t-1} + W u_t,   g_t = a g_{t+1} + W u_t,   y_t = 2 Re(C1 h_t + C2 g_t)
+    h_t = a h_{t-1} + W u_t,   g_t = a g_{t+1} + W u_t,   y_t = Re(C1 h_t + C2 g_t)
 
 There are four times as many state planes as channels, so on a CPU, where they are too many for its
 caches, most of the time goes into moving them. There each direction is taken through blocks of time
@@ -52,6 +52,25 @@ def both_ways(
     return jax.lax.platform_dependent(
         u, decay, into, readout, cpu=by_blocks, default=functools.partial(by_scans, segments=None)
     )
+
+
+def from_left(
+    u: Float[Array, "b l h"],
+    decay: Complex[Array, " p"],
+    into: Float[Array, "h q"],
+    readout: Float[Array, "q h"],
+    segments: Segments | None,
+    hidden: Complex[Array, "b p"] | None,
+) -> tuple[Float[Array, "b l h"], Complex[Array, "b p"]]:
+    """``y`` of the recurrence from the left alone, and the last ``h``.
+
+    Args: as in ``both_ways``, ``readout`` for the planes ``[re h, im h]``; ``hidden`` is the state
+    before the first token, None for zeros. ``Re(C h) = Re C Re h - Im C Im h`` is one real product
+    with the rows ``[Re C, -Im C]``.
+    """
+    drive = jax.lax.complex(*jnp.split(_dot(u, into), 2, axis=-1))
+    h, final = recurrence(decay, drive, segments=segments, hidden=hidden)
+    return _dot(jnp.concatenate([h.real, h.imag], axis=-1), readout), final
 
 
 def by_scans(u, decay, into, readout, segments=None):

@@ -23,9 +23,8 @@ from seqmodels.mixers.base import (
     Segments,
     check_choices,
     mask_padding,
-    recurrence,
 )
-from seqmodels.mixers.projected import both_ways
+from seqmodels.mixers.projected import both_ways, from_left
 from seqmodels.mixers.ssm import Discretization, check_step_range, constant, discretize, log_uniform
 
 CInit = Literal["lecun_normal", "trunc_standard_normal", "complex_normal"]
@@ -128,11 +127,8 @@ class S5(Mixer[S5Config]):
         if self.config.bidirectional:
             y = both_ways(u, decay, into, self._readout(), segments)
         else:
-            drive = jax.lax.complex(*jnp.split(_project(u, into), 2, axis=-1))
             hidden = None if state is None else state.resume(segments)
-            h, final = recurrence(decay, drive, segments=segments, hidden=hidden)
-            # 2 Re(C h) = 2 (Re C Re h - Im C Im h): one real matmul over both planes.
-            y = _project(jnp.concatenate([h.real, h.imag], axis=-1), self._readout())
+            y, final = from_left(u, decay, into, self._readout(), segments, hidden)
         skip = self.param("D", initializers.normal(1.0), (self.width,))
         # Not skip[None, None]: of that, XLA sums the gradient of a single row 20 times slower.
         y = y + jnp.broadcast_to(skip, u.shape) * u
@@ -176,10 +172,6 @@ class S5(Mixer[S5Config]):
 
 def _readouts(config: S5Config) -> tuple[str, ...]:
     return ("C1", "C2") if config.bidirectional else ("C",)
-
-
-def _project(x: Float[Array, "b l k"], w: Float[Array, "k n"]) -> Float[Array, "b l n"]:
-    return jnp.dot(x, w, precision=_HIGHEST)
 
 
 def _b_init(vectors: np.ndarray) -> Any:

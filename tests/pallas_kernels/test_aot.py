@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import aot, aot_hlo
 from pallas_kernels.compat import pallas_call, pl, tpu
+from tests.pallas_kernels.absent import needs_compiler
 
 HERE = "tests.pallas_kernels.test_aot"
 VECTOR = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
@@ -146,8 +147,7 @@ def test_every_tpu_compiles_and_leaves_the_environment_alone(chip):
 
 @pytest.mark.parametrize("chip", aot.GPUS)
 def test_every_gpu_compiles(chip):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     assert _argument_bytes(aot.compile_for(chip, lambda x: 2 * x, VECTOR)) == MIB4
 
 
@@ -171,8 +171,7 @@ def test_estimate_refuses_a_loop_outside_a_kernel():
 
 
 def test_report_of_gpu_kernels():
-    if aot.missing("h100"):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler("h100")
     (kernel,) = aot.report("h100", f"{HERE}:double", "2048")
     assert 0 < kernel.registers <= 255
     assert kernel.spill_stores == kernel.spill_loads == 0

@@ -4,6 +4,7 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.causal_conv1d.shapes import SHAPES, case, named
+from tests.pallas_kernels.absent import needs_compiler
 
 CASE = "pallas_kernels.causal_conv1d.shapes:case"
 
@@ -19,8 +20,7 @@ def test_compiles_for_tpu(chip, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 def test_compiles_for_gpu(chip, shape):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
     assert "causal_conv1d_forward" in text
     assert "causal_conv1d_backward" in text
@@ -28,8 +28,7 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize("shape", ["mamba-2.8b-packed", "odd-packed"])
 def test_no_kernel_spills_registers(shape):
-    if aot.missing("a100"):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler("a100")
     kernels = aot.report("a100", CASE, shape, "gpu", "forward+backward")
     assert any("causal_conv1d_forward" in kernel.name for kernel in kernels)
     assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}

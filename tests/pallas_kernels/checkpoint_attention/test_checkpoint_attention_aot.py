@@ -4,6 +4,7 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.checkpoint_attention.shapes import SHAPES, case
+from tests.pallas_kernels.absent import needs_compiler
 
 CASE = "pallas_kernels.checkpoint_attention.shapes:case"
 
@@ -21,8 +22,7 @@ GPU_SHAPES = [("a100", "bench"), ("h100", "scout-430m"), ("h200", "odd-packed"),
 
 @pytest.mark.parametrize(("chip", "shape"), GPU_SHAPES)
 def test_compiles_for_gpu(chip, shape):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
     for kernel in ("forward", "backward", "backward_slots"):
         assert f"checkpoint_attention_{kernel}" in text
@@ -30,8 +30,7 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize(("chip", "shape"), [("a100", "bench-packed"), ("h100", "bench")])
 def test_forward_spills_no_registers(chip, shape):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     kernels = aot.report(chip, CASE, shape, "gpu", "forward")
     assert any("checkpoint_attention_forward" in kernel.name for kernel in kernels)
     assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}

@@ -12,6 +12,7 @@ import pallas_kernels
 from pallas_kernels import aot, chunks, delta_rule, testing
 from pallas_kernels.delta_rule import gpu, gpu_forward, gpu_tile
 from pallas_kernels.delta_rule.shapes import SHAPES, case
+from tests.pallas_kernels.absent import needs_compiler
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
 CASE = "pallas_kernels.delta_rule.shapes:case"
@@ -203,8 +204,7 @@ def real_tiles(monkeypatch):
     ("chip", "shape"), [*zip(["a100", "h100", "h200", "b200"], GPU_SHAPES, strict=True)]
 )
 def test_compiles_for_gpu(chip, shape, real_tiles):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
     for kernel in KERNELS:
         assert f"delta_rule_{kernel}" in text
@@ -212,8 +212,7 @@ def test_compiles_for_gpu(chip, shape, real_tiles):
 
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 def test_forward_spills_no_registers(chip):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in FORWARD_SHAPES])
     for shape, kernels in zip(FORWARD_SHAPES, reports, strict=True):
         assert not isinstance(kernels, Exception), (shape, kernels)

@@ -13,6 +13,7 @@ from pallas_kernels import aot, segments, testing
 from pallas_kernels.linear_attention import gpu, gpu_kernels
 from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import SHAPES, case
+from tests.pallas_kernels.absent import needs_compiler
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 CASE = "pallas_kernels.linear_attention.shapes:case"
@@ -208,8 +209,7 @@ def real_tiles(monkeypatch):
     [("a100", "head-bench-packed"), ("h100", "key-bench"), ("b200", "retnet-1.3b")],
 )
 def test_compiles_for_gpu(chip, shape, real_tiles):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
     for kernel in ("forward_states", "forward_outputs", "backward_values", "backward_keys"):
         assert f"linear_attention_{kernel}" in text
@@ -217,8 +217,7 @@ def test_compiles_for_gpu(chip, shape, real_tiles):
 
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 def test_forward_spills_no_registers(chip):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in SPILL_SHAPES])
     for shape, kernels in zip(SPILL_SHAPES, reports, strict=True):
         assert not isinstance(kernels, Exception), (shape, kernels)

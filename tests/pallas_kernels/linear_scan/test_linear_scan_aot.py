@@ -4,6 +4,7 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.linear_scan.shapes import SHAPES, case, named
+from tests.pallas_kernels.absent import needs_compiler
 
 CASE = "pallas_kernels.linear_scan.shapes:case"
 
@@ -20,8 +21,7 @@ def test_compiles_for_tpu(chip, shape, mode):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 def test_compiles_for_gpu(chip, shape):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
     assert "linear_scan_forward" in text
     assert "linear_scan_backward" in text
@@ -29,8 +29,7 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize("shape", ["recurrentgemma-2b-packed", "s5-text"])
 def test_forward_spills_no_registers(shape):
-    if aot.missing("a100"):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler("a100")
     kernels = aot.report("a100", CASE, shape, "gpu", "forward")
     assert any("linear_scan_forward" in kernel.name for kernel in kernels)
     assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}

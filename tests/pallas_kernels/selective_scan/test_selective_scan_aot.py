@@ -4,6 +4,7 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.selective_scan.shapes import SHAPES, case
+from tests.pallas_kernels.absent import needs_compiler
 
 CASE = "pallas_kernels.selective_scan.shapes:case"
 
@@ -23,8 +24,7 @@ GPU_SHAPES = ["mamba-2.8b", "mamba-790m-packed", "odd-packed-reverse", "bench"]
     ("chip", "shape"), [*zip(["a100", "h100", "h200", "b200"], GPU_SHAPES, strict=True)]
 )
 def test_compiles_for_gpu(chip, shape):
-    if aot.missing(chip):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
     assert "selective_scan_forward" in text
     assert "selective_scan_backward" in text
@@ -32,8 +32,7 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize("shape", ["mamba-790m-packed", "bench"])
 def test_forward_spills_no_registers(shape):
-    if aot.missing("a100"):
-        pytest.skip("not run: needs seqmodels[aot]")
+    needs_compiler("a100")
     kernels = aot.report("a100", CASE, shape, "gpu", "forward")
     assert any("selective_scan_forward" in kernel.name for kernel in kernels)
     assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
