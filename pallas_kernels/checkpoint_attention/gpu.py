@@ -378,6 +378,9 @@ def backward(config: Config, residuals, cotangents):
         for name, width in (("dslot_k", job.key_size), ("dslot_v", job.value_size))
     }
     flops += 2 * job.value_size
+    # Two accumulators and queries and cotangents in flight: twice the tokens exceed the shared
+    # memory of a B200, whose products read their operands there.
+    job = job._replace(tiles=job.tiles._replace(tokens=min(job.tiles.tokens, 64), warps=4))
     given = operands | _ranges(job, first, last, of_slots=True)
     far = _call(_slot_kernel, job, "backward_slots", job.slot_blocks, given, outputs, flops)
     return (

@@ -172,7 +172,7 @@ def test_absent_keys_take_their_defaults_and_integers_become_floats():
         ({"layout": "s5"}, "BackboneConfig.layout='s5' must be a list"),
         (
             {"mixers": [{"mixer": "s6"}]},
-            r"mixers\[0\]: mixer='s6' is not registered; known: s4d, s5",
+            r"mixers\[0\]: mixer='s6' is not registered; known: .*s4d, s5",
         ),
         (
             {"mixers": [{"mixer": "s5", "order": 2}]},
