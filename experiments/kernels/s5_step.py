@@ -53,7 +53,7 @@ def gradient(config: ClassifierConfig, length: int) -> Callable[..., Any]:
 
     def fn(variables, batch, key):
         def loss(params):
-            sums, _ = task.loss({**variables, "params": params}, batch, key)
+            sums, *_ = task.loss({**variables, "params": params}, batch, key, None)
             return sums.loss / sums.weight
 
         return jax.grad(loss)(variables["params"])

@@ -154,5 +154,5 @@ def evaluate_checkpoint(
     with Checkpoints(path, identity, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(template, step)
     return evaluate(
-        make_eval_step(task, mesh), state.variables, eval_batches(config, examples), mesh
+        make_eval_step(task, mesh), state.averaged, eval_batches(config, examples), mesh
     )

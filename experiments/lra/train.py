@@ -212,7 +212,7 @@ def make_result(
         "test_examples": test.examples,
         "test_step": outcome.chosen_step,
         "selection": "best validation accuracy" if progress.best_step is not None else "last step",
-        "validation_accuracy": progress.best_accuracy,
+        "validation_accuracy": progress.best_score,
         "baselines": baselines(data),
         "steps": progress.step,
         "complete": outcome.complete,

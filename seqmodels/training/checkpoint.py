@@ -22,7 +22,7 @@ from seqmodels.training.config import RESUMABLE
 from seqmodels.training.errors import CheckpointError
 from seqmodels.training.state import TrainState
 
-METRIC = "validation_accuracy"
+METRIC = "validation_score"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -50,7 +50,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     ]
 
 
-def _accuracy(metrics: Mapping[str, float]) -> float:
+def _score(metrics: Mapping[str, float]) -> float:
     return metrics[METRIC]
 
 
@@ -61,7 +61,7 @@ def _storable(state: TrainState) -> TrainState:
 class Checkpoints:
     """The checkpoints of one run, in ``directory/<step>``.
 
-    Keeps the ``keep`` latest ones and, of those saved with an accuracy, the best one. Use it as a
+    Keeps the ``keep`` latest ones and, of those saved with a score, the best one. Use it as a
     context manager: leaving it waits for a save under way.
     """
 
@@ -81,7 +81,7 @@ class Checkpoints:
             [
                 policies.LatestN(keep),
                 policies.BestN(
-                    get_metric_fn=_accuracy,
+                    get_metric_fn=_score,
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -89,7 +89,7 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else preserve,
-            best_fn=_accuracy,  # without it orbax does not store the metrics
+            best_fn=_score,  # without it orbax does not store the metrics
             cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
             create=not read_only,
@@ -123,14 +123,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, state: TrainState, position: Mapping[str, Any], *, accuracy: float | None = None
+        self, state: TrainState, position: Mapping[str, Any], *, score: float | None = None
     ) -> None:
         """Starts to save; returns when the state is copied. Saves of one step happen once.
 
         Args:
           state: any state; the caller may donate it afterwards.
           position: JSON-able; where the data is and what was counted so far.
-          accuracy: validation accuracy; the best checkpoint is the one with the highest.
+          score: see ``Evaluation.score``; the best checkpoint is the one with the highest.
 
         Raises:
           CheckpointError: this save cannot start, or the one before it failed.
@@ -149,7 +149,7 @@ class Checkpoints:
                     position=ocp.args.JsonSave(dict(position)),
                     config=ocp.args.JsonSave(dict(self.config)),
                 ),
-                metrics=None if accuracy is None else {METRIC: accuracy},
+                metrics=None if score is None else {METRIC: score},
                 force=True,
             )
         except Exception as error:  # orbax and tensorstore raise many kinds

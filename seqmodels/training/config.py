@@ -5,6 +5,7 @@ import math
 
 SCHEDULES = ("cosine", "constant", "linear")
 NON_FINITE_POLICIES = ("stop", "skip")
+SELECTIONS = ("accuracy", "loss")
 
 # Fields that may change when a run is resumed: they do not touch the sequence of updates.
 RESUMABLE = frozenset(
@@ -54,12 +55,17 @@ class TrainConfig:
     """Decay of Adam's second moment."""
     adam_eps: float = 1e-8
     """Added to the root of Adam's second moment."""
+    ema_decay: float | None = None
+    """Decay per step of an average of the parameters, which evaluation then uses; None for none.
+    The average is unbiased: after n steps it weighs those n, and not the initial parameters."""
     log_every: int = 50
     """Steps between two lines of training metrics (averages over these steps)."""
     eval_every: int = 500
     """Steps between two evaluations on the validation split."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
+    select: str = "accuracy"
+    """The best checkpoint on the validation split: highest "accuracy" or lowest "loss"."""
     keep: int = 2
     """Latest checkpoints to keep, beside the best one."""
     seed: int = 0
@@ -94,6 +100,12 @@ class TrainConfig:
         for group, rate in self.group_learning_rates.items():
             if not 0 <= rate < math.inf:
                 raise ValueError(f"group_learning_rates[{group!r}]={rate} must be at least 0")
+        self._require(
+            "ema_decay",
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "must be in (0, 1), or None",
+        )
+        self._choice("select", SELECTIONS)
         self._choice("schedule", SCHEDULES)
         self._choice("on_nan", NON_FINITE_POLICIES)
         self._require(

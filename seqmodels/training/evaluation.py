@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from seqmodels.parallel.mesh import put_batch
+from seqmodels.parallel.mesh import batch_sharding, put_batch
 from seqmodels.training.task import Batch, Sums, Variables
 
 
@@ -19,6 +19,10 @@ class Evaluation:
     loss: float
     accuracy: float
     examples: float
+
+    def score(self, select: str) -> float:
+        """What the best checkpoint has most of: "accuracy", or minus the "loss"."""
+        return self.accuracy if select == "accuracy" else -self.loss
 
 
 class PerShape:
@@ -46,18 +50,27 @@ class PerShape:
 
 
 def evaluate(
-    eval_step: Callable[[Variables, Batch], Sums],
+    eval_step: Callable[[Variables, Batch, Any], tuple[Sums, Any]],
     variables: Variables,
     batches: Iterable[Batch],
     mesh: Mesh,
+    start: Callable[[int], Any] = lambda rows: None,
 ) -> Evaluation:
     """Sums the step's results over all batches, exactly as often as run the same numbers.
+
+    Args:
+      eval_step: see ``make_eval_step``.
+      variables: the model's.
+      batches: with a carry, batches that continue one another.
+      mesh: where they go.
+      start: ``start(rows)`` is the carry before the first batch, see ``Task.start``.
 
     Raises:
       ValueError: the batches hold no example of positive weight.
     """
     loss = correct = weight = 0.0
     waiting: Sums | None = None
+    carry: Any = None
 
     def add(sums: Sums) -> None:
         nonlocal loss, correct, weight
@@ -66,9 +79,11 @@ def evaluate(
         correct += float(host.correct)
         weight += float(host.weight)
 
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if number == 0:
+            carry = jax.device_put(start(len(next(iter(batch.values())))), batch_sharding(mesh))
         # The device works on this batch while the last one's sums are read.
-        following = eval_step(variables, put_batch(batch, mesh))
+        following, carry = eval_step(variables, put_batch(batch, mesh), carry)
         if waiting is not None:
             add(waiting)
         waiting = following

@@ -68,7 +68,7 @@ class Progress:
     skipped: int = 0
     order: str = ""
     best_step: int | None = None
-    best_accuracy: float | None = None
+    best_score: float | None = None
     wall_seconds: float = 0.0
     compile_seconds: float = 0.0
     window: Window = dataclasses.field(default_factory=Window)
@@ -177,6 +177,7 @@ def fit(
             mesh,
             accumulate=config.accumulate,
             skip_non_finite=config.on_nan == "skip",
+            ema_decay=config.ema_decay,
         )
         with (
             MetricsWriter(run_dir, progress.step if resume else None) as writer,
@@ -191,6 +192,7 @@ def fit(
             ) as bar,
         ):
             run = _Run(
+                task=task,
                 config=config,
                 run_dir=run_dir,
                 mesh=mesh,
@@ -213,6 +215,7 @@ def fit(
 class _Run:
     """The loop's moving parts; ``state`` may be one step ahead of ``progress``."""
 
+    task: Task
     config: TrainConfig
     run_dir: Path
     mesh: Mesh
@@ -264,34 +267,37 @@ class _Run:
 
     def _at_boundary(self, evaluates: bool, saves: bool) -> None:
         """Evaluates and saves; nothing is under way, state and progress agree."""
-        accuracy = None
+        score = None
         if evaluates and self.validation is not None:
-            accuracy = self._evaluate(self.validation)
-        if saves or accuracy is not None:
-            self._save(data=self.iterator.get_state(), accuracy=accuracy)
+            score = self._evaluate(self.validation)
+        if saves or score is not None:
+            self._save(data=self.iterator.get_state(), score=score)
         self._restart_clock()
 
     def _evaluate(self, validation: Iterable[Batch]) -> float | None:
-        """Logs an evaluation; the accuracy if it is the best so far."""
+        """Logs an evaluation; the score if it is the best so far."""
         progress = self.progress
-        result: Evaluation = evaluate(self.eval_step, self.state.variables, validation, self.mesh)
+        result: Evaluation = evaluate(
+            self.eval_step, self.state.averaged, validation, self.mesh, self.task.start
+        )
         self.writer.write("eval", progress.step, dataclasses.asdict(result) | self._timing())
         self.bar.write(
             f"step {progress.step}: validation loss {result.loss:.4f}, "
             f"accuracy {result.accuracy:.4f}"
         )
         self.on_event("eval", progress.step)
-        if progress.best_accuracy is not None and result.accuracy <= progress.best_accuracy:
+        score = result.score(self.config.select)
+        if progress.best_score is not None and score <= progress.best_score:
             return None
-        progress.best_step, progress.best_accuracy = progress.step, result.accuracy
-        return result.accuracy
+        progress.best_step, progress.best_score = progress.step, score
+        return score
 
-    def _save(self, data: Any, accuracy: float | None = None) -> None:
+    def _save(self, data: Any, score: float | None = None) -> None:
         """Starts to save; metrics up to here reach the disk first."""
         self._timing()
         self.writer.sync()
         position = {"progress": self.progress.to_json(), "data": data}
-        self.checkpoints.save(self.state, position, accuracy=accuracy)
+        self.checkpoints.save(self.state, position, score=score)
         self.on_event("save", self.progress.step)
 
     def _interrupt(self, number: int) -> None:

@@ -1,5 +1,6 @@
 """Everything that training changes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,32 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from seqmodels.parallel.mesh import replicated
+from seqmodels.parallel.mesh import batch_sharding, replicated
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.optimizer import make_optimizer
 from seqmodels.training.task import Task
+
+
+@flax.struct.dataclass
+class Average:
+    """A running average of the parameters.
+
+    Attributes:
+      params: the average; before the first update the parameters themselves.
+      updates: how many were averaged, int32 scalar.
+    """
+
+    params: Any
+    updates: Any
+
+    def update(self, params: Any, decay: float) -> "Average":
+        """Weighs the last of n updates ``(1 - decay) / (1 - decay^n)``, as Adam's moments do."""
+        updates = self.updates + 1
+        weight = (1.0 - decay) / -jnp.expm1(updates * math.log(decay))
+        average = jax.tree.map(
+            lambda a, p: a + weight.astype(a.dtype) * (p - a), self.params, params
+        )
+        return Average(average, updates)
 
 
 @flax.struct.dataclass
@@ -25,6 +48,8 @@ class TrainState:
       batch_stats: BatchNorm's running statistics; empty without BatchNorm.
       opt_state: the optimizer's state.
       rng: key that dropout's keys are derived from, together with ``step``.
+      average: an ``Average`` of the parameters; None without ``ema_decay``.
+      carry: what the last batch left for the next one's rows; None where batches are independent.
     """
 
     step: Any
@@ -32,12 +57,26 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     rng: Any
+    average: Any = None
+    carry: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """The model's variables; ``batch_stats`` only where the model has some."""
         statistics = {"batch_stats": self.batch_stats} if self.batch_stats else {}
         return {"params": self.params, **statistics}
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The variables to evaluate: with the average of the parameters, if there is one."""
+        average = {} if self.average is None else {"params": self.average.params}
+        return self.variables | average
+
+
+def shardings(mesh: Mesh) -> TrainState:
+    """Where each part of the state lives: rows of the carry are split, the rest is replicated."""
+    whole = replicated(mesh)
+    return TrainState(whole, whole, whole, whole, whole, whole, batch_sharding(mesh))
 
 
 def _initializer(
@@ -49,12 +88,18 @@ def _initializer(
 
     def init() -> TrainState:
         variables = task.init(init_key)
+        params, average = variables["params"], None
+        if config.ema_decay is not None:
+            # A copy: one array could not be donated twice.
+            average = Average(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
+            params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(variables["params"]),
+            opt_state=optimizer.init(params),
             rng=rng,
+            average=average,
+            carry=task.start(config.batch_size),
         )
 
     return init, optimizer
@@ -70,13 +115,16 @@ def optimizer_of(task: Task, config: TrainConfig) -> optax.GradientTransformatio
 
 
 def create_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The state before the first step, replicated over the mesh; raises as the optimizer does."""
-    return jax.jit(_initializer(task, config)[0], out_shardings=replicated(mesh))()
+    """The state before the first step, on the mesh; raises as the optimizer does."""
+    return jax.jit(_initializer(task, config)[0], out_shardings=shardings(mesh))()
 
 
 def abstract_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of ``create_state``'s result, without computing it."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        lambda sharding, part: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+        ),
+        shardings(mesh),
         jax.eval_shape(_initializer(task, config)[0]),
     )

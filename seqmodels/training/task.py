@@ -1,4 +1,4 @@
-"""What training knows of a model: three functions."""
+"""What training knows of a model: a few functions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -34,15 +34,24 @@ class Task:
 
     Attributes:
       init: ``init(key) -> variables``.
-      loss: ``loss(variables, batch, key) -> (sums, batch_stats)``. With ``key=None`` the model is
-        evaluated: no dropout, running statistics, ``batch_stats`` returned as given.
+      loss: ``loss(variables, batch, key, carry) -> (sums, batch_stats, carry)``. With ``key=None``
+        the model is evaluated: no dropout, running statistics, ``batch_stats`` returned as given.
+        ``carry`` is what earlier batches left for this one's rows; None where batches are
+        independent.
       marks: ``marks(params) -> tree like params`` of the models' ``Mark``: learning rate group
         and weight decay of each parameter.
+      carry: None, or ``carry(rows)``: a tree of arrays ``(rows, ...)``, what the first batch finds.
+        Row i of each batch then continues row i of the one before; no gradient flows back.
     """
 
     init: Callable[[Array], Variables]
-    loss: Callable[[Variables, Batch, Array | None], tuple[Sums, Any]]
+    loss: Callable[[Variables, Batch, Array | None, Any], tuple[Sums, Any, Any]]
     marks: Callable[[Any], Any]
+    carry: Callable[[int], Any] | None = None
+
+    def start(self, rows: int) -> Any:
+        """The carry before the first batch of so many rows; None without one."""
+        return None if self.carry is None else self.carry(rows)
 
 
 def classification_sums(
@@ -73,7 +82,9 @@ def classification(model: nn.Module, marks: Callable[[Any], Any], *, length: int
         tokens = jnp.ones((1, length), jnp.int32)
         return dict(model.init(key, tokens, tokens, deterministic=True))
 
-    def loss(variables: Variables, batch: Batch, key: Array | None) -> tuple[Sums, Any]:
+    def loss(
+        variables: Variables, batch: Batch, key: Array | None, carry: None
+    ) -> tuple[Sums, Any, None]:
         inputs = (batch["inputs"], batch["segment_ids"])
         statistics = variables.get("batch_stats", {})
         if key is None:
@@ -87,6 +98,6 @@ def classification(model: nn.Module, marks: Callable[[Any], Any], *, length: int
                 mutable=["batch_stats"],
             )
             statistics = updated.get("batch_stats", statistics)
-        return classification_sums(logits, batch["labels"], batch["weights"]), statistics
+        return classification_sums(logits, batch["labels"], batch["weights"]), statistics, carry
 
     return Task(init=init, loss=loss, marks=marks)

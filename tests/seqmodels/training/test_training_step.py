@@ -50,8 +50,8 @@ def test_accumulated_gradients_equal_the_big_batch(count):
     variables = task.init(jax.random.key(0))
     batch = make_batch(np.arange(8)) | {"weights": np.asarray([1, 1, 0, 1, 1, 0, 0, 1], np.float32)}
     key = jax.random.key(1)
-    big, big_sums, _ = grad(task, variables, batch, key, 1)
-    small, small_sums, _ = grad(task, variables, batch, key, count)
+    big, big_sums, *_ = grad(task, variables, batch, key, 1)
+    small, small_sums, *_ = grad(task, variables, batch, key, count)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), big, small)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), big_sums, small_sums)
 
@@ -60,9 +60,9 @@ def test_accumulation_updates_the_statistics_by_each_micro_batch():
     task = toy_task()
     variables = task.init(jax.random.key(0))
     batch, key = make_batch(np.arange(8)), jax.random.key(1)
-    _, _, statistics = grad(task, variables, batch, key, 2)
+    _, _, statistics, _ = grad(task, variables, batch, key, 2)
     for half in (batch_rows(batch, 0), batch_rows(batch, 1)):
-        _, _, stats = grad(task, variables, half, key, 1)
+        _, _, stats, _ = grad(task, variables, half, key, 1)
         variables = {**variables, "batch_stats": stats}
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
