@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-NormKind = Literal["batch", "layer", "rms"]
+from seqmodels.layers.projections import rms_normalise
+
+NormKind = Literal["batch", "layer", "rms", "zero_centered_rms"]
 
 
 class BatchNorm(nn.Module):
@@ -98,11 +100,27 @@ def _normalise_backward(epsilon, residuals, cotangents):
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
+class ZeroCenteredRMSNorm(nn.Module):
+    """``(1 + scale) x / rms(x)`` with ``scale`` ``(H,)`` from 0 (Gemma); float32 inside."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
+        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:])
+        y = rms_normalise(x.astype(jnp.float32), self.epsilon)
+        return (y * jnp.broadcast_to(1.0 + scale, y.shape)).astype(x.dtype)
+
+
 class Norm(nn.Module):
-    """The norm called ``kind``, with one signature for all: ``(B, L, H)`` and a padding mask."""
+    """The norm called ``kind``, with one signature for all: ``(B, L, H)`` and a padding mask.
+
+    An ``epsilon`` of None is 1e-5 for "batch", 1e-6 for the others.
+    """
 
     kind: NormKind
     momentum: float = 0.95
+    epsilon: float | None = None
 
     @nn.compact
     def __call__(
@@ -112,7 +130,11 @@ class Norm(nn.Module):
         *,
         deterministic: bool,
     ) -> Float[Array, "b l h"]:
+        epsilon = self.epsilon or (1e-5 if self.kind == "batch" else 1e-6)
         if self.kind == "batch":
-            return BatchNorm(self.momentum, name="batch")(x, mask, deterministic=deterministic)
+            norm = BatchNorm(self.momentum, epsilon, name="batch")
+            return norm(x, mask, deterministic=deterministic)
+        if self.kind == "zero_centered_rms":
+            return ZeroCenteredRMSNorm(epsilon, name=self.kind)(x)
         layer = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[self.kind]
-        return layer(name=self.kind, dtype=x.dtype)(x)
+        return layer(epsilon=epsilon, name=self.kind, dtype=x.dtype)(x)

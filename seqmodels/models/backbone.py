@@ -16,6 +16,7 @@ from seqmodels.mixers import Mark, MixerConfig, Segments, State, build
 from seqmodels.mixers.base import check_choices
 
 Remat = Literal["none", "dots", "full"]
+MLPKind = Literal["gelu", "swiglu", "geglu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,18 @@ class BackboneConfig:
       layout: names of the mixers from the first block to the last, e.g. ``("s5",) * 8``.
       mixers: one config for each name in ``layout``.
       width: channels of the residual stream.
-      norm: "batch" (padding ignored), "layer" or "rms".
+      norm: "batch" (padding ignored), "layer", "rms" or "zero_centered_rms".
+      norm_epsilon: added to a norm's variance or mean square; None for the kind's usual one.
       prenorm: normalise the input of each branch rather than the sum after it.
+      float32_residual: the sums along the residual stream are float32 whatever the inputs' dtype;
+        needs ``prenorm``.
       final_norm: one more norm after the last block.
       gate: what follows the mixer, see ``seqmodels.layers.gates.Gate``; None for nothing.
       dropout: rate of the dropout in the branches, one mask for all time steps.
       mlp: None, or the width of the hidden layer of a position-wise MLP over ``width``.
+      mlp_kind: of its activation: "gelu" ``W_2 gelu(W_1 x)``; with a third matrix "swiglu"
+        ``W_2 (silu(W_g x) * W_1 x)`` and "geglu", the same with gelu; gelu in the tanh form.
+      mlp_bias: biases in the MLP.
       batchnorm_momentum: share of the old running statistics that each step keeps.
       decay_vectors: weight decay on biases and norm scales too, as the S4 and S5 recipes do.
       remat: what the backward pass recomputes: "none"; "dots", all but matmuls; "full".
@@ -42,11 +49,15 @@ class BackboneConfig:
     mixers: tuple[MixerConfig, ...]
     width: int
     norm: NormKind = "layer"
+    norm_epsilon: float | None = None
     prenorm: bool = True
+    float32_residual: bool = False
     final_norm: bool = False
     gate: GateKind | None = None
     dropout: float = 0.0
     mlp: int | None = None
+    mlp_kind: MLPKind = "gelu"
+    mlp_bias: bool = True
     batchnorm_momentum: float = 0.95
     decay_vectors: bool = True
     remat: Remat = "none"
@@ -63,6 +74,15 @@ class BackboneConfig:
             raise ValueError(f"BackboneConfig: width={self.width} must be positive")
         if self.mlp is not None and self.mlp < 1:
             raise ValueError(f"BackboneConfig: mlp={self.mlp} must be None or positive")
+        if self.norm_epsilon is not None and self.norm_epsilon <= 0:
+            raise ValueError(
+                f"BackboneConfig: norm_epsilon={self.norm_epsilon} must be None or positive"
+            )
+        if self.float32_residual and not self.prenorm:
+            raise ValueError(
+                "BackboneConfig: float32_residual=True needs prenorm=True: a norm after the sum "
+                "leaves no sum to keep"
+            )
         for argument in ("dropout", "batchnorm_momentum"):
             if not 0.0 <= getattr(self, argument) < 1.0:
                 raise ValueError(
@@ -92,11 +112,12 @@ class BackboneConfig:
 
 
 class Block(nn.Module):
-    """Norm, mixer, gate, residual; optionally norm, MLP, residual."""
+    """Norm, mixer, gate, residual; optionally norm, MLP, residual. Branches have ``dtype``."""
 
     config: BackboneConfig
     mixer: MixerConfig
     deterministic: bool
+    dtype: Any
 
     @nn.compact
     def __call__(
@@ -113,8 +134,16 @@ class Block(nn.Module):
             return y, after
 
         def mlp(y: Array) -> tuple[Array, None]:
-            y = jax.nn.gelu(nn.Dense(config.mlp or 0, name="mlp_in", dtype=y.dtype)(y))
-            y = nn.Dense(config.width, name="mlp_out", dtype=y.dtype)(y)
+            def dense(y: Array, features: int, name: str) -> Array:
+                return nn.Dense(features, config.mlp_bias, name=name, dtype=y.dtype)(y)
+
+            hidden = dense(y, config.mlp or 0, "mlp_in")
+            if config.mlp_kind == "gelu":
+                hidden = jax.nn.gelu(hidden)
+            else:
+                activation = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}[config.mlp_kind]
+                hidden = activation(dense(y, config.mlp or 0, "mlp_gate")) * hidden
+            y = dense(hidden, config.width, "mlp_out")
             return tied_dropout(config.dropout, self.deterministic)(y), None
 
         x, state = self._residual(x, segments, "norm", mix)
@@ -127,10 +156,9 @@ class Block(nn.Module):
     ) -> tuple[Array, State]:
         norm = make_norm(self.config, name)
         mask = None if segments is None else segments.mask
-        y, state = branch(
-            norm(x, mask, deterministic=self.deterministic) if self.config.prenorm else x
-        )
-        x = x + y
+        y = norm(x, mask, deterministic=self.deterministic) if self.config.prenorm else x
+        y, state = branch(y.astype(self.dtype))
+        x = x + y.astype(x.dtype)
         if not self.config.prenorm:
             x = norm(x, mask, deterministic=self.deterministic)
         return x, state
@@ -141,6 +169,7 @@ class Period(nn.Module):
 
     config: BackboneConfig
     deterministic: bool
+    dtype: Any
 
     @nn.compact
     def __call__(
@@ -148,7 +177,7 @@ class Period(nn.Module):
     ) -> tuple[Array, tuple[State, ...]]:
         after = []
         for layer in range(self.config.period):
-            block = make_block(self.config, layer, self.deterministic)
+            block = make_block(self.config, layer, self.deterministic, self.dtype)
             x, state = block(x, segments, states[layer])
             after.append(state)
         return x, tuple(after)
@@ -182,6 +211,8 @@ class Backbone(nn.Module):
         states = (None,) * layers if state is None else tuple(state)
         if len(states) != layers:
             raise ValueError(f"state has {len(states)} entries, expected one a block: {layers}")
+        dtype = x.dtype
+        x = x.astype(jnp.float32) if config.float32_residual else x
         after: list[State] = []
         scanned = config.repeats * config.period
         if scanned:
@@ -192,16 +223,16 @@ class Backbone(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=config.repeats,
             )(
-                config, deterministic, name="period"
+                config, deterministic, dtype, name="period"
             )(x, _interleaved_stack(states[:scanned], config.period), segments)
             after += _interleaved_unstack(parts, config.repeats)
         for layer in range(scanned, layers):
-            x, part = make_block(config, layer, deterministic)(x, segments, states[layer])
+            x, part = make_block(config, layer, deterministic, dtype)(x, segments, states[layer])
             after.append(part)
         if config.final_norm:
             mask = None if segments is None else segments.mask
             x = make_norm(config, "final_norm")(x, mask, deterministic=deterministic)
-        return x, tuple(after)
+        return x.astype(dtype), tuple(after)
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
@@ -216,18 +247,18 @@ class Backbone(nn.Module):
         )
 
 
-def make_block(config: BackboneConfig, layer: int, deterministic: bool) -> nn.Module:
+def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: Any) -> nn.Module:
     """Block ``layer`` under the config's remat policy."""
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
     kind: Any = Block
     if config.remat != "none":
         kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
-    return kind(config, config.mixer(layer), deterministic, name=f"block_{layer}")
+    return kind(config, config.mixer(layer), deterministic, dtype, name=f"block_{layer}")
 
 
 def make_norm(config: BackboneConfig, name: str) -> Norm:
     """The norm that the config asks for."""
-    return Norm(config.norm, momentum=config.batchnorm_momentum, name=name)
+    return Norm(config.norm, config.batchnorm_momentum, config.norm_epsilon, name=name)
 
 
 def marks(config: BackboneConfig, params: Mapping[str, Any]) -> Any:

@@ -97,6 +97,28 @@ def test_norm_kinds(kind):
         np.testing.assert_allclose(np.mean(y, -1), 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["batch", "layer", "rms", "zero_centered_rms"])
+def test_norms_add_epsilon_to_the_square(kind):
+    x = 1e-2 * jax.random.normal(jax.random.key(0), (2, 3, 4))
+    norm = Norm(kind, epsilon=1e-3)
+    variables = norm.init(jax.random.key(0), x, deterministic=True)
+    scale = np.array([0.5, -1.0, 2.0, 0.25], np.float32)
+    params = {kind: {**variables["params"][kind], "scale": jnp.asarray(scale)}}
+    y, _ = norm.apply({"params": params}, x, deterministic=False, mutable=["batch_stats"])
+    x = np.asarray(x)
+    axes = (0, 1) if kind == "batch" else (-1,)
+    centre = x.mean(axes, keepdims=True) if kind in ("batch", "layer") else 0.0
+    square = np.square(x - centre).mean(axes, keepdims=True)
+    gain = 1.0 + scale if kind == "zero_centered_rms" else scale
+    expected = gain * (x - centre) / np.sqrt(square + 1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_zero_centered_scale_starts_at_zero():
+    variables = Norm("zero_centered_rms").init(jax.random.key(0), X, MASK, deterministic=True)
+    np.testing.assert_array_equal(variables["params"]["zero_centered_rms"]["scale"], 0.0)
+
+
 def _sigmoid(x):
     return 1 / (1 + np.exp(-x))
 

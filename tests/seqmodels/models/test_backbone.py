@@ -113,6 +113,60 @@ def test_block_order(prenorm):
     assert normalised != prenorm
 
 
+@pytest.mark.parametrize("mlp_bias", [True, False])
+@pytest.mark.parametrize("mlp_kind", ["gelu", "swiglu", "geglu"])
+def test_mlp_kinds(mlp_kind, mlp_bias):
+    config = dataclasses.replace(
+        CONFIG, layout=("s5",), mixers=(S5_SMALL,), norm="rms", gate=None, final_norm=False,
+        mlp_kind=mlp_kind, mlp_bias=mlp_bias,
+    )  # fmt: skip
+    params = init(config)["params"]["block_0"]
+    names = {name for name in params if name.startswith("mlp_") and name != "mlp_norm"}
+    assert names == {"mlp_in", "mlp_out"} | ({"mlp_gate"} if mlp_kind != "gelu" else set())
+    assert all(("bias" in params[name]) == mlp_bias for name in names)
+    params = {name: jax.tree.map(lambda p: p + 0.1, part) for name, part in params.items()}
+    # The mixer sees nothing and gives nothing, so that the block is its MLP.
+    params["norm"] = jax.tree.map(jnp.zeros_like, params["norm"])
+    y = jax.jit(Backbone(config).apply)({"params": {"block_0": params}}, X)[0]
+
+    params = jax.device_get(params)
+
+    def linear(x, name):
+        return x @ params[name]["kernel"] + params[name].get("bias", 0.0)
+
+    x = np.asarray(X, np.float64)
+    scale = params["mlp_norm"]["rms"]["scale"]
+    normed = scale * x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+    gelu = lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # noqa: E731
+    silu = lambda z: z / (1 + np.exp(-z))  # noqa: E731
+    hidden = linear(normed, "mlp_in")
+    if mlp_kind == "gelu":
+        hidden = gelu(hidden)
+    else:
+        hidden = hidden * (gelu if mlp_kind == "geglu" else silu)(linear(normed, "mlp_gate"))
+    np.testing.assert_allclose(y, x + linear(hidden, "mlp_out"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_float32_residual_adds_up_small_branches():
+    small = dataclasses.replace(CONFIG, layout=("s5",) * 2, mixers=(S5_SMALL,), norm="rms")
+    small = dataclasses.replace(small, mlp_kind="swiglu", final_norm=False, gate=None)
+    variables = jax.tree.map(lambda p: 0.1 * p, init(small))
+    seen = {}
+    for kept in (False, True):
+        model = Backbone(dataclasses.replace(small, float32_residual=kept))
+        x = 256 * X.astype(jnp.bfloat16)
+        (y, _), sown = jax.jit(
+            lambda x, m=model: m.apply(variables, x, capture_intermediates=True)
+        )(x)
+        inner = sown["intermediates"]["block_0"]
+        assert y.dtype == jnp.bfloat16
+        assert inner["mlp_out"]["__call__"][0].dtype == jnp.bfloat16
+        seen[kept] = inner["__call__"][0][0]
+    assert (seen[False].dtype, seen[True].dtype) == (jnp.bfloat16, jnp.float32)
+    # What a branch adds is below the rounding of the stream: only float32 keeps it.
+    assert np.any(np.asarray(seen[True]) != np.asarray(seen[True].astype(jnp.bfloat16)))
+
+
 def test_chunks_with_carried_state_equal_the_whole():
     config = dataclasses.replace(CONFIG, layout=("s5", "s4d"), norm="rms")
     model, variables = Backbone(config), init(config)
@@ -155,6 +209,8 @@ def test_marks(scan_layers):
         ({"mixers": (S5_SMALL, S5_SMALL, S4D_SMALL)}, "one config a name"),
         ({"width": 0}, "width=0 must be positive"),
         ({"mlp": 0}, "mlp=0 must be None or positive"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon=0.0 must be None or positive"),
+        ({"float32_residual": True, "prenorm": False}, "float32_residual=True needs prenorm=True"),
         ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
         ({"batchnorm_momentum": -0.1}, r"batchnorm_momentum=-0.1 must be in \[0, 1\)"),
     ],
