@@ -8,7 +8,6 @@ accuracy is the recorded one.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,9 @@ from typing import Any
 import tyro
 
 from experiments.lra.presets import ExperimentConfig
-from experiments.lra.run import (
-    Locations,
-    UsageError,
-    absolute,
-    data_digest,
-    evaluate_checkpoint,
-    load_data,
-    main_guard,
-)
+from experiments.lra.run import data_digest, evaluate_checkpoint, load_data
+from experiments.run import Locations, absolute, chosen_step, locate, main_guard, recorded
 from seqmodels.config import from_dict
-from seqmodels.training.checkpoint import Checkpoints
 from seqmodels.training.run_directory import read_config
 
 
@@ -46,25 +37,6 @@ class Arguments:
     """Show the whole traceback of an error."""
 
 
-def locate(checkpoint: Path) -> tuple[Path, int | None]:
-    """The run directory and the step, if one is named.
-
-    Raises:
-      UsageError: the path is not in a run directory.
-    """
-    path = checkpoint.expanduser()
-    candidates: list[tuple[Path, int | None]] = [(path, None), (path.parent, None)]
-    if path.name.isdigit():
-        candidates.append((path.parent.parent, int(path.name)))
-    for run_dir, step in candidates:
-        if (run_dir / "config.json").exists():
-            return run_dir, step
-    raise UsageError(
-        f"--checkpoint {checkpoint}: no run there; give a run directory (it has a config.json), "
-        "its checkpoints/ or checkpoints/<step>"
-    )
-
-
 def evaluate_run(arguments: Arguments) -> dict[str, Any]:
     """Tests a checkpoint.
 
@@ -79,12 +51,8 @@ def evaluate_run(arguments: Arguments) -> dict[str, Any]:
     identity = read_config(run_dir)
     config = from_dict(ExperimentConfig, identity, where="config")
     locations = Locations.read(run_dir)
-    recorded = _recorded(run_dir)
     if step is None:
-        step = recorded.get("test_step")
-    if step is None:
-        with Checkpoints(run_dir / "checkpoints", identity, read_only=True) as checkpoints:
-            step = checkpoints.latest()
+        step = chosen_step(run_dir, identity)
     data = load_data(
         config,
         cache_dir=absolute(arguments.cache_dir) or locations.cache_dir,
@@ -95,14 +63,10 @@ def evaluate_run(arguments: Arguments) -> dict[str, Any]:
         raise ValueError(f"the data are not those that the run in {run_dir} was trained on")
     test = evaluate_checkpoint(config, identity, run_dir / "checkpoints", step, data.test)
     result: dict[str, Any] = {"step": step, **dataclasses.asdict(test)}
-    if recorded.get("test_step") == step:
-        result["recorded_accuracy"] = recorded["test_accuracy"]
+    earlier = recorded(run_dir)
+    if earlier.get("test_step") == step:
+        result["recorded_accuracy"] = earlier["test_accuracy"]
     return result
-
-
-def _recorded(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def report(arguments: Arguments) -> None:
@@ -112,12 +76,12 @@ def report(arguments: Arguments) -> None:
         f"step {result['step']}: test accuracy {result['accuracy']:.6f}, loss "
         f"{result['loss']:.6f}, {result['examples']:.0f} examples"
     )
-    recorded = result.get("recorded_accuracy")
-    if recorded is None:
+    accuracy = result.get("recorded_accuracy")
+    if accuracy is None:
         return
-    if recorded != result["accuracy"]:
+    if accuracy != result["accuracy"]:
         raise ValueError(
-            f"the run recorded test accuracy {recorded}, now it is {result['accuracy']}: another "
+            f"the run recorded test accuracy {accuracy}, now it is {result['accuracy']}: another "
             "device, or other versions than in environment.json?"
         )
     print("equal to the recorded accuracy")

@@ -4,14 +4,10 @@ Sources: S5, Smith et al. 2023, lindermanlab/S5 (bin/run_experiments); S4D, Gu e
 state-spaces/s4 at v3, the version of the paper.
 """
 
-import copy
 import dataclasses
-import json
-from collections.abc import Mapping
 from typing import Any
 
-from experiments.lra.run import UsageError
-from seqmodels.config import from_dict, to_dict
+from experiments.run import UsageError, with_changes
 from seqmodels.data.lra import ListOpsConfig, TextConfig
 from seqmodels.data.lra.listops import SYMBOLS
 from seqmodels.mixers import S4DConfig, S5Config
@@ -233,61 +229,3 @@ def experiment(task: str, model: str, preset: str, seed: int = 0) -> ExperimentC
         raise UsageError(f"model={model!r} has no preset for task={task!r}; it has {known_models}")
     changes = dict(CPU_CHANGES[task, model]) if preset == "cpu" else {}
     return with_changes(PAPER[task, model], {**changes, "preset": preset, "train.seed": seed})
-
-
-def with_changes(config: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
-    """The config with the fields at these dotted paths replaced.
-
-    Raises:
-      UsageError: there is no such field, or the value does not fit it.
-    """
-    data = copy.deepcopy(to_dict(config))
-    for path, value in changes.items():
-        _replace(data, path, value)
-    try:
-        return from_dict(ExperimentConfig, data, where="config")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _replace(data: Any, path: str, value: Any) -> None:
-    """Sets one value in nested dicts and lists; the keys of group_learning_rates may be new."""
-    *parents, last = path.split(".")
-    node = data
-    for depth, name in enumerate(parents):
-        node = _child(node, name, ".".join(parents[: depth + 1]))
-    if isinstance(node, dict) and parents[-1:] == ["group_learning_rates"]:
-        node[last] = value
-        return
-    _child(node, last, path)
-    node[int(last) if isinstance(node, list) else last] = value
-
-
-def _child(node: Any, name: str, path: str) -> Any:
-    if isinstance(node, dict) and name in node:
-        return node[name]
-    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
-        return node[int(name)]
-    if isinstance(node, dict):
-        known = ", ".join(node)
-    else:
-        known = f"0 to {len(node) - 1}" if isinstance(node, list) else "no fields"
-    raise UsageError(f"the config has no field {path!r}; there it has {known}")
-
-
-def parse_changes(settings: list[str]) -> dict[str, Any]:
-    """``["train.steps=10"]`` -> ``{"train.steps": 10}``; values are JSON, or else plain text.
-
-    Raises:
-      UsageError: there is no "=".
-    """
-    changes = {}
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        if not equals or not path:
-            raise UsageError(f"--set {setting!r} must look like train.learning_rate=0.001")
-        try:
-            changes[path] = json.loads(text)
-        except ValueError:
-            changes[path] = text
-    return changes

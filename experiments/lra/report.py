@@ -20,7 +20,7 @@ from rich.table import Table
 from experiments.lra.plots import comparison
 from experiments.lra.presets import PAPER
 from experiments.lra.published import ROWS, TASKS
-from experiments.lra.run import main_guard
+from experiments.run import main_guard
 from seqmodels.config import to_dict
 
 SELECTED = (

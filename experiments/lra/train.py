@@ -16,7 +16,6 @@ stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,25 +24,30 @@ import tyro
 
 from experiments.lra.baselines import baselines
 from experiments.lra.plots import learning_curve
-from experiments.lra.presets import ExperimentConfig, experiment, parse_changes, with_changes
+from experiments.lra.presets import ExperimentConfig, experiment
 from experiments.lra.run import (
-    Locations,
-    UsageError,
-    absolute,
     data_digest,
     eval_batches,
     evaluate_checkpoint,
     load_data,
-    main_guard,
     make_task,
+)
+from experiments.run import (
+    Locations,
+    UsageError,
+    absolute,
+    history,
+    main_guard,
+    parse_changes,
+    result_path,
+    with_changes,
+    write_result,
 )
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data import batches
 from seqmodels.data.examples import TaskData
-from seqmodels.training.checkpoint import differences
 from seqmodels.training.evaluation import Evaluation
 from seqmodels.training.loop import Outcome, fit
-from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl, write_atomically
 from seqmodels.training.run_directory import check, read_config
 
 
@@ -121,7 +125,7 @@ def train(arguments: Arguments) -> None:
     config, run_dir = resolve(arguments)
     identity = to_dict(config)
     check(run_dir, identity, resume=arguments.resume)
-    result_path = _result_path(arguments.results_dir, config)
+    path = result_path(arguments.results_dir, config.name, config)
     data, locations = _data(arguments, config, run_dir)
     task = make_task(config)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
@@ -151,26 +155,9 @@ def train(arguments: Arguments) -> None:
         f"test accuracy {test.accuracy:.4f} at step {step} of {outcome.progress.step}; baselines: "
         + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     )
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomically(run_dir / "result.json", text)
-    result_path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(result_path, text)
-    learning_curve(result, result_path.with_suffix(".png"))
-    print(f"result: {result_path}")
-
-
-def _result_path(results_dir: Path, config: ExperimentConfig) -> Path:
-    """Where the result goes; UsageError if it would replace that of another config."""
-    path = results_dir / f"{config.name}.json"
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-        different = differences(saved, to_dict(config))
-        if different:
-            raise UsageError(
-                f"{path} is the result of another config ({'; '.join(different)}); "
-                "choose another --results-dir, or move it away"
-            )
-    return path
+    write_result(result, run_dir, path)
+    learning_curve(result, path.with_suffix(".png"))
+    print(f"result: {path}")
 
 
 def _data(
@@ -194,14 +181,6 @@ def make_result(
 ) -> dict[str, Any]:
     """What is published of a run: no path of the machine it ran on."""
     progress = outcome.progress
-    starts = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-    environment = {
-        name: value for name, value in starts[-1].items() if name not in ("command", "started")
-    }
-    curve = [
-        {name: value for name, value in record.items() if name not in {"order", *TIMING_FIELDS}}
-        for record in read_jsonl(run_dir / "metrics.jsonl")
-    ]
     return {
         "task": config.task,
         "model": config.model,
@@ -221,11 +200,9 @@ def make_result(
         "parameters": outcome.parameters,
         "wall_seconds": progress.wall_seconds,
         "compile_seconds": progress.compile_seconds,
-        "starts": len(starts),
-        "environment": environment,
         "config": to_dict(config),
         "data": {"digest": data_digest(data), **dict(data.description)},
-        "curve": curve,
+        **history(run_dir),
     }
 
 

@@ -7,10 +7,8 @@ from experiments.lra.presets import (
     PAPER,
     ExperimentConfig,
     experiment,
-    parse_changes,
-    with_changes,
 )
-from experiments.lra.run import UsageError
+from experiments.run import UsageError, parse_changes, with_changes
 from seqmodels.config import from_dict, to_dict
 
 
