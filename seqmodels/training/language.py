@@ -33,10 +33,12 @@ def language(
       tile: tokens whose logits exist at a time.
 
     Raises:
-      ValueError: a mixer that is not causal, or with ``carry_state`` one without a state of a
-        fixed size.
+      ValueError: a mixer that is not causal; with ``packed`` one that takes a document a row; with
+        ``carry_state`` one without a state of a fixed size.
     """
     check_causal(model)
+    if packed:
+        check_packs(model)
     if carry_state:
         check_carries(model)
 
@@ -84,6 +86,17 @@ def check_causal(model: LanguageModel) -> None:
             raise ValueError(
                 f"mixer={config.mixer!r} is bidirectional and sees the tokens that a language "
                 "model predicts; choose a causal mixer, or bidirectional=False where it has it"
+            )
+
+
+def check_packs(model: LanguageModel) -> None:
+    """Raises ValueError unless every mixer keeps the documents of a row apart."""
+    for config in model.config.backbone.mixers:
+        if not config.packs:
+            raise ValueError(
+                f"packed=True needs mixers that keep documents apart, mixer={config.mixer!r} takes "
+                "one document a row; choose another mixer, or a text of one document without "
+                "carry_state"
             )
 
 

@@ -1,0 +1,205 @@
+"""What each experiment is: a language model of one mixer, of a size, and how it is trained.
+
+The models are the usual stack (norm, mixer, norm, MLP; tied embeddings) and the recipe the usual
+one of small language models; none of it is a published experiment.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from experiments.run import UsageError, with_changes
+from seqmodels.data.text import VOCABULARY
+from seqmodels.mixers import REGISTRY, MixerConfig
+from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
+from seqmodels.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How a text becomes rows.
+
+    Attributes:
+      length: tokens of a row.
+      separator: what stands between the documents of a file; None, a file is one document.
+      validation: share of the bytes, at the end, that is held out of training.
+    """
+
+    length: int = 256
+    separator: str | None = None
+    validation: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"data.length={self.length} must be positive")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"data.validation={self.validation} must be in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment, complete: data, model and training.
+
+    Attributes:
+      mixer: name of the mixer.
+      preset: the name this config was made from.
+      data: how the text is cut.
+      carry_state: rows are streams, and states go on from batch to batch.
+      model: the model.
+      train: the training; its seed also orders the windows.
+    """
+
+    mixer: str
+    preset: str
+    data: DataConfig
+    carry_state: bool
+    model: LanguageModelConfig
+    train: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """``<mixer>-<preset>[-carry]-seed<k>``: of the run directory and of the result."""
+        carry = "-carry" if self.carry_state else ""
+        return f"{self.mixer}-{self.preset}{carry}-seed{self.train.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Blocks, width of the residual stream, width of the MLP, channels of a head."""
+
+    layers: int
+    width: int
+    mlp: int
+    head: int
+
+
+SIZES = {
+    "tiny": Size(layers=1, width=16, mlp=32, head=8),
+    "cpu": Size(layers=4, width=128, mlp=256, head=32),
+    "small": Size(layers=12, width=768, mlp=2304, head=64),
+}
+
+_TRAIN = TrainConfig(
+    learning_rate=2e-3,
+    weight_decay=0.1,
+    clip_norm=1.0,
+    adam_b2=0.95,
+    select="loss",
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    # For a look at how everything works; learns next to nothing.
+    "tiny": {
+        "data.length": 32, "train.steps": 20, "train.batch_size": 4, "train.warmup_steps": 2,
+        "train.log_every": 5, "train.eval_every": 10, "train.checkpoint_every": 10,
+    },
+    # About a million parameters; minutes on two processor cores.
+    "cpu": {
+        "data.length": 256, "train.steps": 1_000, "train.batch_size": 8,
+        "train.warmup_steps": 50, "train.log_every": 20, "train.eval_every": 200,
+        "train.checkpoint_every": 200,
+    },
+    # About 100 million parameters; for an accelerator.
+    "small": {
+        "data.length": 2048, "train.steps": 20_000, "train.batch_size": 64,
+        "train.warmup_steps": 500, "train.learning_rate": 6e-4, "train.log_every": 50,
+        "train.eval_every": 1_000, "train.checkpoint_every": 1_000, "model.dtype": "bfloat16",
+    },
+}  # fmt: skip
+MIXERS = tuple(REGISTRY)
+
+
+def experiment(mixer: str, preset: str, seed: int = 0) -> ExperimentConfig:
+    """The experiment of a preset.
+
+    Raises:
+      UsageError: an unknown name (the message lists the known ones), or a bidirectional mixer.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"preset={preset!r} is not known; choose one of {', '.join(PRESETS)}")
+    size = SIZES[preset]
+    config = ExperimentConfig(
+        mixer=mixer,
+        preset=preset,
+        data=DataConfig(),
+        carry_state=False,
+        model=language_model(mixer, size),
+        train=dataclasses.replace(_TRAIN, group_learning_rates=group_rates(mixer, size)),
+    )
+    return with_changes(config, {**PRESETS[preset], "train.seed": seed})
+
+
+def language_model(mixer: str, size: Size) -> LanguageModelConfig:
+    """The model of one mixer; raises as ``mixer_config``."""
+    return LanguageModelConfig(
+        backbone=BackboneConfig(
+            layout=(mixer,) * size.layers,
+            mixers=(mixer_config(mixer, size),),
+            width=size.width,
+            norm="rms",
+            final_norm=True,
+            mlp=size.mlp,
+            decay_vectors=False,
+            scan_layers=True,
+        ),
+        vocabulary_size=VOCABULARY,
+    )
+
+
+def mixer_config(name: str, size: Size) -> MixerConfig:
+    """A mixer's config for models of this size: heads and states that suit its width.
+
+    Raises:
+      UsageError: an unknown name, or a mixer that has no causal mode.
+    """
+    if name not in REGISTRY:
+        raise UsageError(f"mixer={name!r} is not known; choose one of {', '.join(MIXERS)}")
+    kind = REGISTRY[name][0]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    heads = max(size.width // size.head, 1)
+    general: dict[str, Any] = {
+        "heads": heads,
+        "head_size": size.head,
+        # The default 0.02 is meant for a width of about 2048.
+        "init_std": size.width**-0.5,
+        "layers": size.layers,
+        "bidirectional": False,
+    }
+    special: dict[str, dict[str, Any]] = {
+        "attention": {"head_size": None},
+        "sliding_window": {"head_size": None, "window": 64},
+        "scout": {"head_size": None, "interval": 8},
+        "rat": {"chunk": 8, "groups": heads},
+        "gated_deltanet": {"expand_v": 1.0},
+        "retnet": {"expand_v": 1.0},
+        "hgrn2": {"layers": 1},
+        "lightning": {"layers": 1},
+        "mamba2": {"state_size": 64},
+        "s4d": {"state_size": 32},
+        "s5": {"state_size": size.width},
+        "lru": {"state_size": size.width},
+    }
+    wanted = {name: value for name, value in general.items() if name in fields}
+    try:
+        config = kind(**{**wanted, **special.get(name, {})})
+    except ValueError as error:
+        raise UsageError(f"mixer={name!r} has no preset of width {size.width}: {error}") from error
+    if not config.causal:
+        raise UsageError(
+            f"mixer={name!r} is bidirectional and sees the tokens that a language model predicts; "
+            f"choose one of {', '.join(other for other in MIXERS if other != name)}"
+        )
+    return config
+
+
+def group_rates(mixer: str, size: Size) -> dict[str, float]:
+    """A lower rate for the state-space parameters of mixers that mark them, as S4 and S5 do."""
+    marks = mixer_config(mixer, size).marks().values()
+    return {"ssm": 1e-3} if any(mark.group == "ssm" for mark in marks) else {}
+
+
+def parameters(config: LanguageModelConfig) -> int:
+    """The model's number of parameters, without making them."""
+    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))

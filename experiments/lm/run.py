@@ -1,0 +1,106 @@
+"""What the commands share: data, the task of a config, a trained model, bits per byte."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from experiments.lm.presets import ExperimentConfig
+from experiments.run import chosen_step, locate, restore
+from seqmodels.config import from_dict, to_dict
+from seqmodels.data import text
+from seqmodels.data.text import Text
+from seqmodels.models import LanguageModel, marks
+from seqmodels.training.evaluation import Evaluation
+from seqmodels.training.language import language
+from seqmodels.training.run_directory import read_config
+from seqmodels.training.task import Task, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """The two splits of a text, and the digest of all of it."""
+
+    train: Text
+    validation: Text
+    digest: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold several documents."""
+        return self.train.documents > 1 or self.validation.documents > 1
+
+
+def load_data(config: ExperimentConfig, path: Path | str) -> TextData:
+    """The text at ``path``, split as the config says.
+
+    Raises:
+      ValueError: there is none, or it is too short.
+    """
+    documents = text.read_documents(Path(path), config.data.separator)
+    train, validation = text.split_documents(documents, config.data.validation)
+    return TextData(
+        train=text.encode(train),
+        validation=text.encode(validation),
+        digest=text.encode(documents).digest,
+    )
+
+
+def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
+    """The config's model, for training; raises as ``language`` does."""
+    return language(
+        LanguageModel(config.model),
+        lambda params: marks(config.model, params),
+        packed=packed or config.carry_state,
+        carry_state=config.carry_state,
+    )
+
+
+def bits_per_byte(result: Evaluation, data: Text) -> float:
+    """Of an evaluation that predicted each token of the text once, document ends included."""
+    return result.loss * result.examples / data.bytes / math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model from a run directory."""
+
+    config: ExperimentConfig
+    step: int
+    model: LanguageModel
+    variables: Variables
+
+
+def load_trained(checkpoint: Path, *, average: bool = True) -> Trained:
+    """The model of a checkpoint.
+
+    Args:
+      checkpoint: a run directory, its checkpoints/ or one step in there; without a step, the one
+        the run was tested at, or else the latest.
+      average: take the average of the parameters, where the run has one.
+
+    Raises:
+      UsageError: the path is not in a run directory.
+      ValueError: the run is not one of a language model.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    run_dir, step = locate(checkpoint)
+    identity = read_config(run_dir)
+    try:
+        config = from_dict(ExperimentConfig, identity, where="config")
+    except ValueError as error:
+        raise ValueError(
+            f"--checkpoint {checkpoint} is not a run of experiments.lm.train, or of another "
+            f"version ({error}); give the directory of such a run"
+        ) from error
+    if step is None:
+        step = chosen_step(run_dir, identity)
+    task = make_task(config, packed=False)
+    state = restore(task, config.train, identity, run_dir / "checkpoints", step)
+    variables = state.averaged if average else state.variables
+    return Trained(config, step, LanguageModel(config.model), variables)
+
+
+def identity_of(config: ExperimentConfig) -> dict[str, Any]:
+    """The config as JSON, which a run is known by."""
+    return to_dict(config)

@@ -1,0 +1,254 @@
+"""Trains a language model of one mixer on the bytes of a text.
+
+    python -m experiments.lm.train --data book.txt --mixer mamba2 --preset cpu
+    python -m experiments.lm.train --data book.txt --mixer gla --carry-state --ema-decay 0.999
+    python -m experiments.lm.train --resume --run-dir runs/lm/mamba2-cpu-seed0
+
+--data is a file, or a folder whose *.txt files are one document each; the last tenth of the bytes
+is for validation. Rows are shuffled windows of the text; with --carry-state they are contiguous
+streams, and each batch begins in the states that the one before ended in.
+
+Presets: "tiny" is for trying things out, "cpu" has about half a million parameters and is for two
+processor cores, "small" about a hundred million, for an accelerator. Any field of the config can be
+changed, for example
+
+    --set train.learning_rate=0.001 --set data.length=1024 --set model.backbone.width=256
+
+The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result
+goes to --results-dir as <mixer>-<preset>-seed<k>.json. Exit codes: 0 done; 1 an error; 2 a wrong
+command line; 3 the loss was not finite; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint
+to --resume from.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from experiments.lm.presets import ExperimentConfig, experiment
+from experiments.lm.run import TextData, bits_per_byte, identity_of, load_data, make_task
+from experiments.run import (
+    Locations,
+    UsageError,
+    absolute,
+    history,
+    main_guard,
+    parse_changes,
+    restore,
+    result_path,
+    with_changes,
+    write_result,
+)
+from seqmodels.config import from_dict
+from seqmodels.data import text
+from seqmodels.parallel.mesh import make_mesh
+from seqmodels.training.evaluation import Evaluation, evaluate
+from seqmodels.training.loop import OnEvent, Outcome, fit
+from seqmodels.training.run_directory import check, read_config
+from seqmodels.training.step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the command line."""
+
+    data: Path | None = None
+    """A text file, or a folder with *.txt files; needed unless --resume."""
+    mixer: str | None = None
+    """Name of a causal mixer of seqmodels.mixers; needed unless --resume."""
+    preset: str = "cpu"
+    """tiny, cpu or small."""
+    seed: int = 0
+    """Seed of parameters, dropout and data order."""
+    separator: str | None = None
+    """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document."""
+    carry_state: bool = False
+    """Carry the states from batch to batch: truncated backpropagation through time."""
+    ema_decay: float | None = None
+    """Decay of an average of the parameters that evaluation and generation use, e.g. 0.999."""
+    run_dir: Path | None = None
+    """Where the run goes; default runs/lm/<mixer>-<preset>-seed<k>."""
+    results_dir: Path = Path("experiments/results/lm")
+    """Where the result goes."""
+    steps: int | None = None
+    """Number of steps, instead of the preset's; the schedule follows."""
+    max_minutes: float | None = None
+    """Stop after this much training time, with a checkpoint, and evaluate what there is."""
+    resume: bool = False
+    """Continue the run in --run-dir; everything else comes from there."""
+    set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
+    """Change a field of the config, e.g. train.learning_rate=0.002; may be repeated."""
+    progress: bool = True
+    """Draw a progress bar."""
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
+
+def changes_of(arguments: Arguments) -> dict[str, Any]:
+    """The fields of the config that the command line changes, by path."""
+    given = {
+        "data.separator": arguments.separator,
+        "carry_state": arguments.carry_state or None,
+        "train.ema_decay": arguments.ema_decay,
+        "train.steps": arguments.steps,
+        "train.max_minutes": arguments.max_minutes,
+    }
+    changes = parse_changes(arguments.set)
+    return changes | {path: value for path, value in given.items() if value is not None}
+
+
+def resolve(arguments: Arguments) -> tuple[ExperimentConfig, Path]:
+    """The experiment and its run directory.
+
+    Raises:
+      UsageError: a name is missing or unknown, or the run to resume is not one.
+    """
+    changes = changes_of(arguments)
+    if arguments.resume:
+        if arguments.run_dir is None:
+            raise UsageError("--resume needs the --run-dir of the run to continue")
+        run_dir = arguments.run_dir
+        config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
+        if arguments.mixer not in (None, config.mixer):
+            raise UsageError(f"--mixer {arguments.mixer}: the run in {run_dir} has {config.mixer}")
+        return with_changes(config, changes), run_dir
+    if arguments.mixer is None or arguments.data is None:
+        raise UsageError(
+            "a new run needs --data and --mixer, e.g. --data book.txt --mixer mamba2; "
+            "a run to --resume needs its --run-dir. See --help"
+        )
+    config = with_changes(experiment(arguments.mixer, arguments.preset, arguments.seed), changes)
+    return config, arguments.run_dir or Path("runs/lm") / config.name
+
+
+def train(arguments: Arguments) -> None:
+    """Trains, evaluates and writes the result.
+
+    Raises:
+      ValueError, OSError, TrainingError: with a message for the user.
+    """
+    config, run_dir = resolve(arguments)
+    check(run_dir, identity_of(config), resume=arguments.resume)
+    path = result_path(arguments.results_dir, config.name, config)
+    data, locations = _data(arguments, config, run_dir)
+    print(f"{config.name}: {run_dir}", file=sys.stderr)
+    result = train_and_evaluate(
+        config,
+        data,
+        run_dir,
+        locations=locations,
+        resume=arguments.resume,
+        show_progress=arguments.progress,
+    )
+    if not result["complete"]:
+        print(f"stopped after {result['steps']} steps: max_minutes={config.train.max_minutes}")
+    print(
+        f"validation: {result['bits_per_byte']:.4f} bits per byte, at step {result['test_step']} "
+        f"of {result['steps']}"
+    )
+    write_result(result, run_dir, path)
+    print(f"result: {path}")
+
+
+def train_and_evaluate(
+    config: ExperimentConfig,
+    data: TextData,
+    run_dir: Path,
+    *,
+    locations: Locations,
+    resume: bool = False,
+    show_progress: bool = True,
+    on_event: OnEvent = lambda what, step: None,
+) -> dict[str, Any]:
+    """Trains in ``run_dir``; returns the result, with validation of the best checkpoint."""
+    options: dict[str, Any] = {
+        "length": config.data.length,
+        "batch_size": config.train.batch_size,
+        "streams": config.carry_state,
+    }
+    task = make_task(config, packed=data.packed)
+    validation = text.eval_batches(data.validation, **options)
+
+    def event(what: str, step: int) -> None:
+        if what == "prepared":
+            locations.write(run_dir)
+        on_event(what, step)
+
+    outcome = fit(
+        task,
+        text.train_batches(data.train, seed=config.train.seed, **options),
+        config.train,
+        run_dir,
+        identity=identity_of(config),
+        validation=validation,
+        resume=resume,
+        show_progress=show_progress,
+        on_event=event,
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = restore(
+        task, config.train, identity_of(config), run_dir / "checkpoints", outcome.chosen_step
+    )
+    best = evaluate(make_eval_step(task, mesh), state.averaged, validation, mesh, task.start)
+    return make_result(config, run_dir, data, outcome, best)
+
+
+def make_result(
+    config: ExperimentConfig, run_dir: Path, data: TextData, outcome: Outcome, best: Evaluation
+) -> dict[str, Any]:
+    """What is published of a run: no path of the machine it ran on."""
+    progress = outcome.progress
+    return {
+        "mixer": config.mixer,
+        "preset": config.preset,
+        "seed": config.train.seed,
+        "carry_state": config.carry_state,
+        "bits_per_byte": bits_per_byte(best, data.validation),
+        "validation_loss": best.loss,
+        "validation_accuracy": best.accuracy,
+        "validation_bytes": data.validation.bytes,
+        "test_step": outcome.chosen_step,
+        "selection": "lowest validation loss" if progress.best_step is not None else "last step",
+        "steps": progress.step,
+        "complete": outcome.complete,
+        "tokens": progress.tokens,
+        "skipped": progress.skipped,
+        "parameters": outcome.parameters,
+        "wall_seconds": progress.wall_seconds,
+        "compile_seconds": progress.compile_seconds,
+        "config": identity_of(config),
+        "data": {"sha256_of_tokens": data.digest, "train_bytes": data.train.bytes},
+        **history(run_dir),
+    }
+
+
+def _data(
+    arguments: Arguments, config: ExperimentConfig, run_dir: Path
+) -> tuple[TextData, Locations]:
+    """The data and where they are; a resumed run insists on the data it began with."""
+    saved, path = None, absolute(arguments.data)
+    if arguments.resume and (run_dir / "data.json").exists():
+        saved = Locations.read(run_dir)
+        path = path or saved.data_dir
+    if path is None:
+        raise UsageError(f"the run in {run_dir} does not say where its text is; give --data")
+    data = load_data(config, path)
+    if saved is not None and saved.digest != data.digest:
+        raise ValueError(
+            f"data={path!r} is not the text that the run in {run_dir} began with; give that as "
+            "--data, or start in another --run-dir"
+        )
+    return data, Locations("", path, data.digest)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lm.train")
+    return main_guard(lambda: train(parsed), show_traceback=parsed.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
