@@ -17,6 +17,7 @@ from seqmodels.mixers.mamba2 import Mamba2, Mamba2Config
 from seqmodels.mixers.rat import RAT, RATConfig
 from seqmodels.mixers.retnet import RetNet, RetNetConfig
 from seqmodels.mixers.rg_lru import RGLRU, RGLRUConfig
+from seqmodels.mixers.s4 import S4, S4Config
 from seqmodels.mixers.s4d import S4D, S4DConfig
 from seqmodels.mixers.s5 import S5, S5Config
 from seqmodels.mixers.scout import SCOUT, SCOUTConfig
@@ -37,6 +38,7 @@ REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "rat": (RATConfig, RAT),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
+    "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
     "scout": (SCOUTConfig, SCOUT),
@@ -64,6 +66,7 @@ __all__ = [
     "RAT",
     "REGISTRY",
     "RGLRU",
+    "S4",
     "S4D",
     "S5",
     "SCOUT",
@@ -93,6 +96,7 @@ __all__ = [
     "RecurrentState",
     "RetNet",
     "RetNetConfig",
+    "S4Config",
     "S4DConfig",
     "S5Config",
     "SCOUTConfig",

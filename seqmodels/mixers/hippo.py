@@ -55,3 +55,8 @@ def normal_input(
     """
     b = vectors.conj().T @ np.sqrt(2.0 * np.arange(len(vectors)) + 1.0)
     return b.real + 1j * np.clip(b.imag, -clip, clip)
+
+
+def normal_low_rank(vectors: Complex128[np.ndarray, "n half"]) -> Complex128[np.ndarray, " half"]:
+    """The vector ``P_n = sqrt(n + 1/2)`` of ``normal_part`` in the eigenbasis, ``V* P``."""
+    return vectors.conj().T @ np.sqrt(np.arange(len(vectors)) + 0.5)

@@ -19,11 +19,16 @@ from_ids = jax.jit(Segments.from_ids, static_argnames="single")
 STREAMING = [case for case, flags in FLAGS.items() if flags[1]]
 PACKING = [case for case, flags in FLAGS.items() if flags[2]]
 UNPACKING = [case for case, flags in FLAGS.items() if not flags[2]]
+STREAMING_SINGLE = [
+    (case, single) for case in STREAMING for single in (False, True) if single or case in PACKING
+]
 BIDIRECTIONAL = [case for case, flags in FLAGS.items() if not flags[0]]
 
 # Two documents of one id each side of another, and padding; one row full; one row of padding only.
 IDS = np.array([[1] * 5 + [2] * 3 + [1] * 4 + [0] * 2, [3] * 9 + [4] * 5, [0] * 14], np.int32)
 LENGTH = IDS.shape[1]
+# One document a row, what mixers that do not pack are given.
+ALONE = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +72,10 @@ def close_states(actual, expected):
 
 def in_pieces(mixer, run, x, ids, cuts):
     """Outputs and last state when the row is fed in pieces that end at ``cuts``."""
+    single = not mixer.packs
     state, outputs = start(mixer, x.shape[0]), []
     for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
-        segments = None if ids is None else from_ids(ids[:, begin:end])
+        segments = None if ids is None else from_ids(ids[:, begin:end], single=single)
         y, state = run(x[:, begin:end], segments, state)
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1), state
@@ -109,19 +115,23 @@ def test_causality(case):
     assert (early < 1e-5) == mixer.causal
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("case", STREAMING)
-def test_whole_is_split_is_step_by_step(case, packed):
+def test_whole_is_split_is_step_by_step(case, named):
     mixer, _, x, run = setup(case)
-    ids = IDS if packed else None
-    whole, state = run(x, from_ids(IDS) if packed else None)
+    ids, positions, names = None, [LENGTH] * 3, [1] * 3
+    if named and mixer.packs:
+        ids, positions, names = IDS, [4, 5, 0], [1, 4, 0]
+    elif named:
+        ids, positions, names = ALONE, [9, LENGTH, 0], [7, 7, 0]
+    whole, state = run(x, None if ids is None else from_ids(ids, single=not mixer.packs))
     # 5 and 8 are document boundaries of row 0; 4, 6 and 9 a token beside them; 12 begins padding.
     for cuts in ([5, 8, 12], [4, 9], [6], list(range(1, LENGTH))):
         pieces, last = in_pieces(mixer, run, x, ids, cuts)
         close(pieces, whole)
         close_states(last, state)
-    np.testing.assert_array_equal(state.position, [4, 5, 0] if packed else [LENGTH] * 3)
-    np.testing.assert_array_equal(state.segment, [1, 4, 0] if packed else [1] * 3)
+    np.testing.assert_array_equal(state.position, positions)
+    np.testing.assert_array_equal(state.segment, names)
 
 
 @pytest.mark.parametrize("case", PACKING)
@@ -159,7 +169,6 @@ def test_documents_are_isolated_bit_for_bit(case):
 @pytest.mark.parametrize("case", PACKING)
 def test_single_document_rows_agree_with_the_general_path(case):
     mixer, _, x, run = setup(case)
-    ids = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
     cotangent = jax.random.normal(jax.random.key(5), x.shape)
 
     @jax.jit
@@ -167,12 +176,12 @@ def test_single_document_rows_agree_with_the_general_path(case):
         y, vjp, state = jax.vjp(lambda x: run(x, segments), x, has_aux=True)
         return y, vjp(cotangent)[0], state
 
-    single = differentiate(x, from_ids(ids, single=True))
-    general = differentiate(x, from_ids(ids))
+    single = differentiate(x, from_ids(ALONE, single=True))
+    general = differentiate(x, from_ids(ALONE))
     close(single[0], general[0])
     close(single[1], general[1])
-    assert not np.any(np.asarray(single[0])[ids == 0])
-    assert not np.any(np.asarray(single[1])[ids == 0])
+    assert not np.any(np.asarray(single[0])[ALONE == 0])
+    assert not np.any(np.asarray(single[1])[ALONE == 0])
     if mixer.streams:
         close_states(single[2], general[2])
         np.testing.assert_array_equal(single[2].position, [9, LENGTH, 0])
@@ -183,7 +192,6 @@ def test_mixers_of_single_documents_refuse_packed_rows_and_ignore_padding(case):
     _, _, x, run = setup(case)
     with pytest.raises(ValueError, match=r"several documents a row are not supported"):
         run(x, from_ids(IDS))
-    ids = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
     cotangent = jax.random.normal(jax.random.key(5), x.shape)
 
     @jax.jit
@@ -191,7 +199,7 @@ def test_mixers_of_single_documents_refuse_packed_rows_and_ignore_padding(case):
         y, vjp = jax.vjp(lambda x: run(x, segments)[0], x)
         return y, vjp(cotangent)[0]
 
-    segments = from_ids(ids, single=True)
+    segments = from_ids(ALONE, single=True)
     padded = differentiate(x, cotangent, segments)
     for part, whole, short in zip(
         padded,
@@ -201,11 +209,10 @@ def test_mixers_of_single_documents_refuse_packed_rows_and_ignore_padding(case):
     ):
         close(part[1], whole[1])
         close(part[0, :9], short[0])
-        assert not np.any(np.asarray(part)[ids == 0])
+        assert not np.any(np.asarray(part)[ALONE == 0])
 
 
-@pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize("case", STREAMING)
+@pytest.mark.parametrize(("case", "single"), STREAMING_SINGLE)
 def test_padding_leaves_the_state_untouched(case, single):
     _, _, x, run = setup(case)
     _, state = run(x)
@@ -215,11 +222,10 @@ def test_padding_leaves_the_state_untouched(case, single):
     assert not np.any(np.asarray(y))
 
 
-@pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize("case", STREAMING)
+@pytest.mark.parametrize(("case", "single"), STREAMING_SINGLE)
 def test_carried_state_is_used_and_zeroed_by_a_new_document(case, single):
-    _, _, x, run = setup(case)
-    _, state = run(x, from_ids(np.full_like(IDS, 3)))
+    mixer, _, x, run = setup(case)
+    _, state = run(x, from_ids(np.full_like(IDS, 3), single=not mixer.packs))
     second = np.repeat(np.array([[3], [8], [0]], np.int32), LENGTH, axis=1)
     y, after = run(x, from_ids(second, single=single), state)
     whole, _ = run(jnp.concatenate([x, x], axis=1))
