@@ -80,7 +80,7 @@ SIZES = {
     "small": Size(layers=12, width=768, mlp=2304, head=64),
 }
 
-_TRAIN = TrainConfig(
+TRAIN = TrainConfig(
     learning_rate=2e-3,
     weight_decay=0.1,
     clip_norm=1.0,
@@ -124,7 +124,7 @@ def experiment(mixer: str, preset: str, seed: int = 0) -> ExperimentConfig:
         data=DataConfig(),
         carry_state=False,
         model=language_model(mixer, size),
-        train=dataclasses.replace(_TRAIN, group_learning_rates=group_rates(mixer, size)),
+        train=dataclasses.replace(TRAIN, group_learning_rates=group_rates(mixer, size)),
     )
     return with_changes(config, {**PRESETS[preset], "train.seed": seed})
 
@@ -200,6 +200,6 @@ def group_rates(mixer: str, size: Size) -> dict[str, float]:
 
 def parameters(config: LanguageModelConfig) -> int:
     """The model's number of parameters, without making them."""
-    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
+    tokens = jax.ShapeDtypeStruct((1, 1), "int32")
     shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))

@@ -5,13 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiments.lm.presets import ExperimentConfig
+from experiments.lm.presets import DataConfig, ExperimentConfig
 from experiments.run import chosen_step, locate, restore
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data import text
 from seqmodels.data.text import Text
 from seqmodels.models import LanguageModel, marks
-from seqmodels.training.evaluation import Evaluation
 from seqmodels.training.language import language
 from seqmodels.training.run_directory import read_config
 from seqmodels.training.task import Task, Variables
@@ -31,14 +30,14 @@ class TextData:
         return self.train.documents > 1 or self.validation.documents > 1
 
 
-def load_data(config: ExperimentConfig, path: Path | str) -> TextData:
+def load_data(config: DataConfig, path: Path | str) -> TextData:
     """The text at ``path``, split as the config says.
 
     Raises:
       ValueError: there is none, or it is too short.
     """
-    documents = text.read_documents(Path(path), config.data.separator)
-    train, validation = text.split_documents(documents, config.data.validation)
+    documents = text.read_documents(Path(path), config.separator)
+    train, validation = text.split_documents(documents, config.validation)
     return TextData(
         train=text.encode(train),
         validation=text.encode(validation),
@@ -56,9 +55,9 @@ def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
     )
 
 
-def bits_per_byte(result: Evaluation, data: Text) -> float:
-    """Of an evaluation that predicted each token of the text once, document ends included."""
-    return result.loss * result.examples / data.bytes / math.log(2)
+def bits_per_byte(loss: float, data: Text) -> float:
+    """Of a mean loss, in nats, over all tokens of the text: the documents' ends count as well."""
+    return loss * data.predictions / data.bytes / math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)

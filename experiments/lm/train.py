@@ -25,7 +25,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 
 from experiments.lm.presets import ExperimentConfig, experiment
@@ -37,18 +36,14 @@ from experiments.run import (
     history,
     main_guard,
     parse_changes,
-    restore,
     result_path,
     with_changes,
     write_result,
 )
 from seqmodels.config import from_dict
 from seqmodels.data import text
-from seqmodels.parallel.mesh import make_mesh
-from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.loop import OnEvent, Outcome, fit
 from seqmodels.training.run_directory import check, read_config
-from seqmodels.training.step import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +140,11 @@ def train(arguments: Arguments) -> None:
     )
     if not result["complete"]:
         print(f"stopped after {result['steps']} steps: max_minutes={config.train.max_minutes}")
-    print(
-        f"validation: {result['bits_per_byte']:.4f} bits per byte, at step {result['test_step']} "
-        f"of {result['steps']}"
-    )
+    if result["bits_per_byte"] is not None:
+        print(
+            f"validation: {result['bits_per_byte']:.4f} bits per byte, at step "
+            f"{result['test_step']} of {result['steps']}"
+        )
     write_result(result, run_dir, path)
     print(f"result: {path}")
 
@@ -163,14 +159,12 @@ def train_and_evaluate(
     show_progress: bool = True,
     on_event: OnEvent = lambda what, step: None,
 ) -> dict[str, Any]:
-    """Trains in ``run_dir``; returns the result, with validation of the best checkpoint."""
+    """Trains in ``run_dir``; returns the result, with the validation of the chosen step."""
     options: dict[str, Any] = {
         "length": config.data.length,
         "batch_size": config.train.batch_size,
         "streams": config.carry_state,
     }
-    task = make_task(config, packed=data.packed)
-    validation = text.eval_batches(data.validation, **options)
 
     def event(what: str, step: int) -> None:
         if what == "prepared":
@@ -178,37 +172,37 @@ def train_and_evaluate(
         on_event(what, step)
 
     outcome = fit(
-        task,
+        make_task(config, packed=data.packed),
         text.train_batches(data.train, seed=config.train.seed, **options),
         config.train,
         run_dir,
         identity=identity_of(config),
-        validation=validation,
+        validation=text.eval_batches(data.validation, **options),
         resume=resume,
         show_progress=show_progress,
         on_event=event,
     )
-    mesh = make_mesh(devices=jax.devices()[:1])
-    state = restore(
-        task, config.train, identity_of(config), run_dir / "checkpoints", outcome.chosen_step
-    )
-    best = evaluate(make_eval_step(task, mesh), state.averaged, validation, mesh, task.start)
-    return make_result(config, run_dir, data, outcome, best)
+    return make_result(config, run_dir, data, outcome)
 
 
 def make_result(
-    config: ExperimentConfig, run_dir: Path, data: TextData, outcome: Outcome, best: Evaluation
+    config: ExperimentConfig, run_dir: Path, data: TextData, outcome: Outcome
 ) -> dict[str, Any]:
     """What is published of a run: no path of the machine it ran on."""
-    progress = outcome.progress
+    progress, how = outcome.progress, history(run_dir)
+    # A run that time ended may have no evaluation; the last one of a step is the valid one.
+    best: dict[str, Any] = {"loss": None, "accuracy": None}
+    for record in how["curve"]:
+        if (record["kind"], record["step"]) == ("eval", outcome.chosen_step):
+            best = record | {"bits_per_byte": bits_per_byte(record["loss"], data.validation)}
     return {
         "mixer": config.mixer,
         "preset": config.preset,
         "seed": config.train.seed,
         "carry_state": config.carry_state,
-        "bits_per_byte": bits_per_byte(best, data.validation),
-        "validation_loss": best.loss,
-        "validation_accuracy": best.accuracy,
+        "bits_per_byte": best.get("bits_per_byte"),
+        "validation_loss": best["loss"],
+        "validation_accuracy": best["accuracy"],
         "validation_bytes": data.validation.bytes,
         "test_step": outcome.chosen_step,
         "selection": "lowest validation loss" if progress.best_step is not None else "last step",
@@ -221,7 +215,7 @@ def make_result(
         "compile_seconds": progress.compile_seconds,
         "config": identity_of(config),
         "data": {"sha256_of_tokens": data.digest, "train_bytes": data.train.bytes},
-        **history(run_dir),
+        **how,
     }
 
 
@@ -235,7 +229,7 @@ def _data(
         path = path or saved.data_dir
     if path is None:
         raise UsageError(f"the run in {run_dir} does not say where its text is; give --data")
-    data = load_data(config, path)
+    data = load_data(config.data, path)
     if saved is not None and saved.digest != data.digest:
         raise ValueError(
             f"data={path!r} is not the text that the run in {run_dir} began with; give that as "

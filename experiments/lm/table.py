@@ -1,0 +1,349 @@
+"""Compares the registered mixers at equal parameters and equal tokens on one text.
+
+    python -m experiments.lm.table --data book.txt
+    python -m experiments.lm.table --data book.txt --mixers mamba2 gla --steps 1000
+    python -m experiments.lm.table --print-only
+
+Every causal mixer gets four blocks of mixer and MLP, as wide as makes about a million parameters
+(the width is chosen so that the MLP is about twice as wide; the MLP's width then takes up the
+rest), and the same batches. The budget is small on purpose: the table says what a mixer learns
+first, not what it can learn. Mixers without a causal mode are left out, and said to be.
+
+The table goes to --results-dir as mixers.json and mixers.png after every row; rows that are there
+are kept, and a killed row goes on from its checkpoint. --speed times a training step of every
+mixer that has a row, all of them in turn, on a machine that should do nothing else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.lm import presets
+from experiments.lm.presets import ExperimentConfig, Size
+from experiments.lm.run import TextData, load_data, make_task
+from experiments.lm.train import train_and_evaluate
+from experiments.run import Locations, UsageError, absolute, main_guard, with_changes
+from seqmodels.data import text
+from seqmodels.mixers import REGISTRY, build
+from seqmodels.parallel.mesh import make_mesh, put_batch
+from seqmodels.training.metrics import write_atomically
+from seqmodels.training.run_directory import environment
+from seqmodels.training.state import create_state, optimizer_of
+from seqmodels.training.step import make_train_step
+
+PARAMETERS = 1_000_000
+LAYERS = 4
+CONTEXTS = (256, 65_536)
+"""Tokens at which the states are measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the command line."""
+
+    data: Path | None = None
+    """A text file; needed to train and to time."""
+    mixers: tuple[str, ...] = ()
+    """Names of mixers; default: all that are registered."""
+    steps: int = 250
+    """Optimizer steps of each mixer."""
+    batch_size: int = 4
+    """Rows in a step."""
+    length: int = 256
+    """Tokens in a row."""
+    learning_rate: float = 3e-3
+    """Peak learning rate, the same for all."""
+    validation: float = 0.05
+    """Share of the text, at its end, for validation."""
+    seed: int = 0
+    """Seed of parameters and data order."""
+    runs_dir: Path = Path("runs/lm/table")
+    """Where the runs go."""
+    results_dir: Path = Path("experiments/results/lm")
+    """Where mixers.json and mixers.png go."""
+    speed: bool = False
+    """Only time training steps of the mixers that have a row."""
+    print_only: bool = False
+    """Only print the table that is there."""
+    progress: bool = True
+    """Draw progress bars."""
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
+
+def size_of(mixer: str, parameters: int = PARAMETERS, layers: int = LAYERS) -> Size:
+    """The widths at which a model of this mixer has about so many parameters.
+
+    Raises:
+      UsageError: the mixer is unknown or has no causal mode.
+    """
+
+    def count(width: int, mlp: int) -> int:
+        size = Size(layers=layers, width=width, mlp=mlp, head=width // 4)
+        return presets.parameters(presets.language_model(mixer, size))
+
+    # Nearly all parameters are in matrices; what is left is for the MLP's width to even out.
+    probe = 128
+    scale = (parameters / count(probe, 2 * probe)) ** 0.5
+    width = max(16 * round(probe * scale / 16), 32)
+    base, step = count(width, 1), layers * (2 * width + 1)
+    mlp = max(1 + round((parameters - base) / step), 1)
+    return Size(layers=layers, width=width, mlp=mlp, head=width // 4)
+
+
+def config_of(mixer: str, arguments: Arguments) -> ExperimentConfig:
+    """The experiment of one row; raises as ``size_of``."""
+    size = size_of(mixer)
+    config = ExperimentConfig(
+        mixer=mixer,
+        preset="table",
+        data=presets.DataConfig(),
+        carry_state=False,
+        model=presets.language_model(mixer, size),
+        train=presets.TRAIN,
+    )
+    changes = {
+        "data.length": arguments.length,
+        "data.validation": arguments.validation,
+        "train.group_learning_rates": presets.group_rates(mixer, size),
+        "train.learning_rate": arguments.learning_rate,
+        "train.steps": arguments.steps,
+        "train.warmup_steps": arguments.steps // 10,
+        "train.batch_size": arguments.batch_size,
+        "train.seed": arguments.seed,
+        "train.mesh.data": 1,
+        "train.log_every": max(arguments.steps // 20, 1),
+        "train.eval_every": arguments.steps,
+        "train.checkpoint_every": max(arguments.steps // 3, 1),
+        "train.keep": 1,
+    }
+    return with_changes(config, changes)
+
+
+def state_bytes(config: ExperimentConfig, length: int) -> int:
+    """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16."""
+    stack = config.model.backbone
+    blocks = (stack.mixer(layer) for layer in range(len(stack.layout)))
+    return sum(build(mixer, stack.width, parent=None).state_size(length) for mixer in blocks)
+
+
+def settings_of(arguments: Arguments, digest: str) -> dict[str, Any]:
+    """What all rows have in common; a table of other settings is another table."""
+    names = ("steps", "batch_size", "length", "learning_rate", "validation", "seed")
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "tokens": arguments.steps * arguments.batch_size * arguments.length,
+        "parameters": PARAMETERS,
+        "layers": LAYERS,
+        "data_sha256": digest,
+    }
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a file; an empty one if there is none.
+
+    Raises:
+      ValueError: the file is not a table.
+    """
+    if not path.exists():
+        return {"settings": None, "rows": {}, "left_out": {}}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {**table, "rows": dict(table["rows"]), "settings": table["settings"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a table of experiments.lm.table: {error}") from error
+
+
+def make_row(
+    config: ExperimentConfig, data: TextData, arguments: Arguments, locations: Locations
+) -> dict[str, Any]:
+    """Trains one mixer, or goes on with a run that was killed."""
+    run_dir = arguments.runs_dir / config.mixer
+    result = train_and_evaluate(
+        config,
+        data,
+        run_dir,
+        locations=locations,
+        resume=(run_dir / "config.json").exists(),
+        show_progress=arguments.progress,
+    )
+    backbone = config.model.backbone
+    kept = ("bits_per_byte", "validation_loss", "validation_accuracy", "parameters", "tokens",
+            "wall_seconds", "compile_seconds", "environment", "config", "curve")  # fmt: skip
+    return {
+        "width": backbone.width,
+        "mlp": backbone.mlp,
+        "state_bytes": {str(length): state_bytes(config, length) for length in CONTEXTS},
+        **{name: result[name] for name in kept},
+    }
+
+
+def train_rows(arguments: Arguments, table: dict[str, Any], data: TextData, path: Path) -> None:
+    """Fills the table in, and writes it after every row."""
+    locations = Locations("", absolute(arguments.data), data.digest)
+    for mixer in arguments.mixers or tuple(REGISTRY):
+        if mixer in table["rows"]:
+            continue
+        try:
+            config = config_of(mixer, arguments)
+        except UsageError as error:
+            if mixer in arguments.mixers:
+                raise
+            table["left_out"][mixer] = str(error).split(";", 1)[0]
+            continue
+        print(f"{mixer}: {config.model.backbone.width} wide", file=sys.stderr)
+        table["rows"][mixer] = make_row(config, data, arguments, locations)
+        write(table, path)
+
+
+def time_rows(arguments: Arguments, table: dict[str, Any], data: TextData, rounds: int = 7) -> None:
+    """Tokens per second of a training step: the median, all mixers in turn."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shape = {"length": arguments.length, "batch_size": arguments.batch_size}
+    batch = put_batch(next(iter(text.train_batches(data.train, **shape, prefetch=0))), mesh)
+    yes = jnp.asarray(True)
+    steps, states = {}, {}
+    seconds: dict[str, list[float]] = {}
+    for mixer in table["rows"]:
+        config = config_of(mixer, arguments)
+        task = make_task(config, packed=data.packed)
+        steps[mixer] = make_train_step(task, optimizer_of(task, config.train), mesh)
+        states[mixer], _ = steps[mixer](create_state(task, config.train, mesh), batch, yes)
+        seconds[mixer] = []
+    for _ in range(rounds):
+        for mixer, step in steps.items():
+            jax.block_until_ready(states[mixer])
+            start = time.perf_counter()
+            states[mixer], metrics = step(states[mixer], batch, yes)
+            jax.block_until_ready((states[mixer].params, metrics))
+            seconds[mixer].append(time.perf_counter() - start)
+    for mixer, times in seconds.items():
+        rate = arguments.length * arguments.batch_size / statistics.median(times)
+        table["rows"][mixer]["tokens_per_second"] = rate
+    now, kept = environment(), ("commit", "dirty", "versions", "device", "cpu", "cpu_cores")
+    table["speed"] = {
+        "what": f"a training step, median of {rounds}, all mixers in turn",
+        **{name: now[name] for name in kept},
+    }
+
+
+def write(table: Mapping[str, Any], path: Path) -> None:
+    """Writes the table, and its plot beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(table, indent=1) + "\n")
+    plot(ranked(table), path.with_suffix(".png"))
+
+
+def ranked(table: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Rows, the best first."""
+    return sorted(table["rows"].items(), key=lambda item: item[1]["bits_per_byte"])
+
+
+def printed(table: Mapping[str, Any]) -> Table:
+    """The table for a terminal."""
+    settings = table["settings"]
+    left_out = "".join(f"\nLeft out: {reason}." for reason in table["left_out"].values())
+    shown = Table(
+        title=f"Bits per byte after {settings['tokens']:,} tokens: a small budget",
+        caption=(
+            f"{settings['steps']} steps of {settings['batch_size']} x {settings['length']} bytes, "
+            f"{settings['layers']} blocks, one seed, learning rate {settings['learning_rate']:g} "
+            f"for all. States of one row, caches in bfloat16.{left_out}"
+        ),
+    )
+    shown.add_column("mixer")
+    states = [f"state bytes at {int(length):,}" for length in CONTEXTS]
+    for name in ("bits per byte", "parameters", "width", "MLP", "tokens/s", *states):
+        shown.add_column(name, justify="right")
+    for mixer, row in ranked(table):
+        speed = row.get("tokens_per_second")
+        shown.add_row(
+            mixer,
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['parameters']:,}",
+            str(row["width"]),
+            str(row["mlp"]),
+            "not timed" if speed is None else f"{speed:,.0f}",
+            *(f"{row['state_bytes'][str(length)]:,}" for length in CONTEXTS),
+        )
+    return shown
+
+
+def plot(rows: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
+    """Bits per byte as bars, and against the bytes of state."""
+    figure = Figure(figsize=(10, 0.24 * len(rows) + 2), layout="constrained")
+    bars, points = figure.subplots(1, 2)
+    names, values = [name for name, _ in rows], [row["bits_per_byte"] for _, row in rows]
+    bars.barh(names, values)
+    bars.invert_yaxis()
+    bars.set_xlim(left=0.9 * min(values))
+    bars.set_xlabel("validation bits per byte")
+    longest = str(CONTEXTS[-1])
+    for name, row in rows:
+        point = (row["state_bytes"][longest], row["bits_per_byte"])
+        points.plot(*point, "o")
+        points.annotate(name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    points.set_xscale("log")
+    points.set_xlabel(f"bytes of state at {CONTEXTS[-1]:,} tokens")
+    points.set_ylabel("validation bits per byte")
+    points.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def run(arguments: Arguments) -> None:
+    """Fills in, times or prints the table.
+
+    Raises:
+      ValueError, OSError, TrainingError: with a message for the user.
+    """
+    path = arguments.results_dir / "mixers.json"
+    table = read_table(path)
+    if not arguments.print_only:
+        if arguments.data is None:
+            raise UsageError("--data is needed, e.g. --data book.txt; or --print-only")
+        for mixer in arguments.mixers:
+            presets.mixer_config(mixer, presets.SIZES["cpu"])
+        config = presets.DataConfig(length=arguments.length, validation=arguments.validation)
+        data = load_data(config, arguments.data)
+        digest = hashlib.sha256(arguments.data.expanduser().read_bytes()).hexdigest()
+        settings = settings_of(arguments, digest)
+        if table["settings"] not in (None, settings):
+            raise UsageError(
+                f"{path} is a table of other settings ({table['settings']}); "
+                "choose another --results-dir, or move it away"
+            )
+        table["settings"], table["data"] = settings, arguments.data.name
+        if arguments.speed:
+            time_rows(arguments, table, data)
+            write(table, path)
+        else:
+            train_rows(arguments, table, data, path)
+            write(table, path)
+    if not table["rows"]:
+        raise ValueError(f"no rows in {path}; make them with --data")
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(printed(table))
+    console.print(f"figure: {path.with_suffix('.png')}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lm.table")
+    return main_guard(lambda: run(parsed), show_traceback=parsed.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
