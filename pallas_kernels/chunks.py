@@ -133,36 +133,36 @@ def visible(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 1e38)
 
 
-def _halves(x: jax.Array, s: int) -> tuple[jax.Array, jax.Array]:
+def halves(x: jax.Array, s: int) -> tuple[jax.Array, jax.Array]:
     """First and second halves of the blocks of 2s tokens of `x (C, N)`, each `(C / 2s, s, N)`."""
     x = x.reshape(-1, 2, s, x.shape[1])
     return x[:, 0], x[:, 1]
 
 
-def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The inverse of `_halves`."""
-    return jnp.concatenate([first, second], axis=1).reshape(-1, first.shape[2])
+def joined(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The inverse of `halves`; stacked, so that XLA sees through `halves` of it."""
+    return jnp.stack([first, second], axis=1).reshape(-1, first.shape[2])
 
 
 def _up(g: jax.Array) -> Sums:
     prefix, suffix, levels = g, jnp.zeros_like(g), []
     for s in sizes(g.shape[0]):
-        (before, prefix), (suffix, after) = _halves(prefix, s), _halves(suffix, s)
-        levels.append(_joined(suffix, prefix))
+        (before, prefix), (suffix, after) = halves(prefix, s), halves(suffix, s)
+        levels.append(joined(suffix, prefix))
         suffix, prefix = suffix + prefix[:, -1:], prefix + before[:, -1:]
-        prefix, suffix = _joined(before, prefix), _joined(suffix, after)
+        prefix, suffix = joined(before, prefix), joined(suffix, after)
     return Sums(levels, prefix, suffix, prefix[-1:])
 
 
 def _down(sums: Sums) -> jax.Array:
     dprefix, dsuffix = sums.into.at[-1:].add(sums.total), sums.out
     for s, level in zip(reversed(sizes(dprefix.shape[0])), reversed(sums.levels), strict=True):
-        (dbefore, dprefix), (dsuffix, dafter) = _halves(dprefix, s), _halves(dsuffix, s)
-        dfirst, dsecond = _halves(level, s)
+        (dbefore, dprefix), (dsuffix, dafter) = halves(dprefix, s), halves(dsuffix, s)
+        dfirst, dsecond = halves(level, s)
         # The sum of a half is in all prefixes of the later half, or all suffixes of the earlier.
         dbefore = dbefore.at[:, -1].add(dprefix.sum(1))
         dprefix = (dprefix + dsecond).at[:, -1].add(dsuffix.sum(1))
-        dprefix, dsuffix = _joined(dbefore, dprefix), _joined(dsuffix + dfirst, dafter)
+        dprefix, dsuffix = joined(dbefore, dprefix), joined(dsuffix + dfirst, dafter)
     return dprefix
 
 

@@ -99,7 +99,7 @@ def pairs(q: jax.Array, k: jax.Array, gates: Gates, docs: Documents | None) -> P
     size, levels = q.shape[0], gates.decay.levels
     mask, earlier = attention.causal(size, docs), _earlier(size, docs)
     if levels is not None and gates.by_key:
-        queries, keys = (attention.pairs_by_key(x, k, levels, docs) for x in (q, k))
+        queries, keys = attention.pairs_in_blocks((q, k), k, levels, mask)
         return Pairs(None, queries, only(earlier, keys))
     between = None
     if levels is not None and gates.across is not None:
@@ -130,10 +130,11 @@ def pairs_gradients(
     """From the gradients of `pairs.queries` and `pairs.keys`, which are 0 where those are."""
     levels = gates.decay.levels
     if levels is not None and gates.by_key:
-        dq, dk, dlevels = attention.pairs_by_key_gradients(q, k, levels, docs, dqueries)
-        dlater, dearlier, more = attention.pairs_by_key_gradients(k, k, levels, docs, dkeys)
-        dlevels = [finite(x + y, docs) for x, y in zip(dlevels, more, strict=True)]
-        return PairGradients(dq, dk + dlater + dearlier, dlevels, 0.0)
+        mask, given = attention.causal(q.shape[0], docs), (dqueries, dkeys)
+        (dq, dlater), dk, dlevels = attention.pairs_in_blocks_gradients(
+            (q, k), k, levels, mask, given
+        )
+        return PairGradients(dq, dk + dlater, [finite(x, docs) for x in dlevels], 0.0)
     size = q.shape[0]
     mask, earlier = attention.causal(size, docs), _earlier(size, docs)
     of_queries = attention.pairs_of(dqueries, pairs.between, mask).astype(q.dtype)

@@ -16,6 +16,7 @@ dtype of q, k and v, everything else is float32 (float64 under x64).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -167,6 +168,98 @@ def pairs_by_key_gradients(q, k, levels: list[jax.Array], docs: Documents | None
         dq, dk = dq + into_q, dk + into_k
         dlevels.append(times(q, into_q) + times(k, into_k))
     return dq, dk, dlevels
+
+
+# The same for a portable path, whose matmuls may be of any size: the pairs that part at blocks of s
+# tokens are those of second with first halves, so only halves are decayed and multiplied.
+
+
+def _wide(*arrays: jax.Array) -> list[jax.Array]:
+    """In float32 (float64 of float64)."""
+    wide = jnp.float64 if arrays[0].dtype == jnp.float64 else jnp.float32
+    return [x.astype(wide) for x in arrays]
+
+
+def _dots(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """`dot` of each block, over one axis of each operand."""
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((axes[0],), (axes[1],)), ((0,), (0,))),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=x.dtype,
+    )
+
+
+class _Halves(NamedTuple):
+    """Operands of the pairs that part at blocks of s tokens, after their decay, `(n, s, K)`.
+
+    Attributes:
+      later: the rows' second halves, one kind behind the other, `(n, kinds s, K)`.
+      earlier: the keys' first halves.
+      factors: of first and second halves.
+    """
+
+    later: jax.Array
+    earlier: jax.Array
+    factors: tuple[jax.Array, jax.Array]
+
+
+def _halves(rows: Sequence[jax.Array], k: jax.Array, level: jax.Array, s: int) -> _Halves:
+    first, second = chunks.halves(jnp.exp(level), s)
+    later = jnp.concatenate([chunks.halves(row, s)[1] * second for row in rows], axis=1)
+    return _Halves(later, chunks.halves(k, s)[0] * first, (first, second))
+
+
+def pairs_in_blocks(
+    rows: Sequence[jax.Array], k: jax.Array, levels: list[jax.Array], mask: jax.Array
+) -> list[jax.Array]:
+    """`pairs_by_key` of each of `rows (C, K)` with `k`, wide; 0 outside of `mask (C, C)`."""
+    size = k.shape[0]
+    k, *rows = _wide(k, *rows)
+    found = [(row * k).sum(1).reshape(size, 1, 1) for row in rows]
+    for s, level in zip(chunks.sizes(size), levels, strict=True):
+        later, earlier, _ = _halves(rows, k, level, s)
+        corners = jnp.split(_dots(later, earlier, (2, 2)), len(rows), axis=1)
+        found = [_with_corner(x, corner) for x, corner in zip(found, corners, strict=True)]
+    return [only(mask, x[0]) for x in found]
+
+
+def _with_corner(blocks: jax.Array, corner: jax.Array) -> jax.Array:
+    """`(2n, s, s)` and what is below, `(n, s, s)`, as `(n, 2s, 2s)` with zeros above."""
+    first, second = blocks[0::2], blocks[1::2]
+    upper = jnp.concatenate([first, jnp.zeros_like(corner)], axis=2)
+    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=2)], axis=1)
+
+
+def pairs_in_blocks_gradients(
+    rows: Sequence[jax.Array],
+    k: jax.Array,
+    levels: list[jax.Array],
+    mask: jax.Array,
+    dpairs: Sequence[jax.Array],
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
+    """`(drows, dk, dlevels)` from the gradients of `pairs_in_blocks`."""
+    size = k.shape[0]
+    k, *rows = _wide(k, *rows)
+    left = [only(mask, x)[None] for x in dpairs]
+    drows, dk, dlevels = [jnp.zeros_like(row) for row in rows], jnp.zeros_like(k), []
+    for s, level in reversed(list(zip(chunks.sizes(size), levels, strict=True))):
+        later, earlier, (first, second) = _halves(rows, k, level, s)
+        corners = jnp.concatenate([x[:, s:, :s] for x in left], axis=1)
+        left = [jnp.stack([x[:, :s, :s], x[:, s:, s:]], 1).reshape(-1, s, s) for x in left]
+        into_rows = jnp.split(_dots(corners, earlier, (2, 1)), len(rows), axis=1)
+        into_rows = [second * x for x in into_rows]
+        into_k = first * _dots(corners, later, (1, 1))
+        drows = [
+            d + chunks.joined(jnp.zeros_like(x), x) for d, x in zip(drows, into_rows, strict=True)
+        ]
+        dk = dk + chunks.joined(into_k, jnp.zeros_like(into_k))
+        dlater = [chunks.halves(row, s)[1] * x for row, x in zip(rows, into_rows, strict=True)]
+        dlevels.append(chunks.joined(chunks.halves(k, s)[0] * into_k, sum(dlater[1:], dlater[0])))
+    own = [x.reshape(size, 1) for x in left]
+    drows = [d + k * x for d, x in zip(drows, own, strict=True)]
+    return drows, dk + sum(row * x for row, x in zip(rows, own, strict=True)), dlevels[::-1]
 
 
 # The chunk, given its pairs.

@@ -120,7 +120,7 @@ def _output(config: Config, rows: _Rows, state):
     def head(q, k, v, g, state):
         decay = tile.decay(g, docs, chunks.BY_HALVES)
         if _by_key(g):
-            pairs = tile.pairs_by_key(q, k, decay.levels, docs)
+            (pairs,) = tile.pairs_in_blocks((q,), k, decay.levels, mask)
         else:
             pairs = tile.pairs_of(tile.dot(q, k, "nt"), _between(decay, mask), mask)
         return tile.output(q, v, pairs, state, decay, docs, config.scale)
@@ -152,13 +152,15 @@ def _gradients(config: Config, rows: _Rows, do, state, dstate):
     def head(q, k, v, g, do, state, dstate):
         decay = tile.decay(g, docs, summation)
         if _by_key(g):
-            pairs = tile.pairs_by_key(q, k, decay.levels, docs)
+            (pairs,) = tile.pairs_in_blocks((q,), k, decay.levels, mask)
         else:
             scores, between = tile.dot(q, k, "nt"), _between(decay, mask)
             pairs = tile.pairs_of(scores, between, mask)
         d = tile.gradients(q, k, v, pairs, state, decay, docs, config.scale, do, dstate)
         if _by_key(g):
-            dq, dk, dlevels = tile.pairs_by_key_gradients(q, k, decay.levels, docs, d.dpairs)
+            (dq,), dk, dlevels = tile.pairs_in_blocks_gradients(
+                (q,), k, decay.levels, mask, (d.dpairs,)
+            )
             dg = tile.decay_gradient(g, dlevels, d.dinto, d.dout, d.dkeep, docs, summation)
             return d.dq + dq, d.dk + dk, d.dv, dg
         dscores = tile.pairs_of(d.dpairs, between, mask).astype(q.dtype)

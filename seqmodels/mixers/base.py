@@ -203,6 +203,11 @@ class MixerConfig:
         """Whether a row may hold several documents."""
         return True
 
+    def at(self, layer: int, layers: int) -> "MixerConfig":
+        """The config in block ``layer`` (from 0) of ``layers``: itself, unless depth matters."""
+        del layer, layers
+        return self
+
     def marks(self) -> dict[str, Mark]:
         """Parameters (by name within the mixer) that the optimizer must treat specially."""
         return {}

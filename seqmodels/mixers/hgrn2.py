@@ -25,7 +25,7 @@ class HGRN2Config(MatrixConfig):
     Attributes:
       head_size: K and V; the width is ``heads * head_size``.
       layer, layers: place of the layer, from 0, in a stack of so many. The lower bound of the
-        forget gates starts at ``layer / layers``.
+        forget gates starts at ``layer / layers``. A backbone sets both.
     """
 
     mixer: ClassVar[str] = "hgrn2"
@@ -37,6 +37,9 @@ class HGRN2Config(MatrixConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layer(self)
+
+    def at(self, layer: int, layers: int) -> "HGRN2Config":
+        return dataclasses.replace(self, layer=layer, layers=layers)
 
     def marks(self) -> dict[str, Mark]:
         bound = Mark(weight_decay=False, float32=True)

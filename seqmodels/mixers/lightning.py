@@ -24,7 +24,8 @@ class LightningConfig(MatrixConfig):
     Attributes:
       heads: H.
       head_size: K and V.
-      layer, layers: place of the layer, from 0, in a stack of so many: decays weaken with depth.
+      layer, layers: place of the layer, from 0, in a stack of so many; decays weaken with depth.
+        A backbone sets both.
     """
 
     mixer: ClassVar[str] = "lightning"
@@ -37,6 +38,9 @@ class LightningConfig(MatrixConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layer(self)
+
+    def at(self, layer: int, layers: int) -> "LightningConfig":
+        return dataclasses.replace(self, layer=layer, layers=layers)
 
 
 LIGHTNING_MINIMAX_TEXT_01 = Published(

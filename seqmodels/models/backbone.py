@@ -91,17 +91,21 @@ class BackboneConfig:
         check_choices(self)
 
     def mixer(self, layer: int) -> MixerConfig:
-        """The config of block ``layer``."""
-        return next(config for config in self.mixers if config.mixer == self.layout[layer])
+        """The config of block ``layer``, told its depth."""
+        config = next(config for config in self.mixers if config.mixer == self.layout[layer])
+        return config.at(layer, len(self.layout))
 
     @property
     def period(self) -> int:
-        """Length of the shortest pattern that, repeated and cut, gives the layout."""
-        layers = len(self.layout)
+        """Length of the shortest pattern of blocks that, repeated and cut, gives the layout.
+
+        Mixers that differ by depth (decays of lightning, bounds of hgrn2) do not repeat.
+        """
+        blocks = [self.mixer(layer) for layer in range(len(self.layout))]
         return next(
             p
-            for p in range(1, layers + 1)
-            if all(self.layout[i] == self.layout[i % p] for i in range(layers))
+            for p in range(1, len(blocks) + 1)
+            if all(block == blocks[i % p] for i, block in enumerate(blocks))
         )
 
     @property

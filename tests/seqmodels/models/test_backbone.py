@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels.mixers import S4DConfig, S5Config, Segments
+from seqmodels.mixers import HGRN2Config, LightningConfig, S4DConfig, S5Config, Segments
+from seqmodels.mixers.lightning import slopes
 from seqmodels.models import Backbone, BackboneConfig, marks, stack_layers, unstack_layers
 
 S5_SMALL = S5Config(state_size=4, blocks=1)
@@ -224,3 +225,19 @@ def test_a_state_of_the_wrong_length_is_refused():
     model = Backbone(CONFIG)
     with pytest.raises(ValueError, match="state has 2 entries, expected one a block: 5"):
         model.init(jax.random.key(0), X, state=model.initial_state(2)[:2])
+
+
+@pytest.mark.parametrize("mixer", [LightningConfig(heads=2, head_size=2), HGRN2Config(head_size=2)])
+def test_mixers_that_differ_by_depth_are_told_it(mixer):
+    config = BackboneConfig((mixer.mixer,) * 3, (mixer,), width=4, scan_layers=True)
+    assert [config.mixer(i).layer for i in range(3)] == [0, 1, 2]
+    assert config.mixer(0).layers == 3
+    # They do not repeat, so they are not scanned over.
+    assert (config.period, config.repeats) == (3, 0)
+
+
+def test_lightning_decays_less_in_deeper_layers():
+    mixer = LightningConfig(heads=2, head_size=2)
+    config = BackboneConfig(("lightning",) * 2, (mixer,), width=4)
+    first, last = (slopes(2, config.mixer(i).layer, config.mixer(i).layers) for i in range(2))
+    np.testing.assert_allclose(last / first, 1e-5 / (1 + 1e-5), rtol=1e-4)
