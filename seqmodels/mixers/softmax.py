@@ -28,6 +28,7 @@ class SoftmaxConfig(MixerConfig):
       norm_epsilon: added to the mean square in that norm.
       init_std: deviation of the projections' normal initialisation.
       use_bias: biases in the projections.
+      use_out_bias: bias of the output's projection; None for as the others.
     """
 
     heads: int = 16
@@ -39,6 +40,7 @@ class SoftmaxConfig(MixerConfig):
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     use_bias: bool = False
+    use_out_bias: bool | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -148,10 +150,13 @@ class SoftmaxMixer(CachingMixer[Config]):
             )
         return config.head_size or self.width // config.heads
 
-    def project(self, x: Float[Array, "b l d"], features: int, name: str) -> Array:
+    def project(
+        self, x: Float[Array, "b l d"], features: int, name: str, use_bias: bool | None = None
+    ) -> Array:
         """``x W (+ b)``, initialised as the configuration says."""
         init = nn.initializers.normal(self.config.init_std)
-        return dense(x, features, name, use_bias=self.config.use_bias, kernel_init=init)
+        bias = self.config.use_bias if use_bias is None else use_bias
+        return dense(x, features, name, use_bias=bias, kernel_init=init)
 
     def tokens(
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
@@ -181,7 +186,7 @@ class SoftmaxMixer(CachingMixer[Config]):
 
     def readout(self, o: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
         """Heads to channels."""
-        return self.project(merge_heads(o), self.width, "o_proj")
+        return self.project(merge_heads(o), self.width, "o_proj", self.config.use_out_bias)
 
 
 def runs_of(x: Array, segments: Segments | None) -> Int[Array, "b l"]:

@@ -1,0 +1,145 @@
+"""RecurrentGemma in transformers' layout."""
+
+from typing import Any
+
+from seqmodels.interop.families import HEAD, Family
+from seqmodels.interop.fields import Fields
+from seqmodels.mixers import MixerConfig, RGLRUConfig, SlidingWindowConfig
+from seqmodels.models.language import LanguageModelConfig
+from seqmodels.models.published import griffin_language_model
+
+NAMES = (
+    ("embedding/embedding", "model.embed_tokens.weight"),
+    ("backbone/final_norm/zero_centered_rms/", "model.final_norm."),
+    ("backbone/block_{}/norm/zero_centered_rms/", "model.layers.{}.temporal_pre_norm."),
+    ("backbone/block_{}/mixer/", "model.layers.{}.temporal_block."),
+    ("backbone/block_{}/mlp_norm/zero_centered_rms/", "model.layers.{}.channel_pre_norm."),
+    ("backbone/block_{}/mlp_gate/", "model.layers.{}.mlp_block.gate_proj."),
+    ("backbone/block_{}/mlp_in/", "model.layers.{}.mlp_block.up_proj."),
+    ("backbone/block_{}/mlp_out/", "model.layers.{}.mlp_block.down_proj."),
+    ("head/kernel", HEAD),
+)
+_BLOCKS = {"recurrent": "rg_lru", "attention": "sliding_window"}
+
+
+def _read(fields: Fields) -> LanguageModelConfig:
+    width, layers = (
+        fields.take(name, int, default)
+        for name, default in (("hidden_size", 2560), ("num_hidden_layers", 26))
+    )
+    heads = fields.take("num_attention_heads", int, 10)
+    fields.require("hidden_activation", "gelu_pytorch_tanh")
+    fields.require("attention_dropout", 0.0)
+    fields.require("embeddings_scale_by_sqrt_dim", True)
+    fields.require("head_dim", width // heads)
+    fields.ignore("w_init_variance_scale", "final_w_init_variance_scale", "_block_types")
+    hidden, rest = divmod(fields.take("intermediate_size", int, 7680), 2)
+    if rest:
+        raise ValueError(f"{fields.source}: intermediate_size={2 * hidden + rest} must be even")
+    layout = _layout(fields, layers)
+    base, fraction = _rotary(fields)
+    mixers: tuple[MixerConfig, ...] = (
+        RGLRUConfig(
+            lru_width=fields.take("lru_width", int, None),
+            heads=heads,
+            conv_size=fields.take("conv1d_width", int, 4),
+            layers=layers,
+        ),
+        SlidingWindowConfig(
+            heads=heads,
+            kv_heads=fields.take("num_key_value_heads", int, None),
+            rotary_base=base,
+            rotary_fraction=fraction,
+            window=fields.take("attention_window_size", int, 2048),
+            use_bias=fields.take("attention_bias", bool, False),
+            use_out_bias=True,
+        ),
+    )
+    return griffin_language_model(
+        layout,
+        tuple(config for config in mixers if config.mixer in layout),
+        width,
+        hidden,
+        fields.take("vocab_size", int, 256_000),
+        tie_embeddings=fields.take("tie_word_embeddings", bool, True),
+        norm_epsilon=fields.take("rms_norm_eps", float, 1e-6),
+        logit_cap=fields.take("logits_soft_cap", float, 30.0),
+    )
+
+
+def _layout(fields: Fields, layers: int) -> tuple[str, ...]:
+    period = fields.take("block_types", list, ["recurrent", "recurrent", "attention"])
+    unknown = [block for block in period if block not in _BLOCKS]
+    if unknown or not period:
+        raise ValueError(
+            f"{fields.source}: block_types={period!r} may hold only {', '.join(_BLOCKS)}"
+        )
+    return tuple(_BLOCKS[period[layer % len(period)]] for layer in range(layers))
+
+
+def _rotary(fields: Fields) -> tuple[float, float]:
+    """Base and rotated share; under `rope_parameters`, or by themselves in older files."""
+    base = fields.take("rope_theta", float, 1e4)
+    fraction = fields.take("partial_rotary_factor", float, 0.5)
+    fields.require("rope_scaling", None)
+    values = fields.take("rope_parameters", dict, None)
+    if values is None:
+        return base, fraction
+    inner = Fields(values, f"{fields.source}: rope_parameters")
+    inner.require("rope_type", "default")
+    base = inner.take("rope_theta", float, base)
+    fraction = inner.take("partial_rotary_factor", float, fraction)
+    inner.finish()
+    return base, fraction
+
+
+def _write(config: LanguageModelConfig) -> dict[str, Any]:
+    stack = config.backbone
+    mixers = {mixer.mixer: mixer for mixer in stack.mixers}
+    recurrent, attention = mixers.get("rg_lru"), mixers.get("sliding_window")
+    recurrent = recurrent or RGLRUConfig(heads=getattr(attention, "heads", 1))
+    attention = attention or SlidingWindowConfig(heads=getattr(recurrent, "heads", 1))
+    assert isinstance(recurrent, RGLRUConfig)
+    assert isinstance(attention, SlidingWindowConfig)
+    if attention.head_size not in (None, stack.width // attention.heads):
+        raise ValueError(
+            f"SlidingWindowConfig.head_size={attention.head_size} (only width / heads = "
+            f"{stack.width // attention.heads} can be written)"
+        )
+    blocks = {ours: theirs for theirs, ours in _BLOCKS.items()}
+    return {
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": stack.width,
+        "intermediate_size": 2 * (stack.mlp or 0),
+        "num_hidden_layers": len(stack.layout),
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.groups,
+        "attention_window_size": attention.window,
+        "attention_bias": attention.use_bias,
+        "block_types": [blocks[name] for name in stack.layout[: stack.period]],
+        "conv1d_width": recurrent.conv_size,
+        "lru_width": recurrent.lru_width or stack.width,
+        "rms_norm_eps": stack.norm_epsilon or 1e-6,
+        "logits_soft_cap": config.logit_cap,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_theta": attention.rotary_base,
+        "partial_rotary_factor": attention.rotary_fraction,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": attention.rotary_base,
+            "partial_rotary_factor": attention.rotary_fraction,
+        },
+    }
+
+
+RECURRENT_GEMMA = Family(
+    "recurrent_gemma",
+    "RecurrentGemmaForCausalLM",
+    _read,
+    _write,
+    NAMES,
+    frozenset({
+        "backbone.norm_epsilon", "mixer.lru_width", "mixer.kv_heads", "mixer.head_size",
+    }),
+)  # fmt: skip

@@ -1,0 +1,113 @@
+"""Language models at their published sizes."""
+
+import jax.numpy as jnp
+
+from seqmodels.mixers import (
+    Mamba2Config,
+    MambaConfig,
+    MixerConfig,
+    RGLRUConfig,
+    SlidingWindowConfig,
+    mamba,
+    mamba2,
+    rg_lru,
+)
+from seqmodels.models.backbone import BackboneConfig
+from seqmodels.models.language import LanguageModelConfig
+
+
+def mamba_language_model(
+    width: int,
+    layers: int,
+    mixer: MambaConfig | Mamba2Config,
+    vocabulary_size: int,
+    *,
+    tie_embeddings: bool = True,
+    norm_epsilon: float = 1e-5,
+    float32_residual: bool = True,
+) -> LanguageModelConfig:
+    """Mamba, Mamba-2, Falcon Mamba: norm, mixer, residual; no MLP."""
+    backbone = BackboneConfig(
+        layout=(mixer.mixer,) * layers,
+        mixers=(mixer,),
+        width=width,
+        norm="rms",
+        norm_epsilon=norm_epsilon,
+        float32_residual=float32_residual,
+        final_norm=True,
+    )
+    return LanguageModelConfig(backbone, vocabulary_size, tie_embeddings=tie_embeddings)
+
+
+def griffin_language_model(
+    layout: tuple[str, ...],
+    mixers: tuple[MixerConfig, ...],
+    width: int,
+    mlp: int,
+    vocabulary_size: int,
+    *,
+    tie_embeddings: bool = True,
+    norm_epsilon: float = 1e-6,
+    logit_cap: float = 30.0,
+) -> LanguageModelConfig:
+    """RecurrentGemma: blocks of "rg_lru" and "sliding_window", each with a gated MLP."""
+    backbone = BackboneConfig(
+        layout=layout,
+        mixers=mixers,
+        width=width,
+        norm="zero_centered_rms",
+        norm_epsilon=norm_epsilon,
+        final_norm=True,
+        mlp=mlp,
+        mlp_kind="geglu",
+    )
+    return LanguageModelConfig(
+        backbone,
+        vocabulary_size,
+        tie_embeddings=tie_embeddings,
+        embedding_scale=gemma_embedding_scale(width),
+        logit_cap=logit_cap,
+    )
+
+
+def gemma_embedding_scale(width: int) -> float:
+    """``sqrt(width)``, rounded to bfloat16 as Gemma's models have it."""
+    return float(jnp.bfloat16(width**0.5))
+
+
+def _recurrent_gemma(width: int, _: int, recurrent: RGLRUConfig, mlp: int) -> LanguageModelConfig:
+    attention = SlidingWindowConfig(
+        heads=recurrent.heads,
+        kv_heads=1,
+        rotary_fraction=0.5,
+        window=2048,
+        use_out_bias=True,
+    )
+    period = ("rg_lru", "rg_lru", "sliding_window")
+    layout = (period * recurrent.layers)[: recurrent.layers]
+    return griffin_language_model(layout, (recurrent, attention), width, mlp, 256_000)
+
+
+PUBLISHED: dict[str, LanguageModelConfig] = {
+    "mamba-130m": mamba_language_model(*mamba.MAMBA_130M, 50_280),
+    "mamba-370m": mamba_language_model(*mamba.MAMBA_370M, 50_280),
+    "mamba-790m": mamba_language_model(*mamba.MAMBA_790M, 50_280),
+    "mamba-1.4b": mamba_language_model(*mamba.MAMBA_1_4B, 50_280),
+    "mamba-2.8b": mamba_language_model(*mamba.MAMBA_2_8B, 50_280),
+    "mamba2-130m": mamba_language_model(*mamba2.MAMBA2_130M, 50_288),
+    "mamba2-370m": mamba_language_model(*mamba2.MAMBA2_370M, 50_288),
+    "mamba2-780m": mamba_language_model(*mamba2.MAMBA2_780M, 50_288),
+    "mamba2-1.3b": mamba_language_model(*mamba2.MAMBA2_1_3B, 50_288),
+    "mamba2-2.7b": mamba_language_model(*mamba2.MAMBA2_2_7B, 50_288),
+    "codestral-mamba-7b": mamba_language_model(
+        *mamba2.CODESTRAL_MAMBA_7B, 32_768, tie_embeddings=False
+    ),
+    "falcon-mamba-7b": mamba_language_model(
+        *mamba.FALCON_MAMBA_7B, 65_024, tie_embeddings=False
+    ),
+    "recurrentgemma-2b": _recurrent_gemma(*rg_lru.RECURRENTGEMMA_2B, 7_680),
+    "recurrentgemma-9b": _recurrent_gemma(*rg_lru.RECURRENTGEMMA_9B, 12_288),
+}  # fmt: skip
+"""Names as published: state-spaces/mamba-*, state-spaces/mamba2-*, mistralai's Codestral Mamba,
+tiiuae/falcon-mamba-7b, google/recurrentgemma-*; the window is that of transformers' version, in
+which a token sees itself and 2047 others."""

@@ -1,0 +1,357 @@
+"""Checkpoints of Hugging Face's transformers, against transformers itself."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from seqmodels.generation import Sampling, generate
+from seqmodels.interop.huggingface import load, save
+from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, S5Config, SlidingWindowConfig
+from seqmodels.models import LanguageModel, stack_layers
+from seqmodels.models.published import griffin_language_model, mamba_language_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+CONFIGS = {
+    "mamba": transformers.MambaConfig(**SIZES, state_size=4, use_bias=True, time_step_rank=3),
+    "falcon_mamba": transformers.FalconMambaConfig(
+        **SIZES, state_size=4, use_conv_bias=False, tie_word_embeddings=False, mixer_rms_eps=1e-3
+    ),
+    "mamba2": transformers.Mamba2Config(
+        **SIZES, state_size=8, num_heads=4, head_dim=8, n_groups=2, chunk_size=8,
+        tie_word_embeddings=True, layer_norm_epsilon=1e-3,
+    ),
+    "recurrent_gemma": transformers.RecurrentGemmaConfig(
+        **{**SIZES, "num_hidden_layers": 4}, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=48, attention_window_size=8, lru_width=24,
+    ),
+}  # fmt: skip
+IDS = np.random.default_rng(0).integers(3, 40, (2, 12))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def published(request, tmp_path_factory):
+    """A folder that transformers has written, and its model; no parameter is at its start."""
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.add_((0.1 if "embed" in name else 0.5) * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+def logits_of(theirs):
+    with torch.no_grad():
+        return theirs(torch.tensor(IDS), attention_mask=torch.ones(IDS.shape)).logits.numpy()
+
+
+def relative(actual, expected):
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+def test_logits_and_greedy_tokens_are_those_of_transformers(published):
+    folder, theirs = published
+    model, params = load(folder)
+    apply = jax.jit(lambda params, ids: model.apply({"params": params}, ids)[0])
+    assert relative(apply(params, jnp.asarray(IDS, jnp.int32)), logits_of(theirs)) <= 1e-4
+
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(
+        torch.tensor(IDS), attention_mask=torch.ones(IDS.shape), max_new_tokens=64, do_sample=False
+    )[:, IDS.shape[1] :].tolist()
+    assert all(len(set(row)) > 5 for row in expected)
+    greedy = Sampling(temperature=0.0)
+    found = generate(model, {"params": params}, IDS.tolist(), max_new_tokens=64, sampling=greedy)
+    assert found == expected
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_round_trip_is_exact(published, tmp_path, stored):
+    folder, theirs = published
+    if stored == "bfloat16":
+        shutil.copytree(folder, tmp_path / "stored")
+        folder = tmp_path / "stored"
+        file = folder / "model.safetensors"
+        narrow = {k: v.astype(jnp.bfloat16) for k, v in load_file(file).items()}
+        save_file(narrow, file, metadata={"format": "pt"})
+    model, params = load(folder)
+    assert model.config.dtype == stored
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    save(model, params, tmp_path / "again")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert set(before) == set(after)
+    for name, array in before.items():
+        assert after[name].dtype == array.dtype
+        np.testing.assert_array_equal(after[name].view(np.uint8), array.view(np.uint8), name)
+    if stored == "float32":
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        np.testing.assert_allclose(logits_of(opened), logits_of(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_shards_are_the_same_checkpoint(published, tmp_path):
+    folder, theirs = published
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="8KB")
+    whole, params = load(folder)
+    save(whole, params, tmp_path / "ours", max_file_bytes=8000)
+    for sharded in (tmp_path / "theirs", tmp_path / "ours"):
+        assert len(list(sharded.glob("*.safetensors"))) > 1
+        model, loaded = load(sharded)
+        assert model == whole
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    np.testing.assert_allclose(logits_of(opened), logits_of(theirs), rtol=1e-5, atol=1e-5)
+
+
+OURS = {
+    "mamba": mamba_language_model(
+        8, 3, MambaConfig(state_size=4, expand=3, conv_size=3), 40, tie_embeddings=False
+    ),
+    "falcon_mamba": mamba_language_model(
+        8, 3, MambaConfig(state_size=4, dt_rank=2, mixer_rms_eps=1e-4), 40
+    ),
+    "mamba2": mamba_language_model(
+        8, 3, Mamba2Config(state_size=4, head_size=4, groups=2, use_bias=True), 40
+    ),
+    "recurrent_gemma": griffin_language_model(
+        ("sliding_window", "rg_lru", "sliding_window"),
+        (
+            RGLRUConfig(heads=2),
+            SlidingWindowConfig(
+                heads=2, kv_heads=1, rotary_base=100.0, rotary_fraction=1.0, window=5,
+                use_bias=True, use_out_bias=True,
+            ),
+        ),
+        8, 12, 40, logit_cap=5.0, tie_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_transformers_opens_a_model_of_ours(name, tmp_path):
+    model = LanguageModel(OURS[name])
+    ids = jnp.asarray(IDS, jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+    noise = iter(jax.random.split(jax.random.key(1), 1000))
+    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(noise), p.shape), params)
+    expected = jax.jit(lambda p: model.apply({"params": p}, ids)[0])(params)
+    save(model, params, tmp_path / "unrolled")
+    # A model of scanned layers is the same model.
+    scanned = dataclasses.replace(model.config.backbone, scan_layers=True)
+    stacked = {**params, "backbone": stack_layers(scanned, params["backbone"])}
+    save(
+        LanguageModel(dataclasses.replace(model.config, backbone=scanned)),
+        stacked,
+        tmp_path / "scanned",
+    )
+    one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("unrolled", "scanned"))
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "scanned", output_loading_info=True
+    )
+    assert theirs.config.model_type == name
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    assert relative(logits_of(theirs), np.asarray(expected)) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Model, parameters, and a folder with them in two files."""
+    model = LanguageModel(OURS["mamba"])
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    folder = tmp_path_factory.mktemp("small")
+    save(model, params, folder / "whole")
+    save(model, params, folder / "shards", max_file_bytes=5000)
+    return model, params, folder
+
+
+def edited(folder, to, change):
+    """A copy of a folder after ``change`` of its tensors."""
+    shutil.copytree(folder, to)
+    arrays = load_file(to / "model.safetensors")
+    change(arrays)
+    save_file(arrays, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+FIRST = "backbone.layers.0.mixer.A_log"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop(FIRST), rf"{FIRST} \(24, 4\) is missing"),
+        (lambda a: a.update({FIRST: np.zeros((4, 24), np.float32)}),
+         rf"{FIRST} has shape \(4, 24\), expected \(24, 4\)"),
+        (lambda a: a.update({FIRST: np.zeros((24, 4))}), f"{FIRST} has dtype F64"),
+        (lambda a: a.update({"backbone.layers.3.norm.weight": np.zeros(8, np.float32)}),
+         "backbone.layers.3.norm.weight is not expected"),
+        (lambda a: (a.pop(FIRST), a.pop("lm_head.weight")), f"{FIRST} .* is missing"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_are_refused(small, tmp_path, change, message):
+    folder = edited(small[2] / "whole", tmp_path / "bad", change)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_copy_of_tied_embeddings_must_be_one(published, tmp_path):
+    folder, theirs = published
+    if not theirs.config.tie_word_embeddings:
+        return
+    name = next(name for name in load_file(folder / "model.safetensors") if "embed" in name)
+    same = edited(folder, tmp_path / "same", lambda a: a.update({"lm_head.weight": a[name]}))
+    jax.tree.map(np.testing.assert_array_equal, load(same)[1], load(folder)[1])
+    other = edited(folder, tmp_path / "other", lambda a: a.update({"lm_head.weight": 2 * a[name]}))
+    with pytest.raises(ValueError, match=f"lm_head.weight differs from {name}"):
+        load(other)
+
+
+def test_broken_files_are_refused(small, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        load(tmp_path)
+    shutil.copy(small[2] / "whole" / "config.json", tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        load(tmp_path)
+    whole = (small[2] / "whole" / "model.safetensors").read_bytes()
+    for cut in (4, 100, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+            load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("../whole/model.safetensors", "not the name of a safetensors file in the folder"),
+        ("/etc/passwd", "not the name of a safetensors file in the folder"),
+        ("pytorch_model.bin", "not the name of a safetensors file in the folder"),
+        (7, "not the name of a safetensors file in the folder"),
+        ("model-00009-of-00009.safetensors", r"model-00009-of-00009\.safetensors is missing"),
+        ("model-00001-of-00002.safetensors", "lacks lm_head.weight"),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_refused(small, tmp_path, file, message):
+    shutil.copytree(small[2] / "shards", tmp_path / "bad")
+    path = tmp_path / "bad" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    assert index["weight_map"]["lm_head.weight"] == "model-00002-of-00002.safetensors"
+    index["weight_map"]["lm_head.weight"] = file
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "bad")
+
+
+def test_a_tensor_that_the_index_does_not_say_is_refused(small, tmp_path):
+    shutil.copytree(small[2] / "shards", tmp_path / "bad")
+    path = tmp_path / "bad" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["lm_head.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has lm_head\.weight, which .* does not say"):
+        load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("mamba", {"model_type": "llama"}, "model_type='llama' is not known; one of mamba"),
+        ("mamba", {"hidden_act": "relu"}, "hidden_act='relu' is not supported, only 'silu' is"),
+        ("mamba", {"hidden_size": "8"}, "hidden_size='8' is not a int"),
+        ("mamba", {"intermediate_size": 20}, "intermediate_size=20 must be a multiple"),
+        ("mamba", {"state_size": 0}, r"config\.json: MambaConfig: state_size=0 must be positive"),
+        ("mamba", {"rope_scaling": {"factor": 2}, "mlp": 3},
+         r"rope_scaling={'factor': 2} is not supported; nor are mlp"),
+        ("mamba2", {"num_heads": 3}, r"num_heads \* head_dim = 12 must be expand"),
+        ("mamba2", {"time_step_limit": [1.0]}, r"time_step_limit=\[1.0\] is not a pair"),
+        ("recurrent_gemma", {"block_types": ["mamba"]}, "block_types=.* may hold only recurrent"),
+        ("recurrent_gemma", {"intermediate_size": 25}, "intermediate_size=25 must be even"),
+        ("recurrent_gemma", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not"),
+        ("recurrent_gemma", {"vocab_size": None}, "vocab_size=None is not a int"),
+    ],
+)  # fmt: skip
+def test_unsupported_fields_are_named(tmp_path, name, fields, message):
+    model = LanguageModel(OURS[name])
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    save(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tree), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_older_names_of_fields(tmp_path):
+    model = LanguageModel(OURS["recurrent_gemma"])
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    save(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tree), tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    old = {"rope_theta": 100.0, "partial_rotary_factor": 1.0, "embeddings_scale_by_sqrt_dim": True}
+    path.write_text(json.dumps({k: v for k, v in fields.items() if "rope" not in k} | old))
+    attention = load(tmp_path)[0].config.backbone.mixer(0)
+    assert (attention.rotary_base, attention.rotary_fraction) == (100.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logit_cap": 3.0}, "as a mamba model: cannot say LanguageModelConfig.logit_cap=3.0"),
+        ({"norm": "layer"}, "cannot say BackboneConfig.norm='layer' .only 'rms'"),
+        ({"mlp": 4}, "cannot say BackboneConfig.mlp=4"),
+        ({"layout": ("s5",), "mixers": (S5Config(state_size=4, blocks=1),)},
+         "a layout of s5 is that of no family"),
+    ],
+)  # fmt: skip
+def test_models_of_no_family_are_refused(small, tmp_path, change, message):
+    config = small[0].config
+    if set(change) <= {"logit_cap"}:
+        config = dataclasses.replace(config, **change)
+    else:
+        stack = dataclasses.replace(config.backbone, **change)
+        config = dataclasses.replace(config, backbone=stack)
+    with pytest.raises(ValueError, match=message):
+        save(LanguageModel(config), small[1], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_parameters_and_full_folders_are_refused(small, tmp_path):
+    model, params, folder = small
+    with pytest.raises(ValueError, match=r"has a model\.safetensors already"):
+        save(model, params, folder / "whole")
+    with pytest.raises(ValueError, match=r"params: head/kernel is missing"):
+        save(model, {k: v for k, v in params.items() if k != "head"}, tmp_path)
+    with pytest.raises(ValueError, match=r"params: extra is not a parameter"):
+        save(model, {**params, "extra": np.zeros(3)}, tmp_path)
+    wrong = {**params, "head": {"kernel": params["head"]["kernel"].T}}
+    with pytest.raises(ValueError, match=r"head/kernel gives lm_head.weight the shape \(8, 40\)"):
+        save(model, wrong, tmp_path)
+
+
+def test_activations_and_storage_can_be_chosen(small, tmp_path):
+    model, params, folder = small
+    narrow, _ = load(folder / "whole", dtype="bfloat16")
+    assert narrow.config == dataclasses.replace(model.config, dtype="bfloat16")
+    save(narrow, params, tmp_path, dtype="float32")
+    assert {array.dtype.name for array in load_file(tmp_path / "model.safetensors").values()} == {
+        "float32"
+    }
