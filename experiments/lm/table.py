@@ -212,8 +212,9 @@ def train_rows(arguments: Arguments, table: dict[str, Any], data: TextData, path
 def time_rows(arguments: Arguments, table: dict[str, Any], data: TextData, rounds: int = 7) -> None:
     """Tokens per second of a training step: the median, all mixers in turn."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    shape = {"length": arguments.length, "batch_size": arguments.batch_size}
-    batch = put_batch(next(iter(text.train_batches(data.train, **shape, prefetch=0))), mesh)
+    rows, length = arguments.batch_size, arguments.length
+    batches = text.train_batches(data.train, length=length, batch_size=rows, prefetch=0)
+    batch = put_batch(next(iter(batches)), mesh)
     yes = jnp.asarray(True)
     steps, states = {}, {}
     seconds: dict[str, list[float]] = {}
@@ -231,7 +232,7 @@ def time_rows(arguments: Arguments, table: dict[str, Any], data: TextData, round
             jax.block_until_ready((states[mixer].params, metrics))
             seconds[mixer].append(time.perf_counter() - start)
     for mixer, times in seconds.items():
-        rate = arguments.length * arguments.batch_size / statistics.median(times)
+        rate = rows * length / statistics.median(times)
         table["rows"][mixer]["tokens_per_second"] = rate
     now, kept = environment(), ("commit", "dirty", "versions", "device", "cpu", "cpu_cores")
     table["speed"] = {

@@ -1,0 +1,121 @@
+"""Bits per byte of a trained model on any text; needs nothing but the run directory.
+
+    python -m experiments.lm.eval --checkpoint runs/lm/gla-cpu-seed0 --data other.txt
+    python -m experiments.lm.eval --checkpoint runs/lm/gla-cpu-seed0 --data other.txt --context 256
+
+The text is read once from the beginning to the end with the states carried through, in memory that
+does not grow with it. Models whose cache grows (attention) see windows of --context bytes instead,
+by default as long as in training; so does any model with --context.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from experiments.lm.run import Trained, bits_per_byte, load_trained
+from experiments.run import UsageError, main_guard
+from seqmodels.data import text
+from seqmodels.models import marks
+from seqmodels.parallel.mesh import make_mesh
+from seqmodels.training.evaluation import evaluate
+from seqmodels.training.language import growing_mixers, language
+from seqmodels.training.step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the command line."""
+
+    checkpoint: Path
+    """A run directory, its checkpoints/ or one step in there."""
+    data: Path
+    """A text file, or a folder with *.txt files."""
+    context: int | None = None
+    """Evaluate independent windows of so many bytes; default: carry the states if possible."""
+    chunk: int = 1024
+    """Tokens read at a time where states are carried."""
+    batch_size: int = 8
+    """Windows read at a time."""
+    average: bool = True
+    """Take the average of the parameters, if the run has one."""
+    progress: bool = True
+    """Draw a progress bar."""
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
+
+def evaluate_text(trained: Trained, data: text.Text, arguments: Arguments) -> dict[str, Any]:
+    """Figures of one text.
+
+    Returns:
+      ``bits_per_byte``, ``loss`` (nats a token), ``accuracy``, ``bytes``, ``documents``,
+      ``context`` (None where states were carried), ``seconds``.
+
+    Raises:
+      ValueError: the mixers do not take several documents a row, or arguments out of range.
+    """
+    if arguments.context is not None and arguments.context < 1:
+        raise UsageError(f"--context {arguments.context} must be at least 1")
+    context = arguments.context
+    if context is None and growing_mixers(trained.model):
+        context = trained.config.data.length
+    carried = context is None
+    batches = text.eval_batches(
+        data,
+        length=context or min(arguments.chunk, data.predictions),
+        batch_size=1 if carried else arguments.batch_size,
+        streams=carried,
+    )
+    task = language(
+        trained.model,
+        lambda params: marks(trained.config.model, params),
+        packed=data.documents > 1,
+        carry_state=carried,
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    start = time.perf_counter()
+    with tqdm(batches, unit="batch", disable=not arguments.progress, dynamic_ncols=True) as bar:
+        result = evaluate(make_eval_step(task, mesh), trained.variables, bar, mesh, task.start)
+    return {
+        "bits_per_byte": bits_per_byte(result.loss, data),
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "bytes": data.bytes,
+        "documents": data.documents,
+        "context": context,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def report(arguments: Arguments) -> None:
+    """Prints the figures.
+
+    Raises:
+      ValueError, OSError, TrainingError: with a message for the user.
+    """
+    trained = load_trained(arguments.checkpoint, average=arguments.average)
+    documents = text.read_documents(arguments.data, trained.config.data.separator)
+    result = evaluate_text(trained, text.encode(documents), arguments)
+    context = result["context"]
+    how = "states carried through" if context is None else f"windows of {context} bytes"
+    print(
+        f"step {trained.step}: {result['bits_per_byte']:.4f} bits per byte over "
+        f"{result['bytes']:,} bytes, {how}; accuracy {result['accuracy']:.4f}, "
+        f"{result['seconds']:.1f} s"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lm.eval")
+    return main_guard(lambda: report(parsed), show_traceback=parsed.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Continues a prompt with a trained model, byte by byte; needs nothing but the run directory.
+
+    python -m experiments.lm.generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:"
+    python -m experiments.lm.generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:" \\
+        --temperature 0.8 --top-p 0.95 --stop "\\n\\n" --length 1000
+
+Text appears as it is made. It ends after --length bytes, where the model ends the document, or at a
+--stop (which is not printed). A model of states needs the same memory for any length.
+"""
+
+import codecs
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from experiments.lm.run import Trained, load_trained
+from experiments.run import UsageError, main_guard
+from seqmodels.data import text
+from seqmodels.generation import Sampling, Stream, decode, feed, start
+from seqmodels.training.language import growing_mixers
+
+BLOCK = 16
+"""Tokens decoded between two looks at the text."""
+CHUNK = 512
+"""Tokens of the prompt read at a time, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments of the command line."""
+
+    checkpoint: Path
+    """A run directory, its checkpoints/ or one step in there."""
+    prompt: str = ""
+    """What the text begins with."""
+    length: int = 256
+    """Bytes to add, at most."""
+    temperature: float = 1.0
+    """0 takes the most likely byte each time."""
+    top_k: int | None = None
+    """Draw from the k most likely bytes."""
+    top_p: float | None = None
+    """Draw from the fewest most likely bytes whose probabilities reach this."""
+    stop: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
+    """End before this text; may be repeated. \\n and \\t are understood."""
+    seed: int = 0
+    """Seed of the draws."""
+    max_length: int | None = None
+    """Room for prompt and text in caches that grow (attention); default: as much as is needed."""
+    average: bool = True
+    """Take the average of the parameters, if the run has one."""
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
+
+def continuation(
+    trained: Trained,
+    prompt: bytes,
+    *,
+    length: int,
+    sampling: Sampling,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> Iterator[bytes]:
+    """The bytes that follow, some at a time.
+
+    Args:
+      trained: the model.
+      prompt: may be empty.
+      length: bytes, at most; fewer if the model ends the document.
+      sampling: how bytes are drawn; its stop tokens are not used.
+      seed: of the draws.
+      max_length: tokens that caches which grow have room for, the document's start included.
+
+    Raises:
+      ValueError: ``length`` is not positive, or the cache is too small.
+    """
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1")
+    tokens = [text.BOUNDARY, *prompt]
+    growing = growing_mixers(trained.model)
+    if growing and max_length is not None and len(tokens) + length > max_length:
+        raise ValueError(
+            f"max_length={max_length} is too small: the cache of mixer={growing[0]!r} needs room "
+            f"for the prompt's {len(prompt)} bytes, one token for its start and length={length} "
+            f"more; use max_length={len(tokens) + length} or more, or a shorter prompt or length"
+        )
+    stream = _read(trained, tokens, len(tokens) + length + BLOCK)
+    ending = dataclasses.replace(sampling, stop_tokens=(text.BOUNDARY,))
+    key = jax.random.key(seed)
+    for at in range(0, length, BLOCK):
+        new, count, stream = decode(
+            trained.model,
+            trained.variables,
+            stream,
+            jax.random.fold_in(key, at),
+            max_new_tokens=BLOCK,
+            sampling=ending,
+        )
+        block = np.asarray(new)[0, : int(count[0])].tolist()
+        yield text.decode(block[: length - at])
+        if block[-1] == text.BOUNDARY:
+            return
+
+
+def _read(trained: Trained, tokens: list[int], room: int) -> Stream:
+    """The stream after the prompt, read in chunks; few different sizes are compiled."""
+    stream = start(trained.model, 1, max_length=room, dtype=trained.config.model.dtype)
+    chunk = min(CHUNK, 1 << (len(tokens) - 1).bit_length())
+    for at in range(0, len(tokens), chunk):
+        part = tokens[at : at + chunk]
+        padded, ids = (np.zeros((1, chunk), np.int32) for _ in range(2))
+        padded[0, : len(part)], ids[0, : len(part)] = part, 1
+        stream = feed(trained.model, trained.variables, stream, padded, ids)
+    return stream
+
+
+def until(pieces: Iterator[bytes], stops: list[bytes]) -> Iterator[bytes]:
+    """The pieces up to the first of the stops; holds back what may be the beginning of one."""
+    held, longest = b"", max((len(stop) for stop in stops), default=1)
+    for piece in pieces:
+        held += piece
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        ready = max(len(held) - longest + 1, 0)
+        yield held[:ready]
+        held = held[ready:]
+    yield held
+
+
+def generate(arguments: Arguments) -> None:
+    """Prints the prompt and what follows it.
+
+    Raises:
+      ValueError, OSError, TrainingError: with a message for the user.
+    """
+    if "" in arguments.stop:
+        raise UsageError("--stop '' must have at least one character")
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    trained = load_trained(arguments.checkpoint, average=arguments.average)
+    pieces = continuation(
+        trained,
+        arguments.prompt.encode(),
+        length=arguments.length,
+        sampling=sampling,
+        seed=arguments.seed,
+        max_length=arguments.max_length,
+    )
+    stops = [stop.replace("\\n", "\n").replace("\\t", "\t").encode() for stop in arguments.stop]
+    # A character may be cut in two by a piece's end, and a young model makes bytes that are none.
+    characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    first = next(pieces := until(pieces, stops), b"")
+    print(arguments.prompt, end="", flush=True)
+    print(characters.decode(first), end="", flush=True)
+    for piece in pieces:
+        print(characters.decode(piece), end="", flush=True)
+    print(characters.decode(b"", final=True))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parsed = tyro.cli(
+        Arguments, args=arguments, description=__doc__, prog="experiments.lm.generate"
+    )
+    return main_guard(lambda: generate(parsed), show_traceback=parsed.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
