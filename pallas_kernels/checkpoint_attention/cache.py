@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels import segments, validate
+from pallas_kernels import segments, validate, vjp
 
 _OP = "Cache.extend"
 
@@ -85,10 +85,53 @@ class Cache(NamedTuple):
         position = position + jnp.where(runs == 1, self.position[:, None], 0)
         written = (runs == jnp.maximum(document, 1)) & ((position + 1) % interval == 0)
         slot = jnp.where(written, position // interval, self.k.shape[1])
-        row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        new_k, new_v = (
-            held.at[row, slot].set(x, mode="drop") for held, x in ((self.k, k), (self.v, v))
-        )
+        new_k, new_v = (_put(None, held, x, slot) for held, x in ((self.k, k), (self.v, v)))
         real = jnp.sum((runs == document) & (runs > 0), axis=1, dtype=jnp.int32)
         before = jnp.where(document[:, 0] > 1, 0, self.position)
         return Cache(new_k, new_v, before + real)
+
+
+def _row(slot):
+    return jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
+
+
+def _scattered(held, x, slot):
+    """`held (B, P, G, width)` with `x (B, L, G, width)` at `slot (B, L)`; from P on is dropped."""
+    return held.at[_row(slot), slot].set(x, mode="drop")
+
+
+def _one_a_row(held, x, slot):
+    """The same for L = 1 and bfloat16 on a CPU.
+
+    There XLA computes a scatter or an update of a slice in float32: it would convert all of `held`
+    twice. It leaves integers alone, and makes the change of type part of the update. Neither
+    happens in place where the old value is read too, so what is dropped is a branch.
+    """
+    zero = jnp.int32(0)
+
+    def put(row, held):
+        token = jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
+        bits, token = (jax.lax.bitcast_convert_type(z, jnp.uint16) for z in (held, token))
+        bits = jax.lax.dynamic_update_slice(bits, token, (row, slot[row, 0], zero, zero))
+        return jax.lax.bitcast_convert_type(bits, held.dtype)
+
+    def turn(row, held):
+        room = slot[row, 0] < held.shape[1]
+        return jax.lax.cond(room, put, lambda _, held: held, row, held)
+
+    return jax.lax.fori_loop(zero, jnp.int32(held.shape[0]), turn, held)
+
+
+def _written(_, held, x, slot):
+    if x.shape[1] > 1 or held.dtype != jnp.bfloat16:
+        return _scattered(held, x, slot)
+    return jax.lax.platform_dependent(held, x, slot, cpu=_one_a_row, default=_scattered)
+
+
+def _gradients(_, slot, dheld):
+    """Of what was held, but where it was overwritten; and of what was written."""
+    dx = dheld.at[_row(slot), slot].get(mode="fill", fill_value=0)
+    return dheld.at[_row(slot), slot].set(jnp.zeros((), dheld.dtype), mode="drop"), dx, None
+
+
+_put = vjp.join(_written, lambda *args: (_written(*args), args[3]), _gradients)

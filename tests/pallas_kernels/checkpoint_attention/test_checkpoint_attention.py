@@ -194,16 +194,27 @@ def test_gradients_flow_through_the_cache():
 CUTS = [0, 10, 17, 24], [0, 24]
 
 
-def test_the_cache_is_updated_in_place():
-    # In float32: XLA's CPU backend has no bfloat16 and widens all of an array to change a part.
-    cache = Cache.empty(2, 2**14, 1, 8, 8, interval=4, dtype=jnp.float32)
-    token = jnp.ones((2, 1, 1, 8), jnp.float32)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_is_written_in_place(dtype):
+    cache = Cache.empty(2, 2**14, 1, 8, 8, interval=4, dtype=dtype)
+    token = jnp.ones((2, 1, 1, 8), dtype)
     step = jax.jit(functools.partial(Cache.extend, interval=4), donate_argnums=0)
-    compiled = step.lower(cache, token, token).compile()
+    memory = step.lower(cache, token, token).compile().memory_analysis()
     assert cache.k.shape[1] == 2**14 // 4
-    memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
     assert memory.temp_size_in_bytes < cache.k.nbytes // 8
+
+
+def test_bfloat16_tokens_one_by_one_are_the_row():
+    """One is a checkpoint, two are not; the sixth checkpoint finds no room, and nothing is read."""
+    args = Case(length=20, interval=3, dtype="bfloat16").args
+    empty = Cache.empty(2, 17, 1, 5, 3, interval=3, dtype=jnp.bfloat16)
+    extend = jax.jit(functools.partial(Cache.extend, interval=3))
+    cache = empty
+    for t in range(20):
+        cache = extend(cache, args["k"][:, t : t + 1], args["v"][:, t : t + 1])
+    assert cache.k.shape[1] == 5
+    same_bits(cache, extend(empty, args["k"], args["v"]))
 
 
 @pytest.mark.parametrize("kind", ["xla", "reference"])
