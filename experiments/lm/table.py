@@ -58,7 +58,7 @@ class Arguments:
     """A text file; needed to train and to time."""
     mixers: tuple[str, ...] = ()
     """Names of mixers; default: all that are registered."""
-    steps: int = 250
+    steps: int = 120
     """Optimizer steps of each mixer."""
     batch_size: int = 4
     """Rows in a step."""
@@ -66,7 +66,7 @@ class Arguments:
     """Tokens in a row."""
     learning_rate: float = 3e-3
     """Peak learning rate, the same for all."""
-    validation: float = 0.05
+    validation: float = 0.03
     """Share of the text, at its end, for validation."""
     seed: int = 0
     """Seed of parameters and data order."""
