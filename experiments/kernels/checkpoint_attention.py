@@ -120,7 +120,9 @@ def by_hand(shape: Shape, mode: str) -> dict[str, float]:
     seen = np.maximum(1, -(-((ends - 1) // shape.interval) // 128)) * 128
     scores = shape.batch * shape.heads * 1024 * int(seen.sum())
     passes = ("forward",) if mode == "forward" else ("forward", "backward")
-    vector, matmuls = np.sum([BY_HAND[part] for part in passes], axis=0)
+    vector, matmuls = (
+        sum(counts) for counts in zip(*(BY_HAND[part] for part in passes), strict=True)
+    )
     return {
         "matrix units by hand us": 1e6 * scores * matmuls * 2 * shape.key_size / V5E_FLOPS,
         "vector units by hand us": 1e6 * scores * vector / (V5E_CLOCK * V5E_ALUS),
