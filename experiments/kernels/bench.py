@@ -6,12 +6,13 @@ python -m experiments.kernels.bench --only tpu           static estimates for ab
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import rich.console
 import rich.table
@@ -94,10 +95,26 @@ def measure(config: BenchConfig) -> Iterator[Result]:
             yield from part()
 
 
-def run(config: BenchConfig, rows: Iterable[Result], console: rich.console.Console) -> list[Result]:
-    """Collects the rows, naming each on `console` as it comes, and writes them after each."""
+class Recorded(Protocol):
+    """A benchmark's settings: what the JSON file says of them, and where it is."""
+
+    @property
+    def path(self) -> Path: ...
+
+
+def run(
+    config: Recorded,
+    rows: Iterable[Result],
+    console: rich.console.Console,
+    packages: tuple[str, ...] = (),
+) -> list[Result]:
+    """Collects the rows, naming each on `console` as it comes, and writes them after each.
+
+    The versions of `packages` are written besides those of every run.
+    """
     start, done = time.perf_counter(), []
     machine = environment()  # before this command's own output changes the checkout
+    machine["versions"] |= {name: importlib.metadata.version(name) for name in packages}
     settings = {**vars(config), "output": None}
     with console.status("measuring"):
         for row in rows:
@@ -125,12 +142,17 @@ def table(rows: Iterable[Result]) -> rich.table.Table:
 def _figure(row: Result) -> str:
     figures: dict[str, Any] = row.figures
     if row.kind == results.TIMED:
-        return "\n".join(f"{name.removesuffix(' ms')} {ms:.2f} ms" for name, ms in figures.items())
+        return "\n".join(_named(name, value) for name, value in figures.items())
     if row.kind == results.STATIC:
         return f"{figures['us']:.0f} us, floor {figures['floor_us']:.0f}"
     if row.kind == results.PTXAS:
         return f"{figures['registers']} registers, {figures['spilled bytes']} bytes spilled"
     return figures["reason"].strip().splitlines()[-1]
+
+
+def _named(name: str, value: float) -> str:
+    short = name.removesuffix(" ms")
+    return f"{short} {value:.2f}" + ("" if short == name else " ms")
 
 
 def _ratios(row: Result) -> tuple[str, str]:

@@ -84,7 +84,7 @@ def save(
         folder holds a checkpoint already.
     """
     folder, config = Path(folder), model.config
-    family, fields = _described(config)
+    family, fields = described(config)
     paths, shapes = _layout(family, config)
     flat = _flat(config, params)
     stored = jnp.dtype(dtype or config.dtype)
@@ -115,7 +115,7 @@ def _family(fields: Fields) -> Family:
     return FAMILIES[name]
 
 
-def _described(config: LanguageModelConfig) -> tuple[Family, dict[str, Any]]:
+def described(config: LanguageModelConfig) -> tuple[Family, dict[str, Any]]:
     """The family of a model and its config.json; ValueError for what none can say."""
     names = set(config.backbone.layout)
     if names == {"mamba"}:
