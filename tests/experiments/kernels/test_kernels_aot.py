@@ -32,7 +32,7 @@ def test_committed_cells_that_passed_have_figures_or_say_why_not():
         if cell.chip in aot.TPUS and cell.outcome == PASSED:
             assert cell.reason or cell.figures["times_floor"] >= 0.99
         if cell.chip in aot.GPUS and cell.outcome == PASSED:
-            assert 0 < cell.figures["registers"] <= 255
+            assert cell.reason or 0 < cell.figures["registers"] <= 255
 
 
 def test_matrix_counts_named_shapes_and_calls_nothing_run_that_was_compiled(monkeypatch):
