@@ -13,16 +13,19 @@ def causal_attention(q, k, v, *, interval: int):
 
 
 def blocked_attention(q, k, v, *, interval: int):
-    """The same numbers, 1,024 queries at a time, each block recomputed in the backward pass."""
+    """The same numbers, 1,024 queries at a time, each block recomputed in the backward pass.
+
+    Queries are those of the last keys.
+    """
     del interval
     batch, length, heads, width = q.shape
-    blocks = length // BLOCK
+    blocks, keys = length // BLOCK, k.shape[1]
 
     @jax.checkpoint
     def block(part):
         first, q = part
-        query = first + jnp.arange(BLOCK)[:, None]
-        mask = query >= jnp.arange(length)[None]
+        query = keys - length + first + jnp.arange(BLOCK)[:, None]
+        mask = query >= jnp.arange(keys)[None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
 
     parts = jnp.moveaxis(q.reshape(batch, blocks, BLOCK, heads, width), 1, 0)
