@@ -72,7 +72,7 @@ def cpu(repetitions: int, shape: Shape = CPU_SHAPE) -> Iterator[Result]:
         yield timed(Shape("one-sided", "SGConv", 4, 2048, 64), mode, repetitions)
     for sizes in KERNELS_OF_S4:
         for mode in BOTH:
-            yield generated(mode, min(repetitions, 5), *sizes)
+            yield generated(mode, min(repetitions, 2), *sizes)
 
 
 # Width, states, length. At the largest the einsum and its gradients hold arrays of 537 MB.
