@@ -84,24 +84,24 @@ class Arguments:
     """Show the whole traceback of an error."""
 
 
-def size_of(mixer: str, parameters: int = PARAMETERS, layers: int = LAYERS) -> Size:
-    """The widths at which a model of this mixer has about so many parameters.
+def size_of(mixer: str) -> Size:
+    """The widths at which a model of this mixer has about ``PARAMETERS`` parameters.
 
     Raises:
       UsageError: the mixer is unknown or has no causal mode.
     """
 
     def count(width: int, mlp: int) -> int:
-        size = Size(layers=layers, width=width, mlp=mlp, head=width // 4)
+        size = Size(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
         return presets.parameters(presets.language_model(mixer, size))
 
     # Nearly all parameters are in matrices; what is left is for the MLP's width to even out.
     probe = 128
-    scale = (parameters / count(probe, 2 * probe)) ** 0.5
+    scale = (PARAMETERS / count(probe, 2 * probe)) ** 0.5
     width = max(16 * round(probe * scale / 16), 32)
-    base, step = count(width, 1), layers * (2 * width + 1)
-    mlp = max(1 + round((parameters - base) / step), 1)
-    return Size(layers=layers, width=width, mlp=mlp, head=width // 4)
+    base, step = count(width, 1), LAYERS * (2 * width + 1)
+    mlp = max(1 + round((PARAMETERS - base) / step), 1)
+    return Size(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
 
 
 def config_of(mixer: str, arguments: Arguments) -> ExperimentConfig:
