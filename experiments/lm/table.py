@@ -10,8 +10,8 @@ rest), and the same batches. The budget is small on purpose: the table says what
 first, not what it can learn. Mixers without a causal mode are left out, and said to be.
 
 The table goes to --results-dir as mixers.json and mixers.png after every row; rows that are there
-are kept, and a killed row goes on from its checkpoint. --speed times a training step of every
-mixer that has a row, all of them in turn, on a machine that should do nothing else.
+are kept, and a killed row goes on from its checkpoint. Tokens per second are the median over the
+training; --speed replaces them by a training step of every mixer that has a row, timed all in turn.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from experiments.run import Locations, UsageError, absolute, main_guard, with_ch
 from seqmodels.data import text
 from seqmodels.mixers import REGISTRY, build
 from seqmodels.parallel.mesh import make_mesh, put_batch
-from seqmodels.training.metrics import write_atomically
+from seqmodels.training.metrics import read_jsonl, write_atomically
 from seqmodels.training.run_directory import environment
 from seqmodels.training.state import create_state, optimizer_of
 from seqmodels.training.step import make_train_step
@@ -181,11 +181,17 @@ def make_row(
         show_progress=arguments.progress,
     )
     backbone = config.model.backbone
+    speeds = [
+        record["tokens_per_second"]
+        for record in read_jsonl(run_dir / "metrics.jsonl")
+        if record["kind"] == "train"
+    ]
     kept = ("bits_per_byte", "validation_loss", "validation_accuracy", "parameters", "tokens",
             "wall_seconds", "compile_seconds", "environment", "config", "curve")  # fmt: skip
     return {
         "width": backbone.width,
         "mlp": backbone.mlp,
+        "tokens_per_second_in_training": statistics.median(speeds),
         "state_bytes": {str(length): state_bytes(config, length) for length in CONTEXTS},
         **{name: result[name] for name in kept},
     }
@@ -270,14 +276,14 @@ def printed(table: Mapping[str, Any]) -> Table:
     for name in ("bits per byte", "parameters", "width", "MLP", "tokens/s", *states):
         shown.add_column(name, justify="right")
     for mixer, row in ranked(table):
-        speed = row.get("tokens_per_second")
+        speed = row.get("tokens_per_second", row["tokens_per_second_in_training"])
         shown.add_row(
             mixer,
             f"{row['bits_per_byte']:.3f}",
             f"{row['parameters']:,}",
             str(row["width"]),
             str(row["mlp"]),
-            "not timed" if speed is None else f"{speed:,.0f}",
+            f"{speed:,.0f}",
             *(f"{row['state_bytes'][str(length)]:,}" for length in CONTEXTS),
         )
     return shown
