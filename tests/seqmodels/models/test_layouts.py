@@ -1,0 +1,108 @@
+"""Hybrid stacks as language models: one contract for every published order of mixers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.mixers import Segments
+from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
+from seqmodels.models.layouts import PATTERNS, layout
+from tests.seqmodels.mixers.cases import CASES
+
+LENGTH = 11
+TOKENS = np.random.default_rng(0).integers(0, 13, (2, LENGTH))
+# Two documents a row, and padding.
+IDS = np.array([[1] * 4 + [2] * 5 + [0] * 2, [3] * 11], np.int32)
+MIXERS = {name: CASES[name] for name in ("rg_lru", "mamba", "sliding_window", "attention", "rat")}
+MIXERS["scout"] = CASES["scout-mamba"]
+STACKS = {"mamba": 2, "griffin": 5, "samba": 4, "jamba": 5, "rat_sliding_window": 2, "scout": 2}
+
+
+@functools.cache
+def setup(pattern):
+    names = layout(pattern, STACKS[pattern])
+    backbone = BackboneConfig(
+        layout=names,
+        mixers=tuple(MIXERS[name] for name in dict.fromkeys(names)),
+        width=4,
+        norm="rms",
+        mlp=6,
+        mlp_kind="swiglu",
+        final_norm=True,
+        scan_layers=True,
+    )
+    config = LanguageModelConfig(backbone, vocabulary_size=13, embedding_std=1.0)
+    model = LanguageModel(config)
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+
+    @jax.jit
+    def run(tokens, segments=None, state=None):
+        return model.apply(variables, tokens, segments=segments, state=state)
+
+    return model, variables, run
+
+
+def start(model):
+    return model.initial_state(2, max_length=LENGTH, dtype=jnp.float32)
+
+
+def test_every_pattern_has_a_stack():
+    assert STACKS.keys() == {"mamba", *PATTERNS}
+    assert layout("griffin", 5) == ("rg_lru", "rg_lru", "sliding_window", "rg_lru", "rg_lru")
+    assert layout("jamba", 32).count("attention") == 4
+    assert layout("jamba", 32)[4::8] == ("attention",) * 4
+    assert layout("mamba2", 3) == ("mamba2",) * 3
+    with pytest.raises(ValueError, match="layers=0 must be positive"):
+        layout("samba", 0)
+
+
+@pytest.mark.parametrize("pattern", STACKS)
+def test_whole_is_chunked_prefill_is_token_by_token(pattern):
+    model, _, run = setup(pattern)
+    whole, last = run(TOKENS, None, start(model))
+    for cuts in ([6, LENGTH], list(range(1, LENGTH + 1))):
+        state, outputs = start(model), []
+        for begin, end in zip([0, *cuts[:-1]], cuts, strict=True):
+            y, state = run(TOKENS[:, begin:end], None, state)
+            outputs.append(y)
+        np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=2e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state, last)
+
+
+@pytest.mark.parametrize("pattern", STACKS)
+def test_packed_documents_are_unpacked_ones_and_apart_to_the_bit(pattern):
+    _, _, run = setup(pattern)
+    segments = Segments.from_ids(IDS)
+    packed, _ = run(TOKENS, segments)
+    for begin, end in ((0, 4), (4, 9)):
+        alone, _ = run(TOKENS[:, begin:end])
+        np.testing.assert_allclose(packed[0, begin:end], alone[0], atol=2e-5)
+    changed = TOKENS.copy()
+    changed[0, :4] = (changed[0, :4] + 1) % 13
+    other, _ = run(changed, segments)
+    np.testing.assert_array_equal(other[0, 4:9], packed[0, 4:9])
+    assert np.abs(other[0, :4] - packed[0, :4]).max() > 1e-4
+
+
+@pytest.mark.parametrize("pattern", ["griffin", "jamba"])
+def test_recomputing_and_unrolling_change_nothing(pattern):
+    model, variables, _ = setup(pattern)
+
+    def gradient(backbone, variables):
+        config = dataclasses.replace(model.config, backbone=backbone)
+
+        @jax.jit
+        @jax.grad
+        def loss(params):
+            logits, _ = LanguageModel(config).apply({"params": params}, TOKENS)
+            return jnp.sum(jnp.sin(logits))
+
+        return loss(variables["params"])
+
+    plain = gradient(model.config.backbone, variables)
+    again = gradient(dataclasses.replace(model.config.backbone, remat="full"), variables)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)
