@@ -5,12 +5,13 @@ from typing import Any
 
 from seqmodels.models import backbone
 from seqmodels.models.backbone import Backbone, BackboneConfig, stack_layers, unstack_layers
-from seqmodels.models.classifier import Classifier, ClassifierConfig
+from seqmodels.models.classifier import Classifier, ClassifierConfig, Matcher, MatcherConfig
 from seqmodels.models.language import LanguageModel, LanguageModelConfig
 
 
 def marks(
-    config: BackboneConfig | ClassifierConfig | LanguageModelConfig, params: Mapping[str, Any]
+    config: BackboneConfig | ClassifierConfig | MatcherConfig | LanguageModelConfig,
+    params: Mapping[str, Any],
 ) -> Any:
     """How the optimizer treats each parameter: a tree like ``params`` whose leaves are Marks."""
     stack = config if isinstance(config, BackboneConfig) else config.backbone
@@ -24,6 +25,8 @@ __all__ = [
     "ClassifierConfig",
     "LanguageModel",
     "LanguageModelConfig",
+    "Matcher",
+    "MatcherConfig",
     "marks",
     "stack_layers",
     "unstack_layers",

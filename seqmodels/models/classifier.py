@@ -1,9 +1,13 @@
-"""Sequence classification: embedding, backbone, pooling over real tokens, linear head."""
+"""Sequence classification: embedding, backbone, pooling over real tokens, head.
+
+One sequence a row (`Classifier`), or two whose relation is asked for (`Matcher`).
+"""
 
 import dataclasses
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -13,7 +17,8 @@ from seqmodels.mixers import Segments
 from seqmodels.mixers.base import check_choices
 from seqmodels.models.backbone import Backbone, BackboneConfig
 
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "class"]
+Interaction = Literal["concat", "nli"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,8 @@ class ClassifierConfig:
       vocabulary_size: token ids are below it; None for real-valued inputs ``(B, L, C)``.
       embedding_std: of the initial embeddings; None is ``vocabulary_size ** -0.5``, what a linear
         layer on one-hot tokens has (S5's encoder); torch's and S4's is 1.
-      pooling: mean over the real tokens, or the last of them.
+      pooling: "mean" over the real tokens, the "last" of them, or what becomes of a learned "class"
+        token put in front, as in the Transformers of Long Range Arena.
     """
 
     backbone: BackboneConfig
@@ -43,6 +49,11 @@ class ClassifierConfig:
                 f"ClassifierConfig: vocabulary_size={self.vocabulary_size} must be positive or None"
             )
         check_choices(self)
+        if self.pooling == "class" and all(mixer.causal for mixer in self.backbone.mixers):
+            raise ValueError(
+                f"ClassifierConfig: pooling='class' reads the first token, which sees nothing "
+                f"through the causal layout={self.backbone.layout}; take 'last' or 'mean'"
+            )
 
 
 class Classifier(nn.Module):
@@ -67,31 +78,116 @@ class Classifier(nn.Module):
         Raises:
           ValueError: ``inputs`` do not fit the configured vocabulary.
         """
+        pooled = encode(self, self.config, inputs, segment_ids, deterministic)
+        return nn.Dense(self.config.num_classes, name="head")(pooled)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatcherConfig:
+    """Configuration of a matcher.
+
+    Attributes:
+      tower: how both inputs are encoded, and the number of classes.
+      interaction: what the head sees of the encodings a and b: "concat" ``[a, b]``, as in Long
+        Range Arena, or "nli" ``[a, b, a b, a - b]``, as in S4 and S5.
+      hidden: width of the head's hidden layer; None is the backbone's.
+    """
+
+    tower: ClassifierConfig
+    interaction: Interaction = "nli"
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"MatcherConfig: hidden={self.hidden} must be positive or None")
+        check_choices(self)
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return self.tower.backbone
+
+
+class Matcher(nn.Module):
+    """Two documents a row, encoded by one tower -> logits (Tay et al. 2021, Retrieval)."""
+
+    config: MatcherConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Int[Array | np.ndarray, "b 2 l"] | Float[Array | np.ndarray, "b 2 l c"],
+        segment_ids: Int[Array | np.ndarray, "b 2 l"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "b classes"]:
+        """Returns float32 logits ``(B, num_classes)``.
+
+        Args:
+          inputs, segment_ids: as `Classifier`'s, of two sequences side by side, ``(B, 2, L)``. They
+            run through the tower as one batch of 2 B rows.
+
+        Raises:
+          ValueError: not two sequences a row, or ``inputs`` do not fit the tower's vocabulary.
+        """
         config = self.config
-        width = config.backbone.width
-        expected = 3 if config.vocabulary_size is None else 2
-        if inputs.ndim != expected or (expected == 2) != jnp.issubdtype(inputs.dtype, jnp.integer):
+        if inputs.ndim < 3 or inputs.shape[1] != 2:
             raise ValueError(
-                f"inputs have shape {inputs.shape} and dtype {inputs.dtype}; with "
-                f"vocabulary_size={config.vocabulary_size} the classifier takes "
-                + ("integer ids (B, L)" if expected == 2 else "real values (B, L, C)")
+                f"inputs have shape {inputs.shape}; a matcher takes two sequences a row, (B, 2, L) "
+                "or (B, 2, L, C)"
             )
-        segments = None if segment_ids is None else Segments.from_ids(segment_ids, single=True)
-        if config.vocabulary_size is None:
-            x = nn.Dense(width, name="encoder")(inputs)
-        else:
-            std = config.embedding_std or config.vocabulary_size**-0.5
-            x = Embedding(config.vocabulary_size, width, std, name="encoder")(inputs)
-        x, _ = Backbone(config.backbone, name="backbone")(
-            x, segments=segments, deterministic=deterministic
+        rows = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[2])
+        pooled = encode(
+            self, config.tower, inputs.reshape(-1, *inputs.shape[2:]), rows, deterministic
+        ).reshape(inputs.shape[0], 2, -1)
+        a, b = pooled[:, 0], pooled[:, 1]
+        parts = [a, b] if config.interaction == "concat" else [a, b, a * b, a - b]
+        hidden = config.hidden or config.backbone.width
+        x = jax.nn.gelu(nn.Dense(hidden, name="head_in")(jnp.concatenate(parts, axis=-1)))
+        return nn.Dense(config.tower.num_classes, name="head")(x)
+
+
+def encode(
+    module: nn.Module,
+    config: ClassifierConfig,
+    inputs: Int[Array | np.ndarray, "b l"] | Float[Array | np.ndarray, "b l c"],
+    segment_ids: Int[Array | np.ndarray, "b l"] | None,
+    deterministic: bool,
+) -> Float[Array, "b d"]:
+    """The pooled float32 encoding of each row; parameters are those of ``module``.
+
+    Raises:
+      ValueError: ``inputs`` do not fit the configured vocabulary.
+    """
+    width = config.backbone.width
+    expected = 3 if config.vocabulary_size is None else 2
+    if inputs.ndim != expected or (expected == 2) != jnp.issubdtype(inputs.dtype, jnp.integer):
+        raise ValueError(
+            f"inputs have shape {inputs.shape} and dtype {inputs.dtype}; with "
+            f"vocabulary_size={config.vocabulary_size} the classifier takes "
+            + ("integer ids (B, L)" if expected == 2 else "real values (B, L, C)")
         )
-        pooled = pool(x.astype(jnp.float32), segments, config.pooling)
-        return nn.Dense(config.num_classes, name="head")(pooled)
+    if config.vocabulary_size is None:
+        x = nn.Dense(width, name="encoder")(inputs)
+    else:
+        std = config.embedding_std or config.vocabulary_size**-0.5
+        x = Embedding(config.vocabulary_size, width, std, name="encoder")(inputs)
+    if config.pooling == "class":
+        token = module.param("class_token", nn.initializers.zeros, (width,))
+        front = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width))
+        x = jnp.concatenate([front, x], axis=1)
+        if segment_ids is not None:
+            segment_ids = jnp.concatenate([segment_ids[:, :1], segment_ids], axis=1)
+    segments = None if segment_ids is None else Segments.from_ids(segment_ids, single=True)
+    x, _ = Backbone(config.backbone, name="backbone")(
+        x, segments=segments, deterministic=deterministic
+    )
+    return pool(x.astype(jnp.float32), segments, config.pooling)
 
 
 def pool(x: Float[Array, "b l d"], segments: Segments | None, kind: Pooling) -> Float[Array, "b d"]:
     """Pools over the real tokens; zeros for a row that has none."""
     mask = jnp.ones(x.shape[:2], bool) if segments is None else segments.mask
+    if kind == "class":
+        return jnp.where(mask[:, :1], x[:, 0], 0.0)
     if kind == "last":
         mask = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     total = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True, dtype=x.dtype), 1.0)

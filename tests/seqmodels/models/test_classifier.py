@@ -11,7 +11,14 @@ import pytest
 
 from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import S4DConfig, S5Config, Segments
-from seqmodels.models import BackboneConfig, Classifier, ClassifierConfig
+from seqmodels.models import (
+    BackboneConfig,
+    Classifier,
+    ClassifierConfig,
+    Matcher,
+    MatcherConfig,
+    marks,
+)
 from seqmodels.models.classifier import pool
 
 CONFIG = ClassifierConfig(
@@ -195,3 +202,59 @@ def test_missing_keys_and_wrong_choices_are_refused():
         from_dict(Outer, {"part": {"type": "Large", "rates": [1.0]}, "table": {}})
     with pytest.raises(ValueError, match="mixer='s4d' is a S4DConfig, not a S5Config"):
         from_dict(S5Config, {"mixer": "s4d"})
+
+
+CLASS = dataclasses.replace(CONFIG, pooling="class")
+
+
+def test_class_token_sees_the_whole_row_and_no_padding():
+    variables = init(CLASS)
+    assert variables["params"]["class_token"].shape == (8,)
+    apply = jax.jit(Classifier(CLASS).apply)
+    logits = apply(variables, TOKENS, IDS)
+    np.testing.assert_array_equal(apply(variables, np.where(IDS, TOKENS, 5), IDS), logits)
+    last = TOKENS.copy()
+    last[0, -1] = (last[0, -1] + 1) % 11
+    changed = np.abs(apply(variables, last, IDS) - logits).max(1)
+    assert changed[0] > 1e-6
+    np.testing.assert_array_equal(changed[1:], 0.0)
+
+
+def test_class_token_behind_causal_mixers_is_refused():
+    causal = dataclasses.replace(
+        CONFIG.backbone,
+        mixers=(dataclasses.replace(CONFIG.backbone.mixers[0], bidirectional=False),),
+    )
+    with pytest.raises(ValueError, match=r"pooling='class' reads the first token.*take 'last'"):
+        dataclasses.replace(CLASS, backbone=causal)
+
+
+@pytest.mark.parametrize("interaction", ["concat", "nli"])
+def test_matcher_encodes_both_inputs_with_one_tower(interaction):
+    config = MatcherConfig(CONFIG, interaction=interaction, hidden=6)
+    assert from_dict(MatcherConfig, json.loads(json.dumps(to_dict(config)))) == config
+    model = Matcher(config)
+    tokens, ids = (np.stack([x, np.roll(x, 1, axis=0)], axis=1) for x in (TOKENS, IDS))
+    variables = jax.jit(model.init)(jax.random.key(0), tokens, ids)
+    kernel = variables["params"]["head_in"]["kernel"]
+    assert kernel.shape == (8 * (2 if interaction == "concat" else 4), 6)
+    apply = jax.jit(model.apply)
+    logits = apply(variables, tokens, ids)
+    assert (logits.shape, logits.dtype) == ((3, 3), jnp.float32)
+    # Padding of either input is not seen; tokens of either are.
+    np.testing.assert_array_equal(apply(variables, np.where(ids, tokens, 5), ids), logits)
+    for side in range(2):
+        other = tokens.copy()
+        other[0, side, 0] = (other[0, side, 0] + 1) % 11
+        assert np.abs(apply(variables, other, ids)[0] - logits[0]).max() > 1e-6
+    # The encodings are a classifier's: its tree is in the matcher's.
+    assert set(init()["params"]) - {"head"} < set(variables["params"])
+    tree = marks(config, variables["params"])
+    assert tree["backbone"]["block_0"]["mixer"]["log_step"].group == "ssm"
+
+
+def test_matcher_names_bad_input():
+    with pytest.raises(ValueError, match=r"two sequences a row, \(B, 2, L\)"):
+        Matcher(MatcherConfig(CONFIG)).init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match="hidden=0 must be positive or None"):
+        MatcherConfig(CONFIG, hidden=0)
