@@ -1,4 +1,8 @@
-"""One Mamba block of the 130M model, forward and backward, here and in transformers."""
+"""One Mamba block of the 130M model, forward and backward, here and in transformers.
+
+transformers runs mamba.py's parallel scan: its own loop over time is no rival, its backward pass
+adds up gradients of the length of the sequence once a token (over two minutes here).
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,14 +47,14 @@ def named(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
-def theirs(config: LanguageModelConfig, params: Any, parallel: bool) -> Step:
-    """transformers' mixer with our `params`; `parallel` for mamba.py's scan, else a loop."""
+def theirs(config: LanguageModelConfig, params: Any) -> Step:
+    """transformers' mixer with our `params`."""
     import torch
     import transformers
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     fields = MAMBA.write(config)
-    module = MambaMixer(transformers.MambaConfig(**fields, use_mambapy=parallel), layer_idx=0)
+    module = MambaMixer(transformers.MambaConfig(**fields, use_mambapy=True), layer_idx=0)
     weights = {k: torch.tensor(np.ascontiguousarray(v)) for k, v in named(params).items()}
     module.load_state_dict(weights)
 
@@ -71,28 +75,24 @@ def results(
     length: int = 1024,
     config: LanguageModelConfig = PUBLISHED["mamba-130m"],
 ) -> Iterator[Result]:
-    """One row: three programs whose outputs and gradients are compared before they are timed."""
+    """One row: two programs whose outputs and gradients are compared before they are timed."""
     width = config.backbone.width
     keys = jax.random.split(jax.random.key(seed), 3)
     x, dy = (jax.random.normal(key, (batch, length, width)) for key in keys[:2])
     module, step = ours(config)
     params = jax.jit(module.init)(keys[2], x[:, :2])["params"]
-    programs: dict[str, Step] = {"seqmodels": step}
-    for name, parallel in (("transformers, mambapy", True), ("transformers, loop", False)):
-        programs[name] = theirs(config, params, parallel)
+    name = "transformers, mambapy"
+    programs: dict[str, Step] = {"seqmodels": step, name: theirs(config, params)}
     y, dx, dparams = jax.device_get(step(params, x, dy))
-    expected = (y, dx, named(dparams))
-    for name in list(programs)[1:]:
-        found = jax.tree.map(lambda leaf: leaf.numpy(), programs[name](None, x, dy))
-        check_equal(expected, found, name)
+    found = jax.tree.map(lambda leaf: leaf.numpy(), programs[name](None, x, dy))
+    check_equal((y, dx, named(dparams)), found, name)
     figures = milliseconds(programs, (params, x, dy), repetitions)
-    fastest = figures["seqmodels"]
     yield Result(
         case="Mamba block, forward+backward",
         device=jax.devices()[0].device_kind,
         kind=TIMED,
         shape=f"batch {batch}, length {length}, width {width}, float32",
         figures={f"{name} ms": value for name, value in figures.items()},
-        ratios={name: value / fastest for name, value in figures.items() if name != "seqmodels"},
-        targets={"transformers, mambapy": Target("at least", 3.0)},
+        ratios={name: figures[name] / figures["seqmodels"]},
+        targets={name: Target("at least", 3.0)},
     )

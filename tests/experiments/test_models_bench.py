@@ -22,7 +22,7 @@ def test_block_row(tmp_path):
     console = rich.console.Console(quiet=True)
     [row] = run(config, block.results(1, 0, 1, 5, TINY), console)
     ms = {name.removesuffix(" ms"): value for name, value in row.figures.items()}
-    assert set(ms) == {"seqmodels", "transformers, mambapy", "transformers, loop"}
+    assert set(ms) == {"seqmodels", "transformers, mambapy"}
     name = "transformers, mambapy"
     assert row.ratios[name] == ms[name] / ms["seqmodels"]
     assert set(row.targets) == {name}

@@ -33,7 +33,7 @@ CONFIGS = {
         tie_word_embeddings=True, layer_norm_epsilon=1e-3,
     ),
     "recurrent_gemma": transformers.RecurrentGemmaConfig(
-        **{**SIZES, "num_hidden_layers": 3}, num_attention_heads=2, num_key_value_heads=1,
+        **{**SIZES, "num_hidden_layers": 4}, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=48, attention_window_size=8, lru_width=24,
     ),
 }  # fmt: skip
@@ -268,9 +268,9 @@ def test_a_tensor_that_the_index_does_not_say_is_refused(small, tmp_path):
     shutil.copytree(small[2] / "shards", tmp_path / "bad")
     path = tmp_path / "bad" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    del index["weight_map"]["lm_head.weight"]
+    del index["weight_map"][FIRST]
     path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"has lm_head\.weight, which .* does not say"):
+    with pytest.raises(ValueError, match=f"has {FIRST}, which .* does not say"):
         load(tmp_path / "bad")
 
 
