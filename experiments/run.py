@@ -17,7 +17,7 @@ from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.checkpoint import Checkpoints, differences
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.errors import RunDirectoryError, TrainingError
-from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl, write_atomically
+from seqmodels.training.metrics import TIMING_FIELDS, finite, read_jsonl, write_atomically
 from seqmodels.training.state import TrainState, abstract_state
 from seqmodels.training.task import Task
 
@@ -168,7 +168,7 @@ def result_path(results_dir: Path, name: str, config: Any) -> Path:
     path = results_dir / f"{name}.json"
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-        different = differences(saved, to_dict(config))
+        different = differences(saved, finite(to_dict(config)))
         if different:
             raise UsageError(
                 f"{path} is the result of another config ({'; '.join(different)}); "
@@ -233,7 +233,7 @@ def history(run_dir: Path) -> dict[str, Any]:
 
 def write_result(result: Mapping[str, Any], run_dir: Path, path: Path) -> None:
     """Writes the result to the run directory and to ``path``."""
-    text = json.dumps(result, indent=1) + "\n"
+    text = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
     write_atomically(run_dir / "result.json", text)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)

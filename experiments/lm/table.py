@@ -39,7 +39,7 @@ from experiments.run import Locations, UsageError, absolute, main_guard, with_ch
 from seqmodels.data import text
 from seqmodels.mixers import REGISTRY, build
 from seqmodels.parallel.mesh import make_mesh, put_batch
-from seqmodels.training.metrics import read_jsonl, write_atomically
+from seqmodels.training.metrics import finite, read_jsonl, write_atomically
 from seqmodels.training.run_directory import environment
 from seqmodels.training.state import create_state, optimizer_of
 from seqmodels.training.step import make_train_step
@@ -124,7 +124,6 @@ def config_of(mixer: str, arguments: Arguments) -> ExperimentConfig:
         "train.warmup_steps": arguments.steps // 10,
         "train.batch_size": arguments.batch_size,
         "train.seed": arguments.seed,
-        "train.mesh.data": 1,
         "train.log_every": max(arguments.steps // 20, 1),
         "train.eval_every": arguments.steps,
         "train.checkpoint_every": max(arguments.steps // 3, 1),
@@ -250,7 +249,7 @@ def time_rows(arguments: Arguments, table: dict[str, Any], data: TextData, round
 def write(table: Mapping[str, Any], path: Path) -> None:
     """Writes the table, and its plot beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(table, indent=1) + "\n")
+    write_atomically(path, json.dumps(finite(table), indent=1, allow_nan=False) + "\n")
     plot(ranked(table), path.with_suffix(".png"))
 
 
