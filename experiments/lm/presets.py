@@ -107,6 +107,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MIXERS = tuple(REGISTRY)
+SSM_RATE = 1e-3
+"""Peak learning rate of parameters that mixers mark as "ssm"."""
 
 
 def experiment(mixer: str, preset: str, seed: int = 0) -> ExperimentConfig:
@@ -195,7 +197,7 @@ def mixer_config(name: str, size: Size) -> MixerConfig:
 def group_rates(mixer: str, size: Size) -> dict[str, float]:
     """A lower rate for the state-space parameters of mixers that mark them, as S4 and S5 do."""
     marks = mixer_config(mixer, size).marks().values()
-    return {"ssm": 1e-3} if any(mark.group == "ssm" for mark in marks) else {}
+    return {"ssm": SSM_RATE} if any(mark.group == "ssm" for mark in marks) else {}
 
 
 def parameters(config: LanguageModelConfig) -> int:

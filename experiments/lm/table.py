@@ -65,7 +65,7 @@ class Arguments:
     length: int = 256
     """Tokens in a row."""
     learning_rate: float = 3e-3
-    """Peak learning rate, the same for all."""
+    """Peak learning rate; that of state-space parameters is the presets'."""
     validation: float = 0.03
     """Share of the text, at its end, for validation."""
     seed: int = 0
@@ -266,8 +266,9 @@ def printed(table: Mapping[str, Any]) -> Table:
         title=f"Bits per byte after {settings['tokens']:,} tokens: a small budget",
         caption=(
             f"{settings['steps']} steps of {settings['batch_size']} x {settings['length']} bytes, "
-            f"{settings['layers']} blocks, one seed, learning rate {settings['learning_rate']:g} "
-            f"for all. States of one row, caches in bfloat16.{left_out}"
+            f"{settings['layers']} blocks, one seed, learning rate {settings['learning_rate']:g}, "
+            f"of state-space parameters {presets.SSM_RATE:g}. States of one row, caches in "
+            f"bfloat16.{left_out}"
         ),
     )
     shown.add_column("mixer")
