@@ -1,8 +1,11 @@
-"""Times Mamba against transformers' on this machine's CPU; every ratio is of one run.
+"""Times layers and models on this machine's CPU; every ratio is of one run.
 
-python -m experiments.models.bench                 both parts
-python -m experiments.models.bench --only block    one block, forward and backward
-python -m experiments.models.bench --only decode   greedy decoding, one row
+python -m experiments.models.bench                      everything
+python -m experiments.models.bench --only mamba-block   a block, forward and backward, against
+                                                        transformers'
+python -m experiments.models.bench --only mamba-decode  greedy decoding, against transformers'
+python -m experiments.models.bench --only s5-layer      with associative_scan in its place
+python -m experiments.models.bench --only token-time    of every mixer, by the length of the context
 
 The dev extra has what it needs: torch, transformers, mambapy.
 """
@@ -19,12 +22,14 @@ import tyro
 
 from experiments.kernels.bench import run, table
 from experiments.kernels.results import Result
-from experiments.models import block, decode
+from experiments.models import block, decode, s5, token_time
 
 RESULTS = Path(__file__).parents[1] / "results" / "models"
 PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
-    "block": block.results,
-    "decode": decode.results,
+    "mamba-block": block.results,
+    "mamba-decode": decode.results,
+    "s5-layer": s5.results,
+    "token-time": token_time.results,
 }
 
 
@@ -32,14 +37,14 @@ PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
 class ModelBenchConfig:
     """What to measure."""
 
-    only: Literal["block", "decode"] | None = None
+    only: Literal["mamba-block", "mamba-decode", "s5-layer", "token-time"] | None = None
     """Only this part."""
     repetitions: int = 3
     """Interleaved repetitions of every timed program; medians are reported."""
     seed: int = 0
     """Of weights and inputs."""
     output: Path | None = None
-    """The JSON file. By default experiments/results/models/mamba.json, with `-<only>` added."""
+    """The JSON file. By default experiments/results/models/<only, or all>-cpu.json."""
 
     def __post_init__(self) -> None:
         if self.repetitions < 1:
@@ -47,8 +52,7 @@ class ModelBenchConfig:
 
     @property
     def path(self) -> Path:
-        suffix = f"-{self.only}" if self.only else ""
-        return self.output or RESULTS / f"mamba{suffix}-cpu.json"
+        return self.output or RESULTS / f"{self.only or 'all'}-cpu.json"
 
 
 def measure(config: ModelBenchConfig) -> Iterator[Result]:

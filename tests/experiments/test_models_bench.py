@@ -7,7 +7,8 @@ import rich.console
 import transformers
 
 from experiments.kernels.bench import run, table
-from experiments.models import bench, block, decode
+from experiments.lm.presets import Size
+from experiments.models import bench, block, decode, s5, token_time
 from seqmodels.mixers import MambaConfig
 from seqmodels.models.published import mamba_language_model
 
@@ -18,7 +19,7 @@ TINY = mamba_language_model(16, 1, MambaConfig(state_size=4), 40)
 
 
 def test_block_row(tmp_path):
-    config = bench.ModelBenchConfig(only="block", repetitions=1, output=tmp_path / "x.json")
+    config = bench.ModelBenchConfig(only="mamba-block", repetitions=1, output=tmp_path / "x.json")
     console = rich.console.Console(quiet=True)
     [row] = run(config, block.results(1, 0, 1, 5, TINY), console)
     ms = {name.removesuffix(" ms"): value for name, value in row.figures.items()}
@@ -41,8 +42,28 @@ def test_decode_rows():
     table([rates, far])
 
 
+def test_s5_rows():
+    [row] = s5.results(1, 0, batch=1, length=6, width=4, states=(3,))
+    assert row.ratios["associative_scan"] == (
+        row.figures["associative_scan ms"] / row.figures["seqmodels ms"]
+    )
+
+
+def test_token_time_rows():
+    size = Size(layers=1, width=8, mlp=8, head=4)
+    assert {"mamba", "attention", "s4", "scout"} < set(token_time.mixers(size))
+    assert "hydra" not in token_time.mixers(size)
+    fixed, growing = token_time.results(1, 0, tokens=2, size=size, names=("lru", "attention"))
+    assert set(fixed.targets) == {"the time at 16"} == set(fixed.ratios)
+    assert len({fixed.figures[f"state bytes at {c}"] for c in token_time.CONTEXTS}) == 1
+    assert growing.targets == {}
+    sizes = [growing.figures[f"state bytes at {c}"] for c in token_time.CACHED]
+    assert sizes == sorted(set(sizes))
+    table([fixed, growing])
+
+
 def test_files_and_refusals():
-    assert bench.ModelBenchConfig().path.name == "mamba-cpu.json"
-    assert bench.ModelBenchConfig(only="decode").path.name == "mamba-decode-cpu.json"
+    assert bench.ModelBenchConfig().path.name == "all-cpu.json"
+    assert bench.ModelBenchConfig(only="mamba-decode").path.name == "mamba-decode-cpu.json"
     with pytest.raises(ValueError, match="repetitions=0 must be at least 1"):
         bench.ModelBenchConfig(repetitions=0)
