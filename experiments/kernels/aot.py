@@ -48,7 +48,13 @@ FAMILIES = (
 )
 CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to
-SLOW_TO_ESTIMATE = ("selective_scan", "linear_attention", "delta_rule", "checkpoint_attention")
+SLOW_TO_ESTIMATE = (
+    "selective_scan",
+    "diagonal_ssm",
+    "linear_attention",
+    "delta_rule",
+    "checkpoint_attention",
+)
 WITHOUT_KERNELS = ("long_conv",)  # XLA compiles them for every chip
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "experiments" / "results" / "kernels" / "aot.json"
