@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from seqmodels.layers.embedding import Embedding
 from seqmodels.mixers import Segments
@@ -115,7 +115,7 @@ class Matcher(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: Int[Array | np.ndarray, "b 2 l"] | Float[Array | np.ndarray, "b 2 l c"],
+        inputs: Shaped[Array | np.ndarray, "..."],
         segment_ids: Int[Array | np.ndarray, "b 2 l"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "b classes"]:

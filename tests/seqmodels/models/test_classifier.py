@@ -245,8 +245,8 @@ def test_matcher_encodes_both_inputs_with_one_tower(interaction):
     np.testing.assert_array_equal(apply(variables, np.where(ids, tokens, 5), ids), logits)
     for side in range(2):
         other = tokens.copy()
-        other[0, side, 0] = (other[0, side, 0] + 1) % 11
-        assert np.abs(apply(variables, other, ids)[0] - logits[0]).max() > 1e-6
+        other[1, side, 0] = (other[1, side, 0] + 1) % 11
+        assert np.abs(apply(variables, other, ids)[1] - logits[1]).max() > 1e-6
     # The encodings are a classifier's: its tree is in the matcher's.
     assert set(init()["params"]) - {"head"} < set(variables["params"])
     tree = marks(config, variables["params"])
