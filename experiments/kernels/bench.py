@@ -116,6 +116,7 @@ def run(
     machine = environment()  # before this command's own output changes the checkout
     machine["versions"] |= {name: importlib.metadata.version(name) for name in packages}
     settings = {**vars(config), "output": None}
+    config.path.parent.mkdir(parents=True, exist_ok=True)  # a bad path fails before the work
     with console.status("measuring"):
         for row in rows:
             done.append(row)
@@ -126,7 +127,6 @@ def run(
                 "wall_s": time.perf_counter() - start,
                 "cases": [row.to_json() for row in done],
             }
-            config.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(config.path, json.dumps(record, indent=2) + "\n")
     return done
 

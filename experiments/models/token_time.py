@@ -16,8 +16,9 @@ from experiments.lm import presets
 from experiments.models.decode import GREEDY, at
 from experiments.run import UsageError
 from seqmodels import generation
-from seqmodels.mixers import REGISTRY, build
+from seqmodels.mixers import REGISTRY
 from seqmodels.models import LanguageModel
+from seqmodels.training.language import growing_mixers
 
 CONTEXTS = (16, 1_000, 100_000)
 CACHED = (16, 1_000, 10_000)  # a cache of 100,000 tokens would mostly measure its copy
@@ -51,8 +52,7 @@ def row(name: str, size: presets.Size, repetitions: int, seed: int, tokens: int)
     """Milliseconds a token and bytes of the states, in a language model of one mixer."""
     config = presets.language_model(name, size)
     model = LanguageModel(config)
-    mixer = build(config.backbone.mixer(0), size.width)
-    grows = mixer.state_size(2_000) > mixer.state_size(1_000)
+    grows = bool(growing_mixers(model))
     params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     variables, states = {"params": params}, {}
 

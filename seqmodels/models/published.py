@@ -14,6 +14,7 @@ from seqmodels.mixers import (
 )
 from seqmodels.models.backbone import BackboneConfig
 from seqmodels.models.language import LanguageModelConfig
+from seqmodels.models.layouts import layout
 
 
 def mamba_language_model(
@@ -83,9 +84,8 @@ def _recurrent_gemma(width: int, _: int, recurrent: RGLRUConfig, mlp: int) -> La
         window=2048,
         use_out_bias=True,
     )
-    period = ("rg_lru", "rg_lru", "sliding_window")
-    layout = (period * recurrent.layers)[: recurrent.layers]
-    return griffin_language_model(layout, (recurrent, attention), width, mlp, 256_000)
+    blocks = layout("griffin", recurrent.layers)
+    return griffin_language_model(blocks, (recurrent, attention), width, mlp, 256_000)
 
 
 PUBLISHED: dict[str, LanguageModelConfig] = {

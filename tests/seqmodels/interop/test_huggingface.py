@@ -18,6 +18,7 @@ from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, S5Config, S
 from seqmodels.models import LanguageModel, stack_layers
 from seqmodels.models.published import griffin_language_model, mamba_language_model
 
+# torch deprecates what its own modules call while transformers runs; nothing of ours is silenced.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
