@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
+from seqmodels.layers.splash import splash
 from seqmodels.parallel.rows import over_rows
 
 _SCORES = 2**24
@@ -82,12 +82,12 @@ def attend(
     rule = _Rule(causal, window, sinks, float(q.shape[-1] ** -0.5 if scale is None else scale))
     arrays = (q, k, v, q_segments, k_segments, k_positions)
     portable = functools.partial(_portable, rule)
-    if sinks or q.shape[1] < 128:
+    if q.shape[1] < 128:
         return over_rows(portable, [], arrays)
 
     def op(*arrays: Any) -> Array:
-        splash = functools.partial(_splash, rule)
-        return jax.lax.platform_dependent(*arrays, tpu=splash, default=portable)
+        on_tpu = functools.partial(splash, **rule._asdict())
+        return jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=portable)
 
     return over_rows(op, [], arrays, check_vma=False)
 
@@ -235,46 +235,3 @@ def _join(x, length: int):
     """The inverse of ``_split``."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-
-
-def _splash(rule: _Rule, q, k, v, q_segments, k_segments, k_positions, *, interpret: bool = False):
-    """Splash attention, in blocks of up to 512 queries and keys."""
-    del k_positions
-    length, keys = q.shape[1], k.shape[1]
-    rows, columns = (512 if n >= 512 else n + -n % 128 for n in (length, keys))
-    if q_segments is None and (length % rows or keys % columns):
-        q_segments, k_segments = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q, k))
-
-    def pad(x, size, fill=0):
-        return jnp.pad(
-            x,
-            ((0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)),
-            constant_values=fill,
-        )
-
-    q = pad((q * rule.scale).astype(q.dtype), rows)
-    k, v = pad(k, columns), pad(v, columns)
-    shape, past = (q.shape[1], k.shape[1]), keys - length
-    if rule.window is not None:
-        mask: Any = compat.splash.LocalMask(shape, (rule.window - 1, 0), past)
-    elif rule.causal:
-        mask = compat.splash.CausalMask(shape, past)
-    else:
-        mask = compat.splash.FullMask(shape)
-    kernel = compat.splash.make_splash_mha_single_device(
-        compat.splash.MultiHeadMask([mask] * q.shape[2]),
-        block_sizes=compat.splash.BlockSizes(
-            block_q=rows,
-            block_kv=columns,
-            block_q_dkv=rows,
-            block_kv_dkv=columns,
-            block_q_dq=rows,
-            block_kv_dq=columns,
-        ),
-        interpret=interpret,
-    )
-    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-    ids = None
-    if q_segments is not None:
-        ids = compat.splash.SegmentIds(pad(q_segments, rows, -2), pad(k_segments, columns, -2))
-    return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]

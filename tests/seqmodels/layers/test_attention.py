@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import aot
 from seqmodels.layers import attention
 from seqmodels.layers.attention import attend
+from seqmodels.layers.splash import splash
 from seqmodels.mixers import Segments
 from seqmodels.parallel import batch_sharding, make_mesh
 from seqmodels.parallel.rows import on_mesh
@@ -138,48 +139,67 @@ def test_a_window_costs_in_proportion_to_the_length():
     assert flops(2048, window=64) < flops(2048) / 10
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 30}])
-def test_splash(options):
+SPLASH = [
+    ({}, 20),
+    ({"causal": False}, 0),
+    ({"window": 30}, 20),
+    ({"window": 30, "sinks": 3}, 0),
+    ({"window": 9, "sinks": 2}, 40),
+    ({"window": 500, "sinks": 2}, 0),
+]
+
+
+@pytest.mark.parametrize(("options", "past"), SPLASH)
+def test_splash(options, past):
     """The TPU's kernel, interpreted: padded, with a past, documents and grouped heads."""
-    length, past = 140, 0 if "causal" in options else 20
+    length = 140
     q, k, v = tensors(length, past, size=8)
     masks = packed(length, past)
-    rule = attention._Rule(**{"causal": True, "window": None} | options, sinks=0, scale=8**-0.5)
-    arrays = (masks["q_segments"], masks["k_segments"], None)
+    real = masks["q_segments"][:, :, None, None] != 0
+    rule = {"causal": True, "window": None, "sinks": 0, "scale": 8**-0.5} | options
 
-    def splash(q, k, v):
-        return attention._splash(rule, q, k, v, *arrays, interpret=True)
+    def by_splash(q, k, v):
+        return splash(q, k, v, *masks.values(), **rule, interpret=True)
 
     def portable(q, k, v):
-        return attend(q, k, v, q_segments=arrays[0], k_segments=arrays[1], **options)
+        return attend(q, k, v, **masks, **options)
 
     def differentiate(fn):
         y, vjp = jax.vjp(fn, q, k, v)
-        return y, vjp(jnp.where(arrays[0][:, :, None, None] != 0, jnp.sin(y), 0.0))
+        return y, vjp(jnp.where(real, jnp.sin(y), 0.0))
 
-    real = np.asarray(arrays[0] != 0)
     (one, gradients), (two, others) = (
-        jax.jit(differentiate, static_argnums=0)(fn) for fn in (splash, portable)
+        jax.jit(differentiate, static_argnums=0)(fn) for fn in (by_splash, portable)
     )
-    close(one, two, real)
+    close(one, two, np.asarray(real)[:, :, 0, 0])
     jax.tree.map(close, gradients, others)
 
 
-def test_compiles_for_a_tpu():
+def test_sinks_of_a_row_of_one_document_by_splash():
+    """All queries lose them, some in the middle of the sinks; no segments are given."""
+    q, k, v = tensors(130, size=8)
+    positions = jnp.broadcast_to(jnp.arange(130, dtype=jnp.int32), (2, 130))
+    rule = {"causal": True, "window": 4, "sinks": 7, "scale": 8**-0.5}
+    o = jax.jit(lambda *args: splash(*args, None, None, positions, **rule, interpret=True))(q, k, v)
+    close(o, by_queries(q, k, v, window=4, sinks=7, k_positions=positions))
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_compiles_for_a_tpu(sinks):
     """Padded length, a past, documents, heads in groups and of half a register's width."""
 
-    def differentiate(q, k, v, *segments):
+    def differentiate(q, k, v, *masks):
         def op(q, k, v):
-            q_segments, k_segments = segments
-            return attend(q, k, v, window=300, q_segments=q_segments, k_segments=k_segments)
+            names = ("q_segments", "k_segments", "k_positions")
+            return attend(q, k, v, window=300, sinks=sinks, **dict(zip(names, masks, strict=True)))
 
         y, vjp = jax.vjp(op, q, k, v)
         return vjp(y)
 
     Struct = jax.ShapeDtypeStruct
     q, k = (Struct((2, n, h, 64), jnp.bfloat16) for n, h in ((1000, 4), (1300, 2)))
-    segments = [Struct((2, n), jnp.int32) for n in (1000, 1300)]
-    compiled = aot.compile_for("v5e", differentiate, q, k, k, *segments)
+    masks = [Struct((2, n), jnp.int32) for n in (1000, 1300, 1300)]
+    compiled = aot.compile_for("v5e", differentiate, q, k, k, *masks)
     assert (compiled.as_text() or "").count("tpu_custom_call") == 3  # forward, dq, dk and dv
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2**20  # no scores
 
