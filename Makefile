@@ -13,8 +13,18 @@ lra: .venv/installed
 		--run-dir $(LRA_RUN) $$(test -d $(LRA_RUN)/checkpoints && echo --resume)
 	.venv/bin/python -m experiments.lra.report
 
+# Most of the tests' time is XLA compiling small programs. Where a test is of kernels that are only
+# interpreted, or of what modules do with operators, XLA may use its quick code generator; the
+# portable operators, training and all else are tested as users run them. `pytest` alone does that
+# with everything.
+QUICKLY := $(wildcard tests/pallas_kernels/*/test_*_kernels.py tests/pallas_kernels/*/test_*_tpu.py \
+	tests/pallas_kernels/*/test_*_gpu.py) tests/seqmodels/mixers tests/seqmodels/models
+QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1
+
 test: .venv-test/installed-$(EXTRAS)
-	.venv-test/bin/python -m pytest -n 2 --dist worksteal
+	.venv-test/bin/python -m pytest -n 2 --dist worksteal $(QUICKLY:%=--ignore=%)
+	XLA_FLAGS="$(QUICK)" .venv-test/bin/python -m pytest -n 2 --dist worksteal $(QUICKLY)
 
 check: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/ruff check .

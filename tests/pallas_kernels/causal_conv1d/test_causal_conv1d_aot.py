@@ -4,21 +4,19 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.causal_conv1d.shapes import SHAPES, case, named
-from tests.pallas_kernels.absent import needs_compiler
+from tests.pallas_kernels.absent import GPUS, TPUS, alternating, needs_compiler
 
 CASE = "pallas_kernels.causal_conv1d.shapes:case"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(("chip", "shape"), alternating(TPUS, SHAPES))
 def test_compiles_for_tpu(chip, shape):
     # The forward kernel of this program is the one that "forward" alone compiles.
     compiled = aot.compile_for(chip, *case(shape, "tpu", "forward+backward"))
     assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == 2
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["a100", "h100"])
+@pytest.mark.parametrize(("chip", "shape"), alternating(GPUS, SHAPES))
 def test_compiles_for_gpu(chip, shape):
     needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""

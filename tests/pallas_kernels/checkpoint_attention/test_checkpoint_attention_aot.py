@@ -4,13 +4,12 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.checkpoint_attention.shapes import SHAPES, case
-from tests.pallas_kernels.absent import needs_compiler
+from tests.pallas_kernels.absent import TPUS, alternating, needs_compiler
 
 CASE = "pallas_kernels.checkpoint_attention.shapes:case"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(("chip", "shape"), alternating(TPUS, SHAPES))
 def test_compiles_for_tpu(chip, shape):
     text = aot.compile_for(chip, *case(shape, "tpu", "forward+backward")).as_text() or ""
     assert text.count('custom_call_target="tpu_custom_call"') == 2

@@ -1,4 +1,4 @@
-"""The GPU kernels: interpreted on the host, their maths, and compiled ahead of time."""
+"""The GPU kernels: interpreted on the host, and their maths."""
 
 import functools
 from typing import Any
@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import aot, chunks, delta_rule, testing
+from pallas_kernels import chunks, delta_rule, testing
 from pallas_kernels.delta_rule import gpu, gpu_forward, gpu_tile
-from pallas_kernels.delta_rule.shapes import SHAPES, case
-from tests.pallas_kernels.absent import needs_compiler
+from pallas_kernels.delta_rule.shapes import SHAPES
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
-CASE = "pallas_kernels.delta_rule.shapes:case"
 CHOOSE_TILES = gpu.choose_tiles
 # Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
 TILES = gpu_tile.Tiles(chunk=16, keys=16, values=16, walked=16)
@@ -185,36 +183,3 @@ def test_explain_and_arrays_that_are_too_large():
     long = SHAPES["gated-delta-bench"].scaled(128.0).operands()
     choices = {c.platform: c for c in pallas_kernels.explain(delta_rule, **long)}
     assert "addresses hold 2**31" in choices["cuda"].skipped["gpu"]
-
-
-# Ahead of time.
-
-KERNELS = ("prepare", "invert", "walk", "read", "retreat", "weigh", "attribute")
-# One of each kind: whether it compiles depends on the mode and on widths, hardly on lengths.
-GPU_SHAPES = ["gated-delta-bench-packed", "kda-bench-packed", "gated-deltanet-1.3b", "cpu"]
-FORWARD_SHAPES = ["gated-delta-bench", "kda-bench-packed", "deltanet-1.3b"]
-
-
-@pytest.fixture
-def real_tiles(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", CHOOSE_TILES)
-
-
-@pytest.mark.parametrize(
-    ("chip", "shape"), [*zip(["a100", "h100", "h200", "b200"], GPU_SHAPES, strict=True)]
-)
-def test_compiles_for_gpu(chip, shape, real_tiles):
-    needs_compiler(chip)
-    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
-    for kernel in KERNELS:
-        assert f"delta_rule_{kernel}" in text
-
-
-@pytest.mark.parametrize("chip", ["a100", "h100"])
-def test_forward_spills_no_registers(chip):
-    needs_compiler(chip)
-    reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in FORWARD_SHAPES])
-    for shape, kernels in zip(FORWARD_SHAPES, reports, strict=True):
-        assert not isinstance(kernels, Exception), (shape, kernels)
-        assert any("delta_rule_walk" in kernel.name for kernel in kernels)
-        assert {k.name: k.spill_stores for k in kernels if k.spill_stores} == {}, shape

@@ -1,4 +1,4 @@
-"""The TPU kernels: interpreted on the host, their inverse in numpy, and compiled ahead of time."""
+"""The TPU kernels: interpreted on the host, and their inverse in numpy."""
 
 import functools
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot, compat, segments, testing
+from pallas_kernels import compat, segments, testing
 from pallas_kernels.delta_rule import tpu, tpu_head, tpu_inverse
 from pallas_kernels.delta_rule.config import Config
-from pallas_kernels.delta_rule.shapes import SHAPES, case
+from pallas_kernels.delta_rule.shapes import SHAPES
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
 CHUNK = 16
@@ -247,24 +247,3 @@ def test_a_head_too_large_for_vmem_is_refused(monkeypatch):
     args, ids = Case(length=9, batch=2).args, jnp.ones((2, 9), jnp.int32)
     with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
         jax.eval_shape(_run, args, ids)
-
-
-# Ahead of time.
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_compiles_for_tpu(chip, shape):
-    """The forward kernel that keeps states, and the backward kernel."""
-    compiled = aot.compile_for(chip, *case(shape, "tpu", "forward+backward"))
-    assert kernels(compiled) == 2
-
-
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("shape", ["gated-delta-bench-packed", "kda-bench-packed", "odd-plain"])
-def test_forward_alone_compiles_for_tpu(chip, shape):
-    assert kernels(aot.compile_for(chip, *case(shape, "tpu", "forward"))) == 1
-
-
-def kernels(compiled):
-    return (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"')

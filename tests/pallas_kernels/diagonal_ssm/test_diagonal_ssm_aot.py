@@ -4,22 +4,19 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.diagonal_ssm.shapes import SHAPES, case, named
-from tests.pallas_kernels.absent import needs_compiler
+from tests.pallas_kernels.absent import GPUS, TPUS, alternating, both_modes, needs_compiler
 
 CASE = "pallas_kernels.diagonal_ssm.shapes:case"
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(("chip", "shape", "mode"), both_modes(TPUS, SHAPES))
 def test_compiles_for_tpu(chip, shape, mode):
     compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
     kernels = {"forward": 1, "forward+backward": 3}[mode]
     assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["a100", "h100"])
+@pytest.mark.parametrize(("chip", "shape"), alternating(GPUS, SHAPES))
 def test_compiles_for_gpu(chip, shape):
     needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""

@@ -1,4 +1,4 @@
-"""The GPU kernels: interpreted on the host, their sums in plain JAX, and compiled ahead of time."""
+"""The GPU kernels: interpreted on the host, and their sums in plain JAX."""
 
 import functools
 
@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot, segments, testing
+from pallas_kernels import segments, testing
 from pallas_kernels.linear_attention import gpu, gpu_kernels
 from pallas_kernels.linear_attention.config import Config
-from pallas_kernels.linear_attention.shapes import SHAPES, case
-from tests.pallas_kernels.absent import needs_compiler
+from pallas_kernels.linear_attention.shapes import SHAPES
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
-CASE = "pallas_kernels.linear_attention.shapes:case"
 # Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
 TILES = gpu_kernels.Tiles(chunk=16, values=16, keys=16, inner=16, state=16)
 WIDE = {"key_size": 20, "value_size": 18}
@@ -194,35 +192,3 @@ def test_arrays_of_two_billion_elements_are_refused():
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     q, v = struct((1, 2**17, 1, 256)), struct((1, 2**17, 16, 256))
     assert gpu.largest_array(q, v, None) >= 2**31
-
-
-# Ahead of time.
-
-
-@pytest.fixture
-def real_tiles(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", CHOOSE_TILES)
-
-
-@pytest.mark.parametrize(
-    ("chip", "shape"),
-    [("a100", "head-bench-packed"), ("h100", "key-bench"), ("b200", "retnet-1.3b")],
-)
-def test_compiles_for_gpu(chip, shape, real_tiles):
-    needs_compiler(chip)
-    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
-    for kernel in ("forward_states", "forward_outputs", "backward_values", "backward_keys"):
-        assert f"linear_attention_{kernel}" in text
-
-
-@pytest.mark.parametrize("chip", ["a100", "h100"])
-def test_forward_spills_no_registers(chip):
-    needs_compiler(chip)
-    reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in SPILL_SHAPES])
-    for shape, kernels in zip(SPILL_SHAPES, reports, strict=True):
-        assert not isinstance(kernels, Exception), (shape, kernels)
-        assert any("linear_attention_forward" in kernel.name for kernel in kernels)
-        assert {k.name: k.spill_stores for k in kernels if k.spill_stores} == {}, shape
-
-
-SPILL_SHAPES = ["head-bench-packed", "key-bench-packed", "gla-1.3b", "plain", "odd-key-packed"]

@@ -1,4 +1,4 @@
-"""The TPU kernels: interpreted on the host, their sums in numpy, and compiled ahead of time."""
+"""The TPU kernels: interpreted on the host, and their sums in numpy."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot, compat, segments, testing
+from pallas_kernels import compat, segments, testing
 from pallas_kernels.linear_attention import tpu, tpu_head, tpu_key
 from pallas_kernels.linear_attention.config import Config
-from pallas_kernels.linear_attention.shapes import SHAPES, case
+from pallas_kernels.linear_attention.shapes import SHAPES
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 CHUNK = 16
@@ -233,15 +233,3 @@ def test_a_head_too_large_for_vmem_is_refused(monkeypatch):
     args, ids = Case(length=9, decay="head").args, jnp.ones((2, 9), jnp.int32)
     with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
         jax.eval_shape(_run, args, ids)
-
-
-# Ahead of time.
-
-
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_compiles_for_tpu(chip, shape, mode):
-    compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
-    kernels = {"forward": 1, "forward+backward": 2}[mode]
-    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels

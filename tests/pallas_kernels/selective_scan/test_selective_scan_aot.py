@@ -4,13 +4,12 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.selective_scan.shapes import SHAPES, case
-from tests.pallas_kernels.absent import needs_compiler
+from tests.pallas_kernels.absent import TPUS, alternating, needs_compiler
 
 CASE = "pallas_kernels.selective_scan.shapes:case"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(("chip", "shape"), alternating(TPUS, SHAPES))
 def test_compiles_for_tpu(chip, shape):
     text = aot.compile_for(chip, *case(shape, "tpu", "forward+backward")).as_text() or ""
     assert text.count('custom_call_target="tpu_custom_call"') == 2
@@ -36,6 +35,12 @@ def test_forward_spills_no_registers(shape):
     kernels = aot.report("a100", CASE, shape, "gpu", "forward")
     assert any("selective_scan_forward" in kernel.name for kernel in kernels)
     assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+
+
+def test_forward_is_within_twice_the_floor():
+    cost = aot.estimate("v5e", CASE, "bench", "tpu")
+    assert cost.times_floor < 2.0
+    assert sum(cost.layout_copies.values()) < 0.01 * cost.floor_bytes
 
 
 def test_scaled_shape_keeps_all_but_the_length():

@@ -1,4 +1,4 @@
-"""The TPU kernels: interpreted on the host, compiled for absent chips, their memory and speed."""
+"""The TPU kernels: interpreted on the host, and the memory of their tiles."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot, compat, testing
+from pallas_kernels import compat, testing
 from pallas_kernels.selective_scan import tpu
 from pallas_kernels.selective_scan.config import Config
 from pallas_kernels.selective_scan.shapes import SHAPES
@@ -155,9 +155,3 @@ def test_the_chooser_obeys_the_estimator(monkeypatch):
     monkeypatch.setattr(tpu, "_VMEM_BUDGET", 0)
     with pytest.raises(ValueError, match="N=16"):
         choose_tiles(4096, 2048, 16)
-
-
-def test_forward_is_within_twice_the_floor():
-    cost = aot.estimate("v5e", "pallas_kernels.selective_scan.shapes:case", "bench", "tpu")
-    assert cost.times_floor < 2.0
-    assert sum(cost.layout_copies.values()) < 0.01 * cost.floor_bytes

@@ -1,0 +1,38 @@
+"""Linear attention compiles for absent TPUs and GPUs at the shapes of real models."""
+
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.linear_attention.shapes import SHAPES, case
+from tests.pallas_kernels.absent import TPUS, both_modes, needs_compiler
+
+CASE = "pallas_kernels.linear_attention.shapes:case"
+SPILL_SHAPES = ["head-bench-packed", "key-bench-packed", "gla-1.3b", "plain", "odd-key-packed"]
+
+
+@pytest.mark.parametrize(("chip", "shape", "mode"), both_modes(TPUS, SHAPES))
+def test_compiles_for_tpu(chip, shape, mode):
+    compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
+    kernels = {"forward": 1, "forward+backward": 2}[mode]
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape"),
+    [("a100", "head-bench-packed"), ("h100", "key-bench"), ("b200", "retnet-1.3b")],
+)
+def test_compiles_for_gpu(chip, shape):
+    needs_compiler(chip)
+    text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
+    for kernel in ("forward_states", "forward_outputs", "backward_values", "backward_keys"):
+        assert f"linear_attention_{kernel}" in text
+
+
+@pytest.mark.parametrize("chip", ["a100", "h100"])
+def test_forward_spills_no_registers(chip):
+    needs_compiler(chip)
+    reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in SPILL_SHAPES])
+    for shape, kernels in zip(SPILL_SHAPES, reports, strict=True):
+        assert not isinstance(kernels, Exception), (shape, kernels)
+        assert any("linear_attention_forward" in kernel.name for kernel in kernels)
+        assert {k.name: k.spill_stores for k in kernels if k.spill_stores} == {}, shape
