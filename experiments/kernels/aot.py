@@ -2,6 +2,7 @@
 
 python -m experiments.kernels.aot                                       all that is not yet known
 python -m experiments.kernels.aot --family causal_conv1d --chip v5e     only these cells
+python -m experiments.kernels.aot --chip v5e --no-estimate              only whether they compile
 python -m experiments.kernels.aot --readme README.md                    rewrite the support matrix
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
@@ -75,6 +76,8 @@ class AotConfig:
     """Named shapes."""
     mode: tuple[str, ...] = ()
     """forward, forward+backward."""
+    estimate: bool = True
+    """On v5e read the static cost too; without, only whether it compiles, which takes seconds."""
     again: bool = False
     """Do cells again that are known for these sources."""
     output: Path = RESULTS
@@ -202,7 +205,7 @@ def _shapes(family: str) -> Any:
     return importlib.import_module(f"pallas_kernels.{family}.shapes")
 
 
-def measure(keys: Iterable[Key]) -> Iterator[Cell]:
+def measure(keys: Iterable[Key], *, estimate: bool = True) -> Iterator[Cell]:
     """The cells, each as soon as it is known; one process for each family and chip."""
     version = source_version(REPOSITORY)
     groups: dict[tuple[str, str], list[Key]] = {}
@@ -211,23 +214,27 @@ def measure(keys: Iterable[Key]) -> Iterator[Cell]:
     for (family, chip), group in groups.items():
         digest = sources(family)
         start = time.perf_counter()
-        for key, answer in zip(group, _answers(family, chip, group), strict=True):
+        answers = _answers(family, chip, group, estimate)
+        for key, answer in zip(group, answers, strict=True):
             outcome, figures, reason = judge(answer)
             seconds, start = time.perf_counter() - start, time.perf_counter()
             yield Cell(*key, outcome, figures, reason, digest, **version, seconds=seconds)
 
 
-def _answers(family: str, chip: str, keys: list[Key]) -> Iterator[Any]:
+def _answers(family: str, chip: str, keys: list[Key], estimate: bool) -> Iterator[Any]:
     """An estimate, kernels, None (it ran) or an error for each key."""
     if chip == "cpu":
         return (_run_here(family, key) for key in keys)
     if reason := aot.missing(chip):
         return (ImportError(reason) for _ in keys)
     implementation = "tpu" if chip in aot.TPUS else "gpu"
-    unread = family in SLOW_TO_ESTIMATE if chip in aot.TPUS else family in WITHOUT_KERNELS
+    if chip in aot.TPUS:
+        unread = chip != ESTIMATED or not estimate or family in SLOW_TO_ESTIMATE
+    else:
+        unread = family in WITHOUT_KERNELS
     if family in WITHOUT_KERNELS:
         implementation = "xla"
-    if unread or (chip in aot.TPUS and chip != ESTIMATED):
+    if unread:
         return (_compile_here(family, key, implementation) for key in keys)
     arguments = [[key.shape, implementation, key.mode] for key in keys]
     answers = aot.each(chip, f"pallas_kernels.{family}.shapes:case", arguments)
@@ -299,7 +306,10 @@ def run(config: AotConfig, console: rich.console.Console) -> Cells:
     cells, start = load(config.output), time.perf_counter()
     keys = wanted(config, cells)
     for cell in rich.progress.track(
-        measure(keys), total=len(keys), description="compiling", console=console
+        measure(keys, estimate=config.estimate),
+        total=len(keys),
+        description="compiling",
+        console=console,
     ):
         cells[cell.key] = cell
         save(config.output, cells, config, time.perf_counter() - start)
