@@ -14,6 +14,9 @@ held in two float32 numbers. Sums run over blocks of angles, forward and backwar
 ``(H, N/2, block)`` are all that ever exists.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +25,8 @@ from jaxtyping import Array, Complex, Float
 from pallas_kernels import vjp
 
 _BLOCK = 64
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def s4_kernel(
@@ -88,29 +93,69 @@ def _nodes(length: int, dtype) -> tuple[Array, Array]:
     return jnp.asarray(high), jnp.asarray((s - high.astype(np.float64)).astype(dtype))
 
 
+class _Table(NamedTuple):
+    """``1 / (a + i (s - w)) = near - i below`` and ``1 / (a + i (s + w)) = far - i above``: what
+    modes and their conjugates are at one block of angles, ``(H, N/2, T)``."""
+
+    near: Array
+    below: Array
+    far: Array
+    above: Array
+
+
+def _table(decay, imaginary, low, s, s_low) -> _Table:
+    a, w, w_low = -decay[..., None], imaginary[..., None], low[..., None]
+    s, s_low = s[None, None], s_low[None, None]
+    below, above = (s - w) + (s_low - w_low), (s + w) + (s_low + w_low)
+    near, far = 1 / (a * a + below * below), 1 / (a * a + above * above)
+    return _Table(a * near, below * near, a * far, above * far)
+
+
+def _planes(table: _Table):
+    """What the weights ``[real, imaginary]`` multiply for both parts of the sums, ``(H, N, T)``."""
+    near, below, far, above = table
+    real = jnp.concatenate([near + far, below - above], 1)
+    return real, jnp.concatenate([-(below + above), near - far], 1)
+
+
+def _spectrum(real, imag):
+    """Both parts of the spectrum over its factor, ``(R, H, T)``, from sums ``(H, 2 (R + 1), T)``."""
+    sums = jax.lax.complex(real, imag).swapaxes(0, 1)
+    sums = sums.reshape(2, -1, *sums.shape[1:])
+    spectrum = sums[0, :-1] - sums[1, :-1] * (sums[0, -1:] / (1 + sums[1, -1:]))
+    return spectrum.real, spectrum.imag
+
+
+def _sums(weights, table: _Table):
+    return tuple(_einsum("hqn,hnt->hqt", weights, plane) for plane in _planes(table))
+
+
 def _block(decay, imaginary, low, weights, s, s_low):
     """Both parts of the spectrum over ``exp(iθ/2) / cos(θ/2)`` at one block of angles.
 
     ``decay, imaginary, low (H, N/2)``, ``weights (H, 2 (R + 1), N)``, ``s (T,)`` -> ``(R, H, T)``.
     """
-    a, w, w_low = -decay[..., None], imaginary[..., None], low[..., None]
-    s, s_low = s[None, None], s_low[None, None]
-    below, above = (s - w) + (s_low - w_low), (s + w) + (s_low + w_low)
-    # 1 / (a + i x) = (a - i x) / (a^2 + x^2), for a mode and for its conjugate.
-    near, far = 1 / (a * a + below * below), 1 / (a * a + above * above)
-    below, above = below * near, above * far
-    near, far = a * near, a * far
+    return _spectrum(*_sums(weights, _table(decay, imaginary, low, s, s_low)))
 
-    def total(of_real, of_imaginary):
-        table = jnp.concatenate([of_real, of_imaginary], 1)
-        sums = jnp.einsum("hqn,hnt->qht", weights, table, precision=jax.lax.Precision.HIGHEST)
-        return sums.reshape(2, -1, *sums.shape[1:])
 
-    real = total(near + far, below - above)
-    imag = total(-(below + above), near - far)
-    sums = jax.lax.complex(real, imag)  # (2, R + 1, H, T)
-    spectrum = sums[0, :-1] - sums[1, :-1] * (sums[0, -1:] / (1 + sums[1, -1:]))
-    return spectrum.real, spectrum.imag
+def _block_gradients(decay, imaginary, low, weights, s, s_low, cotangent):
+    """Gradients of ``decay``, ``imaginary`` and ``weights``; autodiff takes longer."""
+    table = _table(decay, imaginary, low, s, s_low)
+    dsums = jax.vjp(_spectrum, *_sums(weights, table))[1](cotangent)
+    dweights = sum(
+        _einsum("hqt,hnt->hqn", d, plane) for d, plane in zip(dsums, _planes(table), strict=True)
+    )
+    (u, v), (x, y) = (jnp.split(_einsum("hqn,hqt->hnt", weights, d), 2, axis=1) for d in dsums)
+    # Both are of 1 / z, whose derivative is -1 / z^2.
+    a_near, w_near = _reciprocal_gradients(u + y, v - x, table.near, table.below)
+    a_far, w_far = _reciprocal_gradients(u - y, -(v + x), table.far, table.above)
+    return -jnp.sum(a_near + a_far, -1), jnp.sum(w_far - w_near, -1), dweights
+
+
+def _reciprocal_gradients(dreal, dimag, real, imag):
+    """Of ``real - i imag = 1 / (a + i x)``: the gradients of a and x."""
+    square, product = real * real - imag * imag, 2 * real * imag
+    return -(dreal * square + dimag * product), dimag * square - dreal * product
 
 
 def _primal(length, decay, imaginary, low, weights):
@@ -137,11 +182,7 @@ def _backward(length, arrays, cotangents):
 
     def add(total, part):
         s, cotangent = part
-
-        def at(decay, imaginary, weights):
-            return _block(decay, imaginary, low, weights, *s)
-
-        gradients = jax.vjp(at, decay, imaginary, weights)[1](cotangent)
+        gradients = _block_gradients(decay, imaginary, low, weights, *s, cotangent)
         return jax.tree.map(jnp.add, total, gradients), None
 
     zeros = jax.tree.map(jnp.zeros_like, (decay, imaginary, weights))
