@@ -119,7 +119,7 @@ def _planes(table: _Table):
 
 
 def _spectrum(real, imag):
-    """Both parts of the spectrum over its factor, ``(R, H, T)``, from sums ``(H, 2 (R + 1), T)``."""
+    """Both parts of the spectrum over its factor, ``(R, H, T)``, of sums ``(H, 2 (R + 1), T)``."""
     sums = jax.lax.complex(real, imag).swapaxes(0, 1)
     sums = sums.reshape(2, -1, *sums.shape[1:])
     spectrum = sums[0, :-1] - sums[1, :-1] * (sums[0, -1:] / (1 + sums[1, -1:]))
@@ -181,8 +181,8 @@ def _backward(length, arrays, cotangents):
     decay, imaginary, low, weights = arrays
 
     def add(total, part):
-        s, cotangent = part
-        gradients = _block_gradients(decay, imaginary, low, weights, *s, cotangent)
+        (s, s_low), cotangent = part
+        gradients = _block_gradients(decay, imaginary, low, weights, s, s_low, cotangent)
         return jax.tree.map(jnp.add, total, gradients), None
 
     zeros = jax.tree.map(jnp.zeros_like, (decay, imaginary, weights))
