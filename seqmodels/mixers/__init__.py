@@ -4,6 +4,7 @@ from typing import Any
 
 from seqmodels.mixers.attention import Attention, AttentionConfig
 from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, State
+from seqmodels.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from seqmodels.mixers.deltanet import DeltaNet, DeltaNetConfig
 from seqmodels.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from seqmodels.mixers.gla import GLA, GLAConfig
@@ -25,6 +26,7 @@ from seqmodels.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
 
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "attention": (AttentionConfig, Attention),
+    "bidirectional": (BidirectionalConfig, Bidirectional),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
@@ -72,6 +74,8 @@ __all__ = [
     "SCOUT",
     "Attention",
     "AttentionConfig",
+    "Bidirectional",
+    "BidirectionalConfig",
     "DeltaNet",
     "DeltaNetConfig",
     "GLAConfig",

@@ -11,7 +11,7 @@ from experiments.run import UsageError
 from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import REGISTRY
 
-BIDIRECTIONAL = {"hydra"}
+BIDIRECTIONAL = {"bidirectional", "hydra"}
 CAUSAL = [name for name in REGISTRY if name not in BIDIRECTIONAL]
 LETTERS = "the quick brown fox jumps over the lazy dog. " * 60
 
@@ -62,7 +62,7 @@ def made(tmp_path_factory):
         patch.setattr(jax, "devices", lambda: first)
         patch.setattr(table, "PARAMETERS", 40_000)
         patch.setattr(table, "LAYERS", 1)
-        patch.setattr(table, "REGISTRY", {name: REGISTRY[name] for name in ("s5", "hydra")})
+        patch.setattr(table, "REGISTRY", {name: REGISTRY[name] for name in ("s5", *BIDIRECTIONAL)})
         assert table.main([*command(folder), "--mixers", "sliding_window"]) == 0
         first_row = read(folder)["rows"]["sliding_window"]
         assert table.main(command(folder)) == 0

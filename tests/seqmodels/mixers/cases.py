@@ -4,6 +4,7 @@ from typing import Any
 
 from seqmodels.mixers import (
     AttentionConfig,
+    BidirectionalConfig,
     DeltaNetConfig,
     GatedDeltaNetConfig,
     GLAConfig,
@@ -81,6 +82,9 @@ CASES = {
     ),
 }
 
+CASES["bidirectional"] = BidirectionalConfig(CASES["mamba"])
+CASES["bidirectional-tied"] = BidirectionalConfig(CASES["s4"], tied=True)
+
 # States of these hold a cache that grows: they begin with initial_state(.., max_length=..).
 GROWING = {
     "attention",
@@ -108,6 +112,8 @@ FLAGS = {
     "rg_lru": (True, True, True),
     "mamba2": (True, True, True),
     "hydra": (False, False, False),
+    "bidirectional": (False, False, True),
+    "bidirectional-tied": (False, False, False),
     "gla": (True, True, True),
     "retnet": (True, True, True),
     "lightning": (True, True, True),

@@ -301,7 +301,7 @@ def test_bidirectional_mixers_refuse_a_state(case):
     mixer, _, x, run = setup(case)
     assert run(x)[1] is None
     state = RecurrentState.start(jnp.zeros((3, 4), jnp.complex64), 3)
-    fix = "(set bidirectional=False|take mamba2) to stream"
+    fix = "(set bidirectional=False|take [a-z0-9]+( alone)?) to stream"
     with pytest.raises(ValueError, match=f"mixer: state is refused.*{fix}"):
         run(x, None, state)
     with pytest.raises(ValueError, match=f"initial_state is refused.*{fix}"):

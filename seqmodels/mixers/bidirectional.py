@@ -1,0 +1,105 @@
+"""Any causal mixer, from both sides: two of them, one of which reads every row backwards."""
+
+import dataclasses
+from typing import Any, ClassVar, NoReturn
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
+
+from seqmodels.mixers.base import Mark, Mixer, MixerConfig, Segments, State
+from seqmodels.mixers.mamba import MambaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BidirectionalConfig(MixerConfig):
+    """Configuration of a layer that sees both sides of a token.
+
+    Attributes:
+      local: the mixer of each direction, which must be causal.
+      tied: whether both directions share their parameters.
+    """
+
+    mixer: ClassVar[str] = "bidirectional"
+
+    local: MixerConfig = dataclasses.field(default_factory=MambaConfig)
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.local.causal:
+            raise ValueError(
+                f"BidirectionalConfig: local={self.local} sees both sides already; take it alone, "
+                "or set bidirectional=False in it"
+            )
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    @property
+    def packs(self) -> bool:
+        return self.local.packs
+
+    def at(self, layer: int, layers: int) -> "BidirectionalConfig":
+        return dataclasses.replace(self, local=self.local.at(layer, layers))
+
+    def marks(self) -> dict[str, Mark]:
+        marks = self.local.marks()
+        return {f"{side}/{name}": mark for side in _sides(self) for name, mark in marks.items()}
+
+
+def _sides(config: BidirectionalConfig) -> tuple[str, ...]:
+    return ("left",) if config.tied else ("left", "right")
+
+
+class Bidirectional(Mixer[BidirectionalConfig]):
+    """``y = left(x) + flip(right(flip(x)))``, a token's own share counted by both.
+
+    Parameters: those of the mixers ``left`` and ``right``; only ``left`` if tied.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: State = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], None]:
+        from seqmodels.mixers import build  # the registry imports this module
+
+        self.check(x, segments, state)
+        sides = [build(self.config.local, self.width, name=n) for n in _sides(self.config)]
+        y, _ = sides[0](x, segments=segments, deterministic=deterministic)
+        back = None
+        if segments is not None:
+            back = Segments.from_ids(flip(segments.ids, segments), single=segments.single)
+        z, _ = sides[-1](flip(x, segments), segments=back, deterministic=deterministic)
+        return y + flip(z, segments), None
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> NoReturn:
+        """Raises ValueError: there is none."""
+        self.require_streams("initial_state")
+
+    def require_streams(self, argument: str) -> NoReturn:
+        name = self.config.local.mixer
+        raise ValueError(
+            f"bidirectional mixer: {argument} is refused, a bidirectional mixer sees the whole "
+            f"sequence and carries no state; take {name} alone to stream"
+        )
+
+
+def flip(x: Inexact[Array, "b l *d"] | Any, segments: Segments | None) -> Any:
+    """The real tokens of each row in reverse order; padding stays at the end."""
+    if segments is None:
+        return jnp.flip(x, axis=1)
+    place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    place = jnp.where(segments.mask, segments.lengths[:, None] - 1 - place, place)
+    return jnp.take_along_axis(x, place.reshape(*place.shape, *(1,) * (x.ndim - 2)), axis=1)
