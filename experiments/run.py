@@ -168,13 +168,21 @@ def result_path(results_dir: Path, name: str, config: Any) -> Path:
     path = results_dir / f"{name}.json"
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-        different = differences(saved, finite(to_dict(config)))
+        different = differences(_completed(saved, type(config)), finite(to_dict(config)))
         if different:
             raise UsageError(
                 f"{path} is the result of another config ({'; '.join(different)}); "
                 "choose another --results-dir, or move it away"
             )
     return path
+
+
+def _completed(saved: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A saved config with the defaults of fields that are newer than the file."""
+    try:
+        return finite(to_dict(from_dict(kind, saved)))
+    except ValueError:
+        return saved
 
 
 def restore(

@@ -1,5 +1,8 @@
 """The published settings, what the CPU preset changes, and changes by path."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from experiments.lra.presets import (
@@ -8,7 +11,7 @@ from experiments.lra.presets import (
     ExperimentConfig,
     experiment,
 )
-from experiments.run import UsageError, parse_changes, with_changes
+from experiments.run import UsageError, parse_changes, result_path, with_changes
 from seqmodels.config import from_dict, to_dict
 
 
@@ -94,3 +97,26 @@ def test_changes_by_path():
 def test_bad_changes_name_the_field(setting, message):
     with pytest.raises(UsageError, match=message):
         with_changes(experiment("listops", "s5", "cpu"), parse_changes([setting]))
+
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "lra"
+
+
+@pytest.mark.parametrize(("task", "model"), [("listops", "s5"), ("text", "s4d")])
+def test_committed_results_are_those_of_the_presets(task, model):
+    """Or the README's command would refuse to replace them."""
+    config = experiment(task, model, "cpu")
+    assert result_path(RESULTS, config.name, config).exists()
+
+
+def test_a_result_may_lack_fields_that_are_newer_but_not_differ(tmp_path):
+    config = experiment("listops", "s5", "cpu")
+    saved = to_dict(config)
+    del saved["train"]["select"]
+    path = tmp_path / f"{config.name}.json"
+    path.write_text(json.dumps({"config": saved}))
+    assert result_path(tmp_path, config.name, config) == path
+    saved["train"]["steps"] += 1
+    path.write_text(json.dumps({"config": saved}))
+    with pytest.raises(UsageError, match=r"another config \(train.steps="):
+        result_path(tmp_path, config.name, config)
