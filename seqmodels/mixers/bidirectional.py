@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NoReturn
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float
 
 from seqmodels.mixers.base import Mark, Mixer, MixerConfig, Segments, State
 from seqmodels.mixers.mamba import MambaConfig
@@ -96,8 +96,8 @@ class Bidirectional(Mixer[BidirectionalConfig]):
         )
 
 
-def flip(x: Inexact[Array, "b l *d"] | Any, segments: Segments | None) -> Any:
-    """The real tokens of each row in reverse order; padding stays at the end."""
+def flip(x: Any, segments: Segments | None) -> Any:
+    """``x (B, L, ..)``, each row's real tokens in reverse order; padding stays at the end."""
     if segments is None:
         return jnp.flip(x, axis=1)
     place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]

@@ -4,7 +4,12 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.delta_rule.shapes import SHAPES, case
-from tests.pallas_kernels.absent import TPUS, alternating, needs_compiler
+from tests.pallas_kernels.absent import (
+    TPUS,
+    alternating,
+    assert_forward_spills_nothing,
+    needs_compiler,
+)
 
 CASE = "pallas_kernels.delta_rule.shapes:case"
 
@@ -46,9 +51,4 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 def test_forward_spills_no_registers(chip):
-    needs_compiler(chip)
-    reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in SPILL_SHAPES])
-    for shape, kernels in zip(SPILL_SHAPES, reports, strict=True):
-        assert not isinstance(kernels, Exception), (shape, kernels)
-        assert any("delta_rule_walk" in kernel.name for kernel in kernels)
-        assert {k.name: k.spill_stores for k in kernels if k.spill_stores} == {}, shape
+    assert_forward_spills_nothing(chip, CASE, SPILL_SHAPES, "delta_rule_walk")

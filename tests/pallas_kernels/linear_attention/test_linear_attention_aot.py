@@ -4,7 +4,12 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.linear_attention.shapes import SHAPES, case
-from tests.pallas_kernels.absent import TPUS, both_modes, needs_compiler
+from tests.pallas_kernels.absent import (
+    TPUS,
+    assert_forward_spills_nothing,
+    both_modes,
+    needs_compiler,
+)
 
 CASE = "pallas_kernels.linear_attention.shapes:case"
 SPILL_SHAPES = ["head-bench-packed", "key-bench-packed", "gla-1.3b", "plain", "odd-key-packed"]
@@ -30,9 +35,4 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 def test_forward_spills_no_registers(chip):
-    needs_compiler(chip)
-    reports = aot.each(chip, CASE, [[name, "gpu", "forward"] for name in SPILL_SHAPES])
-    for shape, kernels in zip(SPILL_SHAPES, reports, strict=True):
-        assert not isinstance(kernels, Exception), (shape, kernels)
-        assert any("linear_attention_forward" in kernel.name for kernel in kernels)
-        assert {k.name: k.spill_stores for k in kernels if k.spill_stores} == {}, shape
+    assert_forward_spills_nothing(chip, CASE, SPILL_SHAPES, "linear_attention_forward")
