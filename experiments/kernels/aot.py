@@ -32,8 +32,8 @@ import rich.progress
 import rich.table
 import tyro
 
-from pallas_kernels import aot
-from pallas_kernels.programs import MODES
+from pallas_kernels.tools import aot
+from pallas_kernels.tools.programs import MODES
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment, source_version
 

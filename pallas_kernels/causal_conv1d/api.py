@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
 from pallas_kernels.causal_conv1d import gpu, reference, tile, tpu, xla
+from pallas_kernels.common import compat, dispatch, segments, validate
 
 _OP = "causal_conv1d"
 

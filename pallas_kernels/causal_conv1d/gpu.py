@@ -14,11 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.differentiable import differentiable
 from pallas_kernels.causal_conv1d.tile import Activation
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.compat import pl
 
 _ENOUGH_PROGRAMS = 1024  # several for each multiprocessor of the GPUs since Ampere
 

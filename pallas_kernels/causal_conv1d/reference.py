@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.common import compat, segments
 
 
 def causal_conv1d(x, weight, bias, initial_state, runs, activation):

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels.common import segments
 
 Activation = str | None  # "silu" or None
 Values = Sequence[jax.Array]

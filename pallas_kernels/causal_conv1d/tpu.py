@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.differentiable import differentiable
 from pallas_kernels.causal_conv1d.tile import Activation
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.compat import pl
 
 _LANES, _SUBLANES = 128, 8
 _SLAB = 64  # rows between two turns of the loop: enough independent work to hide latencies

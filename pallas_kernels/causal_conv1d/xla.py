@@ -11,10 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.differentiable import differentiable
 from pallas_kernels.causal_conv1d.tile import Activation
+from pallas_kernels.common import compat
 
 # Numbers in an accumulator of the weight gradient: all of them together stay in a CPU's L1 or L2.
 _ACCUMULATOR = 8192

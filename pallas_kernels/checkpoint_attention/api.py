@@ -11,9 +11,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
 from pallas_kernels.checkpoint_attention import gpu, reference, tpu, xla
 from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.common import compat, dispatch, segments, validate
 
 _OP = "checkpoint_attention"
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels import segments, validate, vjp
+from pallas_kernels.common import segments, validate, vjp
 
 _OP = "Cache.extend"
 

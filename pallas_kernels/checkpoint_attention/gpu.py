@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
 from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.config import Config
 from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, vjp
+from pallas_kernels.common.compat import pl
 
 _LEAST = 16  # what Triton multiplies at least, in any direction
 

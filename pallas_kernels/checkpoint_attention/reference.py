@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
 from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.common import segments
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
 from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.common import segments
 
 
 class Slots(NamedTuple):

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
 from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.config import Config
 from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
+from pallas_kernels.common import compat, vjp
 
 # Measured on x86: rows and slots of a block, and scores worked on together.
 _ROWS, _SLOTS = 256, 256

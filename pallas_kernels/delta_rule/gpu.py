@@ -12,11 +12,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat, vjp
-from pallas_kernels.chunks_gpu import block_size
+from pallas_kernels.common import compat, vjp
 from pallas_kernels.delta_rule import gpu_backward, gpu_forward
 from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.gpu_tile import Job, Tiles
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks_gpu import block_size
 
 
 def choose_tiles(length: int, key_size: int, value_size: int, by_key: bool, narrow: bool) -> Tiles:

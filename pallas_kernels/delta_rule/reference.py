@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels.common import segments
 from pallas_kernels.delta_rule.config import Config
 
 _HIGHEST = jax.lax.Precision.HIGHEST

@@ -27,10 +27,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents, Summation
 from pallas_kernels.linear_attention import tile as attention
 from pallas_kernels.linear_attention.tile import Decay, dot, entering, kept, leaving, only, times
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks import Documents, Summation
 
 
 def _is_finite(x: jax.Array) -> jax.Array:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat, vjp
+from pallas_kernels.common import compat, vjp
 from pallas_kernels.delta_rule import tile
 from pallas_kernels.delta_rule.config import Config
+from pallas_kernels.matrix_state import chunks
 
 # Measured on x86 with 64 and 128 keys and values: chunks of 64 tokens are slower than those of 32,
 # by a tenth on two cores and by half on one; 16 are no faster. 4 and 8 heads a step are alike.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels.common import compat, dispatch, segments, validate
 from pallas_kernels.diagonal_ssm import gpu, powers, reference, tpu, xla
 
 _OP = "diagonal_ssm"

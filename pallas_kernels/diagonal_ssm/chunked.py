@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import vjp
-from pallas_kernels.compat import vary_alike as vary
+from pallas_kernels.common import vjp
+from pallas_kernels.common.compat import vary_alike as vary
 from pallas_kernels.diagonal_ssm import tile
 from pallas_kernels.diagonal_ssm.powers import powers
 

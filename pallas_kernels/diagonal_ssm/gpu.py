@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, segments, vjp
+from pallas_kernels.common.compat import pl
 from pallas_kernels.diagonal_ssm import powers, tile
 from pallas_kernels.linear_scan.tile import Planes, add, join, mul, split, where, zeros_like
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels.common import segments
 
 
 def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.common import compat, segments
 from pallas_kernels.diagonal_ssm import powers, tile
 from pallas_kernels.linear_scan.tile import join, split
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.segments import RESET, SKIP
 from pallas_kernels.diagonal_ssm.powers import powers, precise
 from pallas_kernels.linear_scan import tile as numbers
 from pallas_kernels.linear_scan.tile import Planes
-from pallas_kernels.segments import RESET, SKIP
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

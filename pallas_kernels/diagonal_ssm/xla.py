@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import vjp
+from pallas_kernels.common import vjp
 from pallas_kernels.diagonal_ssm import chunked, fft, stepwise
 
 

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, chunks_gpu, compat, vjp
+from pallas_kernels.common import compat, vjp
 from pallas_kernels.linear_attention import gpu_kernels
 from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.gpu_kernels import Job, Tiles
+from pallas_kernels.matrix_state import chunks, chunks_gpu
 
 _ENOUGH_PROGRAMS = 512  # several for each multiprocessor
 

@@ -10,8 +10,8 @@ of the whole chunk:
     state' = keep * state + v^T (k * out)
 
 Decays come as log decays `g`: None, `(C, 1)` for one of all keys, `(C, K)` for one a key; their
-sums and the masks of documents are those of `pallas_kernels.chunks`. Matmul operands have the
-dtype of q, k and v, everything else is float32 (float64 under x64).
+sums and the masks of documents are those of `matrix_state.chunks`. Matmul operands have the dtype
+of q, k and v, everything else is float32 (float64 under x64).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents, Summation
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks import Documents, Summation
 
 
 def dot(x: jax.Array, y: jax.Array, contract: str) -> jax.Array:

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_heads as layout
-from pallas_kernels import vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common import vjp
+from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_attention import tpu_head, tpu_key
 from pallas_kernels.linear_attention.config import Config
-from pallas_kernels.tpu_heads import Job, Tiles
+from pallas_kernels.matrix_state import tpu_heads as layout
+from pallas_kernels.matrix_state.tpu_heads import Job, Tiles
 
 _CHUNK = 128
 _HEADS, _HEADS_BY_KEY = 16, 4  # unrolled in a step

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, vjp
+from pallas_kernels.common import vjp
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention.config import Config
+from pallas_kernels.matrix_state import chunks
 
 # Measured on x86: tokens of a chunk, and numbers in the pairs of the chunks worked on together.
 _CHUNK, _CHUNK_BY_KEY = 64, 32

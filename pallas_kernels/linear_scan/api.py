@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels.common import compat, dispatch, segments, validate
 from pallas_kernels.linear_scan import gpu, reference, tpu, xla
 
 _OP = "linear_scan"

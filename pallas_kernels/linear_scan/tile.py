@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import ENTER, RESET, SKIP
+from pallas_kernels.common.segments import ENTER, RESET, SKIP
 
 Planes = tuple[jax.Array, ...]
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_scan import tile
 from pallas_kernels.linear_scan.differentiable import differentiable
 from pallas_kernels.linear_scan.tile import Planes

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.common import compat, segments
 from pallas_kernels.linear_scan import tile
 from pallas_kernels.linear_scan.differentiable import differentiable
 

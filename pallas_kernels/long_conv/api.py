@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, validate
+from pallas_kernels.common import compat, dispatch, validate
 from pallas_kernels.long_conv import reference, xla
 
 _OP = "long_conv"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
+from pallas_kernels.common import compat
 from pallas_kernels.long_conv.spectrum import wide
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import vjp
+from pallas_kernels.common import vjp
 
 
 class Transform(NamedTuple):

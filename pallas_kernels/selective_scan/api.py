@@ -11,7 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels.common import compat, dispatch, segments, validate
 from pallas_kernels.selective_scan import gpu, reference, tpu, xla
 from pallas_kernels.selective_scan.config import Config
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, segments, vjp
+from pallas_kernels.common.compat import pl
 from pallas_kernels.selective_scan.config import Config
 
 _WARPS_TO_FILL_A_GPU = 2048  # about 16 for each multiprocessor since Ampere

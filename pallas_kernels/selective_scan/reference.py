@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.common import compat, segments
 from pallas_kernels.selective_scan.config import Config
 
 

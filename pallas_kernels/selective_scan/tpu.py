@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, vjp
+from pallas_kernels.common.compat import pl
 from pallas_kernels.selective_scan import tile
 from pallas_kernels.selective_scan.config import Config
 from pallas_kernels.selective_scan.tpu_layout import (

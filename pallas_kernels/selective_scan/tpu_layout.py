@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.compat import pl
 from pallas_kernels.selective_scan import tile
 
 LANES, SUBLANES, _HALF = 128, 8, 4

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
+from pallas_kernels.common import compat, segments, vjp
 from pallas_kernels.selective_scan.config import Config
 
 # What one step touches should fit a core's cache; smaller steps cost more in overhead. Measured on

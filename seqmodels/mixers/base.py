@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from pallas_kernels import linear_scan
-from pallas_kernels import segments as segment_ops
+from pallas_kernels.common import segments as segment_ops
 from seqmodels.parallel.rows import over_rows
 
 State = Any

@@ -37,7 +37,7 @@ class MambaConfig(MixerConfig):
       mixer_rms_eps: None, or the epsilon of RMS norms, without scales, of what each token gives to
         B, C and the step sizes (Falcon Mamba).
       layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
-      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 

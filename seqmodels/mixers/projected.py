@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
-from pallas_kernels import compat, vjp
+from pallas_kernels.common import compat, vjp
 from seqmodels.mixers.base import Segments, mask_padding, recurrence
 from seqmodels.parallel.rows import over_rows
 

@@ -33,7 +33,7 @@ class RATConfig(MixerConfig):
       groups: heads of projected queries and keys, which divide H; head h takes group ``h mod G``.
       rotary_base: of the rotary embedding by a token's chunk; None for none.
       init_std: deviation of the projections' normal initialisation.
-      implementation: of the kernels, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernels, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 

@@ -34,7 +34,7 @@ class RGLRUConfig(MixerConfig):
       conv_size: taps of the convolution.
       r_min, r_max: range of the initial decays at a recurrence gate of 1/8, uniform by area.
       layers: depth of the model; the initial ``linear_out`` is smaller by ``sqrt(layers / 2)``.
-      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 

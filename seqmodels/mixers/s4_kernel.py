@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from pallas_kernels import vjp
+from pallas_kernels.common import vjp
 
 _BLOCK = 64
 

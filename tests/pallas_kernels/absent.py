@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pallas_kernels import aot
+from pallas_kernels.tools import aot
 
 
 def needs_compiler(chip: str) -> None:

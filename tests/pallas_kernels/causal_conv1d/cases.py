@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import causal_conv1d, segments, testing
+from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d import reference
+from pallas_kernels.common import segments
+from pallas_kernels.tools import testing
 
 
 class Case:

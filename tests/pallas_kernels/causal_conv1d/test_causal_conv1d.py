@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import causal_conv1d, testing
+from pallas_kernels import causal_conv1d
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.causal_conv1d.cases import Case, assert_isolated
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import checkpoint_attention, testing
+from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import Cache, merge, slots, tile, xla
 from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 
 
@@ -409,7 +410,7 @@ def test_slots_of_packed_rows_in_numpy():
     ids, interval, offset, held = testing.random_ids(rng, 3, 60), 3, [5, 0, 7], [1, 0, 2]
     k = jnp.asarray(rng.standard_normal((3, 60, 1, 2)), jnp.float32)
     past = jnp.asarray(rng.standard_normal((3, 2, 1, 2)), jnp.float32)
-    runs = pallas_kernels.segments.runs(jnp.asarray(ids))
+    runs = pallas_kernels.common.segments.runs(jnp.asarray(ids))
     counts = (jnp.asarray(x, jnp.int32) for x in (held, offset))
     got = slots.slots(Config(1.0, interval), k, k, k, past, past, *counts, runs)
     for b in range(3):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import delta_rule, testing
+from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule import xla
 from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape, case
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import DECAYS, Case, assert_isolated
 
 IMPLEMENTATIONS = ("reference", "xla")

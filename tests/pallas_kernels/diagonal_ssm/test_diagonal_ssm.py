@@ -11,8 +11,9 @@ import pytest
 from hypothesis import strategies
 
 import pallas_kernels
-from pallas_kernels import diagonal_ssm, testing
+from pallas_kernels import diagonal_ssm
 from pallas_kernels.diagonal_ssm import chunked, xla
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.diagonal_ssm.cases import Case, assert_isolated
 
 METHODS = ("fft", "chunked", "scan")

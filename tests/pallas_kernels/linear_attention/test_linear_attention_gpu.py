@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import segments, testing
+from pallas_kernels.common import segments
 from pallas_kernels.linear_attention import gpu, gpu_kernels
 from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import SHAPES
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 # Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, segments, testing
+from pallas_kernels.common import compat, segments
 from pallas_kernels.linear_attention import tpu, tpu_head, tpu_key
 from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import SHAPES
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 CHUNK = 16

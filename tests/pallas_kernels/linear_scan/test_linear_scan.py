@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import linear_scan, testing
+from pallas_kernels import linear_scan
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_scan.cases import COMPLEX, REAL, Case, assert_isolated
 
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import strategies
 
 import pallas_kernels
-from pallas_kernels import aot, long_conv, testing
+from pallas_kernels import long_conv
 from pallas_kernels.long_conv import blocked, fft, spectrum
 from pallas_kernels.long_conv.shapes import SHAPES, Shape, case, named, program
+from pallas_kernels.tools import aot, testing
 
 METHODS = ("fft", "blocked")
 

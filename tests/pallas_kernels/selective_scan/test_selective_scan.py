@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import selective_scan, testing
+from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.shapes import Shape, program
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.selective_scan.cases import NAMES, Case, assert_isolated
 
 

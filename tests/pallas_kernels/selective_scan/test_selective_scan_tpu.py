@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, testing
+from pallas_kernels.common import compat
 from pallas_kernels.selective_scan import tpu
 from pallas_kernels.selective_scan.config import Config
 from pallas_kernels.selective_scan.shapes import SHAPES
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.selective_scan.cases import Case, assert_isolated
 
 # Small tiles: 3 blocks of time; a width of 200 makes 2 strips. Neither divides.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from pallas_kernels import segments
+from pallas_kernels.common import segments
 
 
 def shape(op: str, name: str, x: Any, rule: str, sizes: Sequence[int | None]) -> None:
