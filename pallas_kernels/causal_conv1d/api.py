@@ -64,7 +64,7 @@ def causal_conv1d(
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
     if x.shape[1] == 1 and implementation is None:
         implementation = "xla"  # decoding: one step needs no kernel
-    x, weight, bias, state, runs = compat.vary_alike(x, weight, bias, state, runs)
+    x, weight, bias, state, runs = compat.match_vma(x, weight, bias, state, runs)
     sequential = functools.partial(reference.causal_conv1d, activation=activation)
     y = dispatch.run(
         _OP,
@@ -80,7 +80,7 @@ def causal_conv1d(
         state,
         runs,
         requested=implementation,
-        refusals=_refusals(x),
+        unsupported=_unsupported(x),
     )
     # Outside of what is dispatched: where nobody uses it, its gradient costs nothing.
     final_state: jax.Array = tile.final_window(jnp.asarray(x), state, runs)
@@ -113,7 +113,7 @@ def _validate(x, weight, bias, activation, initial_state, segment_ids) -> None:
         validate.segment_ids(_OP, segment_ids, batch, length)
 
 
-def _refusals(x: Any) -> dict[str, str]:
+def _unsupported(x: Any) -> dict[str, str]:
     reasons = {}
     if x.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"

@@ -23,7 +23,7 @@ def causal_conv1d(x, weight, bias, initial_state, runs, activation):
     """
     dtype = jnp.dtype("float32") if x.dtype == jnp.bfloat16 else x.dtype
     weight, bias = weight.astype(dtype)[None], bias.astype(dtype)[None]
-    codes = compat.vary_alike(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
+    codes = compat.match_vma(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
     if runs is not None:
         codes = segments.step_codes(runs)
 

@@ -116,7 +116,7 @@ def _weight_gradient(x, g, limit, first):
     def add(i, totals):
         return [a + b for a, b in zip(totals, products(start + i * size, size), strict=True)]
 
-    zero = compat.vary_alike(jnp.zeros((batch, size, width), g.dtype), g)[0]
+    zero = compat.match_vma(jnp.zeros((batch, size, width), g.dtype), g)[0]
     totals = jax.lax.fori_loop(0, count, add, [zero] * (start + 2))
     sums = [jnp.sum(total, (0, 1)) for total in totals]
     done = start + count * size

@@ -124,9 +124,9 @@ def checkpoint_attention(
             "tpu": functools.partial(tpu.checkpoint_attention, config),
             "gpu": functools.partial(gpu.checkpoint_attention, config),
         },
-        *compat.vary_alike(*arrays, *integers, runs),
+        *compat.match_vma(*arrays, *integers, runs),
         requested=implementation,
-        refusals=_refusals(q, past_k),
+        unsupported=_unsupported(q, past_k),
     )
     o = checkpoint_name(o, _OP)
     return (o, checkpoint_name(lse, f"{_OP}_lse")) if return_lse else o
@@ -202,7 +202,7 @@ def _validate_counts(name: str, x, batch: int, most: int | None) -> None:
         raise ValueError(f"{_OP}: {name} must be at least 0{bound}, got {values.tolist()}")
 
 
-def _refusals(q: Any, past_k: Any) -> dict[str, str]:
+def _unsupported(q: Any, past_k: Any) -> dict[str, str]:
     reasons = {}
     if q.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"

@@ -146,7 +146,7 @@ def _attend(config: Config, plan: _Plan, x: _Tokens, slot_k, slot_v, begin, end)
     wide = jnp.float64 if x.q.dtype == jnp.float64 else jnp.float32
     real = x.last >= 0
     if x.k is None:
-        _, maximum, total, acc = compat.vary_alike(
+        _, maximum, total, acc = compat.match_vma(
             x.q,
             jnp.full(real.shape, tile.LOW, wide),
             jnp.zeros(real.shape, wide),
@@ -182,7 +182,7 @@ def _pull(config: Config, plan: _Plan, x: _Tokens, o, lse, do, dlse, slots, dslo
     wide, real = lse.dtype, x.last >= 0
     delta = jnp.sum(do.astype(wide) * o.astype(wide), 1, keepdims=True) - dlse
     dk = dv = None
-    _, dq = compat.vary_alike(x.q, jnp.zeros(x.q.shape, wide))
+    _, dq = compat.match_vma(x.q, jnp.zeros(x.q.shape, wide))
     if x.k is not None:
         p = tile.probabilities(_own_scores(config, plan, x, wide), real, lse)
         dp = jnp.sum(do.astype(wide) * _heads(plan, x.v.astype(wide)), 1, keepdims=True)
@@ -252,7 +252,7 @@ def backward(config: Config, residuals, cotangents):
             narrow = jax.tree.map(lambda x: x.astype(q.dtype), gradients)
             return tuple(sums), narrow
 
-        zeros = compat.vary_alike(q, *(jnp.zeros_like(x, lse.dtype) for x in (k, v)))[1:]
+        zeros = compat.match_vma(q, *(jnp.zeros_like(x, lse.dtype) for x in (k, v)))[1:]
         return jax.lax.scan(block, zeros, tokens)
 
     x = _cut(config, plan, q, k, v, slots)

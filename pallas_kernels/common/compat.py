@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 __all__ = [
     "interpreting",
+    "match_vma",
     "out_struct",
     "pallas_call",
     "pl",
@@ -29,7 +30,6 @@ __all__ = [
     "tpu",
     "triton",
     "using_interpreter",
-    "vary_alike",
 ]
 
 # Part of jax's trace cache: what is traced inside the context never runs outside, nor vice versa.
@@ -67,7 +67,7 @@ def varying_axes(*arrays: Any) -> frozenset[Any]:
     return axes
 
 
-def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+def match_vma(*arrays: Any) -> tuple[Any, ...]:
     """The arrays (None stays None), all typed to vary over the axes that any of them varies over.
 
     `jax.shard_map(check_vma=True)` wants loops and kernels to agree on this type. The gradient of

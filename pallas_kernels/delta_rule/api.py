@@ -91,9 +91,9 @@ def delta_rule(
             name: functools.partial(module.delta_rule, config)
             for name, module in implementations.items()
         },
-        *compat.vary_alike(q, k, v, beta, log_decay, initial_state, runs),
+        *compat.match_vma(q, k, v, beta, log_decay, initial_state, runs),
         requested=implementation,
-        refusals=_refusals(q, v, log_decay),
+        unsupported=_unsupported(q, v, log_decay),
     )
     return checkpoint_name(o, _OP), checkpoint_name(final_state, f"{_OP}_state")
 
@@ -138,7 +138,7 @@ def _validate(q, k, v, beta, log_decay, initial_state, segment_ids) -> Any:
     return jnp.dtype(wide)
 
 
-def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
+def _unsupported(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
     reasons = {}
     if v.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"

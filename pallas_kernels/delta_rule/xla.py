@@ -188,7 +188,7 @@ def _backward_step(config: Config, tokens: _Tokens, entering, state, do, dstate)
 def _loop(body, carry, inputs, *, reverse: bool):
     """`jax.lax.scan` whose carry is typed, under `jax.shard_map`, as what it will become."""
     like = jax.tree.leaves(inputs)[0]
-    return jax.lax.scan(body, compat.vary_alike(carry, like)[0], inputs, reverse=reverse)
+    return jax.lax.scan(body, compat.match_vma(carry, like)[0], inputs, reverse=reverse)
 
 
 def _every_block(body, inputs):

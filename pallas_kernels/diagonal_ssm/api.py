@@ -77,7 +77,7 @@ def diagonal_ssm(
         implementation = "xla"  # decoding: one step needs no kernel
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
-    u, log_a, c, initial_state, runs = compat.vary_alike(u, log_a, c, initial_state, runs)
+    u, log_a, c, initial_state, runs = compat.match_vma(u, log_a, c, initial_state, runs)
     y, final_state = dispatch.run(
         _OP,
         {
@@ -92,7 +92,7 @@ def diagonal_ssm(
         initial_state,
         runs,
         requested=implementation,
-        refusals=_refusals(u, log_a, method),
+        unsupported=_unsupported(u, log_a, method),
     )
     return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
 
@@ -144,7 +144,7 @@ def _check_fft(u, segment_ids) -> None:
         )
 
 
-def _refusals(u, log_a, method) -> dict[str, str]:
+def _unsupported(u, log_a, method) -> dict[str, str]:
     reasons: dict[str, str] = {}
 
     def refuse(name: str, reason: str | None) -> None:

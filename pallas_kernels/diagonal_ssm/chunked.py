@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import vjp
-from pallas_kernels.common.compat import vary_alike as vary
+from pallas_kernels.common.compat import match_vma as vary
 from pallas_kernels.diagonal_ssm import tile
 from pallas_kernels.diagonal_ssm.powers import powers
 

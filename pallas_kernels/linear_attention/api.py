@@ -75,7 +75,7 @@ def linear_attention(
     if length == 1 and implementation is None:
         implementation = "xla"  # decoding: one step needs no kernel
     config = Config(float(q.shape[3] ** -0.5 if scale is None else scale))
-    arrays = compat.vary_alike(q, k, v, log_decay, initial_state, runs)
+    arrays = compat.match_vma(q, k, v, log_decay, initial_state, runs)
     o, final_state = dispatch.run(
         _OP,
         {
@@ -86,7 +86,7 @@ def linear_attention(
         },
         *arrays,
         requested=implementation,
-        refusals=_refusals(q, v, log_decay),
+        unsupported=_unsupported(q, v, log_decay),
     )
     return checkpoint_name(o, _OP), checkpoint_name(final_state, f"{_OP}_state")
 
@@ -136,7 +136,7 @@ def _validate_decay(log_decay, full: tuple[int, ...], wide: str, v) -> None:
     validate.at_most_zero(_OP, "log_decay", log_decay)
 
 
-def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
+def _unsupported(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
     if v.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
         return {"tpu": wide, "gpu": wide}

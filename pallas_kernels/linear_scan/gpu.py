@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
 from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_scan import tile
-from pallas_kernels.linear_scan.differentiable import differentiable
-from pallas_kernels.linear_scan.tile import Planes
+from pallas_kernels.linear_scan.tile import Config, Planes
 
 _ENOUGH_PROGRAMS = 512  # a few for each multiprocessor of the GPUs since Ampere
 
@@ -308,31 +308,32 @@ def _codes(runs, *, reverse: bool) -> list[jax.Array]:
     return [] if runs is None else [segments.step_codes(runs, reverse=reverse)]
 
 
-def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
-    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
-    job = _job(a, b, runs, tiles, reverse=reverse)
-    a, b_planes, codes = tile.split(a), tile.split(b), _codes(runs, reverse=reverse)
+def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool):
+    """`(h, final_state)`, and what `backward` reads; arguments as in `reference.forward`."""
+    reverse = config.reverse
+    job = _job(a, b, runs, config.tiles, reverse=reverse)
+    a_planes, b_planes, codes = tile.split(a), tile.split(b), _codes(runs, reverse=reverse)
     entering, final_state = _entering(
-        job, a, b_planes, tile.split(initial_state), codes, backward=False
+        job, a_planes, b_planes, tile.split(initial_state), codes, backward=False
     )
-    h, leaving = _call(
+    h_planes, leaving = _call(
         functools.partial(_forward_kernel, job=job),
         job,
         "linear_scan_forward",
         job.grid,
-        [*a, *b_planes, *entering, *codes],
+        [*a_planes, *b_planes, *entering, *codes],
         [(b.shape, b_planes[0].dtype), ((job.batch, job.chunks, job.width), jnp.float32)],
         flops=2,
     )
     final_state = final_state or tuple(p[:, 0] for p in leaving)
-    return tile.join(h), tile.join(final_state)
+    h, final_state = tile.join(h_planes), tile.join(final_state)
+    return (h, final_state), (a, h, initial_state, runs) if return_residuals else None
 
 
-def backward(
-    a, h, initial_state, runs, dh, dfinal_state, reverse: bool, tiles: Tiles | None = None
-):
-    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
-    job = _job(a, h, runs, tiles, reverse=not reverse)
+def backward(config: Config, residuals, cotangents):
+    """`(da, db, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
+    (a, h, initial_state, runs), (dh, dfinal_state), reverse = residuals, cotangents, config.reverse
+    job = _job(a, h, runs, config.tiles, reverse=not reverse)
     a_planes, h_planes, dh_planes = tile.split(a), tile.split(h), tile.split(dh)
     codes = _codes(runs, reverse=reverse)
     entering, dinitial = _entering(
@@ -356,7 +357,12 @@ def backward(
     da = tile.join(da)
     if job.constant:
         da = da.sum((0, 1)).astype(a.dtype)
-    return da, tile.join(db), tile.join(dinitial)
+    return da, tile.join(db), tile.join(dinitial), None
 
 
-linear_scan = differentiable(forward, backward)
+def unsupported(config: Config, a, b, initial_state, runs) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(b) or too_many_elements(b.size)
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -14,13 +14,26 @@ complex cotangents needs no conjugates. Step codes are those of `segments.step_c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.segments import ENTER, RESET, SKIP
+from pallas_kernels.common.segments import ENTER, RESET, SKIP, step_codes
 
 Planes = tuple[jax.Array, ...]
+
+
+class Config(NamedTuple):
+    """What is static about a scan.
+
+    Attributes:
+      reverse: from the last token to the first.
+      tiles: the backend's own `Tiles`; None for what suits the shape.
+    """
+
+    reverse: bool
+    tiles: Any = None
 
 
 def split(x: jax.Array, dtype=None) -> Planes:
@@ -104,6 +117,29 @@ def decay_gradient(gradient: Planes, h_before: Planes, code: jax.Array | None) -
 def state_before(h_before: Planes, initial_state: Planes, code: jax.Array | None) -> Planes:
     """`h_{t-1}` from the saved outputs; they are 0 on the padding before the first token."""
     return h_before if code is None else where(code == ENTER, initial_state, h_before)
+
+
+def row_decay(a: jax.Array, codes: jax.Array | None, length: int) -> jax.Array:
+    """The product of a row's decays, `(B, D)` or `(1, D)`: 0 where a document begins inside.
+
+    Args:
+      a: `(B, L, D)`, or `(D,)` for one decay of all steps.
+      codes: step codes `(B, L)`, or None where every step is a plain one.
+      length: L.
+    """
+    constant = a.ndim == 1
+    if codes is None:
+        return a[None] ** length if constant else jnp.prod(a, axis=1)
+    (a,) = step_decay((a[None, None] if constant else a,), codes[:, :, None])
+    return jnp.prod(a, axis=1)
+
+
+def summary(run, config: Config, a, b, initial_state, runs):
+    """`(decay, state)`, each `(B, D)`; see `backend.summarize`."""
+    codes = None if runs is None else step_codes(runs, reverse=config.reverse)
+    decay = row_decay(a.astype(initial_state.dtype), codes, b.shape[1])
+    _, state = run(config, a, b, initial_state, runs)
+    return jnp.broadcast_to(decay, state.shape), state
 
 
 def prefix(

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_scan import tile
-from pallas_kernels.linear_scan.differentiable import differentiable
-from pallas_kernels.linear_scan.tile import Planes
+from pallas_kernels.linear_scan.tile import Config, Planes
 
 _LANES, _SUBLANES = 128, 8
 # Of the 16 MiB that a kernel may take on the smallest TPU without asking for more.
@@ -342,9 +342,10 @@ def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, flop
     )(*operands)
 
 
-def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
-    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
-    job = _job(a, b, runs, tiles, reverse=reverse)
+def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool):
+    """`(h, final_state)`, and what `backward` reads; arguments as in `reference.forward`."""
+    reverse = config.reverse
+    job = _job(a, b, runs, config.tiles, reverse=reverse)
     n = job.planes
     b_planes = tile.split(b)
     initial = tile.split(initial_state[:, None])
@@ -363,14 +364,14 @@ def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None
         [_block(job)] * n + [_row(job)] * n,
         flops=20 * n * n,
     )
-    return tile.join(tuple(out[:n])), tile.join(tuple(out[n:]))[:, 0]
+    h, final_state = tile.join(tuple(out[:n])), tile.join(tuple(out[n:]))[:, 0]
+    return (h, final_state), (a, h, initial_state, runs) if return_residuals else None
 
 
-def backward(
-    a, h, initial_state, runs, dh, dfinal_state, reverse: bool, tiles: Tiles | None = None
-):
-    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
-    job = _job(a, h, runs, tiles, reverse=not reverse)
+def backward(config: Config, residuals, cotangents):
+    """`(da, db, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
+    (a, h, initial_state, runs), (dh, dfinal_state), reverse = residuals, cotangents, config.reverse
+    job = _job(a, h, runs, config.tiles, reverse=not reverse)
     n = job.planes
     h_planes, dh_planes = tile.split(h), tile.split(dh)
     initial, dfinal = tile.split(initial_state[:, None]), tile.split(dfinal_state[:, None])
@@ -394,7 +395,12 @@ def backward(
     da, db, dinitial = (tile.join(tuple(out[i * n : (i + 1) * n])) for i in range(3))
     if job.constant:
         da = da.sum((0, 1))
-    return da.astype(a.dtype), db, dinitial[:, 0]
+    return da.astype(a.dtype), db, dinitial[:, 0], None
 
 
-linear_scan = differentiable(forward, backward)
+def unsupported(config: Config, a, b, initial_state, runs) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(b)
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -67,7 +67,7 @@ def long_conv(
     u, kernel = jnp.asarray(u), jnp.asarray(kernel)
     kernel_reverse = None if kernel_reverse is None else jnp.asarray(kernel_reverse)
     _validate(u, kernel, kernel_reverse, method)
-    u, kernel, kernel_reverse = compat.vary_alike(u, kernel, kernel_reverse)
+    u, kernel, kernel_reverse = compat.match_vma(u, kernel, kernel_reverse)
     portable = functools.partial(xla.long_conv, method=method)
     y = dispatch.run(
         _OP,
@@ -76,7 +76,7 @@ def long_conv(
         kernel,
         kernel_reverse,
         requested=implementation,
-        refusals=_NO_KERNEL,
+        unsupported=_NO_KERNEL,
     )
     return checkpoint_name(y, _OP)
 

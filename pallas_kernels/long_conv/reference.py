@@ -23,7 +23,7 @@ def long_conv(u, kernel, kernel_reverse):
     dtype = wide(u.dtype)
     by_distance = _column(kernel, length, dtype)
     if kernel_reverse is None:
-        ahead = compat.vary_alike(jnp.zeros_like(by_distance), by_distance)[0]
+        ahead = compat.match_vma(jnp.zeros_like(by_distance), by_distance)[0]
     else:
         ahead = _column(kernel_reverse, length, dtype)
     # Row L - 1 + d is the weight of the token d before; rows before L - 1 are of tokens behind.

@@ -95,9 +95,9 @@ def selective_scan(
             name: functools.partial(module.selective_scan, config)
             for name, module in implementations.items()
         },
-        *compat.vary_alike(*arrays.values(), initial_state, runs),
+        *compat.match_vma(*arrays.values(), initial_state, runs),
         requested=implementation,
-        refusals=_refusals(arrays["x"], arrays["A"]),
+        unsupported=_unsupported(arrays["x"], arrays["A"]),
     )
     return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
 
@@ -137,7 +137,7 @@ def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> A
     return state_dtype
 
 
-def _refusals(x: Any, A: Any) -> dict[str, str]:
+def _unsupported(x: Any, A: Any) -> dict[str, str]:
     if x.dtype == jnp.float64:
         wide = f"it has no {x.dtype}; reference and xla do"
         return {"tpu": wide, "gpu": wide}

@@ -27,7 +27,7 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
     """
     dtype = initial_state.dtype
     if runs is None:
-        codes = compat.vary_alike(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
+        codes = compat.match_vma(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
     else:
         codes = segments.step_codes(runs, reverse=config.reverse)
 

@@ -170,7 +170,7 @@ def pack_shared(job: Job, B, C, runs) -> jax.Array:
         if runs is not None:
             codes = segments.step_codes(runs, reverse=job.reverse)
         parts.append(pad(codes[:, :, None], segments.SKIP))
-    x = jnp.concatenate(compat.vary_alike(*parts), axis=2)
+    x = jnp.concatenate(compat.match_vma(*parts), axis=2)
     x = x.reshape(job.batch, job.blocks, job.tiles.steps, job.shared)
     return jnp.swapaxes(x, 2, 3)
 

@@ -126,7 +126,7 @@ def cut(batch: int, length: int, states: int) -> _Cut:
 def _loop(body, carry, inputs, *, reverse: bool):
     """`jax.lax.scan` whose carry is typed, under `jax.shard_map`, as what it will become."""
     like = jax.tree.leaves(inputs)[0]
-    carry = jax.tree.map(lambda leaf: compat.vary_alike(leaf, like)[0], carry)
+    carry = jax.tree.map(lambda leaf: compat.match_vma(leaf, like)[0], carry)
     return jax.lax.scan(body, carry, inputs, reverse=reverse)
 
 

@@ -94,7 +94,7 @@ def _by_blocks(decay, into, readout, u):
     x = jnp.moveaxis(jnp.pad(u, ((0, 0), (0, -length % steps), (0, 0))), 1, 0)
     x = x.reshape(-1, steps, batch, width)
     arrays = (x, decay.real, decay.imag, into, *jnp.split(readout, 2))
-    y = _two_ways(None, *compat.vary_alike(*arrays))
+    y = _two_ways(None, *compat.match_vma(*arrays))
     return jnp.moveaxis(y.reshape(-1, batch, width), 0, 1)[:, :length]
 
 
@@ -105,7 +105,7 @@ def _by_blocks(decay, into, readout, u):
 def _loop(body, carry, inputs, *, reverse: bool):
     """`jax.lax.scan` whose carry is typed, under `jax.shard_map`, as what it will become."""
     like = jax.tree.leaves(inputs)[0]
-    carry = jax.tree.map(lambda leaf: compat.vary_alike(leaf, like)[0], carry)
+    carry = jax.tree.map(lambda leaf: compat.match_vma(leaf, like)[0], carry)
     return jax.lax.scan(body, carry, inputs, reverse=reverse)
 
 
