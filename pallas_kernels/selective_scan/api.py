@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels.common import compat, dispatch, segments, validate
-from pallas_kernels.selective_scan import gpu, reference, tpu, xla
-from pallas_kernels.selective_scan.config import Config
+from pallas_kernels.common import dispatch, segments, validate
+from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.selective_scan import gpu, reference, tile, tpu, xla
+from pallas_kernels.selective_scan.tile import Config
 
 _OP = "selective_scan"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    one_token=xla.one_token,
+    summary=tile.summary,
+)
 
 
 def selective_scan(
@@ -85,21 +95,14 @@ def selective_scan(
     if initial_state is None:
         initial_state = jnp.zeros((batch, *arrays["A"].shape), state_dtype)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    if length == 1 and implementation is None:
-        implementation = "xla"  # decoding: one step needs no kernel
-    config = Config(dt_softplus=dt_softplus, reverse=reverse)
-    implementations = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
-    y, final_state = dispatch.run(
-        _OP,
-        {
-            name: functools.partial(module.selective_scan, config)
-            for name, module in implementations.items()
-        },
-        *compat.match_vma(*arrays.values(), initial_state, runs),
-        requested=implementation,
-        unsupported=_unsupported(arrays["x"], arrays["A"]),
+    y, final_state = call_op(
+        OP,
+        Config(dt_softplus=dt_softplus, reverse=reverse),
+        *(*arrays.values(), initial_state, runs),
+        length=length,
+        implementation=implementation,
     )
-    return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
+    return y, final_state
 
 
 def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> Any:
@@ -135,13 +138,3 @@ def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> A
     if segment_ids is not None:
         validate.segment_ids(_OP, segment_ids, batch, length)
     return state_dtype
-
-
-def _unsupported(x: Any, A: Any) -> dict[str, str]:
-    if x.dtype == jnp.float64:
-        wide = f"it has no {x.dtype}; reference and xla do"
-        return {"tpu": wide, "gpu": wide}
-    batch, length, width = x.shape
-    if (largest := gpu.largest_array(batch, length, width, A.shape[1])) >= 2**31:
-        return {"gpu": f"an array of {largest} elements, its addresses hold 2**31"}
-    return {}

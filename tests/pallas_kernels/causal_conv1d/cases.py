@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d import reference
+from pallas_kernels.causal_conv1d.tile import Config
 from pallas_kernels.common import segments
 from pallas_kernels.tools import testing
 
@@ -55,7 +56,7 @@ class Case:
             runs = None if self.ids is None else segments.runs(self.ids)
 
             def op(*args):
-                return reference.causal_conv1d(*args, runs, self.activation)
+                return reference.with_state(Config(self.activation), *args, runs)
 
             result = testing.value_and_gradients(op, *wide.args, cotangents=wide.cotangents)
             return _present(jax.tree.map(np.asarray, result))

@@ -13,8 +13,8 @@ import pytest
 import pallas_kernels
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule import xla
-from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape, case
+from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import DECAYS, Case, assert_isolated
 

@@ -11,8 +11,8 @@ import pytest
 
 from pallas_kernels.common import compat, segments
 from pallas_kernels.delta_rule import tpu, tpu_head, tpu_inverse
-from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.shapes import SHAPES
+from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 

@@ -12,9 +12,9 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import linear_attention
-from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import Shape
 from pallas_kernels.linear_attention.xla import linear_attention as xla_attention
+from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 

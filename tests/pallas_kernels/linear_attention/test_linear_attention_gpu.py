@@ -11,8 +11,8 @@ import pytest
 
 from pallas_kernels.common import segments
 from pallas_kernels.linear_attention import gpu, gpu_kernels
-from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import SHAPES
+from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 

@@ -9,8 +9,8 @@ import pytest
 
 from pallas_kernels.common import compat, segments
 from pallas_kernels.linear_attention import tpu, tpu_head, tpu_key
-from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import SHAPES
+from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
