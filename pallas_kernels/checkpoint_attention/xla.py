@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checkpoint_attention import tile
-from pallas_kernels.checkpoint_attention.config import Config
-from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
-from pallas_kernels.common import compat, vjp
+from pallas_kernels.checkpoint_attention.slots import Config, Slots
+from pallas_kernels.checkpoint_attention.slots import slots as find_slots
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend
 
 # Measured on x86: rows and slots of a block, and scores worked on together.
 _ROWS, _SLOTS = 256, 256
@@ -215,8 +216,8 @@ def _rows(fn, plan: _Plan, x: _Tokens, *more):
     return jax.vmap(fn, in_axes=(*[0] * (1 + len(more)), None, None))(x, *more, *_reach(plan, x))
 
 
-def forward(config: Config, q, k, v, slot_k, slot_v, first, last):
-    """`(o, lse)`; the slots of `slots.Slots`."""
+def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_residuals: bool):
+    """`((o, lse), residuals)`; the slots of `slots.Slots`."""
     slots = Slots(slot_k, slot_v, first, last)
     plan = _plan(config, q, slots)
 
@@ -230,7 +231,8 @@ def forward(config: Config, q, k, v, slot_k, slot_v, first, last):
     x = _cut(config, plan, q, k, v, slots)
     chunks = x, _cut_slots(plan, slot_k), _cut_slots(plan, slot_v)
     o, lse = jax.lax.map(lambda xs: chunk(*xs), chunks)
-    return _join_tokens(plan, o), _join_tokens(plan, lse)[..., 0]
+    outputs = _join_tokens(plan, o), _join_tokens(plan, lse)[..., 0]
+    return outputs, (q, k, v, *slots, *outputs) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
@@ -267,26 +269,17 @@ def backward(config: Config, residuals, cotangents):
     return dq, dk, dv, *joined, None, None
 
 
-def _keep(config: Config, *arrays):
-    o, lse = forward(config, *arrays)
-    return (o, lse), (*arrays, o, lse)
+def prepare(config: Config, q, k, v, *rest):
+    """The slots of the arguments of `reference.checkpoint_attention`; see `Backend.prepare`."""
+    return (q, k, v, *find_slots(config, q, k, v, *rest)), lambda outputs: outputs
 
 
-_attention = vjp.join(forward, _keep, backward)
+BACKEND = Backend(forward, backward, prepare)
 
 
-def _checkpoint_attention(config: Config, q, k, v, slots: Slots):
-    if q.shape[1] == 1:
-        return _one_token(config, q, k, v, slots)
-    return _attention(config, q, k, v, *slots)
-
-
-checkpoint_attention = with_slots(_checkpoint_attention)
-checkpoint_attention.__doc__ = "See `reference.checkpoint_attention`."
-
-
-def _one_token(config: Config, q, k, v, slots: Slots):
+def one_token(config: Config, q, k, v, *rest):
     """A decoding step: one row of scores for each head, no blocks; JAX differentiates it."""
+    slots = find_slots(config, q, k, v, *rest)
     batch, _, heads, _ = q.shape
     groups, wide = slots.k.shape[2], jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     precision = jax.lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST

@@ -331,9 +331,8 @@ def summary(run, config: Config, q, k, v, beta, log_decay, initial_state, runs):
     """
     _, state = run(config, q, k, v, beta, log_decay, initial_state, runs)
     batch, heads, key_size, _ = state.shape
-    unit = jnp.broadcast_to(
-        jnp.eye(key_size, dtype=state.dtype), (batch, heads, key_size, key_size)
-    )
+    unit = jnp.eye(key_size, dtype=state.dtype)
+    unit = jnp.broadcast_to(unit, (batch, heads, key_size, key_size))
     nothing = jnp.zeros((*v.shape[:3], key_size), v.dtype)
     _, decay = run(config, q, k, nothing, beta, log_decay, unit, runs)
     return decay, state

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
+from pallas_kernels.common.planes import join, split
 from pallas_kernels.diagonal_ssm import powers, tile
-from pallas_kernels.linear_scan.tile import join, split
 
 _STEPS = 64  # tokens between two states that are kept
 

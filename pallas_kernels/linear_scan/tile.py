@@ -1,7 +1,6 @@
 """The maths of one step and of one tile, on values; shared by every backend.
 
-A number is a tuple of planes: `(x,)` when real, `(re, im)` when complex, because Pallas kernels
-have no complex type. All planes of a number have one shape and one floating dtype.
+Numbers are planes, see `common.planes`.
 
     forward    h_t = a_t h_{t-1} + b_t
     backward   G_t = dh_t + c_{t+1},   c_t = a_t G_t,   db_t = G_t,   da_t = G_t h_{t-1}
@@ -19,9 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.planes import Planes, add, is_zero, mul, ones_like, where, zeros_like
 from pallas_kernels.common.segments import ENTER, RESET, SKIP, step_codes
-
-Planes = tuple[jax.Array, ...]
 
 
 class Config(NamedTuple):
@@ -34,41 +32,6 @@ class Config(NamedTuple):
 
     reverse: bool
     tiles: Any = None
-
-
-def split(x: jax.Array, dtype=None) -> Planes:
-    """The planes of an array, upcast to `dtype`."""
-    planes = (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,)
-    return planes if dtype is None else tuple(p.astype(dtype) for p in planes)
-
-
-def join(x: Planes) -> jax.Array:
-    """The array of the planes; the inverse of `split`."""
-    return x[0] if len(x) == 1 else jax.lax.complex(*x)
-
-
-def add(x: Planes, y: Planes) -> Planes:
-    return tuple(p + q for p, q in zip(x, y, strict=True))
-
-
-def mul(x: Planes, y: Planes) -> Planes:
-    if len(x) == 1:
-        return (x[0] * y[0],)
-    (xr, xi), (yr, yi) = x, y
-    return (xr * yr - xi * yi, xr * yi + xi * yr)
-
-
-def where(mask: jax.Array, x: Planes, y: Planes) -> Planes:
-    return tuple(jnp.where(mask, p, q) for p, q in zip(x, y, strict=True))
-
-
-def zeros_like(x: Planes) -> Planes:
-    return tuple(jnp.zeros_like(p) for p in x)
-
-
-def ones_like(x: Planes) -> Planes:
-    """The number one, in planes."""
-    return (jnp.ones_like(x[0]), *zeros_like(x[1:]))
 
 
 def step_decay(a: Planes, code: jax.Array | None) -> Planes:
@@ -184,8 +147,3 @@ def apply(decay: Planes, value: Planes, h: Planes, *, segmented: bool) -> Planes
     if segmented:
         carried = where(is_zero(decay), zeros_like(carried), carried)
     return add(carried, value)
-
-
-def is_zero(x: Planes) -> jax.Array:
-    zero = x[0] == 0
-    return zero if len(x) == 1 else zero & (x[1] == 0)

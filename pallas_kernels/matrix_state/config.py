@@ -1,4 +1,4 @@
-"""What is static about an op on matrix states, and the checks of arguments that all of them share."""
+"""What is static about an op on matrix states, and the checks that all of them share."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def decay_dtypes(v: Any) -> tuple[str, ...]:
 def _validate_decay(op, log_decay, full, dtypes, because, shapes) -> None:
     sizes = {"(H,)": full[2:3], "(B, L, H)": full[:3], "(B, L, H, K)": full}
     by_rank = {len(sizes[rule]): rule for rule in shapes}
-    rules = (
-        " or ".join(shapes) if len(shapes) == 2 else ", ".join(shapes[:-1]) + f" or {shapes[-1]}"
-    )
+    rules = f"{', '.join(shapes[:-1])} or {shapes[-1]}"
     if jnp.ndim(log_decay) not in by_rank:
         raise ValueError(f"{op}: log_decay must be {rules}, got shape {jnp.shape(log_decay)}")
     rule = by_rank[jnp.ndim(log_decay)]

@@ -13,7 +13,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import Cache, merge, slots, tile, xla
-from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.checkpoint_attention.slots import Config
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 

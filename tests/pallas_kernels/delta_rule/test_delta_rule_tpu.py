@@ -106,7 +106,7 @@ def test_extreme_decays(decay, small):
 def _run(args, ids):
     runs = segments.runs(ids)
     names = ("q", "k", "v", "beta", "log_decay", "initial_state")
-    return tpu.delta_rule(Config(8**-0.5, CHUNK), *(args[name] for name in names), runs)
+    return tpu.BACKEND(Config(8**-0.5, CHUNK), *(args[name] for name in names), runs)
 
 
 def test_the_same_call_twice_is_bitwise_equal():

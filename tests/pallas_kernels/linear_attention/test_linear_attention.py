@@ -12,8 +12,8 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import linear_attention
+from pallas_kernels.linear_attention import xla
 from pallas_kernels.linear_attention.shapes import Shape
-from pallas_kernels.linear_attention.xla import linear_attention as xla_attention
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
@@ -227,7 +227,7 @@ def test_backward_keeps_one_state_a_chunk_and_no_pairs():
     runs = None
 
     def forward(q, k, v, g, initial):
-        return xla_attention(Config(1.0), q, k, v, g, initial, runs)
+        return xla.BACKEND(Config(1.0), q, k, v, g, initial, runs)
 
     _, pullback = jax.eval_shape(lambda *x: jax.vjp(forward, *x), *args.values())
     kept = sum(x.size for x in jax.tree.leaves(pullback))

@@ -98,7 +98,7 @@ def test_extreme_decays(decay, small):
 def _run(args, ids):
     runs = segments.runs(ids)
     q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
-    return tpu.linear_attention(Config(5**-0.5, CHUNK), q, k, v, args["log_decay"], state, runs)
+    return tpu.BACKEND(Config(5**-0.5, CHUNK), q, k, v, args["log_decay"], state, runs)
 
 
 def test_the_same_call_twice_is_bitwise_equal():
