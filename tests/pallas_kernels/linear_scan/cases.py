@@ -7,10 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import linear_scan
-from pallas_kernels.common import segments
-from pallas_kernels.common.backend import summarize
-from pallas_kernels.linear_scan.api import OP
-from pallas_kernels.linear_scan.tile import Config
 from pallas_kernels.tools import testing
 
 COMPLEX, REAL = "complex64", "float32"
@@ -97,41 +93,3 @@ def assert_isolated(run, case):
 
     for x, y in zip(elsewhere(before), elsewhere(after), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def check_summary(case, implementation):
-    """A row's summary gives its final state, and equals the fold of the summaries of its pieces."""
-    a, b, initial = case.args
-    length = b.shape[1]
-
-    def summary(start, stop):
-        piece = a if a.ndim == 1 else a[:, start:stop]
-        ids = None if case.ids is None else case.ids[:, start:stop]
-        runs = None if ids is None else segments.runs(ids)
-        arrays = (piece, b[:, start:stop], jnp.zeros_like(initial), runs)
-        return summarize(OP, Config(case.reverse), *arrays, implementation=implementation)
-
-    @jax.jit
-    def both():
-        _, final = linear_scan(
-            a,
-            b,
-            initial_state=initial,
-            segment_ids=case.ids,
-            reverse=case.reverse,
-            implementation=implementation,
-        )
-        cut = length // 3
-        first, second = summary(0, cut), summary(cut, length)
-        if case.ids is not None:  # a cut at a border: the caller forgets the state
-            border = case.ids[:, cut - 1] != case.ids[:, cut]
-            keeps = ~border | (case.ids[:, cut] == 0)
-            second = (jnp.where(keeps[:, None], second[0], 0), second[1])
-        if case.reverse:
-            first, second = second, first
-        fold = (first[0] * second[0], second[1] + second[0] * first[1])
-        return final, summary(0, length), fold
-
-    final, (decay, state), fold = jax.tree.map(np.asarray, both())
-    testing.assert_close(state + decay * initial, final, testing.FLOAT32_TOLERANCE)
-    testing.assert_close((decay, state), fold, testing.FLOAT32_TOLERANCE)

@@ -16,7 +16,6 @@ from tests.pallas_kernels.linear_scan.cases import (
     REAL,
     Case,
     assert_isolated,
-    check_summary,
 )
 
 
@@ -241,13 +240,3 @@ def test_checked_finds_bad_ids_under_jit():
     error, _ = run(x, x, segment_ids=jnp.array([[1, 0, 1, 1, 1]] * 2, jnp.int32))
     with pytest.raises(Exception, match=r"padding .* end of a row"):
         error.throw()
-
-
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize(
-    "features",
-    [{}, {"packed": True}, {"constant": True, "reverse": True}, {"dtype": COMPLEX, "packed": True}],
-    ids=str,
-)
-def test_the_summary_of_a_row_is_the_fold_of_its_pieces(implementation, features):
-    check_summary(Case(length=65, **features), implementation)

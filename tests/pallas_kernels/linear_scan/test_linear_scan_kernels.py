@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.linear_scan import gpu, tpu
 from pallas_kernels.tools import testing
-from tests.pallas_kernels.linear_scan.cases import COMPLEX, Case, assert_isolated, check_summary
+from tests.pallas_kernels.linear_scan.cases import COMPLEX, Case, assert_isolated
 
 # Small tiles: 3 blocks of time and 2 of channels, neither of which divides.
 LENGTH, WIDTH = {"tpu": 37, "gpu": 37}, {"tpu": 200, "gpu": 40}
@@ -116,9 +116,3 @@ def test_tpu_tiles_shrink_with_the_memory(monkeypatch):
 
 
 CHOOSE_TPU = tpu.choose_tiles
-
-
-@pytest.mark.parametrize("backend", ["tpu", "gpu"])
-def test_the_summary_of_a_row_is_the_fold_of_its_pieces(backend):
-    with testing.interpret():
-        check_summary(case_for(backend, packed=True), backend)
