@@ -129,7 +129,7 @@ def unescaped(text: str) -> str:
 
 
 def check_integer(option: str, value: int | None, least: int, most: int = INT32) -> None:
-    """Raises UsageError for an option of the command line that is out of its range; None is fine."""
+    """Raises UsageError for an option of the command line out of its range; None is not given."""
     try:
         if value is not None:
             integer(option, value, least, most)

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from seqmodels.arguments import (
     INT32,
@@ -30,6 +30,7 @@ from seqmodels.arguments import (
 from seqmodels.mixers import Segments, State
 from seqmodels.models.language import LanguageModel
 
+Scalar = np.number | np.ndarray | Array
 LEAST_TEMPERATURE = 1e-6
 """Divided by less, logits of a usual size may leave float32."""
 
@@ -50,10 +51,10 @@ class Sampling:
       ValueError: a value of another type or out of its range.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    stop_tokens: Sequence[int] = ()
+    temperature: float | Scalar = 1.0
+    top_k: int | Scalar | None = None
+    top_p: float | Scalar | None = None
+    stop_tokens: Sequence[int] | np.ndarray | Array = ()
 
     def __post_init__(self) -> None:
         temperature = real("temperature", self.temperature)
@@ -77,15 +78,15 @@ def sample(logits: Float[Array, "b v"], key: Array, sampling: Sampling) -> Int[A
     """One token a row."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    logits = logits / float(sampling.temperature)
     if sampling.top_k is not None:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        least = jax.lax.top_k(logits, min(int(sampling.top_k), logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if sampling.top_p is not None:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         # A token stays if those before it do not reach top_p yet; the first always stays.
-        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < float(sampling.top_p)
         least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
@@ -134,8 +135,8 @@ def feed(
     model: LanguageModel,
     variables: Any,
     stream: Stream,
-    tokens: Int[Array | np.ndarray, "b l"],
-    segment_ids: Int[Array | np.ndarray, "b l"] | None = None,
+    tokens: Shaped[Array | np.ndarray, "..."],
+    segment_ids: Shaped[Array | np.ndarray, "..."] | None = None,
 ) -> Stream:
     """The stream after more tokens: chunk by chunk for input without end.
 
@@ -146,8 +147,9 @@ def feed(
       model: the model.
       variables: its parameters.
       stream: from ``start`` or an earlier call.
-      tokens: the next tokens of every row.
-      segment_ids: 1 on real tokens, 0 on padding at a row's end; None for no padding.
+      tokens: the next tokens of every row, integers ``(B, L)``.
+      segment_ids: integers ``(B, L)``, 1 on real tokens, 0 on padding at a row's end; None for no
+        padding.
 
     Raises:
       ValueError: no integers ``(B, L)``, a batch that is not the stream's, tokens outside the
@@ -251,9 +253,9 @@ def _decode(model, count, sampling, variables, stream, key):
 def generate(
     model: LanguageModel,
     variables: Any,
-    prompts: Sequence[Sequence[int]] | Int[Array | np.ndarray, "b l"],
+    prompts: Sequence[Any] | Shaped[Array | np.ndarray, "..."],
     *,
-    attention_mask: Sequence[Sequence[int]] | Int[Array | np.ndarray, "b l"] | None = None,
+    attention_mask: Sequence[Any] | Shaped[Array | np.ndarray, "..."] | None = None,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, Int
+from jaxtyping import Array, Bool, Float, Inexact, Int, Shaped
 
 from pallas_kernels import linear_scan
 from pallas_kernels import segments as segment_ops
@@ -39,8 +39,8 @@ class Segments:
     single: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def from_ids(cls, ids: Int[Array | np.ndarray, "b l"], single: bool = False) -> "Segments":
-        """Derives runs and positions from ``ids``.
+    def from_ids(cls, ids: Shaped[Array | np.ndarray, "..."], single: bool = False) -> "Segments":
+        """Derives runs and positions from ``ids``, integers ``(B, L)``.
 
         Raises:
           ValueError: no integers ``(B, L)``; and where the values can be read (numpy, or JAX
