@@ -37,6 +37,7 @@ from experiments.run import (
     main_guard,
     parse_changes,
     result_path,
+    unescaped,
     with_changes,
     write_result,
 )
@@ -59,7 +60,8 @@ class Arguments:
     seed: int = 0
     """Seed of parameters, dropout and data order."""
     separator: str | None = None
-    """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document."""
+    """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document.
+    \\n, \\t, \\r and \\\\ are understood, as in --stop of experiments.lm.generate."""
     carry_state: bool = False
     """Carry the states from batch to batch: truncated backpropagation through time."""
     ema_decay: float | None = None
@@ -85,7 +87,7 @@ class Arguments:
 def changes_of(arguments: Arguments) -> dict[str, Any]:
     """The fields of the config that the command line changes, by path."""
     given = {
-        "data.separator": arguments.separator,
+        "data.separator": None if arguments.separator is None else unescaped(arguments.separator),
         "carry_state": arguments.carry_state or None,
         "train.ema_decay": arguments.ema_decay,
         "train.steps": arguments.steps,
