@@ -66,6 +66,8 @@ class Arguments:
     data_dir: Path | None = None
     """Where the raw data are: IMDB's archive or folder for text; for listops, optionally a folder
     with Long Range Arena's tsv files, which then replace the generated ones."""
+    allow_partial: bool = False
+    """Accept raw data of other numbers than the published ones, e.g. a part of IMDB's reviews."""
     cache_dir: Path = Path("~/.cache/seqmodels")
     """Where prepared data are kept."""
     run_dir: Path | None = None
@@ -97,6 +99,8 @@ def resolve(arguments: Arguments) -> tuple[ExperimentConfig, Path]:
         changes["train.steps"] = arguments.steps
     if arguments.max_minutes is not None:
         changes["train.max_minutes"] = arguments.max_minutes
+    if arguments.allow_partial:
+        changes["data.allow_partial"] = True
     run_dir, config = arguments.run_dir, None
     if run_dir is None or not arguments.resume:
         if arguments.task is None or arguments.model is None:
