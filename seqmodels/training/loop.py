@@ -188,6 +188,8 @@ def fit(
                 unit="step",
                 disable=not show_progress,
                 dynamic_ncols=True,
+                # tqdm's own, less the steps a second: at 80 columns the rest was cut.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
                 mininterval=0.1 if sys.stderr.isatty() else 30,
             ) as bar,
         ):

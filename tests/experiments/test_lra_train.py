@@ -180,7 +180,7 @@ def test_the_traceback_is_shown_on_request(capsys):
 
 def test_the_report_shows_ours_beside_the_published(trained, capsys):
     assert lra_report.main(["--results-dir", str(trained / "results")]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     result = result_of(trained)
     assert f"{100 * result['test_accuracy']:.2f}" in out
     assert "not the published 2K task" in out
@@ -195,6 +195,8 @@ def test_only_the_published_task_is_comparable(trained):
     config = lra_train.to_dict(paper)
     result = {**result_of(trained), "config": config, "steps": steps}
     assert lra_report.caveats(result) == []
+    part = {**config, "data": {**config["data"], "allow_partial": True}}
+    assert "--allow-partial" in lra_report.caveats({**result, "config": part})[0]
     assert lra_report.caveats({**result, "steps": 100}) == [f"published recipe {steps} steps"]
     short = {**config, "data": {**config["data"], "max_length": 700}}
     assert lra_report.caveats({**result, "config": short}) == [
