@@ -189,6 +189,14 @@ def test_the_report_shows_ours_beside_the_published(trained, capsys):
     assert (trained / "results" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("task", ["listops", "text"])
+def test_a_part_of_the_data_is_accepted_by_option_only(task):
+    arguments = lra_train.Arguments(task=task, model="s5")
+    assert not lra_train.resolve(arguments)[0].data.allow_partial
+    arguments = dataclasses.replace(arguments, allow_partial=True)
+    assert lra_train.resolve(arguments)[0].data.allow_partial
+
+
 def test_only_the_published_task_is_comparable(trained):
     paper = lra_train.resolve(lra_train.Arguments(task="listops", model="s5", preset="paper"))[0]
     steps = paper.train.steps

@@ -11,11 +11,14 @@ from experiments import terminal
 from experiments.kernels import aot, bench
 from experiments.kernels.results import Result, Target
 from experiments.lm import table as lm_table
+from experiments.lm import train as lm_train
 from experiments.lra import plots, report
+from experiments.lra import train as lra_train
 from experiments.lra.published import ROWS
 from tests.experiments.legible import illegible, too_long, words
 
-RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
 BENCHMARKS = [path for path in RESULTS.glob("*/*.json") if "cases" in json.loads(path.read_text())]
 
 
@@ -46,11 +49,12 @@ def test_benchmarks(path, capsys):
     terminal.console().print(bench.table(rows))
     out = capsys.readouterr().out
     assert too_long(out) == []
+    seen = words(out)
     for row in rows:
-        assert words(f"{row.device} {row.case} {row.shape} {row.kind}") <= words(out)
+        assert words(f"{row.device} {row.case} {row.shape} {row.kind}") <= seen
         for of, ratio in row.ratios.items():
             number = f"{ratio:.{0 if of == 'layout copies' else 2}f}"
-            assert words(f"{number} {of} {row.targets.get(of, '')}") <= words(out)
+            assert words(f"{number} {of} {row.targets.get(of, '')}") <= seen
 
 
 def test_ahead_of_time(capsys):
@@ -58,20 +62,22 @@ def test_ahead_of_time(capsys):
     terminal.console().print(aot.table(cells))
     out = capsys.readouterr().out
     assert too_long(out) == []
+    seen = words(out)
     for cell in cells:
-        assert words(f"{cell.family} {cell.shape} {cell.mode} {cell.chip}") <= words(out)
-        assert words(aot.describe(cell)) <= words(out)
+        assert words(f"{cell.family} {cell.shape} {cell.mode} {cell.chip}") <= seen
+        assert words(aot.describe(cell)) <= seen
 
 
 def test_mixers(capsys, figures):
     assert lm_table.main(["--print-only", "--results-dir", str(RESULTS / "lm")]) == 0
     out = capsys.readouterr().out
     assert too_long(out.rpartition("figure:")[0]) == []
+    seen = words(out)
     table = lm_table.read_table(RESULTS / "lm" / "mixers.json")
     for mixer, row in table["rows"].items():
         numbers = f"{row['parameters']:,} {row['width']} {row['mlp']}"
         states = " ".join(f"{size:,}" for size in row["state_bytes"].values())
-        assert words(f"{mixer} {row['bits_per_byte']:.3f} {numbers} {states}") <= words(out)
+        assert words(f"{mixer} {row['bits_per_byte']:.3f} {numbers} {states}") <= seen
     lm_table.plot(lm_table.ranked(table), Path("unused.png"))
     (figure,) = figures
     assert illegible(figure) == []
@@ -92,6 +98,7 @@ def test_lra(everything, capsys, figures, tmp_path, monkeypatch):
     assert report.main([*folders, *options]) == 0
     out = capsys.readouterr().out
     assert too_long(out.rpartition("figure:")[0]) == []
+    seen = words(out)
     run = "listops s5 cpu seed 0"
     lines = out.splitlines()
     assert any(line.startswith(run) and "98.77" in line for line in lines)
@@ -99,13 +106,21 @@ def test_lra(everything, capsys, figures, tmp_path, monkeypatch):
     for row in ROWS:
         if everything or row.model in report.SELECTED:
             numbers = " ".join(f"{value:.2f}" for value in row.accuracies if value)
-            assert words(f"{row.model} {numbers} {row.average:.2f} {row.source}") <= words(out)
+            assert words(f"{row.model} {numbers} {row.average:.2f} {row.source}") <= seen
     (figure,) = figures
     assert illegible(figure) == []
     bars = figure.axes[0].patches
     published = sum(everything or row.model in report.SELECTED for row in ROWS)
     assert len({bar.get_y() for bar in bars}) == len(bars) == published + 2
     assert {bar.get_x() for bar in bars} == {0}
+
+
+def test_ones_own_results_go_where_git_ignores_them_and_the_report_reads_them():
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    for arguments in (lra_train.Arguments, lm_train.Arguments):
+        assert f"/{arguments.results_dir.parts[0]}/" in ignored
+    assert report.Arguments.results_dir == (report.COMMITTED, lra_train.Arguments.results_dir)
+    assert ROOT / report.COMMITTED == RESULTS / "lra"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("lra/*.json")), ids=lambda path: path.stem)
