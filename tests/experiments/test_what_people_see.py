@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from experiments import terminal
 from experiments.kernels import aot, bench
@@ -15,6 +16,7 @@ from experiments.lm import train as lm_train
 from experiments.lra import plots, report
 from experiments.lra import train as lra_train
 from experiments.lra.published import ROWS
+from seqmodels.training.loop import BAR_FORMAT
 from tests.experiments.legible import illegible, too_long, words
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +130,15 @@ def test_learning_curves(path, figures):
     plots.learning_curve(json.loads(path.read_text()), Path("unused.png"))
     (figure,) = figures
     assert illegible(figure) == []
+
+
+def test_the_progress_bar_is_not_cut():
+    postfix = f"loss=0.1234, acc=0.1234, tok/s={tqdm.format_sizeof(12_345)}"
+    line = tqdm.format_meter(
+        38_000, 76_800, 40_000, ncols=80, bar_format=BAR_FORMAT, postfix=postfix
+    )
+    assert line.endswith("<11:20:42, loss=0.1234, acc=0.1234, tok/s=12.3k]")
+    assert len(line) == 80
 
 
 def test_a_text_is_wrapped_and_paths_stay_whole(capsys, monkeypatch):
