@@ -113,7 +113,7 @@ def segment_order(ids: Any, single: bool) -> None:
       single: whether a row holds one document and padding.
 
     Raises:
-      ValueError: what ``pallas_kernels.common.segments.check`` refuses, or several documents in a row
+      ValueError: what ``segments.check`` refuses, or several documents in a row
         that is ``single``.
     """
     if not known(ids):

@@ -18,6 +18,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
+from experiments import terminal
 from experiments.lm.run import Trained, bits_per_byte, load_trained
 from experiments.run import check_integer, main_guard
 from seqmodels.data import text
@@ -105,7 +106,7 @@ def report(arguments: Arguments) -> None:
     result = evaluate_text(trained, text.encode(documents), arguments)
     context = result["context"]
     how = "states carried through" if context is None else f"windows of {context} bytes"
-    print(
+    terminal.say(
         f"step {trained.step}: {result['bits_per_byte']:.4f} bits per byte over "
         f"{result['bytes']:,} bytes, {how}; accuracy {result['accuracy']:.4f}, "
         f"{result['seconds']:.1f} s"

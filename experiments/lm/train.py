@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments import terminal
 from experiments.lm.presets import ExperimentConfig, experiment
 from experiments.lm.run import TextData, bits_per_byte, identity_of, load_data, make_task
 from experiments.run import (
@@ -68,7 +69,7 @@ class Arguments:
     """Decay of an average of the parameters that evaluation and generation use, e.g. 0.999."""
     run_dir: Path | None = None
     """Where the run goes; default runs/lm/<mixer>-<preset>-seed<k>."""
-    results_dir: Path = Path("experiments/results/lm")
+    results_dir: Path = Path("runs/results/lm")
     """Where the result goes."""
     steps: int | None = None
     """Number of steps, instead of the preset's; the schedule follows."""
@@ -141,14 +142,15 @@ def train(arguments: Arguments) -> None:
         show_progress=arguments.progress,
     )
     if not result["complete"]:
-        print(f"stopped after {result['steps']} steps: max_minutes={config.train.max_minutes}")
+        limit = config.train.max_minutes
+        terminal.say(f"stopped after {result['steps']} steps: max_minutes={limit}")
     if result["bits_per_byte"] is not None:
-        print(
+        terminal.say(
             f"validation: {result['bits_per_byte']:.4f} bits per byte, at step "
             f"{result['test_step']} of {result['steps']}"
         )
     write_result(result, run_dir, path)
-    print(f"result: {path}")
+    terminal.say(f"result: {path}")
 
 
 def train_and_evaluate(
