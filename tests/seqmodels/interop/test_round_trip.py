@@ -168,7 +168,7 @@ def test_a_new_model_is_written_as_its_parameters_are(name, tmp_path):
         leaf = jax.tree_util.keystr(path)
         return p if leaf.endswith(("bias']", "A_log']", "D']")) else p.astype(jnp.bfloat16)
 
-    params = jax.tree_util.tree_map_with_path(stored, random_params(model))
+    params = jax.tree_util.tree_map_with_path(stored, random_params(LanguageModel(OURS[name])))
     save(model, params, tmp_path)
     arrays = load_file(tmp_path / "model.safetensors")
     assert {array.dtype.name for array in arrays.values()} == {"bfloat16", "float32"}
