@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, symbolic, validate
 from pallas_kernels.causal_conv1d import gpu, reference, tile, tpu, xla
 
 _OP = "causal_conv1d"
@@ -118,6 +118,4 @@ def _refusals(x: Any) -> dict[str, str]:
     if x.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
         reasons = {"tpu": wide, "gpu": wide}
-    if x.size >= 2**31:
-        reasons.setdefault("gpu", f"x has {x.size} elements, its addresses hold 2**31")
-    return reasons
+    return symbolic.gpu_refusals(x.shape[0], "x", lambda: x.size) | reasons

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
+from pallas_kernels import compat, symbolic
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.differentiable import differentiable
 from pallas_kernels.causal_conv1d.tile import Activation
@@ -101,7 +101,7 @@ def _weight_gradient(x, g, limit, first):
     """
     batch, length, width = x.shape
     start = len(first) - 1
-    size = max(1, min(length - start, _ACCUMULATOR // (batch * width)))
+    size = max(1, min(length - start, _ACCUMULATOR // (symbolic.known(batch, 1) * width)))
     count = (length - start) // size
 
     def products(t, size):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, symbolic, validate
 from pallas_kernels.checkpoint_attention import gpu, reference, tpu, xla
 from pallas_kernels.checkpoint_attention.config import Config
 
@@ -207,7 +207,8 @@ def _refusals(q: Any, past_k: Any) -> dict[str, str]:
     if q.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
         reasons = {"tpu": wide, "gpu": wide}
-    largest = max(x.size for x in (q, past_k) if x is not None)
-    if largest >= 2**31:
-        reasons.setdefault("gpu", f"there are {largest} elements, its addresses hold 2**31")
-    return reasons
+
+    def largest() -> int:
+        return max(x.size for x in (q, past_k) if x is not None)
+
+    return symbolic.gpu_refusals(q.shape[0], "an array", largest) | reasons

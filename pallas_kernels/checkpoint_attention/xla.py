@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
+from pallas_kernels import compat, symbolic, vjp
 from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.config import Config
 from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
@@ -56,7 +56,8 @@ def _plan(config: Config, q, slots: Slots) -> _Plan:
     tokens = min(size[0], _power_of_two(length))
     block = min(size[1], _power_of_two(count))
     most = max(1, _AT_ONCE // (tokens * (heads // groups) * block))
-    rows = max(n for n in range(1, min(most, batch * groups) + 1) if batch * groups % n == 0)
+    of = symbolic.known(batch, 1) * groups
+    rows = max(n for n in range(1, min(most, of) + 1) if of % n == 0)
     return _Plan(batch, length, groups, heads // groups, tokens, block, rows)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, symbolic, validate
 from pallas_kernels.delta_rule import gpu, reference, tpu, xla
 from pallas_kernels.delta_rule.config import Config
 
@@ -139,10 +139,8 @@ def _validate(q, k, v, beta, log_decay, initial_state, segment_ids) -> Any:
 
 
 def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
-    reasons = {}
     if v.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
-        reasons = {"tpu": wide, "gpu": wide}
-    elif (largest := gpu.largest_array(q, v, log_decay)) >= 2**31:
-        reasons["gpu"] = f"an array has {largest} elements, its addresses hold 2**31"
-    return reasons
+        return {"tpu": wide, "gpu": wide}
+    largest = functools.partial(gpu.largest_array, q, v, log_decay)
+    return symbolic.gpu_refusals(v.shape[0], "an array", largest)

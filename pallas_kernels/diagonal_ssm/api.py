@@ -8,7 +8,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, symbolic, validate
 from pallas_kernels.diagonal_ssm import gpu, powers, reference, tpu, xla
 
 _OP = "diagonal_ssm"
@@ -158,6 +158,4 @@ def _refusals(u, log_a, method) -> dict[str, str]:
         if u.dtype == jnp.float64:
             refuse(name, "it has no float64; reference and xla do")
         refuse(name, kernels.refusal(states))
-    if u.size >= 2**31:
-        refuse("gpu", f"u has {u.size} elements, its addresses hold 2**31")
-    return reasons
+    return symbolic.gpu_refusals(u.shape[0], "u", lambda: u.size) | reasons

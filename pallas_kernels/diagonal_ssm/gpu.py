@@ -326,9 +326,9 @@ def _chunk_codes(job: _Job, codes) -> jax.Array:
     steps = jnp.pad(steps, behind, constant_values=segments.SKIP)
     steps = steps.reshape(job.batch, job.chunks, job.tiles.steps)
     skipped = steps == segments.SKIP
-    code = jnp.where(skipped.any(2), _PARTIAL, segments.KEEP)
+    code = jnp.where(skipped.any(2), jnp.int32(_PARTIAL), segments.KEEP)
     code = jnp.where((steps == segments.RESET).any(2), segments.RESET, code)
-    return jnp.where(skipped.all(2), segments.SKIP, code).astype(jnp.int32)
+    return jnp.where(skipped.all(2), segments.SKIP, code)
 
 
 def _state_planes(job: _Job, x) -> Planes:

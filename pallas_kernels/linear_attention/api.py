@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, symbolic, validate
 from pallas_kernels.linear_attention import gpu, reference, tpu, xla
 from pallas_kernels.linear_attention.config import Config
 
@@ -140,6 +140,5 @@ def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
     if v.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
         return {"tpu": wide, "gpu": wide}
-    if (largest := gpu.largest_array(q, v, log_decay)) >= 2**31:
-        return {"gpu": f"an array of {largest} elements, its addresses hold 2**31"}
-    return {}
+    largest = functools.partial(gpu.largest_array, q, v, log_decay)
+    return symbolic.gpu_refusals(v.shape[0], "an array", largest)

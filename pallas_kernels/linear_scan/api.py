@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, symbolic, validate
 from pallas_kernels.linear_scan import gpu, reference, tpu, xla
 
 _OP = "linear_scan"
@@ -107,6 +107,4 @@ def _refusals(b: Any) -> dict[str, str]:
     if b.dtype in (jnp.float64, jnp.complex128):
         wide = f"it has no {b.dtype}; reference and xla do"
         reasons = {"tpu": wide, "gpu": wide}
-    if b.size >= 2**31:
-        reasons.setdefault("gpu", f"b has {b.size} elements, its addresses hold 2**31")
-    return reasons
+    return symbolic.gpu_refusals(b.shape[0], "b", lambda: b.size) | reasons

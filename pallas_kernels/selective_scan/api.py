@@ -11,7 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
+from pallas_kernels import compat, dispatch, segments, symbolic, validate
 from pallas_kernels.selective_scan import gpu, reference, tpu, xla
 from pallas_kernels.selective_scan.config import Config
 
@@ -141,7 +141,5 @@ def _refusals(x: Any, A: Any) -> dict[str, str]:
     if x.dtype == jnp.float64:
         wide = f"it has no {x.dtype}; reference and xla do"
         return {"tpu": wide, "gpu": wide}
-    batch, length, width = x.shape
-    if (largest := gpu.largest_array(batch, length, width, A.shape[1])) >= 2**31:
-        return {"gpu": f"an array of {largest} elements, its addresses hold 2**31"}
-    return {}
+    largest = functools.partial(gpu.largest_array, *x.shape, A.shape[1])
+    return symbolic.gpu_refusals(x.shape[0], "an array", largest)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
+from pallas_kernels import compat, segments, symbolic, vjp
 from pallas_kernels.selective_scan.config import Config
 
 # What one step touches should fit a core's cache; smaller steps cost more in overhead. Measured on
@@ -118,7 +118,7 @@ class _Cut(NamedTuple):
 
 def cut(batch: int, length: int, states: int) -> _Cut:
     """How rows with `states` numbers each and `length` tokens are cut."""
-    groups = -(-batch // max(1, _STATES_A_STEP // states))
+    groups = symbolic.known(-(-batch // max(1, _STATES_A_STEP // states)), 1)
     chunks = -(-length // _CHUNK)
     return _Cut(batch, length, groups, -(-batch // groups), chunks, -(-length // chunks))
 

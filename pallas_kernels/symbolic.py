@@ -1,0 +1,31 @@
+"""Sizes that are symbols: the batch of a program that `jax.export` makes for any batch.
+
+A comparison with a symbol has no answer while a program is traced. What a size decides (tiles,
+how many rows a loop takes together, whether addresses fit) is decided here without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+
+def known(size: int, otherwise: int) -> int:
+    """`size`, or `otherwise` where it is a symbol or computed from one."""
+    return otherwise if jax.export.is_symbolic_dim(size) else size
+
+
+def gpu_refusals(batch: int, what: str, largest: Callable[[], int]) -> dict[str, str]:
+    """Why the GPU kernels of an op cannot serve a call, by implementation; empty if they can.
+
+    Args:
+      batch: size of the batch.
+      what: the array of `largest()` elements, for the message.
+      largest: elements of the largest array that a kernel addresses; not called for a symbol.
+    """
+    if jax.export.is_symbolic_dim(batch):
+        return {"gpu": f"Triton needs a grid that is known when it is traced, the batch is {batch}"}
+    if (count := largest()) >= 2**31:
+        return {"gpu": f"{what} has {count} elements, its addresses hold 2**31"}
+    return {}
