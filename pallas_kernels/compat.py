@@ -136,7 +136,7 @@ def pallas_call(
             interpret=interpret or False,
             name=name,
         )
-        # With jax_enable_x64 indices and loop counters would be 64 bits wide, which TPUs do not have.
+        # With jax_enable_x64 indices and counters would have 64 bits, which a TPU does not.
         with jax.enable_x64(False), warnings.catch_warnings():
             # Deprecated since jax 0.11, still the lowering that runs on every GPU since Ampere.
             warnings.filterwarnings("ignore", "(?i).*triton.*", DeprecationWarning)

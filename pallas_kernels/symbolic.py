@@ -11,9 +11,14 @@ from collections.abc import Callable
 import jax
 
 
+def is_symbol(size: int) -> bool:
+    """Whether a size is a symbol or computed from one."""
+    return jax.export.is_symbolic_dim(size)
+
+
 def known(size: int, otherwise: int) -> int:
     """`size`, or `otherwise` where it is a symbol or computed from one."""
-    return otherwise if jax.export.is_symbolic_dim(size) else size
+    return otherwise if is_symbol(size) else size
 
 
 def gpu_refusals(batch: int, what: str, largest: Callable[[], int]) -> dict[str, str]:
@@ -24,7 +29,7 @@ def gpu_refusals(batch: int, what: str, largest: Callable[[], int]) -> dict[str,
       what: the array of `largest()` elements, for the message.
       largest: elements of the largest array that a kernel addresses; not called for a symbol.
     """
-    if jax.export.is_symbolic_dim(batch):
+    if is_symbol(batch):
         return {"gpu": f"Triton needs a grid that is known when it is traced, the batch is {batch}"}
     if (count := largest()) >= 2**31:
         return {"gpu": f"{what} has {count} elements, its addresses hold 2**31"}

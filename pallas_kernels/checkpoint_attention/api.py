@@ -105,7 +105,9 @@ def checkpoint_attention(
     derivatives: `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or value that does not fit; the message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     arrays = tuple(None if x is None else jnp.asarray(x) for x in (q, k, v, past_k, past_v))
@@ -126,7 +128,7 @@ def checkpoint_attention(
         },
         *compat.vary_alike(*arrays, *integers, runs),
         requested=implementation,
-        refusals=_refusals(q, past_k),
+        refusals=_refusals(q, past_k, offset, runs),
     )
     o = checkpoint_name(o, _OP)
     return (o, checkpoint_name(lse, f"{_OP}_lse")) if return_lse else o
@@ -194,19 +196,21 @@ def _validate_counts(name: str, x, batch: int, most: int | None) -> None:
         return
     validate.shape(_OP, name, x, "(B,)", (batch,))
     validate.dtype(_OP, name, x, ("int32",))
-    if isinstance(x, jax.core.Tracer):
+    if (values := validate.values(x)) is None:
         return
-    values = np.asarray(x)
     if (values < 0).any() or (most is not None and (values > most).any()):
         bound = "" if most is None else f" and at most P = {most}"
         raise ValueError(f"{_OP}: {name} must be at least 0{bound}, got {values.tolist()}")
 
 
-def _refusals(q: Any, past_k: Any) -> dict[str, str]:
+def _refusals(q: Any, past_k: Any, offset: Any, runs: Any) -> dict[str, str]:
     reasons = {}
     if q.dtype == jnp.float64:
         wide = "it has no float64; reference and xla do"
         reasons = {"tpu": wide, "gpu": wide}
+    elif symbolic.is_symbol(q.shape[0]) and not (past_k is offset is runs is None):
+        held = f"its scalar memory holds what every row sees, and the batch is {q.shape[0]}"
+        reasons = {"tpu": held}
 
     def largest() -> int:
         return max(x.size for x in (q, past_k) if x is not None)

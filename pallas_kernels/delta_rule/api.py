@@ -70,7 +70,9 @@ def delta_rule(
     `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or value that does not fit; the message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
@@ -128,7 +130,7 @@ def _validate(q, k, v, beta, log_decay, initial_state, segment_ids) -> Any:
         sizes = (batch, length, heads, *by_key)
         validate.shape(_OP, "log_decay", log_decay, "(B, L, H) or (B, L, H, K)", sizes)
         validate.dtype(_OP, "log_decay", log_decay, (wide, *narrow), because)
-        validate.at_most_zero(_OP, "log_decay", log_decay)
+        validate.at_most_zero(_OP, "log_decay", log_decay, validate.LOG_DECAY)
     if initial_state is not None:
         sizes = (batch, heads, key_size, value_size)
         validate.shape(_OP, "initial_state", initial_state, "(B, H, K, V)", sizes)

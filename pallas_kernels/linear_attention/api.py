@@ -59,7 +59,9 @@ def linear_attention(
     `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or value that does not fit; the message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
@@ -133,7 +135,7 @@ def _validate_decay(log_decay, full: tuple[int, ...], wide: str, v) -> None:
     sizes, rule = allowed[jnp.ndim(log_decay)]
     validate.shape(_OP, "log_decay", log_decay, rule, sizes)
     validate.dtype(_OP, "log_decay", log_decay, (wide, "bfloat16"), because=f"v is {v.dtype}")
-    validate.at_most_zero(_OP, "log_decay", log_decay)
+    validate.at_most_zero(_OP, "log_decay", log_decay, validate.LOG_DECAY)
 
 
 def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:

@@ -93,7 +93,9 @@ class Mamba2(Mixer[Mamba2Config]):
         config, (inner, heads, shared) = self.config, self._sizes
         shape = (batch_size, heads, config.state_size, config.head_size)
         window = start_window(batch_size, config.conv_size, inner + 2 * shared, dtype)
-        return RecurrentState.start({"conv": window, "ssm": jnp.zeros(shape, jnp.float32)}, batch_size)
+        return RecurrentState.start(
+            {"conv": window, "ssm": jnp.zeros(shape, jnp.float32)}, batch_size
+        )
 
     @property
     def _sizes(self) -> tuple[int, int, int]:

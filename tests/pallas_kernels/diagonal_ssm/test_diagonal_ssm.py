@@ -287,7 +287,7 @@ BAD = [
     ("log_a", {"log_a": jnp.ones((2, 4), jnp.complex64)}, r"log_a must be \(H, N\) = \(3, 'any'\)"),
     ("no state", {"log_a": jnp.ones((3, 0), jnp.complex64)}, "log_a must have at least one state"),
     ("log_a dtype", {"log_a": -jnp.ones((3, 4))}, "log_a must be complex64 since u is float32"),
-    ("growing", {"log_a": jnp.ones((3, 4), jnp.complex64)}, "log_a must have a real part <= 0"),
+    ("growing", {"log_a": jnp.ones((3, 4), jnp.complex64)}, "log_a's real part must be at most 0"),
     ("c", {"c": jnp.ones((3, 5), jnp.complex64)}, r"c must be \(H, N\) = \(3, 4\)"),
     ("c dtype", {"c": jnp.ones((3, 4))}, "c must be complex64 since u is float32, got float32"),
     (

@@ -358,7 +358,7 @@ BAD = [
     ("dt dtype", {"dt": zeros(2, 5, 3, dtype=np.float16)}, "dt must be float32 or bfloat16"),
     ("A", {"A": zeros(4, 3)}, r"A must be \(D, N\) = \(3, 'any'\)"),
     ("A dtype", {"A": jnp.zeros((3, 4), jnp.bfloat16)}, "A must be float32 .* got bfloat16"),
-    ("A value", {"A": zeros(3, 4) + 1}, r"A must be <= 0, got a value of 1\.0"),
+    ("A value", {"A": zeros(3, 4) + 1}, r"A must be at most 0, got 1\.0"),
     ("B", {"B": zeros(2, 5, 3)}, r"B must be \(B, L, N\) = \(2, 5, 4\)"),
     ("C", {"C": zeros(2, 4, 4)}, r"C must be \(B, L, N\) = \(2, 5, 4\)"),
     ("D", {"D": zeros(4)}, r"D must be \(D,\) = \(3,\)"),
