@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.tile import Activation, Config
 from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.common.compat import pl
 
 _ENOUGH_PROGRAMS = 1024  # several for each multiprocessor of the GPUs since Ampere
@@ -255,7 +255,7 @@ def backward(config: Config, residuals, cotangents):
 
 def unsupported(config: Config, x, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    return no_wide_numbers(x) or too_many_elements(x.size)
+    return no_wide_numbers(x) or beyond_addresses(x.shape[0], lambda: x.size)
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.tile import Config
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend
 
 # Numbers in an accumulator of the weight gradient: all of them together stay in a CPU's L1 or L2.
@@ -108,7 +108,7 @@ def _weight_gradient(x, g, limit, first):
     """
     batch, length, width = x.shape
     start = len(first) - 1
-    size = max(1, min(length - start, _ACCUMULATOR // (batch * width)))
+    size = max(1, min(length - start, _ACCUMULATOR // (symbolic.known(batch, 1) * width)))
     count = (length - start) // size
 
     def products(t, size):

@@ -115,7 +115,9 @@ def checkpoint_attention(
     derivatives: `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or value that does not fit; the message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     arrays = tuple(None if x is None else jnp.asarray(x) for x in (q, k, v, past_k, past_v))
@@ -195,9 +197,8 @@ def _validate_counts(name: str, x, batch: int, most: int | None) -> None:
         return
     validate.shape(_OP, name, x, "(B,)", (batch,))
     validate.dtype(_OP, name, x, ("int32",))
-    if isinstance(x, jax.core.Tracer):
+    if (values := validate.values(x)) is None:
         return
-    values = np.asarray(x)
     if (values < 0).any() or (most is not None and (values > most).any()):
         bound = "" if most is None else f" and at most P = {most}"
         raise ValueError(f"{_OP}: {name} must be at least 0{bound}, got {values.tolist()}")

@@ -19,7 +19,7 @@ from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.slots import Config, Slots
 from pallas_kernels.checkpoint_attention.slots import slots as find_slots
 from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.common.compat import pl
 
 _LEAST = 16  # what Triton multiplies at least, in any direction
@@ -409,8 +409,11 @@ def prepare(config: Config, q, k, v, *rest):
 
 def unsupported(config: Config, q, k, v, past_k, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    largest = max(x.size for x in (q, past_k) if x is not None)
-    return no_wide_numbers(q) or too_many_elements(largest)
+
+    def largest() -> int:
+        return max(x.size for x in (q, past_k) if x is not None)
+
+    return no_wide_numbers(q) or beyond_addresses(q.shape[0], largest)
 
 
 BACKEND = Backend(forward, backward, prepare, unsupported)

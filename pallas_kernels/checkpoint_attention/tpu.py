@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.slots import Config, Slots
 from pallas_kernels.checkpoint_attention.slots import slots as find_slots
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
 
@@ -567,8 +567,10 @@ def prepare(config: Config, q, k, v, *rest):
     return arrays, restore
 
 
-def unsupported(config: Config, q, *rest) -> str | None:
+def unsupported(config: Config, q, k, v, past_k, past_v, past_length, offset, runs) -> str | None:
     """Why the kernels cannot serve these arrays."""
+    if symbolic.is_symbol(q.shape[0]) and not (past_k is offset is runs is None):
+        return f"its scalar memory holds what every row sees, and the batch is {q.shape[0]}"
     return no_wide_numbers(q)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.slots import Config, Slots
 from pallas_kernels.checkpoint_attention.slots import slots as find_slots
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend
 
 # Measured on x86: rows and slots of a block, and scores worked on together.
@@ -57,7 +57,8 @@ def _plan(config: Config, q, slots: Slots) -> _Plan:
     tokens = min(size[0], _power_of_two(length))
     block = min(size[1], _power_of_two(count))
     most = max(1, _AT_ONCE // (tokens * (heads // groups) * block))
-    rows = max(n for n in range(1, min(most, batch * groups) + 1) if batch * groups % n == 0)
+    of = symbolic.known(batch, 1) * groups
+    rows = max(n for n in range(1, min(most, of) + 1) if of % n == 0)
     return _Plan(batch, length, groups, heads // groups, tokens, block, rows)
 
 

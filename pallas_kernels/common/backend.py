@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.common import compat, dispatch
+from pallas_kernels.common import compat, dispatch, symbolic
 
 
 def _everything(config: Any, *arrays: Any) -> str | None:
@@ -74,11 +74,18 @@ def no_wide_numbers(x: Any) -> str | None:
     return f"it has no {x.dtype}; reference and xla do" if wide else None
 
 
-def too_many_elements(elements: int) -> str | None:
-    """Why a GPU kernel cannot address an array of so many elements."""
-    if elements < 2**31:
-        return None
-    return f"an array has {elements} elements, its addresses hold 2**31"
+def beyond_addresses(batch: int, largest: Callable[[], int]) -> str | None:
+    """Why the GPU kernels cannot serve a call.
+
+    Args:
+      batch: size of the batch, which may be a symbol.
+      largest: elements of the largest array that a kernel addresses; not called for a symbol.
+    """
+    if symbolic.is_symbol(batch):
+        return f"Triton needs a grid that is known when it is traced, the batch is {batch}"
+    if (count := largest()) >= 2**31:
+        return f"an array has {count} elements, its addresses hold 2**31"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

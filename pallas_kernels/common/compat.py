@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from pallas_kernels.common import symbolic
+
 __all__ = [
     "interpreting",
     "match_vma",
@@ -114,9 +116,11 @@ def pallas_call(
     def call(*operands: jax.Array) -> Any:
         moved = [*operands, *jax.tree.leaves(out_shape)]
         cost = pl.CostEstimate(
-            flops=flops,
+            flops=symbolic.known(flops, 0),
             transcendentals=0,
-            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
+            bytes_accessed=symbolic.known(
+                sum(math.prod(x.shape) * x.dtype.itemsize for x in moved), 0
+            ),
         )
         # Pallas' TPU interpreter does not know Triton's loads; its generic one does.
         interpret = _interpreter.value if backend == "tpu" else interpreting()
@@ -132,7 +136,8 @@ def pallas_call(
             interpret=interpret or False,
             name=name,
         )
-        with warnings.catch_warnings():
+        # With jax_enable_x64 indices and counters would have 64 bits, which a TPU does not.
+        with jax.enable_x64(False), warnings.catch_warnings():
             # Deprecated since jax 0.11, still the lowering that runs on every GPU since Ampere.
             warnings.filterwarnings("ignore", "(?i).*triton.*", DeprecationWarning)
             return run(*operands)

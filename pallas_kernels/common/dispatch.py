@@ -2,7 +2,9 @@
 
 Every op offers some of the implementations `reference` (one token at a time), `xla` (portable),
 `tpu` and `gpu` (Pallas). What runs is decided where a program is lowered, not where it is traced:
-one traced program compiles for any platform, also on a machine without it.
+one traced program lowers for any one platform, also on a machine without it. Lowered for several at
+once (`jax.export` with more than one platform), every branch is lowered for all of them, which
+Pallas refuses: such a program takes `implementation="xla"`.
 """
 
 from __future__ import annotations

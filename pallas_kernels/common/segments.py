@@ -51,8 +51,8 @@ def step_codes(runs: Int32[Array, "b l"], *, reverse: bool = False) -> Int32[Arr
     padding, which leaves the state untouched.
     """
     before = jnp.pad(runs[:, 1:], ((0, 0), (0, 1))) if reverse else _before(runs)
-    code = jnp.where(before == 0, ENTER, jnp.where(runs != before, RESET, KEEP))
-    return jnp.where(runs == 0, SKIP, code).astype(jnp.int32)
+    code = jnp.where(runs != before, jnp.int32(RESET), KEEP)
+    return jnp.where(runs == 0, SKIP, jnp.where(before == 0, ENTER, code))
 
 
 def _before(runs):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.delta_rule import gpu_backward, gpu_forward
 from pallas_kernels.delta_rule.gpu_tile import Job, Tiles
 from pallas_kernels.matrix_state import chunks
@@ -261,7 +261,9 @@ def _attribute(job: Job, q, k, do, g, states, dstates, made, weighed) -> dict[st
 
 def unsupported(config: Config, q, k, v, beta, log_decay, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    return no_wide_numbers(v) or too_many_elements(largest_array(q, v, log_decay))
+    return no_wide_numbers(v) or beyond_addresses(
+        v.shape[0], lambda: largest_array(q, v, log_decay)
+    )
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

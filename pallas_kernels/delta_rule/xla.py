@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.delta_rule import tile
 from pallas_kernels.matrix_state import chunks
@@ -99,7 +99,7 @@ class _Cut(NamedTuple):
 def cut(config: Config, batch: int, length: int, heads: int) -> _Cut:
     """How rows are cut."""
     size = min(config.chunk or _CHUNK, 1 << (length - 1).bit_length())
-    blocks = -(-batch // max(1, _HEADS_A_STEP // heads))
+    blocks = symbolic.known(-(-batch // max(1, _HEADS_A_STEP // heads)), 1)
     return _Cut(batch, length, blocks, -(-batch // blocks), -(-length // size), size)
 
 

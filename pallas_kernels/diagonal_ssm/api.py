@@ -76,7 +76,9 @@ def diagonal_ssm(
     second derivatives: `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or name that does not fit; the message names the argument.
+      ValueError: a shape, dtype, name or value that does not fit; the message names the argument.
+        Values are looked at in arrays on the host or the CPU backend; in traced arrays and on
+        accelerators by `checked`.
       NotImplementedError: a forced implementation or method cannot serve the arguments.
     """
     u, log_a, c = jnp.asarray(u), jnp.asarray(log_a), jnp.asarray(c)
@@ -115,11 +117,7 @@ def _validate(u, log_a, c, initial_state, segment_ids, method) -> None:
         validate.dtype(_OP, "initial_state", initial_state, (state,))
     if segment_ids is not None:
         validate.segment_ids(_OP, segment_ids, batch, length)
-    if not isinstance(log_a, jax.core.Tracer) and bool(np.any(np.asarray(log_a).real > 0)):
-        worst = float(np.asarray(log_a).real.max())
-        raise ValueError(
-            f"{_OP}: log_a must have a real part <= 0, or states grow without bound; got {worst:g}"
-        )
+    validate.at_most_zero(_OP, "log_a's real part", log_a, "above, states grow without bound")
     if method is not None and method not in METHODS:
         raise ValueError(
             f"{_OP}: method={method!r}; choose among {', '.join(METHODS)}, or None for the fastest"

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.planes import Planes, add, join, mul, split, where, zeros_like
 from pallas_kernels.diagonal_ssm import powers, tile
@@ -321,9 +321,9 @@ def _chunk_codes(job: _Job, codes) -> jax.Array:
     steps = jnp.pad(steps, behind, constant_values=segments.SKIP)
     steps = steps.reshape(job.batch, job.chunks, job.tiles.steps)
     skipped = steps == segments.SKIP
-    code = jnp.where(skipped.any(2), _PARTIAL, segments.KEEP)
+    code = jnp.where(skipped.any(2), jnp.int32(_PARTIAL), segments.KEEP)
     code = jnp.where((steps == segments.RESET).any(2), segments.RESET, code)
-    return jnp.where(skipped.all(2), segments.SKIP, code).astype(jnp.int32)
+    return jnp.where(skipped.all(2), segments.SKIP, code)
 
 
 def _state_planes(job: _Job, x) -> Planes:
@@ -427,7 +427,11 @@ def unsupported(config: Config, u, log_a, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
     if config.method not in (None, "scan"):
         return f"its kernel is a scan, method={config.method!r} is xla's"
-    return no_wide_numbers(u) or too_many_elements(u.size) or refusal(log_a.shape[1])
+    return (
+        no_wide_numbers(u)
+        or beyond_addresses(u.shape[0], lambda: u.size)
+        or refusal(log_a.shape[1])
+    )
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

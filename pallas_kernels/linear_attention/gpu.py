@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.linear_attention import gpu_kernels
 from pallas_kernels.linear_attention.gpu_kernels import Job, Tiles
 from pallas_kernels.matrix_state import chunks, chunks_gpu
@@ -183,7 +183,9 @@ def largest_array(q, v, log_decay) -> int:
 
 def unsupported(config: Config, q, k, v, log_decay, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    return no_wide_numbers(v) or too_many_elements(largest_array(q, v, log_decay))
+    return no_wide_numbers(v) or beyond_addresses(
+        v.shape[0], lambda: largest_array(q, v, log_decay)
+    )
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

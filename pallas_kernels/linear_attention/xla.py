@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import symbolic
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.matrix_state import chunks
@@ -80,7 +81,9 @@ def _each(fn, rows: _Rows, *more):
     """`fn` of every chunk, some at a time."""
     heads = rows.v.shape[2] * rows.v.shape[3]
     at_once = max(1, _AT_ONCE // (heads * rows.v.shape[1] ** 2))
-    return jax.lax.map(lambda xs: fn(*xs), (rows, *more), batch_size=at_once)
+    # A loop over a symbolic number of chunks cannot be cut into batches and a rest.
+    batch_size = at_once if symbolic.known(rows.v.shape[0], 0) else None
+    return jax.lax.map(lambda xs: fn(*xs), (rows, *more), batch_size=batch_size)
 
 
 def _heads(fn, rows: _Rows, *more):

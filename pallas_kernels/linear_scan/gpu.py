@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, planes, segments
-from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.planes import Planes
 from pallas_kernels.linear_scan import tile
@@ -363,7 +363,7 @@ def backward(config: Config, residuals, cotangents):
 
 def unsupported(config: Config, a, b, initial_state, runs) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    return no_wide_numbers(b) or too_many_elements(b.size)
+    return no_wide_numbers(b) or beyond_addresses(b.shape[0], lambda: b.size)
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

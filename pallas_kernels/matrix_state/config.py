@@ -88,7 +88,7 @@ def _validate_decay(op, log_decay, full, dtypes, because, shapes) -> None:
     rule = by_rank[jnp.ndim(log_decay)]
     validate.shape(op, "log_decay", log_decay, rule, sizes[rule])
     validate.dtype(op, "log_decay", log_decay, dtypes, because)
-    validate.at_most_zero(op, "log_decay", log_decay)
+    validate.at_most_zero(op, "log_decay", log_decay, validate.LOG_DECAY)
 
 
 def row_decay(log_decay: Any, runs: Any, state: Any) -> Any:

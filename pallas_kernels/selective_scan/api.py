@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels.common import dispatch, segments, validate
@@ -82,12 +81,12 @@ def selective_scan(
     second derivatives: `implementation="reference"`.
 
     Raises:
-      ValueError: a shape or dtype that does not fit, or a positive value in an `A` of numpy; the
-        message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
-    if isinstance(A, np.ndarray) and (A > 0).any():
-        raise ValueError(f"{_OP}: A must be <= 0, got a value of {A.max()}; Mamba's is -exp(A_log)")
+    validate.at_most_zero(_OP, "A", A, "Mamba's is -exp(A_log)")
     given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "dt_bias": dt_bias}
     arrays: dict[str, Any] = {k: None if z is None else jnp.asarray(z) for k, z in given.items()}
     state_dtype = _validate(arrays, initial_state, segment_ids)

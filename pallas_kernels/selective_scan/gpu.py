@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.common.backend import Backend, no_wide_numbers, too_many_elements
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.selective_scan.tile import Config
 
@@ -502,7 +502,9 @@ def backward(config: Config, residuals, cotangents):
 def unsupported(config: Config, x, dt, A, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
     batch, length, width = x.shape
-    return no_wide_numbers(x) or too_many_elements(largest_array(batch, length, width, A.shape[1]))
+    return no_wide_numbers(x) or beyond_addresses(
+        batch, lambda: largest_array(batch, length, width, A.shape[1])
+    )
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

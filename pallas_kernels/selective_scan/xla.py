@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import compat, segments
+from pallas_kernels.common import compat, segments, symbolic
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.selective_scan.tile import Config
 
@@ -122,7 +122,7 @@ class _Cut(NamedTuple):
 
 def cut(batch: int, length: int, states: int) -> _Cut:
     """How rows with `states` numbers each and `length` tokens are cut."""
-    groups = -(-batch // max(1, _STATES_A_STEP // states))
+    groups = symbolic.known(-(-batch // max(1, _STATES_A_STEP // states)), 1)
     chunks = -(-length // _CHUNK)
     return _Cut(batch, length, groups, -(-batch // groups), chunks, -(-length // chunks))
 

@@ -506,13 +506,15 @@ def test_bad_arguments_of_the_cache_are_named(changed, message):
         cache.extend(**(args | changed))
 
 
-def test_checked_finds_bad_ids_under_jit():
-    run = jax.jit(
-        lambda ids: pallas_kernels.checked(checkpoint_attention)(**GOOD, segment_ids=ids)[0]
-    )
-    run(jnp.ones((2, 5), jnp.int32)).throw()
+def test_checked_finds_bad_values_under_jit():
+    checked = pallas_kernels.checked(checkpoint_attention)
+    run = jax.jit(lambda ids, offset: checked(**GOOD, segment_ids=ids, offset=offset)[0])
+    ones, zeros = jnp.ones((2, 5), jnp.int32), jnp.zeros(2, jnp.int32)
+    run(ones, zeros).throw()
     with pytest.raises(Exception, match="padding"):
-        run(jnp.asarray([[1, 0, 1, 1, 1]] * 2, jnp.int32)).throw()
+        run(jnp.asarray([[1, 0, 1, 1, 1]] * 2, jnp.int32), zeros).throw()
+    with pytest.raises(Exception, match="offset must be at least 0"):
+        run(ones, zeros - 1).throw()
 
 
 def test_one_token_takes_the_cheap_step():

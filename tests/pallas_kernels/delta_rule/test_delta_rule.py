@@ -380,6 +380,7 @@ BAD = [
     ("decay keys", {"log_decay": zeros(2, 5, 4, 6)}, r"log_decay must be .* = \(2, 5, 4, 8\)"),
     ("decay dtype", {"log_decay": zeros(2, 5, 4, dtype=np.int32)}, "log_decay must be float32"),
     ("decay value", {"log_decay": zeros(2, 5, 4) + 1}, r"log_decay must be at most 0, got 1\.0"),
+    ("decay, jax", {"log_decay": jnp.ones((2, 5, 4))}, r"log_decay must be at most 0, got 1\.0"),
     ("state", {"initial_state": zeros(2, 4, 6, 8)}, r"initial_state must be .* \(2, 4, 8, 6\)"),
     (
         "state dtype",

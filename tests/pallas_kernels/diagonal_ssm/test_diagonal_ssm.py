@@ -288,7 +288,7 @@ BAD = [
     ("log_a", {"log_a": jnp.ones((2, 4), jnp.complex64)}, r"log_a must be \(H, N\) = \(3, 'any'\)"),
     ("no state", {"log_a": jnp.ones((3, 0), jnp.complex64)}, "log_a must have at least one state"),
     ("log_a dtype", {"log_a": -jnp.ones((3, 4))}, "log_a must be complex64 since u is float32"),
-    ("growing", {"log_a": jnp.ones((3, 4), jnp.complex64)}, "log_a must have a real part <= 0"),
+    ("growing", {"log_a": jnp.ones((3, 4), jnp.complex64)}, "log_a's real part must be at most 0"),
     ("c", {"c": jnp.ones((3, 5), jnp.complex64)}, r"c must be \(H, N\) = \(3, 4\)"),
     ("c dtype", {"c": jnp.ones((3, 4))}, "c must be complex64 since u is float32, got float32"),
     (
@@ -372,11 +372,15 @@ def test_explain_says_what_runs_where():
     assert "not tpu: its kernel is a scan, method='chunked' is xla's" in str(chosen["tpu"])
 
 
-def test_checked_finds_bad_ids_under_jit():
+def test_checked_finds_bad_values_under_jit():
     run = jax.jit(pallas_kernels.checked(diagonal_ssm))
     error, (y, _) = run(**GOOD, segment_ids=jnp.ones((2, 5), jnp.int32))
     error.throw()
     np.testing.assert_allclose(y[0, 0], 8, rtol=1e-6)
+    growing = {"log_a": jnp.ones((3, 4), jnp.complex64)}
+    error, _ = run(**(GOOD | growing), segment_ids=jnp.ones((2, 5), jnp.int32))
+    with pytest.raises(Exception, match="log_a must be at most 0"):
+        error.throw()
     error, _ = run(**GOOD, segment_ids=jnp.array([[1, 0, 1, 1, 1]] * 2, jnp.int32))
     with pytest.raises(Exception, match=r"padding .* end of a row"):
         error.throw()

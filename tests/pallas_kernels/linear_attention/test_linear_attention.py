@@ -296,6 +296,7 @@ BAD = [
     ("decay shape", {"log_decay": jnp.zeros((2, 5, 2))}, r"log_decay must be \(B, L, H\)"),
     ("decay dtype", {"log_decay": jnp.zeros(4, jnp.int32)}, "log_decay must be float32 or bfloat"),
     ("decay sign", {"log_decay": np.full(4, 0.5, np.float32)}, "must be at most 0, got 0.5"),
+    ("decay sign, jax", {"log_decay": jnp.full(4, 0.5)}, "must be at most 0, got 0.5"),
     ("state", {"initial_state": jnp.ones((2, 4, 6, 3))}, r"initial_state must be \(B, H, K, V\)"),
     (
         "state dtype",
