@@ -12,8 +12,9 @@ from hypothesis import strategies
 import pallas_kernels
 from pallas_kernels import long_conv
 from pallas_kernels.long_conv import blocked, fft, spectrum
-from pallas_kernels.long_conv.shapes import SHAPES, Shape, case, named, program
+from pallas_kernels.long_conv.shapes import SHAPES, Shape, case, named
 from pallas_kernels.tools import aot, testing
+from pallas_kernels.tools.programs import program
 
 METHODS = ("fft", "blocked")
 

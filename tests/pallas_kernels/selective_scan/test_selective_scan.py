@@ -13,8 +13,9 @@ import pytest
 import pallas_kernels
 from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan import xla
-from pallas_kernels.selective_scan.shapes import Shape, program
+from pallas_kernels.selective_scan.shapes import Shape
 from pallas_kernels.tools import testing
+from pallas_kernels.tools.programs import program
 from tests.pallas_kernels.selective_scan.cases import NAMES, Case, assert_isolated
 
 
