@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.checkpoint_attention import gpu, reference, tpu, xla
+from pallas_kernels.checkpoint_attention import gpu, reference, tile, tpu, xla
 from pallas_kernels.checkpoint_attention.config import Config
 
 _OP = "checkpoint_attention"
@@ -129,7 +129,9 @@ def checkpoint_attention(
         refusals=_refusals(q, past_k),
     )
     o = checkpoint_name(o, _OP)
-    return (o, checkpoint_name(lse, f"{_OP}_lse")) if return_lse else o
+    if not return_lse:
+        return o
+    return o, checkpoint_name(tile.or_infinity(lse), f"{_OP}_lse")
 
 
 def _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length) -> None:
