@@ -46,9 +46,11 @@ def _angles(positions: Int[Array, "b l"], frequency: np.ndarray) -> Float[Array,
     2^31 on even numbers of units serve for frequencies, for positions repeat after 2^31.
     """
     units = frequency / (2.0 * np.pi) % 1.0 * 2.0**32
-    whole, even = np.floor(units), 2.0 * np.round(units / 2.0)
-    fraction = ((units - whole) * 2.0**-32).astype(np.float32)[None, None]
-    whole, even = (x.astype(np.uint64).astype(np.uint32)[None, None] for x in (whole, even))
+    fraction = ((units - np.floor(units)) * 2.0**-32).astype(np.float32)[None, None]
+    whole, even = (
+        x.astype(np.uint64).astype(np.uint32)[None, None]
+        for x in (np.floor(units), 2.0 * np.round(units / 2.0))
+    )
     position = jax.lax.bitcast_convert_type(positions, jnp.uint32)[:, :, None]
     near = jnp.minimum(position, jnp.uint32(2**31))
     turns = near * whole + (position - near) * even
