@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, Shaped
 from pallas_kernels import linear_scan
 from pallas_kernels.common import segments as segment_ops
 from seqmodels.arguments import segment_order
+from seqmodels.layers.positions import further
 from seqmodels.parallel.rows import over_rows
 
 State = Any
@@ -87,7 +88,8 @@ class RecurrentState:
 
     Attributes:
       hidden: pytree of ``(B, ...)`` arrays, the recurrent state after the last real token.
-      position: ``(B,)`` int32, tokens seen of the current document.
+      position: ``(B,)`` int32, tokens seen of the current document; from 2^31 on a negative
+        number, see ``seqmodels.layers.positions``.
       segment: ``(B,)`` int32, id of the current document; 0 before the first token.
     """
 
@@ -120,7 +122,8 @@ class RecurrentState:
         position and segment as they are; the caller sees to ``hidden``.
         """
         if segments is None:
-            return RecurrentState(hidden, self.position + length, jnp.maximum(self.segment, 1))
+            position = further(self.position, jnp.full_like(self.position, length))
+            return RecurrentState(hidden, position, jnp.maximum(self.segment, 1))
         lengths = segments.lengths
         last = jnp.maximum(lengths - 1, 0)[:, None]
         run, place, name = (
@@ -131,16 +134,17 @@ class RecurrentState:
         some = lengths > 0
         return RecurrentState(
             hidden,
-            jnp.where(some, place + 1 + before, self.position),
+            jnp.where(some, further(before, place + 1), self.position),
             jnp.where(some, name, self.segment),
         )
 
     def positions(self, segments: Segments | None, length: int) -> Int[Array, "b l"]:
         """Positions of the next ``length`` tokens, each from the start of its document."""
         if segments is None:
-            return self.position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+            count = jnp.arange(length, dtype=jnp.int32)[None]
+            return further(self.position[:, None], count)
         before = self._continued(segments)[:, None]
-        return segments.positions + jnp.where(segments.runs == 1, before, 0)
+        return further(jnp.where(segments.runs == 1, before, 0), segments.positions)
 
     def _continued(self, segments: Segments) -> Int[Array, " b"]:
         """Tokens of each row's first document that earlier calls have seen."""

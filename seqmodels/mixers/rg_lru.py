@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import linear_scan
+from pallas_kernels.common import products
 from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, mask_padding
@@ -176,9 +177,7 @@ class RealGatedUnit(nn.Module):
         weight = self.param(f"{name}_weight", init, (heads, size, size), jnp.float32)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, size), jnp.float32)
         blocks = x.reshape(*x.shape[:-1], heads, size)
-        z = jnp.einsum(
-            "blhi,hij->blhj", blocks, weight.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        z = products.einsum("blhi,hij->blhj", blocks, weight.astype(x.dtype))
         return jax.nn.sigmoid(z + jnp.broadcast_to(bias, z.shape)).reshape(x.shape)
 
 

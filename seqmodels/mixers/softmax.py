@@ -133,6 +133,11 @@ class CachingMixer(Mixer[Config]):
                 f"{self.config.mixer} mixer: max_length={max_length} must be positive, the cache "
                 "has room for so many tokens of a document"
             )
+        if max_length >= 2**31:
+            raise ValueError(
+                f"{self.config.mixer} mixer: max_length={max_length} must be below 2**31, so many "
+                "tokens of a document can be counted"
+            )
         return max_length
 
 
@@ -238,5 +243,8 @@ def write(
 
 
 def overflow(y: Array, full: Bool[Array, "b l"]) -> Array:
-    """NaN, rather than a wrong answer, for tokens behind what a cache has room for."""
-    return jnp.where(full[:, :, None], jnp.full_like(y, jnp.nan), y)
+    """NaN, rather than a wrong answer, for tokens behind what a cache has room for.
+
+    Without any there is no NaN at all: `jax.debug_nans` stops at such tokens and nowhere else.
+    """
+    return jnp.where(full[:, :, None], jnp.nan, y)
