@@ -15,32 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from tqdm import tqdm
 
+from experiments.command_line import run_command
 from experiments.lm.run import Trained, bits_per_byte, load_trained
-from experiments.run import UsageError, main_guard
 from seqmodels.data import text
 from seqmodels.models import marks
 from seqmodels.parallel.mesh import make_mesh
+from seqmodels.ranges import Checked, Size
 from seqmodels.training.evaluation import evaluate
 from seqmodels.training.language import growing_mixers, language
 from seqmodels.training.step import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     checkpoint: Path
     """A run directory, its checkpoints/ or one step in there."""
     data: Path
     """A text file, or a folder with *.txt files."""
-    context: int | None = None
+    context: Size | None = None
     """Evaluate independent windows of so many bytes; default: carry the states if possible."""
-    chunk: int = 1024
+    chunk: Size = 1024
     """Tokens read at a time where states are carried."""
-    batch_size: int = 8
+    batch_size: Size = 8
     """Windows read at a time."""
     average: bool = True
     """Take the average of the parameters, if the run has one."""
@@ -60,8 +60,6 @@ def evaluate_text(trained: Trained, data: text.Text, arguments: Arguments) -> di
     Raises:
       ValueError: the mixers do not take several documents a row, or arguments out of range.
     """
-    if arguments.context is not None and arguments.context < 1:
-        raise UsageError(f"--context {arguments.context} must be at least 1")
     context = arguments.context
     if context is None and growing_mixers(trained.model):
         context = trained.config.data.length
@@ -113,8 +111,9 @@ def report(arguments: Arguments) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lm.eval")
-    return main_guard(lambda: report(parsed), show_traceback=parsed.traceback)
+    return run_command(
+        Arguments, report, arguments, description=__doc__, prog="experiments.lm.eval"
+    )
 
 
 if __name__ == "__main__":

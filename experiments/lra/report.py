@@ -8,20 +8,20 @@ experiments/lra/published.py.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command_line import run_command
 from experiments.lra.plots import comparison
 from experiments.lra.presets import PAPER
 from experiments.lra.published import ROWS, TASKS
-from experiments.run import main_guard
+from experiments.lra.result import read_result
 from seqmodels.config import to_dict
+from seqmodels.ranges import Checked
 
 SELECTED = (
     "Transformer",
@@ -45,7 +45,7 @@ AVERAGES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     results_dir: Path = Path("experiments/results/lra")
@@ -64,20 +64,14 @@ def read_results(results_dir: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: there is none, or a file is not a result.
     """
-    results = []
-    for path in sorted(results_dir.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            key = [result[name] for name in ("task", "model", "preset", "seed", "test_accuracy")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of experiments.lra.train: {error}") from error
-        results.append((key, result))
+    results = [read_result(path) for path in sorted(results_dir.glob("*.json"))]
     if not results:
         raise ValueError(
             f"no results in {results_dir}; make one with python -m experiments.lra.train, "
             "or name another --results-dir"
         )
-    return [result for _, result in sorted(results, key=lambda item: item[0])]
+    names = ("task", "model", "preset", "seed", "test_accuracy")
+    return sorted(results, key=lambda result: [result[name] for name in names])
 
 
 def longest(result: dict[str, Any]) -> int:
@@ -166,8 +160,9 @@ def report(arguments: Arguments) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lra.report")
-    return main_guard(lambda: report(parsed), show_traceback=parsed.traceback)
+    return run_command(
+        Arguments, report, arguments, description=__doc__, prog="experiments.lra.report"
+    )
 
 
 if __name__ == "__main__":
