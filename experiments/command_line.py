@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import sys
 import traceback
@@ -84,6 +85,7 @@ def parse(
     *,
     prog: str,
     strict: bool = False,
+    help_option: str = "--help",
     **options: Any,
 ) -> tuple[Arguments, list[str]]:
     """``tyro.cli`` whose complaints are one line: the arguments, and the options left over.
@@ -93,6 +95,7 @@ def parse(
       arguments: the command line; None for that of the process.
       prog: name of the command.
       strict: refuse options that ``kind`` does not know.
+      help_option: which shows the options, for messages.
       options: of ``tyro.cli``.
 
     Raises:
@@ -109,14 +112,15 @@ def parse(
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
-        said = _one_line(complaint.getvalue()).replace(f"{kind.__name__}: ", "")
-        raise UsageError(f"{said}; see {prog} --help") from None
+        said = _one_line(complaint.getvalue()).removeprefix("Error parsing ")
+        said = said.replace(f"{kind.__name__}: ", "").rstrip(".")
+        raise UsageError(f"{said}; see {help_option}") from None
 
 
 def _refuse_empty_paths(kind: type, arguments: Sequence[str]) -> None:
     """``Path("")`` is the current directory, which is not what an empty variable means."""
     paths = {f"--{name}" for name, hint in ranges.hints(kind).items() if Path in _members(hint)}
-    for option, value in zip(arguments, [*arguments[1:], None], strict=True):
+    for option, value in itertools.zip_longest(arguments, arguments[1:]):
         name, equals, inline = option.partition("=")
         if name.replace("-", "_").replace("__", "--", 1) in paths and (
             (equals and not inline) or (not equals and value == "")
@@ -149,8 +153,15 @@ def changed(config: Config, options: Sequence[str], *, prog: str = "") -> Config
       UsageError: there is no such field, or the value does not fit it.
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    kind = type(config)
-    return parse(kind, options, prog=prog, strict=True, default=config, config=markers)[0]
+    return parse(
+        type(config),
+        options,
+        prog=prog,
+        strict=True,
+        help_option="--help-fields",
+        default=config,
+        config=markers,
+    )[0]
 
 
 def as_options(settings: Sequence[str]) -> list[str]:

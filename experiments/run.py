@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from experiments.command_line import UsageError
+from seqmodels import ranges
 from seqmodels.config import from_dict, to_dict
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.ranges import Checked
@@ -121,6 +122,14 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return found
+
+
+def check_record(record: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what was read from a file has these fields, declared as configs'."""
+    for name, hint in fields.items():
+        if name not in record:
+            raise ValueError(f"{name} is missing")
+        ranges.check(name, record[name], hint)
 
 
 def _completed(saved: Any, kind: type) -> dict[str, Any]:

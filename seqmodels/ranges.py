@@ -34,12 +34,12 @@ class Range:
     """
 
     rule: str
-    low: float = -math.inf
-    high: float = math.inf
+    low: int | float = -math.inf
+    high: int | float = math.inf
     above: bool = False
     below: bool = False
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: int | float) -> bool:
         enough = value > self.low if self.above else value >= self.low
         return enough and (value < self.high if self.below else value <= self.high)
 
@@ -99,8 +99,8 @@ def check(where: str, value: Any, hint: Any) -> None:
     elif origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in args):
             raise ValueError(f"{where}={value!r} is not one of {', '.join(map(repr, args))}")
-    elif origin is tuple:
-        _check_tuple(where, value, args)
+    elif origin in (tuple, list):
+        _check_sequence(where, value, origin, args)
     elif origin is dict:
         _check_kind(where, value, isinstance(value, Mapping), "a mapping")
         for key, item in value.items():
@@ -148,9 +148,9 @@ def _check_union(where: str, value: Any, members: tuple[Any, ...]) -> None:
     raise ValueError("; or ".join(problems) + none)
 
 
-def _check_tuple(where: str, value: Any, args: tuple[Any, ...]) -> None:
-    _check_kind(where, value, isinstance(value, tuple), "a tuple")
-    if len(args) == 2 and args[1] is Ellipsis:
+def _check_sequence(where: str, value: Any, kind: type, args: tuple[Any, ...]) -> None:
+    _check_kind(where, value, isinstance(value, kind), f"a {kind.__name__}")
+    if kind is list or (len(args) == 2 and args[1] is Ellipsis):
         args = args[:1] * len(value)
     elif len(args) != len(value):
         raise ValueError(f"{where}={value!r} must have {len(args)} entries")

@@ -96,6 +96,15 @@ class AotConfig(Checked):
             for value in getattr(self, name):
                 if value not in allowed:
                     raise ValueError(f"{name}={value!r} is unknown; one of {', '.join(allowed)}")
+        shapes = self.shapes
+        for shape in self.shape:
+            if not any(shape in names for names in shapes.values()):
+                raise ValueError(f"shape={shape!r} is in none of {', '.join(shapes)}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """The named shapes of each family that is asked for."""
+        return {family: tuple(_shapes(family).SHAPES) for family in self.family or FAMILIES}
 
 
 class Key(NamedTuple):
@@ -176,15 +185,8 @@ def sources(family: str) -> str:
 
 
 def wanted(config: AotConfig, known: Cells) -> list[Key]:
-    """The cells to do, those of one family and chip together.
-
-    Raises:
-      ValueError: no family has a shape of that name.
-    """
-    shapes = {family: tuple(_shapes(family).SHAPES) for family in config.family or FAMILIES}
-    for name in config.shape:
-        if not any(name in names for names in shapes.values()):
-            raise ValueError(f"shape={name!r} is in none of {', '.join(shapes)}")
+    """The cells to do, those of one family and chip together."""
+    shapes = config.shapes
     keys = [
         Key(family, shape, mode, chip)
         for family, names in shapes.items()

@@ -35,12 +35,12 @@ from experiments.lm import presets
 from experiments.lm.presets import ExperimentConfig, ModelSize
 from experiments.lm.run import TextData, load_data, make_task
 from experiments.lm.train import train_and_evaluate
-from experiments.run import Locations, absolute
+from experiments.run import Locations, absolute, check_record, read_object
 from seqmodels.config import to_dict
 from seqmodels.data import text
 from seqmodels.mixers import REGISTRY, build
 from seqmodels.parallel.mesh import make_mesh, put_batch
-from seqmodels.ranges import Between, Checked, Positive, Seed, Size
+from seqmodels.ranges import Between, Checked, Count, NonNegative, Positive, Seed, Size
 from seqmodels.training.metrics import finite, read_jsonl, write_atomically
 from seqmodels.training.run_directory import environment, open_run
 from seqmodels.training.state import create_state, optimizer_of
@@ -50,6 +50,21 @@ PARAMETERS = 1_000_000
 LAYERS = 4
 CONTEXTS = (256, 65_536)
 """Tokens at which the states are measured."""
+
+# What a table that is there must have to be read.
+TABLE: dict[str, Any] = {
+    "settings": dict[str, Any] | None,
+    "rows": dict[str, dict[str, Any]],
+    "left_out": dict[str, str],
+}
+SETTINGS: dict[str, Any] = {
+    "steps": Size, "batch_size": Size, "length": Size, "tokens": Size, "layers": Size,
+    "learning_rate": Positive,
+}  # fmt: skip
+ROW: dict[str, Any] = {
+    "bits_per_byte": NonNegative, "parameters": Size, "width": Size, "mlp": Size,
+    "tokens_per_second_in_training": NonNegative, "state_bytes": dict[str, Any],
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +173,16 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {"settings": None, "rows": {}, "left_out": {}}
+    table = read_object(path)
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {**table, "rows": dict(table["rows"]), "settings": table["settings"]}
-    except (ValueError, KeyError, TypeError) as error:
+        check_record(table, TABLE)
+        check_record(table["settings"] or {}, SETTINGS if table["rows"] else {})
+        for row in table["rows"].values():
+            check_record(row, ROW)
+            check_record(row["state_bytes"], {str(length): Count for length in CONTEXTS})
+    except ValueError as error:
         raise ValueError(f"{path} is not a table of experiments.lm.table: {error}") from error
+    return table
 
 
 def make_row(

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from experiments.lra.presets import ExperimentConfig
-from experiments.run import read_object
-from seqmodels import ranges
+from experiments.run import check_record, read_object
 from seqmodels.config import from_dict
 from seqmodels.ranges import Count, NonNegative, Range, Seed
 
@@ -27,8 +26,8 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     result = read_object(path)
     try:
-        _check(result, FIELDS)
-        _check(result["environment"], ENVIRONMENT)
+        check_record(result, FIELDS)
+        check_record(result["environment"], ENVIRONMENT)
         if not result["baselines"]:
             raise ValueError("baselines is empty")
         config = from_dict(ExperimentConfig, result.get("config"), where="config")
@@ -41,10 +40,3 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{path} is not a result of experiments.lra.train, move it away: {error}"
         ) from error
     return result
-
-
-def _check(record: dict[str, Any], fields: dict[str, Any]) -> None:
-    for name, hint in fields.items():
-        if name not in record:
-            raise ValueError(f"{name} is missing")
-        ranges.check(name, record[name], hint)
