@@ -58,7 +58,11 @@ def from_dict(kind: type[C], data: Any, *, where: str = "") -> C:
     ]
     if missing:
         raise ValueError(f"{label}: missing key {', '.join(map(repr, missing))}")
-    return kind(**{name: _read(hints[name], data[name], f"{label}.{name}") for name in data})
+    values = {name: _read(hints[name], data[name], f"{label}.{name}") for name in data}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _mixer_class(kind: type, data: dict[str, Any], label: str) -> Any:

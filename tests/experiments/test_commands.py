@@ -183,7 +183,7 @@ def assert_success_or_one_line(module, arguments):
 
 
 FUZZ = settings(
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,
