@@ -96,8 +96,15 @@ def require_names(arguments: Any, saved: Mapping[str, Any], run_dir: Path) -> No
 
 
 def result_path(results_dir: Path, name: str, config: Any) -> Path:
-    """Where the result goes; UsageError if it would replace that of another config."""
+    """Where the result goes.
+
+    Raises:
+      UsageError: it would replace that of another config, or ``results_dir`` can be no folder.
+    """
     path = results_dir / f"{name}.json"
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"--results-dir {results_dir}: {there} is a file; name a folder")
     if path.exists():
         saved = read_object(path).get("config", {})
         different = differences(_completed(saved, type(config)), finite(to_dict(config)))

@@ -119,6 +119,8 @@ def run(
 
     The versions of `packages` are written besides those of every run.
     """
+    if config.path.is_dir():
+        raise ValueError(f"output={str(config.path)!r} is a folder; name the JSON file")
     start, done = time.perf_counter(), []
     machine = environment()  # before this command's own output changes the checkout
     machine["versions"] |= {name: importlib.metadata.version(name) for name in packages}

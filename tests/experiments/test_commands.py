@@ -285,7 +285,7 @@ def test_choices_of_the_benchmark_are_all_there_are():
         ("kernels.bench", ["--tpu-chips", "v9"], "--tpu-chips"),
         ("lm.generate", ["--seed", "99999999999999999999"], "seed=99999999999999999999 must be in"),
         ("lra.train", ["--seed", "99999999999999999999"], "seed=99999999999999999999 must be in"),
-        ("lra.train", ["--set", "preset=../../x"], "--preset is fixed"),
+        ("lra.train", ["--set", "preset=../../x"], "--preset"),
         ("lra.train", ["--set", "lengths=[]"], "lengths=() must be increasing"),
         ("lra.train", ["--lengths", "5"], "would cut rows of up to 199 tokens"),
         ("lra.train", ["--run-dir", ""], "--run-dir '' must name a file or a folder"),
@@ -293,6 +293,7 @@ def test_choices_of_the_benchmark_are_all_there_are():
         ("lm.train", ["--set", "model.vocabulary_size=256"], "vocabulary_size=256 is too small"),
         ("lm.train", ["--results-dir="], "--results-dir '' must name"),
         ("lra.eval", ["--steps", "3"], "Unrecognized options: --steps, 3"),
+        ("lra.train", ["--results-dir", "text.txt/x"], "text.txt is a file; name a folder"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(name, more, message, folder):

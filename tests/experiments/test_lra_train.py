@@ -123,7 +123,7 @@ def test_resuming_needs_only_the_run_directory(trained, tmp_path):
         (["--task", "listops", "--model", "s6"], "choose one of s4d, s5"),
         (["--task", "listops", "--model", "s5", "--preset", "x"], "choose one of paper, cpu"),
         (["--task", "listops"], "needs --task and --model"),
-        (["--task", "listops", "--model", "s5", "--set", "train.x=1"], "options: --train.x=1"),
+        (["--task", "listops", "--model", "s5", "--set", "train.x=1"], "--train.x=1"),
         (["--task", "listops", "--model", "s5", "--steps", "0"], "steps=0"),
         (["--resume", "--run-dir", "nowhere"], "not a run directory"),
     ],
