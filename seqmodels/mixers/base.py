@@ -1,9 +1,7 @@
 """The mixer contract: segments, carried state, parameter marks, the base classes."""
 
 import dataclasses
-import types
-import typing
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -17,6 +15,7 @@ from pallas_kernels.common import segments as segment_ops
 from seqmodels.arguments import segment_order
 from seqmodels.layers.positions import further
 from seqmodels.parallel.rows import over_rows
+from seqmodels.ranges import Checked
 
 State = Any
 """What a mixer carries from call to call: a pytree; ``None`` where a mixer does not stream."""
@@ -194,8 +193,12 @@ def mask_padding(x: Inexact[Array, "b l *d"], segments: Segments | None) -> Any:
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
+Implementation = Literal["reference", "xla", "tpu", "gpu"]
+"""Of a kernel, see ``pallas_kernels.common.dispatch``."""
+
+
 @dataclasses.dataclass(frozen=True)
-class MixerConfig:
+class MixerConfig(Checked):
     """Base of the mixers' configs; ``mixer`` is the registered name."""
 
     mixer: ClassVar[str]
@@ -313,25 +316,3 @@ class Mixer(nn.Module, Generic[Config]):
                 f"{self.config.mixer} mixer: {argument} is refused, a bidirectional mixer sees the "
                 "whole sequence and carries no state; set bidirectional=False to stream"
             )
-
-
-def check_choices(config: Any) -> None:
-    """Raises ValueError unless every ``Literal`` field of a dataclass holds one of its choices."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        members = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-        if (value is None and type(None) in members) or not any(map(_is_literal, members)):
-            continue
-        choices = [c for m in members if _is_literal(m) for c in typing.get_args(m)]
-        if value not in choices:
-            raise ValueError(
-                f"{type(config).__name__}: {name}={value!r} is not one of "
-                + ", ".join(map(repr, choices))
-            )
-
-
-_UNIONS = (typing.Union, types.UnionType)
-
-
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Literal

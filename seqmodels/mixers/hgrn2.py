@@ -16,6 +16,7 @@ from seqmodels.layers.heads import split_heads
 from seqmodels.mixers.base import Mark, RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Count, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,9 @@ class HGRN2Config(MatrixConfig):
 
     mixer: ClassVar[str] = "hgrn2"
 
-    head_size: int | None = None
-    layer: int = 0
-    layers: int = 1
+    head_size: Size | None = None
+    layer: Count = 0
+    layers: Size = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,10 +19,10 @@ from seqmodels.mixers.softmax import (
     held,
     last_document,
     renewed,
-    require_positive,
     runs_of,
     write,
 )
+from seqmodels.ranges import Count, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,8 @@ class SlidingWindowConfig(SoftmaxConfig):
 
     mixer: ClassVar[str] = "sliding_window"
 
-    window: int = 2048
-    sinks: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "window")
-        if self.sinks < 0:
-            raise ValueError(f"{type(self).__name__}: sinks={self.sinks} must not be negative")
+    window: Size = 2048
+    sinks: Count = 0
 
 
 SAMBA = SlidingWindowConfig(heads=12, window=2048)
