@@ -140,5 +140,6 @@ def _refusals(x: Any, A: Any) -> dict[str, str]:
     if x.dtype == jnp.float64:
         wide = f"it has no {x.dtype}; reference and xla do"
         return {"tpu": wide, "gpu": wide}
-    largest = functools.partial(gpu.largest_array, *x.shape, A.shape[1])
-    return symbolic.gpu_refusals(x.shape[0], "an array", largest)
+    batch, length, width = x.shape
+    largest = functools.partial(gpu.largest_array, batch, length, width, A.shape[1])
+    return symbolic.gpu_refusals(batch, "an array", largest)
