@@ -223,12 +223,11 @@ def test_escapes_mean_the_same_in_stops_and_separators(carrying, tmp_path, monke
     monkeypatch.setattr(lm_generate, "until", lambda pieces, stops: seen.append(stops) or iter(()))
     texts = [r"\n\n", r"a\tb", r"\\n", r"\d", "\n"]
     assert generate(carrying, *(part for text in texts for part in ("--stop", text))) == 0
-    separators = [
-        lm_train.changes_of(lm_train.Arguments(separator=text))["data.separator"] for text in texts
-    ]
+    options = [lm_train.options_of(lm_train.Arguments(separator=text)) for text in texts]
+    separators = [option.removeprefix("--data.separator=") for (option,) in options]
     assert separators == ["\n\n", "a\tb", r"\n", r"\d", "\n"]
     assert seen == [[separator.encode() for separator in separators]]
-    assert "data.separator" not in lm_train.changes_of(lm_train.Arguments())
+    assert lm_train.options_of(lm_train.Arguments()) == []
     for command, option in ((lm_generate, "--stop"), (lm_train, "--separator")):
         with pytest.raises(SystemExit):
             command.main(["--help"])
