@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -120,7 +119,7 @@ def pallas_call(
         )
         # Pallas' TPU interpreter does not know Triton's loads; its generic one does.
         interpret = _interpreter.value if backend == "tpu" else interpreting()
-        run = pl.pallas_call(
+        return pl.pallas_call(
             kernel,
             out_shape=out_shape,
             grid=grid,
@@ -131,10 +130,6 @@ def pallas_call(
             cost_estimate=cost,
             interpret=interpret or False,
             name=name,
-        )
-        with warnings.catch_warnings():
-            # Deprecated since jax 0.11, still the lowering that runs on every GPU since Ampere.
-            warnings.filterwarnings("ignore", "(?i).*triton.*", DeprecationWarning)
-            return run(*operands)
+        )(*operands)
 
     return call

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 from seqmodels.generation import Sampling, generate
@@ -17,11 +15,10 @@ from seqmodels.interop.huggingface import load, save
 from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, S5Config, SlidingWindowConfig
 from seqmodels.models import LanguageModel, stack_layers
 from seqmodels.models.published import griffin_language_model, mamba_language_model
+from tests.pytorch import torch, transformers
 
 # torch deprecates what its own modules call while transformers runs; nothing of ours is silenced.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
 CONFIGS = {
