@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -93,38 +93,45 @@ def value_and_gradients(op: Any, *args: Any, cotangents: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def program(op: Callable[..., Any], quick: bool = False, **static: Any) -> Callable[..., Any]:
+def program(op: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     """`run(args, data, cotangents)`: `op` and its gradients as one jitted program.
 
-    The same op and options give the same program, so calls that differ in values do not compile
-    again. Code that a test replaces is traced before or after: see `tests/conftest.py`.
+    The same op and options give the same program, so that calls which differ in values only do not
+    compile again. (Where a test replaces code, `tests/conftest.py` drops the programs.)
 
     Args:
-      op: called as `op(**args, **data, **static)`; a function of a module, not one made for a call.
-      quick: compile with `QUICK`, for oracles.
+      op: called as `op(*args, **data, **static)`, or `op(**args, ...)` where `args` is a dict; a
+        function of a module, not one made for the call.
       **static: hashable options.
+
+    Returns:
+      A function to `{"outputs": ..., "gradients": ...}`: gradients of `args`, for `cotangents` of
+      the outputs; `data` are arrays without gradients, such as segment ids.
     """
-
-    def run(args: Any, data: Any, cotangents: Any) -> dict[str, Any]:
-        outputs, pullback = jax.vjp(lambda args: op(**args, **data, **static), args)
-        return {"outputs": outputs, "gradients": pullback(cotangents)[0]}
-
-    return jax.jit(run, compiler_options=QUICK if quick else None)
+    return jax.jit(functools.partial(_run, op, static))
 
 
-def differentiate(
-    op: Callable[..., Any],
-    args: Mapping[str, Any],
-    data: Mapping[str, Any],
-    cotangents: Any,
-    *,
-    quick: bool = False,
-    **static: Any,
-) -> dict[str, Any]:
-    """`{"outputs": ..., "gradients": {name: ...}}` of `op(**args, **data, **static)`.
+@functools.cache
+def oracle(op: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """`program` of a sequential reference, compiled with `QUICK`."""
+    return jax.jit(functools.partial(_run, op, static), compiler_options=QUICK)
 
-    Gradients are of `args`, for `cotangents` of the outputs; `data` are arrays without gradients,
-    such as segment ids. What may be None in either is left to the op. Compiled by `program`.
-    """
-    run = program(op, quick, **static)
-    return run(dict(args), dict(data), jax.tree.map(jnp.asarray, cotangents))
+
+def _run(op: Any, static: Any, args: Any, data: Any, cotangents: Any) -> dict[str, Any]:
+    def call(args: Any) -> Any:
+        if isinstance(args, dict):
+            return op(**args, **data, **static)
+        return op(*args, **data, **static)
+
+    outputs, pullback = jax.vjp(call, args)
+    return {"outputs": outputs, "gradients": pullback(cotangents)[0]}
+
+
+def doubled(tree: Any) -> Any:
+    """The arrays in double precision; inside `jax.enable_x64`."""
+
+    def double(x: Any) -> jax.Array:
+        wide = np.complex128 if np.iscomplexobj(x) else np.float64
+        return jnp.asarray(np.asarray(x).astype(wide))
+
+    return jax.tree.map(double, tree)

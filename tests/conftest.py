@@ -57,6 +57,7 @@ def _compilation(request):
             patch.setattr(compiler, "get_compile_options", _quick_on_cpus)
         yield
     testing.program.cache_clear()
+    testing.oracle.cache_clear()
     jax.clear_caches()
 
 
