@@ -14,6 +14,7 @@ from seqmodels.generation import Sampling, generate
 from seqmodels.interop.huggingface import load, save
 from seqmodels.mixers import S5Config
 from seqmodels.models import LanguageModel, stack_layers
+from tests.pytorch import torch, transformers
 from tests.seqmodels.interop.checkpoints import (
     CONFIGS,
     IDS,
