@@ -1,30 +1,35 @@
 # Two commands: `make lra` trains a model and prints its row of the table; `make test` runs the tests.
+# `make test-all` compiles everything for every chip too; `make test-newest` takes the newest versions.
 # Each has an environment of its own: the tests need compilers for machines that are not there.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRAS ?= dev
+CONSTRAINTS ?= constraints.txt
 
 LRA_RUN := runs/lra/listops-s5-cpu-seed0
 
-.PHONY: lra test check bench clean
+.PHONY: lra test test-all test-newest check bench clean
 
 lra: .venv/installed
 	.venv/bin/python -m experiments.lra.train --task listops --model s5 --preset cpu \
 		--run-dir $(LRA_RUN) $$(test -d $(LRA_RUN)/checkpoints && echo --resume)
 	.venv/bin/python -m experiments.lra.report
 
-# Most of the tests' time is XLA compiling small programs. Where a test is of kernels that are only
-# interpreted, or of what modules do with operators, XLA may use its quick code generator; the
-# portable operators, training and all else are tested as users run them. `pytest` alone does that
-# with everything.
-QUICKLY := $(wildcard tests/pallas_kernels/*/test_*_kernels.py tests/pallas_kernels/*/test_*_tpu.py \
-	tests/pallas_kernels/*/test_*_gpu.py) tests/seqmodels/mixers tests/seqmodels/models
-QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
-	--xla_cpu_parallel_codegen_split_count=1
-
+# One of each kind, with XLA's quick code generator where no portable operator's numbers are tested.
 test: .venv-test/installed-$(EXTRAS)
-	.venv-test/bin/python -m pytest -n 2 --dist worksteal $(QUICKLY:%=--ignore=%)
-	XLA_FLAGS="$(QUICK)" .venv-test/bin/python -m pytest -n 2 --dist worksteal $(QUICKLY)
+	.venv-test/bin/python -m pytest -n 2 --dist worksteal
+
+# Every named shape on every chip, everything compiled with full optimisation: an hour or two.
+test-all: .venv-test/installed-$(EXTRAS)
+	.venv-test/bin/python -m pytest -n 2 --dist worksteal --everything
+
+# A few tests of each floor with the newest versions: what a new jax breaks first.
+NEWEST := tests/pallas_kernels/tools tests/pallas_kernels/linear_scan \
+	tests/seqmodels/training/test_training_step.py tests/seqmodels/models/test_published.py \
+	tests/seqmodels/mixers/test_mamba.py
+
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal $(NEWEST)
 
 check: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/ruff check .
@@ -39,10 +44,16 @@ bench: .venv-test/installed-$(EXTRAS)
 	.venv/bin/python -m pip install --constraint constraints.txt --editable .
 	touch $@
 
-.venv-test/installed-$(EXTRAS): pyproject.toml constraints.txt
+.venv-test/installed-$(EXTRAS): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-test
-	.venv-test/bin/python -m pip install --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	.venv-test/bin/python -m pip install --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	touch $@
+
+# Without PyTorch, which comes with CUDA's libraries for most versions of Python.
+.venv-newest/installed: pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --constraint constraints-newest.txt --editable ".[test,aot]"
 	touch $@
 
 clean:
-	rm -rf .venv .venv-test
+	rm -rf .venv .venv-test .venv-newest

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -137,9 +136,7 @@ def pallas_call(
             name=name,
         )
         # With jax_enable_x64 indices and counters would have 64 bits, which a TPU does not.
-        with jax.enable_x64(False), warnings.catch_warnings():
-            # Deprecated since jax 0.11, still the lowering that runs on every GPU since Ampere.
-            warnings.filterwarnings("ignore", "(?i).*triton.*", DeprecationWarning)
+        with jax.enable_x64(False):
             return run(*operands)
 
     return call

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -198,7 +199,28 @@ def compile_for(chip: str, fn: Callable[..., Any], *args: Any) -> jax.stages.Com
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.jit(fn).lower(*jax.tree.map(place, args)).compile()
+    with _lowering(chip):
+        lowered = jax.jit(fn).lower(*jax.tree.map(place, args))
+    return lowered.compile()
+
+
+@contextlib.contextmanager
+def _lowering(chip: str) -> Iterator[None]:
+    """What jax wants around the lowering of a program for an absent `chip`."""
+    device = topology(chip).devices[0]
+    with contextlib.ExitStack() as stack:
+        if chip in GPUS:
+            stack.enter_context(warnings.catch_warnings())
+            # Deprecated since jax 0.11, still the lowering for every GPU since Ampere.
+            warnings.filterwarnings(
+                "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+            )
+        if chip in GPUS and jax.__version_info__ >= (0, 11):
+            # Pallas asks for the GPU's kind and cores, and there is no device to ask.
+            kind = jax.sharding.AbstractDevice(device.device_kind, device.core_count, "cuda")
+            mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        yield
 
 
 def kernel_bytes(fn: Callable[..., Any], *args: Any) -> int | None:
@@ -395,7 +417,8 @@ def _worker(
     variable, flag = (
         ("LIBTPU_INIT_ARGS", "--xla_jf_dump_static_llo_profile_to")
         if chip in TPUS
-        else ("XLA_FLAGS", "--xla_dump_to")
+        # Since jax 0.11 PTX is not dumped unless all emitters are asked to.
+        else ("XLA_FLAGS", "--xla_dump_emitter_re=.* --xla_dump_to")
     )
     dump, task = Path(directory, "dump"), Path(directory, "task.json")
     task.write_text(json.dumps(argument_lists))

@@ -1,10 +1,12 @@
 """Chips that are not here."""
 
-import itertools
-
 import pytest
 
 from pallas_kernels.tools import aot
+
+# What is always compiled for: the two generations of each that are in most use.
+TPUS = ("v5e", "v6e")
+GPUS = ("a100", "h100")
 
 
 def needs_compiler(chip: str) -> None:
@@ -13,26 +15,45 @@ def needs_compiler(chip: str) -> None:
         pytest.skip(f"not run: {reason}")
 
 
-# What CI compiles for. The table of compiled shapes has every shape on every chip.
-TPUS = ("v5e", "v6e")
-GPUS = ("a100", "h100")
+def on_tpus(shapes, always, modes=("forward+backward", "forward")):
+    """``(chip, shape, mode)``: every named shape on every TPU.
+
+    Those of ``always``, one of each kind, always run: in the first mode on `TPUS`, in others on the
+    first of them. The rest is `full`.
+    """
+    return [
+        _always(
+            shape in always and chip in (TPUS if mode == modes[0] else TPUS[:1]), chip, shape, mode
+        )
+        for mode in modes
+        for shape in shapes
+        for chip in aot.TPUS
+    ]
 
 
-def alternating(chips, shapes):
-    """``(chip, shape)`` for every shape, with one chip after the other."""
-    return list(zip(itertools.cycle(chips), shapes, strict=False))
+def on_gpus(shapes, always):
+    """``(chip, shape)``: every named shape on every GPU; ``always`` runs always, on `GPUS`."""
+    return [
+        _always(shape in always and chip in GPUS, chip, shape)
+        for shape in shapes
+        for chip in aot.GPUS
+    ]
 
 
-def both_modes(chips, shapes):
-    """``(chip, shape, mode)``: the backward pass on one chip, forward alone on the next."""
-    modes = [("forward+backward", chips), ("forward", chips[1:] + chips[:1])]
-    return [(*pair, mode) for mode, order in modes for pair in alternating(order, shapes)]
+def for_spills(chips, shapes):
+    """``(chip, shapes)``: the first shape on the first GPU, and as `full` all on ``chips``."""
+    every = [pytest.param(chip, shapes, marks=pytest.mark.full) for chip in chips]
+    return [(GPUS[0], shapes[:1]), *every]
 
 
-def assert_forward_spills_nothing(chip, case, shapes, kernel):
-    """The GPU's forward kernels of ``shapes``, of which one has ``kernel`` in its name."""
+def _always(always, *case):
+    return pytest.param(*case, marks=() if always else pytest.mark.full)
+
+
+def assert_spills_nothing(chip, case, shapes, kernel, mode="forward"):
+    """No GPU kernel of the programs of ``shapes``, of which one has ``kernel`` in its name."""
     needs_compiler(chip)
-    reports = aot.each(chip, case, [[shape, "gpu", "forward"] for shape in shapes])
+    reports = aot.each(chip, case, [[shape, "gpu", mode] for shape in shapes])
     for shape, kernels in zip(shapes, reports, strict=True):
         assert not isinstance(kernels, Exception), (shape, kernels)
         assert any(kernel in k.name for k in kernels)

@@ -1,7 +1,5 @@
 """Arguments, cotangents and checks that every implementation of `causal_conv1d` is tested with."""
 
-import copy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,35 +46,25 @@ class Case:
     def oracle(self):
         """The same numbers through the sequential reference in double precision."""
         with jax.enable_x64(True):
-            wide = copy.copy(self)
-            wide.args, wide.cotangents = jax.tree.map(
-                lambda x: jnp.asarray(np.asarray(x).astype(np.float64)),
-                (self.args, self.cotangents),
-            )
-            runs = None if self.ids is None else segments.runs(self.ids)
-
-            def op(*args):
-                return reference.with_state(Config(self.activation), *args, runs)
-
-            result = testing.value_and_gradients(op, *wide.args, cotangents=wide.cotangents)
+            args, cotangents = testing.doubled((self.args, self.cotangents))
+            run = testing.oracle(_reference, activation=self.activation)
+            result = run(args, {"segment_ids": self.ids}, cotangents)
             return _present(jax.tree.map(np.asarray, result))
 
     def run(self, implementation, *, args=None, ids=None):
         ids = self.ids if ids is None else ids
+        options = {"activation": self.activation, "implementation": implementation}
+        run = testing.program(_conv, **options)
+        return _present(run(args or self.args, {"segment_ids": ids}, self.cotangents))
 
-        def op(x, weight, bias, initial_state):
-            return causal_conv1d(
-                x,
-                weight,
-                bias,
-                activation=self.activation,
-                initial_state=initial_state,
-                segment_ids=ids,
-                implementation=implementation,
-            )
 
-        result = testing.value_and_gradients(op, *(args or self.args), cotangents=self.cotangents)
-        return _present(result)
+def _conv(x, weight, bias, initial_state, **options):
+    return causal_conv1d(x, weight, bias, initial_state=initial_state, **options)
+
+
+def _reference(*args, segment_ids, activation):
+    runs = None if segment_ids is None else segments.runs(segment_ids)
+    return reference.with_state(Config(activation), *args, runs)
 
 
 def _present(result):

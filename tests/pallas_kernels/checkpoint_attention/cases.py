@@ -67,24 +67,24 @@ class Case:
     def oracle(self):
         """The same numbers through the sequential reference in double precision."""
         with jax.enable_x64(True):
-            wide = copy.copy(self)
-            wide.args, wide.cotangents = jax.tree.map(
-                lambda x: jnp.asarray(np.asarray(x).astype(np.float64)),
-                (self.args, self.cotangents),
-            )
-            return jax.tree.map(np.asarray, wide.run("reference"))
+            args, cotangents = testing.doubled((self.args, self.cotangents))
+            result = self._run(testing.oracle, "reference", args, cotangents)
+            return jax.tree.map(np.asarray, result)
 
     def run(self, implementation):
         """`{"outputs": (o, lse), "gradients": {name: ...}}`; -inf in `lse` is 0."""
+        return self._run(testing.program, implementation, self.args, self.cotangents)
 
-        def op(args):
-            o, lse = checkpoint_attention(
-                **args, **self.options, return_lse=True, implementation=implementation
-            )
-            return o, jnp.where(jnp.isneginf(lse), 0.0, lse)
+    def _run(self, program, implementation, args, cotangents):
+        data = {n: x for n, x in self.options.items() if hasattr(x, "shape")}
+        static = {n: x for n, x in self.options.items() if n not in data}
+        run = program(_attention, **static, implementation=implementation)
+        return run(args, data, cotangents)
 
-        result = testing.value_and_gradients(op, self.args, cotangents=self.cotangents)
-        return result | {"gradients": result["gradients"][0]}
+
+def _attention(**options):
+    o, lse = checkpoint_attention(**options, return_lse=True)
+    return o, jnp.where(jnp.isneginf(lse), 0.0, lse)
 
 
 def assert_isolated(run, case):

@@ -4,22 +4,28 @@ import pytest
 
 from pallas_kernels.checkpoint_attention.shapes import SHAPES, case
 from pallas_kernels.tools import aot
-from tests.pallas_kernels.absent import TPUS, alternating, needs_compiler
+from tests.pallas_kernels.absent import (
+    GPUS,
+    assert_spills_nothing,
+    for_spills,
+    needs_compiler,
+    on_gpus,
+    on_tpus,
+)
 
 CASE = "pallas_kernels.checkpoint_attention.shapes:case"
+# Whether it compiles depends on widths and ranges, hardly on lengths.
+ALWAYS = ["bench-packed"]
+SPILL_SHAPES = ["bench-packed", "bench"]
 
 
-@pytest.mark.parametrize(("chip", "shape"), alternating(TPUS, SHAPES))
-def test_compiles_for_tpu(chip, shape):
-    text = aot.compile_for(chip, *case(shape, "tpu", "forward+backward")).as_text() or ""
+@pytest.mark.parametrize(("chip", "shape", "mode"), on_tpus(SHAPES, ALWAYS, ["forward+backward"]))
+def test_compiles_for_tpu(chip, shape, mode):
+    text = aot.compile_for(chip, *case(shape, "tpu", mode)).as_text() or ""
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
-# One of each kind: whether it compiles depends on widths and ranges, hardly on lengths.
-GPU_SHAPES = [("a100", "bench"), ("h100", "scout-430m"), ("h200", "odd-packed"), ("b200", "long")]
-
-
-@pytest.mark.parametrize(("chip", "shape"), GPU_SHAPES)
+@pytest.mark.parametrize(("chip", "shape"), on_gpus(SHAPES, ALWAYS))
 def test_compiles_for_gpu(chip, shape):
     needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
@@ -27,12 +33,9 @@ def test_compiles_for_gpu(chip, shape):
         assert f"checkpoint_attention_{kernel}" in text
 
 
-@pytest.mark.parametrize(("chip", "shape"), [("a100", "bench-packed"), ("h100", "bench")])
-def test_forward_spills_no_registers(chip, shape):
-    needs_compiler(chip)
-    kernels = aot.report(chip, CASE, shape, "gpu", "forward")
-    assert any("checkpoint_attention_forward" in kernel.name for kernel in kernels)
-    assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+@pytest.mark.parametrize(("chip", "shapes"), for_spills(GPUS, SPILL_SHAPES))
+def test_forward_spills_no_registers(chip, shapes):
+    assert_spills_nothing(chip, CASE, shapes, "checkpoint_attention_forward")
 
 
 def test_scaled_shape_keeps_all_but_the_length():

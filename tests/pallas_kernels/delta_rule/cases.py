@@ -1,8 +1,5 @@
 """Arguments, cotangents and checks that every implementation of `delta_rule` is tested with."""
 
-import copy
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +8,6 @@ from pallas_kernels import delta_rule
 from pallas_kernels.tools import testing
 
 DECAYS = (None, "head", "key")
-
-
-@functools.cache
-def _program(implementation, scale):
-    """One jitted program for all cases: what differs is in its arguments."""
-
-    def run(args, ids, cotangents):
-        def op(args):
-            options = {"scale": scale, "segment_ids": ids, "implementation": implementation}
-            return delta_rule(**args, **options)
-
-        outputs, pullback = jax.vjp(op, args)
-        return {"outputs": outputs, "gradients": pullback(cotangents)[0]}
-
-    return jax.jit(run)
 
 
 def normalised(x):
@@ -86,18 +68,15 @@ class Case:
     def oracle(self):
         """The same numbers through the sequential reference in double precision."""
         with jax.enable_x64(True):
-            wide = copy.copy(self)
-            wide.args, wide.cotangents = jax.tree.map(
-                lambda x: jnp.asarray(np.asarray(x).astype(np.float64)),
-                (self.args, self.cotangents),
-            )
-            return jax.tree.map(np.asarray, wide.run("reference"))
+            args, cotangents = testing.doubled((self.args, self.cotangents))
+            run = testing.oracle(delta_rule, scale=self.scale, implementation="reference")
+            return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
     def run(self, implementation, *, args=None, ids=None):
         """`{"outputs": (o, final_state), "gradients": {name: gradient}}`."""
         ids = self.ids if ids is None else ids
-        run = _program(implementation, self.scale)
-        return run(self.args if args is None else args, ids, self.cotangents)
+        run = testing.program(delta_rule, scale=self.scale, implementation=implementation)
+        return run(self.args if args is None else args, {"segment_ids": ids}, self.cotangents)
 
 
 def assert_isolated(run, case):

@@ -5,43 +5,33 @@ import pytest
 from pallas_kernels.delta_rule.shapes import SHAPES, case
 from pallas_kernels.tools import aot
 from tests.pallas_kernels.absent import (
-    TPUS,
-    alternating,
-    assert_forward_spills_nothing,
+    GPUS,
+    assert_spills_nothing,
+    for_spills,
     needs_compiler,
+    on_gpus,
+    on_tpus,
 )
 
 CASE = "pallas_kernels.delta_rule.shapes:case"
+# A decay for each head, for each key, none.
+ALWAYS = ["gated-delta-bench-packed", "kda-bench-packed", "odd-plain"]
+ALWAYS_ON_GPUS = ["gated-deltanet-1.3b", "kda-bench-packed", "odd-plain"]
+SPILL_SHAPES = ["kda-bench-packed", "gated-delta-bench", "deltanet-1.3b"]
 
 
-@pytest.mark.parametrize(("chip", "shape"), alternating(TPUS, SHAPES))
-def test_compiles_for_tpu(chip, shape):
-    """The forward kernel that keeps states, and the backward kernel."""
-    compiled = aot.compile_for(chip, *case(shape, "tpu", "forward+backward"))
-    assert kernels(compiled) == 2
-
-
-FORWARD_SHAPES = ["gated-delta-bench-packed", "kda-bench-packed", "odd-plain"]
-
-
-@pytest.mark.parametrize(("chip", "shape"), alternating(TPUS, FORWARD_SHAPES))
-def test_forward_alone_compiles_for_tpu(chip, shape):
-    assert kernels(aot.compile_for(chip, *case(shape, "tpu", "forward"))) == 1
-
-
-def kernels(compiled):
-    return (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"')
+@pytest.mark.parametrize(("chip", "shape", "mode"), on_tpus(SHAPES, ALWAYS))
+def test_compiles_for_tpu(chip, shape, mode):
+    """The forward kernel, which keeps states where there is a backward one."""
+    compiled = aot.compile_for(chip, *case(shape, "tpu", mode))
+    kernels = {"forward": 1, "forward+backward": 2}[mode]
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
 
 
 KERNELS = ("prepare", "invert", "walk", "read", "retreat", "weigh", "attribute")
-# One of each kind: whether it compiles depends on the mode and on widths, hardly on lengths.
-GPU_SHAPES = ["gated-delta-bench-packed", "kda-bench-packed", "gated-deltanet-1.3b", "cpu"]
-SPILL_SHAPES = ["gated-delta-bench", "kda-bench-packed", "deltanet-1.3b"]
 
 
-@pytest.mark.parametrize(
-    ("chip", "shape"), [*zip(["a100", "h100", "h200", "b200"], GPU_SHAPES, strict=True)]
-)
+@pytest.mark.parametrize(("chip", "shape"), on_gpus(SHAPES, ALWAYS_ON_GPUS))
 def test_compiles_for_gpu(chip, shape):
     needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
@@ -49,6 +39,6 @@ def test_compiles_for_gpu(chip, shape):
         assert f"delta_rule_{kernel}" in text
 
 
-@pytest.mark.parametrize("chip", ["a100", "h100"])
-def test_forward_spills_no_registers(chip):
-    assert_forward_spills_nothing(chip, CASE, SPILL_SHAPES, "delta_rule_walk")
+@pytest.mark.parametrize(("chip", "shapes"), for_spills(GPUS, SPILL_SHAPES))
+def test_forward_spills_no_registers(chip, shapes):
+    assert_spills_nothing(chip, CASE, shapes, "delta_rule_walk")

@@ -1,6 +1,5 @@
 """Arguments, cotangents and checks that every implementation of `diagonal_ssm` is tested with."""
 
-import copy
 import functools
 
 import jax
@@ -49,44 +48,26 @@ class Case:
         self.ids = jnp.asarray(testing.random_ids(rng, batch, length)) if packed else None
         self.reverse = reverse
         self.method = method
-        self.compiled = {}  # by implementation: the same program serves several calls
 
     def oracle(self):
         """The same numbers through the sequential reference in double precision."""
-        kinds = {"c": np.complex128}
         with jax.enable_x64(True):
-            wide = copy.copy(self)
-            wide.compiled = {}
-            wide.args, wide.cotangents = jax.tree.map(
-                lambda x: jnp.asarray(np.asarray(x).astype(kinds.get(x.dtype.kind, np.float64))),
-                (self.args, self.cotangents),
-            )
-            return jax.tree.map(np.asarray, wide.run("reference"))
+            args, cotangents = testing.doubled((self.args, self.cotangents))
+            run = testing.oracle(_ssm, reverse=self.reverse, implementation="reference")
+            return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
     def run(self, implementation, *, args=None, ids=None):
         ids = self.ids if ids is None else ids
-        if self.method == "fft":  # wants to know the ids when it is traced
-            op = functools.partial(self._op, implementation, ids)
+        options = {"reverse": self.reverse, "method": self.method, "implementation": implementation}
+        if self.method == "fft" and ids is not None:  # wants to know the ids when it is traced
+            op = functools.partial(_ssm, segment_ids=ids, **options)
             return testing.value_and_gradients(op, *(args or self.args), cotangents=self.cotangents)
-        if implementation not in self.compiled:
-            self.compiled[implementation] = jax.jit(functools.partial(self._both, implementation))
-        return self.compiled[implementation](ids, self.cotangents, *(args or self.args))
+        run = testing.program(_ssm, **options)
+        return run(args or self.args, {"segment_ids": ids}, self.cotangents)
 
-    def _op(self, implementation, ids, u, log_a, c, initial_state):
-        return diagonal_ssm(
-            u,
-            log_a,
-            c,
-            initial_state=initial_state,
-            segment_ids=ids,
-            reverse=self.reverse,
-            method=self.method,
-            implementation=implementation,
-        )
 
-    def _both(self, implementation, ids, cotangents, *args):
-        outputs, pullback = jax.vjp(functools.partial(self._op, implementation, ids), *args)
-        return {"outputs": outputs, "gradients": pullback(cotangents)}
+def _ssm(u, log_a, c, initial_state, **options):
+    return diagonal_ssm(u, log_a, c, initial_state=initial_state, **options)
 
 
 def assert_isolated(run, case):

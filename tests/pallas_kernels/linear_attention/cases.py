@@ -66,30 +66,15 @@ class Case:
     def oracle(self):
         """The same numbers through the sequential reference in double precision."""
         with jax.enable_x64(True):
-            wide = copy.copy(self)
-            wide.args, wide.cotangents = jax.tree.map(
-                lambda x: jnp.asarray(np.asarray(x).astype(np.float64)),
-                (self.args, self.cotangents),
-            )
-            return jax.tree.map(np.asarray, wide.run("reference"))
+            args, cotangents = testing.doubled((self.args, self.cotangents))
+            run = testing.oracle(linear_attention, implementation="reference")
+            return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
     def run(self, implementation, *, ids=None):
         """`{"outputs": (o, final_state), "gradients": {name: ...}}`."""
         ids = self.ids if ids is None else ids
-
-        def op(args):
-            return linear_attention(
-                args["q"],
-                args["k"],
-                args["v"],
-                args["log_decay"],
-                initial_state=args["initial_state"],
-                segment_ids=ids,
-                implementation=implementation,
-            )
-
-        result = testing.value_and_gradients(op, self.args, cotangents=self.cotangents)
-        return result | {"gradients": result["gradients"][0]}
+        run = testing.program(linear_attention, implementation=implementation)
+        return run(self.args, {"segment_ids": ids}, self.cotangents)
 
 
 def assert_isolated(run, case):

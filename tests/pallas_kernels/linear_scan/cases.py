@@ -1,7 +1,5 @@
 """Arguments, cotangents and checks that every implementation of `linear_scan` is tested with."""
 
-import copy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,29 +45,19 @@ class Case:
 
     def oracle(self):
         """The same numbers through the sequential reference in double precision."""
-        kinds = {"c": np.complex128}
         with jax.enable_x64(True):
-            wide = copy.copy(self)
-            wide.args, wide.cotangents = jax.tree.map(
-                lambda x: jnp.asarray(np.asarray(x).astype(kinds.get(x.dtype.kind, np.float64))),
-                (self.args, self.cotangents),
-            )
-            return jax.tree.map(np.asarray, wide.run("reference"))
+            args, cotangents = testing.doubled((self.args, self.cotangents))
+            run = testing.oracle(_scan, reverse=self.reverse, implementation="reference")
+            return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
     def run(self, implementation, *, args=None, ids=None):
         ids = self.ids if ids is None else ids
+        run = testing.program(_scan, reverse=self.reverse, implementation=implementation)
+        return run(args or self.args, {"segment_ids": ids}, self.cotangents)
 
-        def op(a, b, initial_state):
-            return linear_scan(
-                a,
-                b,
-                initial_state=initial_state,
-                segment_ids=ids,
-                reverse=self.reverse,
-                implementation=implementation,
-            )
 
-        return testing.value_and_gradients(op, *(args or self.args), cotangents=self.cotangents)
+def _scan(a, b, initial_state, **options):
+    return linear_scan(a, b, initial_state=initial_state, **options)
 
 
 def assert_isolated(run, case):

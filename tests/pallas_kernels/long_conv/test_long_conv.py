@@ -40,19 +40,19 @@ def arguments(length, taps, taps_reverse=0, *, batch=2, width=3, dtype="float32"
 
 
 def run(args, cotangent, **options):
-    def op(u, kernel, kernel_reverse=None):
-        return long_conv(u, kernel, kernel_reverse=kernel_reverse, **options)
+    return testing.program(_conv, **options)(tuple(args), {}, cotangent)
 
-    return testing.value_and_gradients(op, *args, cotangents=cotangent)
+
+def _conv(u, kernel, kernel_reverse=None, **options):
+    return long_conv(u, kernel, kernel_reverse=kernel_reverse, **options)
 
 
 def oracle(args, cotangent):
     """The same numbers through the sequential reference in double precision."""
     with jax.enable_x64(True):
-        args, cotangent = jax.tree.map(
-            lambda x: jnp.asarray(np.asarray(x).astype(np.float64)), (args, cotangent)
-        )
-        return jax.tree.map(np.asarray, run(args, cotangent, implementation="reference"))
+        args, cotangent = testing.doubled((tuple(args), cotangent))
+        run = testing.oracle(_conv, implementation="reference")
+        return jax.tree.map(np.asarray, run(args, {}, cotangent))
 
 
 # Filters of one tap, shorter than the row, as long, longer; one side longer than the other.

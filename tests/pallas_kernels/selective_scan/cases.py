@@ -1,7 +1,5 @@
 """Arguments, cotangents and checks that every implementation of `selective_scan` is tested with."""
 
-import copy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,25 +61,19 @@ class Case:
     def oracle(self):
         """The same numbers through the sequential reference in double precision."""
         with jax.enable_x64(True):
-            wide = copy.copy(self)
-            wide.args, wide.cotangents = jax.tree.map(
-                lambda z: jnp.asarray(np.asarray(z).astype(np.float64)),
-                (self.args, self.cotangents),
-            )
-            return jax.tree.map(np.asarray, wide.run("reference"))
+            args, cotangents = testing.doubled((_present(self.args), self.cotangents))
+            run = testing.oracle(selective_scan, **self.options, implementation="reference")
+            return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
     def run(self, implementation, *, args=None, ids=None):
         """`{"outputs": (y, final_state), "gradients": {name: gradient}}`."""
         ids = self.ids if ids is None else ids
-        given = {name: z for name, z in (args or self.args).items() if z is not None}
+        run = testing.program(selective_scan, **self.options, implementation=implementation)
+        return run(_present(args or self.args), {"segment_ids": ids}, self.cotangents)
 
-        def op(*arrays):
-            options = {**self.options, "segment_ids": ids, "implementation": implementation}
-            return selective_scan(**dict(zip(given, arrays, strict=True)), **options)
 
-        result = testing.value_and_gradients(op, *given.values(), cotangents=self.cotangents)
-        gradients = dict(zip(given, result["gradients"], strict=True))
-        return {"outputs": result["outputs"], "gradients": gradients}
+def _present(args):
+    return {name: z for name, z in args.items() if z is not None}
 
 
 def assert_isolated(run, case):

@@ -4,24 +4,27 @@ import pytest
 
 from pallas_kernels.selective_scan.shapes import SHAPES, case
 from pallas_kernels.tools import aot
-from tests.pallas_kernels.absent import TPUS, alternating, needs_compiler
+from tests.pallas_kernels.absent import (
+    assert_spills_nothing,
+    for_spills,
+    needs_compiler,
+    on_gpus,
+    on_tpus,
+)
 
 CASE = "pallas_kernels.selective_scan.shapes:case"
+# Whether it compiles depends on the flags and on N, hardly on lengths.
+ALWAYS, ALWAYS_ON_GPUS = ["mamba-790m-packed"], ["bench"]
+SPILL_SHAPES = ["bench", "mamba-790m-packed"]
 
 
-@pytest.mark.parametrize(("chip", "shape"), alternating(TPUS, SHAPES))
-def test_compiles_for_tpu(chip, shape):
-    text = aot.compile_for(chip, *case(shape, "tpu", "forward+backward")).as_text() or ""
+@pytest.mark.parametrize(("chip", "shape", "mode"), on_tpus(SHAPES, ALWAYS, ["forward+backward"]))
+def test_compiles_for_tpu(chip, shape, mode):
+    text = aot.compile_for(chip, *case(shape, "tpu", mode)).as_text() or ""
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
-# One of each kind: whether it compiles depends on the flags and on N, hardly on lengths.
-GPU_SHAPES = ["mamba-2.8b", "mamba-790m-packed", "odd-packed-reverse", "bench"]
-
-
-@pytest.mark.parametrize(
-    ("chip", "shape"), [*zip(["a100", "h100", "h200", "b200"], GPU_SHAPES, strict=True)]
-)
+@pytest.mark.parametrize(("chip", "shape"), on_gpus(SHAPES, ALWAYS_ON_GPUS))
 def test_compiles_for_gpu(chip, shape):
     needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
@@ -29,12 +32,9 @@ def test_compiles_for_gpu(chip, shape):
     assert "selective_scan_backward" in text
 
 
-@pytest.mark.parametrize("shape", ["mamba-790m-packed", "bench"])
-def test_forward_spills_no_registers(shape):
-    needs_compiler("a100")
-    kernels = aot.report("a100", CASE, shape, "gpu", "forward")
-    assert any("selective_scan_forward" in kernel.name for kernel in kernels)
-    assert {kernel.name: kernel.spill_stores for kernel in kernels if kernel.spill_stores} == {}
+@pytest.mark.parametrize(("chip", "shapes"), for_spills(["a100"], SPILL_SHAPES))
+def test_forward_spills_no_registers(chip, shapes):
+    assert_spills_nothing(chip, CASE, shapes, "selective_scan_forward")
 
 
 def test_forward_is_within_twice_the_floor():

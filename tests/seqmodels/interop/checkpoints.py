@@ -5,14 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, SlidingWindowConfig
 from seqmodels.models.published import griffin_language_model, mamba_language_model
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+from tests.pytorch import torch, transformers
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
 CONFIGS = {

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 from seqmodels.generation import Sampling, generate
 from seqmodels.interop.huggingface import load, save
 from seqmodels.mixers import S5Config
 from seqmodels.models import LanguageModel, stack_layers
+from tests.pytorch import torch, transformers
 from tests.seqmodels.interop.checkpoints import (
     CONFIGS,
     IDS,

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 from seqmodels.interop.fields import WITHOUT_EFFECT, parsed
 from seqmodels.interop.huggingface import load, save
 from seqmodels.models import LanguageModel
+from tests.pytorch import torch, transformers
 from tests.seqmodels.interop.checkpoints import (
     CONFIGS,
     IDS,

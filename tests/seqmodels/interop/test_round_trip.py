@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import transformers
 from safetensors.numpy import load_file, save_file
 
 from seqmodels.interop.fields import json_text, parsed
 from seqmodels.interop.huggingface import load, save
 from seqmodels.models import LanguageModel
+from tests.pytorch import transformers
 from tests.seqmodels.interop.checkpoints import (
     CONFIGS,
     OURS,

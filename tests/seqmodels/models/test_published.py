@@ -5,12 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
-import transformers
 
 from seqmodels.interop.huggingface import described
 from seqmodels.models import LanguageModel
 from seqmodels.models.published import PUBLISHED, gemma_embedding_scale
+from tests.pytorch import torch, transformers
 
 CERTAIN = {"mamba-130m": 129_135_360, "mamba-2.8b": 2_768_345_600}
 
