@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import products
+from pallas_kernels.common import dispatch, products
 from seqmodels.layers.splash import splash
 from seqmodels.parallel.rows import over_rows
 
 _SCORES = 2**24
 """Scores that are held at a time: 64 MB."""
+
+_SPLASH_BLOCK = 128
+"""Queries of the smallest block of splash attention."""
 
 _LEAST_BLOCK = 64
 """Queries of the smallest block; a narrower window leaves too little work for one product."""
@@ -82,15 +85,19 @@ def attend(
     _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions)
     rule = _Rule(causal, window, sinks, float(q.shape[-1] ** -0.5 if scale is None else scale))
     arrays = (q, k, v, q_segments, k_segments, k_positions)
-    portable = functools.partial(_portable, rule)
-    if q.shape[1] < 128:
-        return over_rows(portable, [], arrays)
-
-    def op(*arrays: Any) -> Array:
-        on_tpu = functools.partial(splash, **rule._asdict())
-        return jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=portable)
-
-    return over_rows(op, [], arrays, check_vma=False)
+    short = q.shape[1] < _SPLASH_BLOCK
+    op = functools.partial(
+        dispatch.choose,
+        "attend",
+        {
+            "portable": functools.partial(_portable, rule),
+            "splash": functools.partial(splash, **rule._asdict()),
+        },
+        default="portable",
+        tpu="splash",
+        unsupported={"splash": f"{q.shape[1]} queries do not fill a block"} if short else {},
+    )
+    return over_rows(op, [], arrays, check_vma=short)
 
 
 def _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions) -> None:

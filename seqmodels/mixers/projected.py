@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, dispatch
 from seqmodels.mixers.base import Segments, mask_padding, recurrence
 from seqmodels.parallel.rows import over_rows
 
@@ -47,13 +47,24 @@ def both_ways(
       readout: what the planes ``[re h, im h, re g, im g]`` give to the outputs.
       segments: documents, which the recurrences do not cross.
     """
+    unsupported = {}
     if segments is not None and not segments.single:
-        return by_scans(u, decay, into, readout, segments)
-    u = mask_padding(u, segments)
-    if u.shape[0] * u.shape[1] * decay.size < _LARGE:
-        return by_scans(u, decay, into, readout)
-    return jax.lax.platform_dependent(
-        u, decay, into, readout, cpu=by_blocks, default=functools.partial(by_scans, segments=None)
+        unsupported["blocks"] = "they take one document a row"
+    else:
+        u, segments = mask_padding(u, segments), None
+        if (values := u.shape[0] * u.shape[1] * decay.size) < _LARGE:
+            unsupported["blocks"] = f"there are {values} state values, they pay from {_LARGE} on"
+    ways: dict[str, Any] = {
+        "scans": functools.partial(by_scans, segments=segments),
+        "blocks": by_blocks,
+    }
+    return dispatch.choose(
+        "both_ways",
+        ways,
+        *(u, decay, into, readout),
+        default="scans",
+        cpu="blocks",
+        unsupported=unsupported,
     )
 
 
