@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 MODES = ("forward", "forward+backward")
 Struct = jax.ShapeDtypeStruct
 Program = tuple[Callable[..., Any], tuple[Struct, ...]]
+_Own = TypeVar("_Own", bound="Shape")  # typing.Self, which the tests' type checker refuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Shape:
         """The op's other arguments, which are static."""
         return {}
 
-    def scaled(self, factor: float) -> Self:
+    def scaled(self: _Own, factor: float) -> _Own:
         """The same with another length."""
         length = max(1, round(self.length * factor))
         return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
