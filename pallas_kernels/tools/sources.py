@@ -13,7 +13,7 @@ _PACKAGE = "pallas_kernels"
 
 
 def imported(modules: Iterable[str], root: Path = ROOT) -> list[str]:
-    """`modules` and all that they import of `pallas_kernels`, at any depth, in order of their names.
+    """`modules` and all that they import of `pallas_kernels`, at any depth, sorted.
 
     What a package's `__init__.py` imports counts where the package itself is imported from, not
     where one of its modules is: that one op is exported beside another says nothing of it.
@@ -33,9 +33,9 @@ def imported(modules: Iterable[str], root: Path = ROOT) -> list[str]:
 
 
 def digest(modules: Iterable[str], root: Path = ROOT) -> str:
-    """Of what `modules` and all that they import can do; comments, docstrings and layout do not count.
+    """Of the program in `modules` and all that they import; the same on every version of Python.
 
-    It is the same on every version of Python.
+    Comments, docstrings and layout do not count.
     """
     text = hashlib.sha256()
     for name in imported(modules, root):
@@ -81,6 +81,8 @@ def _text(node: object) -> str:
     for name, value in ast.iter_fields(node):
         if name == "body" and _has_docstring(node):
             value = value[1:]
+        if isinstance(node, ast.JoinedStr):  # Python 3.12.1 adds pieces that are empty
+            value = [x for x in value if not (isinstance(x, ast.Constant) and x.value == "")]
         if value not in (None, []):  # which fields there are, when empty, depends on the version
             parts.append(f"{name}={_text(value)}")
     return f"({' '.join(parts)})"
