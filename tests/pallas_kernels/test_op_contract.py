@@ -103,6 +103,7 @@ def test_explain_lists_every_platform(name):
     taken = {platform: choice.implementation for platform, choice in choices.items()}
     if FAMILIES[name].has_kernels:
         assert taken == {"cpu": "xla", "tpu": "tpu", "cuda": "gpu", "rocm": "xla"}
+        assert "; not gpu: it does not run on rocm" in str(choices["rocm"])
     else:
         assert set(taken.values()) == {"xla"}
         assert {"tpu", "gpu"} == {*choices["tpu"].skipped, *choices["cuda"].skipped}
@@ -123,8 +124,9 @@ def test_what_a_kernel_does_not_serve_is_refused_with_the_reason(name, implement
                 NotImplementedError, match=rf"{name}: .*{implementation}: .*{reason}"
             ):
                 operands.call(name, requested)(args)
-        choices = explain(operands.call(name, (implementation, "reference")), args)
-    assert {c.implementation for c in choices if c.op == name} == {"reference"}
+        for requested, runs in (((implementation, "reference"), "reference"), (None, "xla")):
+            choices = explain(operands.call(name, requested), args)
+            assert {c.implementation for c in choices if c.op == name} == {runs}
 
 
 @each_family
