@@ -6,8 +6,10 @@
     each("v5e", "module:case", [[...], ...]) one of these for many arguments
     python -m pallas_kernels.tools.aot module:case [argument ...] --chip v5e
 
-A case is a function of strings that returns `(fn, *shapes)`, such as
-`pallas_kernels.linear_scan.shapes:case`. `estimate`, `report` and `each` run it in another process,
+A case is a function of strings that returns `(fn, *shapes)`. Every family has one, such as
+`pallas_kernels.linear_scan.shapes:case`, which is its `Family.case`: a named shape, then if wanted
+an implementation, "forward" or "forward+backward", a factor on the length, and more options of the
+op as `name=value`. `estimate`, `report` and `each` run it in another process,
 because the compilers write their dumps only if told so before jax starts.
 
 The compilers come with `pip install seqmodels[aot]`; no device and no driver is needed. What they
