@@ -49,6 +49,27 @@ def test_mixers(case):
     gradients(variables, segments, state)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("case", ONE_OF_EACH.values())
+def test_every_mixer_op_by_op(case, with_segments, with_state):
+    mixer = build(CASES[case], WIDTH)
+    if with_state and not mixer.streams:
+        pytest.skip(f"{mixer.config.mixer} carries no state")
+    x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
+    packed = mixer.packs
+    segments = Segments.from_ids(IDS if packed else ALONE, single=not packed)
+    segments = segments if with_segments else None
+    state = mixer.initial_state(2, max_length=2 * LENGTH, dtype=x.dtype) if with_state else None
+    variables = mixer.init(jax.random.key(1), x)
+
+    def total(variables):
+        return jnp.sum(jnp.sin(mixer.apply(variables, x, segments=segments, state=state)[0]))
+
+    jax.grad(total)(variables)
+
+
 @pytest.mark.parametrize("config", [AttentionConfig(heads=2), RATConfig(heads=2, groups=1)])
 def test_a_stop_is_where_a_cache_overflows(config):
     mixer, x = build(config, WIDTH), jnp.ones((1, 40, WIDTH))
