@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from seqmodels.arguments import INT32, integer
 from seqmodels.config import from_dict, to_dict
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.checkpoint import Checkpoints, differences
@@ -115,6 +117,24 @@ def parse_changes(settings: list[str]) -> dict[str, Any]:
         except ValueError:
             changes[path] = text
     return changes
+
+
+def unescaped(text: str) -> str:
+    """The text with \\n, \\t, \\r and a doubled backslash in place of what they stand for.
+
+    Shells pass these on as two characters; any other backslash stays.
+    """
+    meaning = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: meaning[found[1]], text)
+
+
+def check_integer(option: str, value: int | None, least: int, most: int = INT32) -> None:
+    """Raises UsageError for an option of the command line out of its range; None is not given."""
+    try:
+        if value is not None:
+            integer(option, value, least, most)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def locate(checkpoint: Path) -> tuple[Path, int | None]:

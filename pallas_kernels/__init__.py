@@ -1,16 +1,16 @@
 """Efficient sequence operators: arrays in, arrays out, on TPU, GPU and CPU."""
 
-from pallas_kernels import segments
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.checkpoint_attention import checkpoint_attention
+from pallas_kernels.common import segments
+from pallas_kernels.common.dispatch import explain
+from pallas_kernels.common.validate import checked
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.diagonal_ssm import diagonal_ssm
-from pallas_kernels.dispatch import explain
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.long_conv import long_conv
 from pallas_kernels.selective_scan import selective_scan
-from pallas_kernels.validate import checked
 
 __all__ = [
     "causal_conv1d",

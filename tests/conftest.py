@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax._src import compiler
 
-from pallas_kernels import testing
+from pallas_kernels.tools import testing
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

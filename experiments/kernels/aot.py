@@ -1,9 +1,9 @@
-"""Compiles every named shape of every kernel family for absent chips, and tables what it costs.
+"""Compiles all named shapes of the kernels for absent chips; tables their cost.
 
-python -m experiments.kernels.aot                                       all that is not yet known
-python -m experiments.kernels.aot --family causal_conv1d --chip v5e     only these cells
-python -m experiments.kernels.aot --chip v5e --no-estimate              only whether they compile
-python -m experiments.kernels.aot --readme README.md                    rewrite the support matrix
+    python -m experiments.kernels.aot                         all that is not yet known
+    python -m experiments.kernels.aot --family causal_conv1d --chip v5e    only these
+    python -m experiments.kernels.aot --chip v5e --no-estimate    whether they compile
+    python -m experiments.kernels.aot --readme README.md    rewrite the support matrix
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
 whether it compiles; on v5e the compiler's static time and its multiple of the floor (every input
@@ -19,7 +19,6 @@ import hashlib
 import importlib
 import json
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,8 +31,9 @@ import rich.progress
 import rich.table
 import tyro
 
-from pallas_kernels import aot
-from pallas_kernels.programs import MODES
+from experiments import terminal
+from pallas_kernels.tools import aot
+from pallas_kernels.tools.programs import MODES
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment, source_version
 
@@ -316,17 +316,20 @@ def run(config: AotConfig, console: rich.console.Console) -> Cells:
     return cells
 
 
-def table(cells: Iterable[Cell]) -> rich.table.Table:
-    """One line a shape and mode, one column a chip."""
-    cells = list(cells)
-    chips = [chip for chip in CHIPS if any(cell.chip == chip for cell in cells)]
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for cell in cells:
-        rows.setdefault(cell.key[:3], {})[cell.chip] = describe(cell)
-    view = rich.table.Table("family", "shape", "mode", *chips)
-    for names, row in rows.items():
-        view.add_row(*names, *(row.get(chip, "") for chip in chips))
-    return view
+def table(cells: Iterable[Cell]) -> rich.console.Group:
+    """A table of each family: what is known of a shape and mode, and on which chips."""
+    rows: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for cell in sorted(cells, key=lambda cell: (cell.key[:3], CHIPS.index(cell.chip))):
+        row = rows.setdefault(cell.key[:3], {})
+        row.setdefault(describe(cell), []).append(cell.chip)
+    views: dict[str, rich.table.Table] = {}
+    for (family, shape, mode), known in rows.items():
+        if family not in views:
+            views[family] = terminal.table(family)
+            terminal.add_columns(views[family], "shape", "chips", left=("shape", "chips"))
+        chips = (f"{', '.join(names)}: {what}" for what, names in known.items())
+        views[family].add_row(f"{shape}\n  {mode}", "; ".join(chips))
+    return rich.console.Group(*views.values())
 
 
 def describe(cell: Cell) -> str:
@@ -385,10 +388,10 @@ def main() -> None:
         text = config.readme.read_text(encoding="utf-8")
         write_atomically(config.readme, with_matrix(text, load(config.output).values()))
         return
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
+    console = terminal.console()
     cells = run(config, console)
     console.print(table(cells.values()))
-    console.print(f"written to {config.output}")
+    terminal.say(f"written to {config.output}")
 
 
 if __name__ == "__main__":

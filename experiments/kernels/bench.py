@@ -1,14 +1,13 @@
-"""Times the kernels against plain JAX and prints one table; every ratio is of one run.
+"""Times the kernels against plain JAX; every ratio is of one run.
 
-python -m experiments.kernels.bench                      everything this machine can measure
-python -m experiments.kernels.bench --only cpu           wall times on this machine's CPU
-python -m experiments.kernels.bench --only tpu           static estimates for absent TPUs
+python -m experiments.kernels.bench               all that this machine can measure
+python -m experiments.kernels.bench --only cpu    wall times on this machine's CPU
+python -m experiments.kernels.bench --only tpu    static estimates for absent TPUs
 """
 
 import dataclasses
 import importlib.metadata
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import rich.console
 import rich.table
 import tyro
 
+from experiments import terminal
 from experiments.kernels import (
     causal_conv1d,
     checkpoint_attention,
@@ -30,7 +30,7 @@ from experiments.kernels import (
     s5_step,
     selective_scan,
 )
-from experiments.kernels.results import Result
+from experiments.kernels.results import Result, Target
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment
 
@@ -131,45 +131,50 @@ def run(
     return done
 
 
-def table(rows: Iterable[Result]) -> rich.table.Table:
-    """One line a row: the figure that matters, the ratios, the targets beside them."""
-    view = rich.table.Table("device", "case", "shape", "figure", "ratio", "target", "how")
+def table(rows: Iterable[Result]) -> rich.console.Group:
+    """Of each row what was measured and how, the figures that matter, the ratios and targets."""
+    parts: list[rich.console.RenderableType] = []
     for row in rows:
-        view.add_row(row.device, row.case, row.shape, _figure(row), *_ratios(row), row.kind)
-    return view
+        view = rich.table.Table.grid("", "", padding=(0, 2), pad_edge=True)
+        view.add_row(_figure(row), _ratios(row))
+        parts += [f"[bold]{row.device}: {row.case}[/bold]", f"{row.shape}; {row.kind}", view, ""]
+    return rich.console.Group(*parts)
 
 
 def _figure(row: Result) -> str:
     figures: dict[str, Any] = row.figures
-    if row.kind == results.TIMED:
-        return "\n".join(_named(name, value) for name, value in figures.items())
     if row.kind == results.STATIC:
         return f"{figures['us']:.0f} us, floor {figures['floor_us']:.0f}"
     if row.kind == results.PTXAS:
         return f"{figures['registers']} registers, {figures['spilled bytes']} bytes spilled"
-    return figures["reason"].strip().splitlines()[-1]
+    if "reason" in figures:
+        return figures["reason"].strip().splitlines()[-1]
+    return "\n".join(_named(name, value) for name, value in figures.items())
 
 
 def _named(name: str, value: float) -> str:
     short = name.removesuffix(" ms")
-    return f"{short} {value:.2f}" + ("" if short == name else " ms")
+    shown = f"{value:,.0f}" if value == round(value) else f"{value:,.2f}"
+    return f"{short}: {shown}" + ("" if short == name else " ms")
 
 
-def _ratios(row: Result) -> tuple[str, str]:
-    values, targets = [], []
-    for of, ratio in row.ratios.items():
-        target = row.targets.get(of)
-        values.append(f"{ratio:.0f} {of}" if of == "layout copies" else f"{ratio:.2f} x {of}")
-        targets.append(f"{target} {'met' if target.met(ratio) else 'MISSED'}" if target else "")
-    return "\n".join(values), "\n".join(targets)
+def _ratios(row: Result) -> str:
+    return "\n".join(_ratio(of, ratio, row.targets.get(of)) for of, ratio in row.ratios.items())
+
+
+def _ratio(of: str, ratio: float, target: Target | None) -> str:
+    value = f"{ratio:.0f} {of}" if of == "layout copies" else f"{ratio:.2f} x {of}"
+    if target is None:
+        return value
+    return f"{value} ({target} {'met' if target.met(ratio) else 'MISSED'})"
 
 
 def main() -> None:
     config = tyro.cli(BenchConfig, description=__doc__, prog="python -m experiments.kernels.bench")
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal.console()
     rows = run(config, measure(config), console)
     console.print(table(rows))
-    console.print(f"written to {config.path}")
+    terminal.say(f"written to {config.path}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from experiments.kernels.timing import check_equal, milliseconds
 from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import shapes
 from pallas_kernels.checkpoint_attention.shapes import Shape, named, program
-from pallas_kernels.programs import MODES
+from pallas_kernels.tools.programs import MODES
 
 BOTH = "forward+backward"
 CASE = "pallas_kernels.checkpoint_attention.shapes:case"

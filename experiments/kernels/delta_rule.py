@@ -15,7 +15,7 @@ from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape, program
-from pallas_kernels.programs import MODES, named
+from pallas_kernels.tools.programs import MODES, named
 
 BOTH = "forward+backward"
 CPU_TARGETS = {"scan": Target("at least", 10.0)}

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from pallas_kernels import aot
+from pallas_kernels.tools import aot
 
 TIMED = "median of interleaved runs"
 STATIC = "static estimate by the TPU compiler"

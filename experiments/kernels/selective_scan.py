@@ -15,8 +15,8 @@ from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import check_equal, medians, milliseconds
 from pallas_kernels import selective_scan
-from pallas_kernels.programs import MODES, named
 from pallas_kernels.selective_scan.shapes import SHAPES, Shape, case, program
+from pallas_kernels.tools.programs import MODES, named
 
 BOTH = "forward+backward"
 MEMORY = "associative_scan's memory"
@@ -135,7 +135,7 @@ def cpu(repetitions: int) -> Iterator[Result]:
 
 
 def part(length: str, width: str, name: str, implementation: str, mode: str) -> tuple[Any, ...]:
-    """A case for `pallas_kernels.aot`: a named shape with fewer tokens and channels."""
+    """A case for `pallas_kernels.tools.aot`: a named shape with fewer tokens and channels."""
     chosen = dataclasses.replace(named(SHAPES, name), length=int(length), width=int(width))
     return case(chosen, implementation, mode)
 

@@ -18,8 +18,9 @@ import jax
 import tyro
 from tqdm import tqdm
 
+from experiments import terminal
 from experiments.lm.run import Trained, bits_per_byte, load_trained
-from experiments.run import UsageError, main_guard
+from experiments.run import check_integer, main_guard
 from seqmodels.data import text
 from seqmodels.models import marks
 from seqmodels.parallel.mesh import make_mesh
@@ -60,8 +61,6 @@ def evaluate_text(trained: Trained, data: text.Text, arguments: Arguments) -> di
     Raises:
       ValueError: the mixers do not take several documents a row, or arguments out of range.
     """
-    if arguments.context is not None and arguments.context < 1:
-        raise UsageError(f"--context {arguments.context} must be at least 1")
     context = arguments.context
     if context is None and growing_mixers(trained.model):
         context = trained.config.data.length
@@ -99,12 +98,15 @@ def report(arguments: Arguments) -> None:
     Raises:
       ValueError, OSError, TrainingError: with a message for the user.
     """
+    check_integer("--context", arguments.context, 1)
+    check_integer("--chunk", arguments.chunk, 1)
+    check_integer("--batch-size", arguments.batch_size, 1)
     trained = load_trained(arguments.checkpoint, average=arguments.average)
     documents = text.read_documents(arguments.data, trained.config.data.separator)
     result = evaluate_text(trained, text.encode(documents), arguments)
     context = result["context"]
     how = "states carried through" if context is None else f"windows of {context} bytes"
-    print(
+    terminal.say(
         f"step {trained.step}: {result['bits_per_byte']:.4f} bits per byte over "
         f"{result['bytes']:,} bytes, {how}; accuracy {result['accuracy']:.4f}, "
         f"{result['seconds']:.1f} s"

@@ -20,7 +20,8 @@ import numpy as np
 import tyro
 
 from experiments.lm.run import Trained, load_trained
-from experiments.run import UsageError, main_guard
+from experiments.run import UsageError, check_integer, main_guard, unescaped
+from seqmodels.arguments import SEED, integer
 from seqmodels.data import text
 from seqmodels.generation import Sampling, Stream, decode, feed, start
 from seqmodels.training.language import growing_mixers
@@ -38,7 +39,7 @@ class Arguments:
     checkpoint: Path
     """A run directory, its checkpoints/ or one step in there."""
     prompt: str = ""
-    """What the text begins with."""
+    """What the text begins with, taken as it is."""
     length: int = 256
     """Bytes to add, at most."""
     temperature: float = 1.0
@@ -48,9 +49,10 @@ class Arguments:
     top_p: float | None = None
     """Draw from the fewest most likely bytes whose probabilities reach this."""
     stop: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """End before this text; may be repeated. \\n and \\t are understood."""
+    """End before this text; may be repeated. \\n, \\t, \\r and \\\\ are understood, as in
+    --separator of experiments.lm.train."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the draws, from 0 to 2**32 - 1."""
     max_length: int | None = None
     """Room for prompt and text in caches that grow (attention); default: as much as is needed."""
     average: bool = True
@@ -79,10 +81,10 @@ def continuation(
       max_length: tokens that caches which grow have room for, the document's start included.
 
     Raises:
-      ValueError: ``length`` is not positive, or the cache is too small.
+      ValueError: ``length`` is not positive, the seed is out of its range, or the cache is too
+        small.
     """
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1")
+    length, seed = integer("length", length, 1), integer("seed", seed, 0, SEED)
     tokens = [text.BOUNDARY, *prompt]
     growing = growing_mixers(trained.model)
     if growing and max_length is not None and len(tokens) + length > max_length:
@@ -142,27 +144,49 @@ def generate(arguments: Arguments) -> None:
     Raises:
       ValueError, OSError, TrainingError: with a message for the user.
     """
-    if "" in arguments.stop:
-        raise UsageError("--stop '' must have at least one character")
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    sampling = checked(arguments)
     trained = load_trained(arguments.checkpoint, average=arguments.average)
     pieces = continuation(
         trained,
-        arguments.prompt.encode(),
+        _encoded(arguments.prompt),
         length=arguments.length,
         sampling=sampling,
         seed=arguments.seed,
         max_length=arguments.max_length,
     )
-    stops = [stop.replace("\\n", "\n").replace("\\t", "\t").encode() for stop in arguments.stop]
+    stops = [_encoded(unescaped(stop)) for stop in arguments.stop]
     # A character may be cut in two by a piece's end, and a young model makes bytes that are none.
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     first = next(pieces := until(pieces, stops), b"")
-    print(arguments.prompt, end="", flush=True)
-    print(characters.decode(first), end="", flush=True)
+    write(arguments.prompt)
+    write(characters.decode(first))
     for piece in pieces:
-        print(characters.decode(piece), end="", flush=True)
-    print(characters.decode(b"", final=True))
+        write(characters.decode(piece))
+    write(characters.decode(b"", final=True) + "\n")
+
+
+def checked(arguments: Arguments) -> Sampling:
+    """The sampling that the arguments ask for; UsageError if one of them is out of its range."""
+    check_integer("--length", arguments.length, 1)
+    check_integer("--seed", arguments.seed, 0, SEED)
+    check_integer("--max-length", arguments.max_length, 1)
+    if "" in arguments.stop:
+        raise UsageError("--stop '' must have at least one character")
+    try:
+        return Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def write(text: str) -> None:
+    """Shows the text at once; what the terminal's encoding lacks appears as ``\\u2026``."""
+    encoding = sys.stdout.encoding or "utf-8"  # none where the output is held in memory
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
+
+def _encoded(text: str) -> bytes:
+    """The text's bytes, those of a command line that are no UTF-8 as they came."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
+from experiments import terminal
 from experiments.lm import presets
 from experiments.lm.presets import ExperimentConfig, Size
 from experiments.lm.run import TextData, load_data, make_task
@@ -262,19 +262,16 @@ def printed(table: Mapping[str, Any]) -> Table:
     """The table for a terminal."""
     settings = table["settings"]
     left_out = "".join(f"\nLeft out: {reason}." for reason in table["left_out"].values())
-    shown = Table(
-        title=f"Bits per byte after {settings['tokens']:,} tokens: a small budget",
-        caption=(
-            f"{settings['steps']} steps of {settings['batch_size']} x {settings['length']} bytes, "
-            f"{settings['layers']} blocks, one seed, learning rate {settings['learning_rate']:g}, "
-            f"of state-space parameters {presets.SSM_RATE:g}. States of one row, caches in "
-            f"bfloat16.{left_out}"
-        ),
+    shown = terminal.table(
+        f"Bits per byte after {settings['tokens']:,} tokens: a small budget",
+        f"{settings['steps']} steps of {settings['batch_size']} x {settings['length']} bytes, "
+        f"{settings['layers']} blocks, one seed, learning rate {settings['learning_rate']:g}, "
+        f"of state-space parameters {presets.SSM_RATE:g}. States of one row, caches in "
+        f"bfloat16.{left_out}",
     )
-    shown.add_column("mixer")
-    states = [f"state bytes at {int(length):,}" for length in CONTEXTS]
-    for name in ("bits per byte", "parameters", "width", "MLP", "tokens/s", *states):
-        shown.add_column(name, justify="right")
+    states = [f"state bytes\nat {length:,}" for length in CONTEXTS]
+    names = ("mixer", "bits per\nbyte", "parameters", "width", "MLP", "tokens/s", *states)
+    terminal.add_columns(shown, *names, left=("mixer",))
     for mixer, row in ranked(table):
         speed = row.get("tokens_per_second", row["tokens_per_second_in_training"])
         shown.add_row(
@@ -290,23 +287,22 @@ def printed(table: Mapping[str, Any]) -> Table:
 
 
 def plot(rows: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
-    """Bits per byte as bars, and against the bytes of state."""
-    figure = Figure(figsize=(10, 0.24 * len(rows) + 2), layout="constrained")
-    bars, points = figure.subplots(1, 2)
-    names, values = [name for name, _ in rows], [row["bits_per_byte"] for _, row in rows]
-    bars.barh(names, values)
-    bars.invert_yaxis()
-    bars.set_xlim(left=0.9 * min(values))
-    bars.set_xlabel("validation bits per byte")
-    longest = str(CONTEXTS[-1])
-    for name, row in rows:
-        point = (row["state_bytes"][longest], row["bits_per_byte"])
-        points.plot(*point, "o")
-        points.annotate(name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
-    points.set_xscale("log")
-    points.set_xlabel(f"bytes of state at {CONTEXTS[-1]:,} tokens")
-    points.set_ylabel("validation bits per byte")
-    points.grid(alpha=0.3)
+    """Bits per byte and bytes of state, a line for each mixer."""
+    figure = Figure(figsize=(9, 0.24 * len(rows) + 1.2), layout="constrained")
+    names, places = [name for name, _ in rows], range(len(rows))
+    bits, states = figure.subplots(1, 2, sharey=True)
+    bits.plot([row["bits_per_byte"] for _, row in rows], places, "o")
+    bits.set_yticks(places, names)
+    bits.invert_yaxis()
+    bits.set_xlabel("validation bits per byte")
+    for length, marker in zip(CONTEXTS, "ox", strict=True):
+        sizes = [row["state_bytes"][str(length)] for _, row in rows]
+        states.plot(sizes, places, marker, fillstyle="none", label=f"at {length:,} tokens")
+    states.set_xscale("log")
+    states.set_xlabel("bytes of state")
+    figure.legend(loc="outside upper right", ncols=len(CONTEXTS))
+    for axes in (bits, states):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
@@ -341,9 +337,8 @@ def run(arguments: Arguments) -> None:
             write(table, path)
     if not table["rows"]:
         raise ValueError(f"no rows in {path}; make them with --data")
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(printed(table))
-    console.print(f"figure: {path.with_suffix('.png')}")
+    terminal.console().print(printed(table))
+    terminal.say(f"figure: {path.with_suffix('.png')}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments import terminal
 from experiments.lm.presets import ExperimentConfig, experiment
 from experiments.lm.run import TextData, bits_per_byte, identity_of, load_data, make_task
 from experiments.run import (
@@ -37,6 +38,7 @@ from experiments.run import (
     main_guard,
     parse_changes,
     result_path,
+    unescaped,
     with_changes,
     write_result,
 )
@@ -59,14 +61,15 @@ class Arguments:
     seed: int = 0
     """Seed of parameters, dropout and data order."""
     separator: str | None = None
-    """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document."""
+    """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document.
+    \\n, \\t, \\r and \\\\ are understood, as in --stop of experiments.lm.generate."""
     carry_state: bool = False
     """Carry the states from batch to batch: truncated backpropagation through time."""
     ema_decay: float | None = None
     """Decay of an average of the parameters that evaluation and generation use, e.g. 0.999."""
     run_dir: Path | None = None
     """Where the run goes; default runs/lm/<mixer>-<preset>-seed<k>."""
-    results_dir: Path = Path("experiments/results/lm")
+    results_dir: Path = Path("runs/results/lm")
     """Where the result goes."""
     steps: int | None = None
     """Number of steps, instead of the preset's; the schedule follows."""
@@ -85,7 +88,7 @@ class Arguments:
 def changes_of(arguments: Arguments) -> dict[str, Any]:
     """The fields of the config that the command line changes, by path."""
     given = {
-        "data.separator": arguments.separator,
+        "data.separator": None if arguments.separator is None else unescaped(arguments.separator),
         "carry_state": arguments.carry_state or None,
         "train.ema_decay": arguments.ema_decay,
         "train.steps": arguments.steps,
@@ -139,14 +142,15 @@ def train(arguments: Arguments) -> None:
         show_progress=arguments.progress,
     )
     if not result["complete"]:
-        print(f"stopped after {result['steps']} steps: max_minutes={config.train.max_minutes}")
+        limit = config.train.max_minutes
+        terminal.say(f"stopped after {result['steps']} steps: max_minutes={limit}")
     if result["bits_per_byte"] is not None:
-        print(
+        terminal.say(
             f"validation: {result['bits_per_byte']:.4f} bits per byte, at step "
             f"{result['test_step']} of {result['steps']}"
         )
     write_result(result, run_dir, path)
-    print(f"result: {path}")
+    terminal.say(f"result: {path}")
 
 
 def train_and_evaluate(

@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from experiments import terminal
 from experiments.lra.presets import ExperimentConfig
 from experiments.lra.run import data_digest, evaluate_checkpoint, load_data
 from experiments.run import Locations, absolute, chosen_step, locate, main_guard, recorded
@@ -72,7 +73,7 @@ def evaluate_run(arguments: Arguments) -> dict[str, Any]:
 def report(arguments: Arguments) -> None:
     """Prints the test; ValueError if it differs from what was recorded."""
     result = evaluate_run(arguments)
-    print(
+    terminal.say(
         f"step {result['step']}: test accuracy {result['accuracy']:.6f}, loss "
         f"{result['loss']:.6f}, {result['examples']:.0f} examples"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from experiments.lra.published import Row
 
@@ -43,33 +44,40 @@ def learning_curve(result: Mapping[str, Any], path: Path) -> None:
 
 
 def comparison(
-    results: Sequence[tuple[Mapping[str, Any], bool]], published: Sequence[Row], path: Path
+    results: Sequence[tuple[Mapping[str, Any], str, bool]], published: Sequence[Row], path: Path
 ) -> None:
     """Accuracies of each task as bars.
 
     Args:
-      results: our results, each with whether it may be compared with the published ones; those
-        that may not are hatched.
+      results: our results, each with its name, which begins with the task's, and whether it may be
+        compared with the published ones; those that may not are hatched.
       published: rows of other authors.
       path: the PNG file.
     """
-    tasks = sorted({result["task"] for result, _ in results})
-    most = max(sum(result["task"] == task for result, _ in results) for task in tasks)
-    height = 0.24 * (len(published) + most) + 1.2
+    tasks = sorted({result["task"] for result, _, _ in results})
+    most = max(sum(result["task"] == task for result, _, _ in results) for task in tasks)
+    height = 0.24 * (len(published) + most) + 1.4
     figure = Figure(figsize=(5.5 * len(tasks), height), layout="constrained")
+    theirs_style: dict[str, Any] = {"facecolor": "lightgray"}
+    ours_style: dict[str, Any] = {"facecolor": "tab:blue", "edgecolor": "white"}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         theirs = [(row.model, value) for row in published if (value := row.accuracy(task))]
-        axes.barh([name for name, _ in theirs], [value for _, value in theirs], color="lightgray")
-        for result, comparable in results:
-            if result["task"] == task:
-                axes.barh(
-                    f"{result['model']} {result['preset']} seed {result['seed']}",
-                    100 * result["test_accuracy"],
-                    color="tab:blue",
-                    hatch=None if comparable else "//",
-                    edgecolor="white",
-                )
+        ours = [each for each in results if each[0]["task"] == task]
+        names = [name for name, _ in theirs]
+        axes.barh(range(len(theirs)), [value for _, value in theirs], **theirs_style)
+        for result, name, comparable in ours:
+            hatch = None if comparable else "//"
+            value = 100 * result["test_accuracy"]
+            axes.barh(len(names), value, hatch=hatch, **ours_style)  # by place: names may repeat
+            names.append(name.removeprefix(task).strip())
+        axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_title(task)
-        axes.set_xlabel("test accuracy in %; ours blue, hatched: shorter inputs or fewer steps")
+        axes.set_xlabel("test accuracy in %")
+    shown = {
+        "published": Patch(**theirs_style),
+        "ours": Patch(**ours_style),
+        "ours, not the published task or recipe": Patch(**ours_style, hatch="//"),
+    }
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(tasks) + 1)
     figure.savefig(path, dpi=120, metadata={"Software": None})

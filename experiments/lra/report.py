@@ -1,10 +1,12 @@
 """Prints and plots our results beside the published ones.
 
     python -m experiments.lra.report
-    python -m experiments.lra.report --all-published --plot experiments/results/lra/report.png
+    python -m experiments.lra.report --all-published --plot all.png
+    python -m experiments.lra.report --results-dir experiments/results/lra
 
-Everything comes from the result files that experiments.lra.train writes and from
-experiments/lra/published.py.
+Everything comes from the result files of experiments.lra.train, the committed ones and one's own,
+and from experiments/lra/published.py. The figure goes beside one's own results; the last of these
+commands makes the committed one.
 """
 
 import dataclasses
@@ -14,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from experiments import terminal
 from experiments.lra.plots import comparison
 from experiments.lra.presets import PAPER
-from experiments.lra.published import ROWS, TASKS
+from experiments.lra.published import ROWS, TASKS, Row
 from experiments.run import main_guard
 from seqmodels.config import to_dict
 
@@ -44,38 +46,44 @@ AVERAGES = (
 )
 
 
+COMMITTED = Path("experiments/results/lra")
+OWN = Path("runs/results/lra")
+"""Where experiments.lra.train writes; git ignores it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Arguments of the command line."""
 
-    results_dir: Path = Path("experiments/results/lra")
-    """Where the result files are."""
+    results_dir: tuple[Path, ...] = (COMMITTED, OWN)
+    """Where the result files are; a folder that is not there has none."""
     plot: Path | None = None
-    """The figure; default report.png in --results-dir."""
+    """The figure; default report.png in the last --results-dir."""
     all_published: bool = False
     """Show every published row, not only the best known models."""
     traceback: bool = False
     """Show the whole traceback of an error."""
 
 
-def read_results(results_dir: Path) -> list[dict[str, Any]]:
-    """All results, by task, model, preset and seed.
+def read_results(*folders: Path) -> list[dict[str, Any]]:
+    """All results, by task, model, preset, seed and accuracy; "committed" says where they are.
 
     Raises:
       ValueError: there is none, or a file is not a result.
     """
     results = []
-    for path in sorted(results_dir.glob("*.json")):
+    for path in [path for folder in folders for path in sorted(folder.glob("*.json"))]:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
+            result["committed"] = path.parent == COMMITTED
             key = [result[name] for name in ("task", "model", "preset", "seed", "test_accuracy")]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of experiments.lra.train: {error}") from error
         results.append((key, result))
     if not results:
         raise ValueError(
-            f"no results in {results_dir}; make one with python -m experiments.lra.train, "
-            "or name another --results-dir"
+            f"no results in {', '.join(map(str, folders))}; make one with "
+            "python -m experiments.lra.train, or name another --results-dir"
         )
     return [result for _, result in sorted(results, key=lambda item: item[0])]
 
@@ -103,49 +111,58 @@ def caveats(result: dict[str, Any]) -> list[str]:
         reasons.append("other model size")
     if result["steps"] < published.train.steps:
         reasons.append(f"published recipe {published.train.steps} steps")
+    if data.get("allow_partial"):
+        reasons.append("perhaps a part of the data (--allow-partial)")
     return reasons
+
+
+def name_of(result: dict[str, Any]) -> str:
+    """What tells a run from the others."""
+    name = f"{result['task']} {result['model']} {result['preset']} seed {result['seed']}"
+    return f"{name}, committed" if result["committed"] else name
 
 
 def our_table(results: list[dict[str, Any]]) -> Table:
     """Our runs, one a row."""
-    table = Table(title="Our runs: test accuracy in %")
-    right = {"seed", "longest", "accuracy", "steps", "parameters", "minutes"}
-    for name in ("task", "model", "preset", "seed", "longest", "accuracy", "best baseline",
-                 "steps", "parameters", "minutes", "device", "remarks"):  # fmt: skip
-        table.add_column(name, justify="right" if name in right else "left")
+    view = terminal.table("Our runs: test accuracy in %")
+    names = ("run", "longest\ninput", "accuracy", "best\nbaseline", "steps", "parameters")
+    terminal.add_columns(view, *names, left=("run",))
     for result in results:
-        baseline, value = max(result["baselines"].items(), key=lambda item: item[1])
-        environment = result["environment"]
-        on_cpu = environment["device"] == "cpu"
-        device = environment["cpu"] if on_cpu else environment["device"]
-        count = environment["cpu_cores"] if on_cpu else environment["devices"]
-        table.add_row(
-            result["task"],
-            result["model"],
-            result["preset"],
-            str(result["seed"]),
-            str(longest(result)),
+        view.add_row(
+            name_of(result),
+            f"{longest(result):,}",
             f"{100 * result['test_accuracy']:.2f}",
-            f"{100 * value:.2f} ({baseline.replace('_', ' ')})",
-            str(result["steps"]),
+            f"{100 * max(result['baselines'].values()):.2f}",
+            f"{result['steps']:,}",
             f"{result['parameters']:,}",
-            f"{result['wall_seconds'] / 60:.0f}",
-            f"{count} x {device}",
-            "; ".join(caveats(result)) or "comparable",
         )
-    return table
+    return view
 
 
-def published_table(everything: bool) -> Table:
-    """Published rows."""
-    table = Table(title="Published: test accuracy in %", caption=AVERAGES)
-    for name in ("model", *TASKS, "average", "read in"):
-        table.add_column(name, justify="left" if name in ("model", "read in") else "right")
-    for row in ROWS:
-        if everything or row.model in SELECTED:
-            accuracies = ("fail" if a is None else f"{a:.2f}" for a in row.accuracies)
-            table.add_row(row.model, *accuracies, f"{row.average:.2f}", row.source)
-    return table
+def remarks(result: dict[str, Any]) -> str:
+    """What stands under the table of a run."""
+    baselines, environment = result["baselines"], result["environment"]
+    on_cpu = environment["device"] == "cpu"
+    device = environment["cpu"] if on_cpu else environment["device"]
+    count = environment["cpu_cores"] if on_cpu else environment["devices"]
+    return (
+        f"{name_of(result)}: {'; '.join(caveats(result)) or 'comparable'}. Best baseline: "
+        f"{max(baselines, key=baselines.__getitem__).replace('_', ' ')}. "
+        f"{result['wall_seconds'] / 60:.0f} minutes on {count} x {device}."
+    )
+
+
+def published_table(rows: list[Row]) -> Table:
+    """Published rows; the last column says by number where they were read."""
+    sources = list(dict.fromkeys(row.source for row in rows))
+    read_in = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
+    view = terminal.table("Published: test accuracy in %", f"{AVERAGES} Read in: {read_in}.")
+    terminal.add_columns(view, "model", *TASKS, "average", "read in", left=("model",))
+    for row in rows:
+        accuracies = ("fail" if a is None else f"{a:.2f}" for a in row.accuracies)
+        number = str(1 + sources.index(row.source))
+        view.add_row(row.model, *accuracies, f"{row.average:.2f}", number)
+    return view
 
 
 def report(arguments: Arguments) -> None:
@@ -154,14 +171,19 @@ def report(arguments: Arguments) -> None:
     Raises:
       ValueError, OSError: with a message for the user.
     """
-    results = read_results(arguments.results_dir)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(our_table(results))
-    console.print(published_table(arguments.all_published))
-    plot = arguments.plot or arguments.results_dir / "report.png"
+    results = read_results(*arguments.results_dir)
     published = [row for row in ROWS if arguments.all_published or row.model in SELECTED]
-    comparison([(result, not caveats(result)) for result in results], published, plot)
-    console.print(f"figure: {plot}")
+    console = terminal.console()
+    console.print(our_table(results))
+    for result in results:
+        terminal.say(remarks(result))
+    console.print()
+    console.print(published_table(published))
+    plot = arguments.plot or arguments.results_dir[-1] / "report.png"
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    bars = [(result, name_of(result), not caveats(result)) for result in results]
+    comparison(bars, published, plot)
+    terminal.say(f"figure: {plot}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments import terminal
 from experiments.lra.baselines import baselines
 from experiments.lra.plots import learning_curve
 from experiments.lra.presets import ExperimentConfig, experiment
@@ -66,12 +67,14 @@ class Arguments:
     data_dir: Path | None = None
     """Where the raw data are: IMDB's archive or folder for text; for listops, optionally a folder
     with Long Range Arena's tsv files, which then replace the generated ones."""
+    allow_partial: bool = False
+    """Accept raw data of other numbers than the published ones, e.g. a part of IMDB's reviews."""
     cache_dir: Path = Path("~/.cache/seqmodels")
     """Where prepared data are kept."""
     run_dir: Path | None = None
     """Where the run goes; default runs/lra/<task>-<model>-<preset>-seed<k>."""
-    results_dir: Path = Path("experiments/results/lra")
-    """Where the result and the learning curve go."""
+    results_dir: Path = Path("runs/results/lra")
+    """Where the result and the learning curve go; those in experiments/results are committed."""
     steps: int | None = None
     """Number of steps, instead of the preset's; the schedule follows."""
     max_minutes: float | None = None
@@ -97,6 +100,8 @@ def resolve(arguments: Arguments) -> tuple[ExperimentConfig, Path]:
         changes["train.steps"] = arguments.steps
     if arguments.max_minutes is not None:
         changes["train.max_minutes"] = arguments.max_minutes
+    if arguments.allow_partial:
+        changes["data.allow_partial"] = True
     run_dir, config = arguments.run_dir, None
     if run_dir is None or not arguments.resume:
         if arguments.task is None or arguments.model is None:
@@ -147,17 +152,17 @@ def train(arguments: Arguments) -> None:
     )
     if not outcome.complete:
         limit = config.train.max_minutes
-        print(f"stopped after {outcome.progress.step} steps: max_minutes={limit}")
+        terminal.say(f"stopped after {outcome.progress.step} steps: max_minutes={limit}")
     step = outcome.chosen_step
     test = evaluate_checkpoint(config, identity, run_dir / "checkpoints", step, data.test)
     result = make_result(config, run_dir, data, outcome, test)
-    print(
+    terminal.say(
         f"test accuracy {test.accuracy:.4f} at step {step} of {outcome.progress.step}; baselines: "
         + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     )
     write_result(result, run_dir, path)
     learning_curve(result, path.with_suffix(".png"))
-    print(f"result: {path}")
+    terminal.say(f"result: {path}")
 
 
 def _data(

@@ -1,25 +1,23 @@
 """Times layers and models on this machine's CPU; every ratio is of one run.
 
-python -m experiments.models.bench                      everything
-python -m experiments.models.bench --only mamba-block   a block, forward and backward, against
-                                                        transformers'
-python -m experiments.models.bench --only mamba-decode  greedy decoding, against transformers'
-python -m experiments.models.bench --only s5-layer      with associative_scan in its place
-python -m experiments.models.bench --only token-time    of every mixer, by the length of the context
+    python -m experiments.models.bench                        everything
+    python -m experiments.models.bench --only mamba-block     against transformers'
+    python -m experiments.models.bench --only mamba-decode    against transformers'
+    python -m experiments.models.bench --only s5-layer        with associative_scan
+    python -m experiments.models.bench --only token-time      by length of the context
 
 The dev extra has what it needs: torch, transformers, mambapy.
 """
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-import rich.console
 import tyro
 
+from experiments import terminal
 from experiments.kernels.bench import run, table
 from experiments.kernels.results import Result
 from experiments.models import block, decode, s5, token_time
@@ -68,10 +66,10 @@ def main() -> None:
     )
     # transformers must not look for kernels, or anything else, on a network.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal.console()
     rows = run(config, measure(config), console, ("torch", "transformers", "mambapy"))
     console.print(table(rows))
-    console.print(f"written to {config.path}")
+    terminal.say(f"written to {config.path}")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
 from pallas_kernels.causal_conv1d import gpu, reference, tile, tpu, xla
+from pallas_kernels.causal_conv1d.tile import Config
+from pallas_kernels.common import compat, dispatch, segments, validate
+from pallas_kernels.common.backend import Op, call_op
 
 _OP = "causal_conv1d"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    outputs=("",),
+)
 
 
 def causal_conv1d(
@@ -62,29 +71,13 @@ def causal_conv1d(
     bias = jnp.zeros(x.shape[2:], weight.dtype) if bias is None else jnp.asarray(bias)
     state = jnp.zeros(window, x.dtype) if initial_state is None else jnp.asarray(initial_state)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    if x.shape[1] == 1 and implementation is None:
-        implementation = "xla"  # decoding: one step needs no kernel
-    x, weight, bias, state, runs = compat.vary_alike(x, weight, bias, state, runs)
-    sequential = functools.partial(reference.causal_conv1d, activation=activation)
-    y = dispatch.run(
-        _OP,
-        {
-            "reference": lambda *arrays: sequential(*arrays)[0],
-            "xla": functools.partial(xla.causal_conv1d, (activation,)),
-            "tpu": functools.partial(tpu.causal_conv1d, (activation,)),
-            "gpu": functools.partial(gpu.causal_conv1d, (activation,)),
-        },
-        x,
-        weight,
-        bias,
-        state,
-        runs,
-        requested=implementation,
-        refusals=_refusals(x),
+    arrays = compat.match_vma(x, weight, bias, state, runs)
+    (y,) = call_op(
+        OP, Config(activation), *arrays, length=x.shape[1], implementation=implementation
     )
     # Outside of what is dispatched: where nobody uses it, its gradient costs nothing.
-    final_state: jax.Array = tile.final_window(jnp.asarray(x), state, runs)
-    return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
+    final_state = tile.final_window(arrays[0], *arrays[3:])
+    return y, checkpoint_name(final_state, f"{_OP}_state")
 
 
 def _validate(x, weight, bias, activation, initial_state, segment_ids) -> None:
@@ -111,13 +104,3 @@ def _validate(x, weight, bias, activation, initial_state, segment_ids) -> None:
         )
     if segment_ids is not None:
         validate.segment_ids(_OP, segment_ids, batch, length)
-
-
-def _refusals(x: Any) -> dict[str, str]:
-    reasons = {}
-    if x.dtype == jnp.float64:
-        wide = "it has no float64; reference and xla do"
-        reasons = {"tpu": wide, "gpu": wide}
-    if x.size >= 2**31:
-        reasons.setdefault("gpu", f"x has {x.size} elements, its addresses hold 2**31")
-    return reasons

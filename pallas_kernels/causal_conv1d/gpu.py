@@ -14,11 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
 from pallas_kernels.causal_conv1d import tile
-from pallas_kernels.causal_conv1d.differentiable import differentiable
-from pallas_kernels.causal_conv1d.tile import Activation
-from pallas_kernels.compat import pl
+from pallas_kernels.causal_conv1d.tile import Activation, Config
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.compat import pl
 
 _ENOUGH_PROGRAMS = 1024  # several for each multiprocessor of the GPUs since Ampere
 
@@ -221,21 +221,20 @@ def _call(kernel, job: _Job, name: str, operands, out, flops: int):
     )(*operands)
 
 
-def forward(
-    x, weight, bias, initial_state, runs, activation: Activation, tiles: Tiles | None = None
-):
-    """`y`; arguments as in `reference.causal_conv1d`, `tiles` for tests."""
-    job = _job(x, weight.shape[0], runs, activation, tiles)
+def forward(config: Config, x, weight, bias, initial_state, runs, *, return_residuals: bool):
+    """`(y,)`; arguments as in `reference.with_state`, which are all that `backward` needs."""
+    job = _job(x, weight.shape[0], runs, *config)
     operands = [x, *_small_operands(weight, bias, initial_state), *_codes(runs, job.taps)]
-    y = compat.out_struct(x.shape, x.dtype, *operands)
-    return _call(_forward_kernel, job, "causal_conv1d_forward", operands, y, flops=2 * job.taps + 4)
+    out = compat.out_struct(x.shape, x.dtype, *operands)
+    flops = 2 * job.taps + 4
+    y = _call(_forward_kernel, job, "causal_conv1d_forward", operands, out, flops=flops)
+    return (y,), (x, weight, bias, initial_state, runs) if return_residuals else None
 
 
-def backward(
-    x, weight, bias, initial_state, runs, dy, activation: Activation, tiles: Tiles | None = None
-):
-    """`(dx, dweight, dbias, dinitial_state)` from the cotangent of `forward`'s output."""
-    job = _job(x, weight.shape[0], runs, activation, tiles)
+def backward(config: Config, residuals, cotangents):
+    """`(dx, dweight, dbias, dinitial_state, None)` from the cotangent of `forward`'s output."""
+    (x, weight, bias, initial_state, runs), (dy,) = residuals, cotangents
+    job = _job(x, weight.shape[0], runs, *config)
     window, rows = _small_operands(weight, bias, initial_state)
     operands = [x, window, dy, rows, *_codes(runs, job.taps)]
     sums = (job.batch, job.chunks, job.taps + 1, job.width)
@@ -246,11 +245,17 @@ def backward(
     dx, sums = _call(
         _backward_kernel, job, "causal_conv1d_backward", operands, out, flops=6 * job.taps + 8
     )
+    limit = tile.limits(runs, job.taps)
     dinitial = tile.initial_gradient(
-        x, list(rows[-2::-1]), rows[-1], initial_state, tile.limits(runs, job.taps), dy, activation
+        x, list(rows[-2::-1]), rows[-1], initial_state, limit, dy, config.activation
     )
     total = sums.sum((0, 1))
-    return dx, total[:-1].astype(weight.dtype), total[-1].astype(bias.dtype), dinitial
+    return dx, total[:-1].astype(weight.dtype), total[-1].astype(bias.dtype), dinitial, None
 
 
-causal_conv1d = differentiable(forward, backward)
+def unsupported(config: Config, x, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(x) or beyond_addresses(x.shape[0], lambda: x.size)
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

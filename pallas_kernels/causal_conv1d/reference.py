@@ -5,25 +5,27 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.causal_conv1d.tile import Config
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend
 
 
-def causal_conv1d(x, weight, bias, initial_state, runs, activation):
+def with_state(config: Config, x, weight, bias, initial_state, runs):
     """`(y, final_state)` by `jax.lax.scan` over tokens with the window carried; see the op.
 
     Differentiable by JAX itself, any number of times and in forward mode.
 
     Args:
+      config: the activation.
       x: `(B, L, D)`.
       weight: `(W, D)`.
       bias: `(D,)`.
       initial_state: `(B, W-1, D)` in `x`'s dtype.
       runs: `(B, L)` int32 or None.
-      activation: None or "silu".
     """
     dtype = jnp.dtype("float32") if x.dtype == jnp.bfloat16 else x.dtype
     weight, bias = weight.astype(dtype)[None], bias.astype(dtype)[None]
-    codes = compat.vary_alike(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
+    codes = compat.match_vma(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
     if runs is not None:
         codes = segments.step_codes(runs)
 
@@ -33,7 +35,7 @@ def causal_conv1d(x, weight, bias, initial_state, runs, activation):
         entering = jnp.where(code == segments.RESET, jnp.zeros_like(window), window)
         seen = jnp.concatenate([entering, x_t[:, None]], axis=1)
         y = bias + jnp.sum(weight * seen, axis=1)
-        if activation == "silu":
+        if config.activation == "silu":
             y = jax.nn.silu(y)
         padding = code == segments.SKIP
         return (
@@ -44,3 +46,11 @@ def causal_conv1d(x, weight, bias, initial_state, runs, activation):
     tokens = (jnp.moveaxis(x, 1, 0).astype(dtype), codes.T)
     final_state, y = jax.lax.scan(step, initial_state.astype(dtype), tokens)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), final_state.astype(x.dtype)
+
+
+def forward(config: Config, *arrays, return_residuals: bool):
+    """`y` alone, as the other backends; the op takes the final window from `x` itself."""
+    return with_state(config, *arrays)[:1], None
+
+
+BACKEND = Backend(forward)

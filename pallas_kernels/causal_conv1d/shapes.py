@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import programs
 from pallas_kernels.causal_conv1d.api import causal_conv1d
 from pallas_kernels.causal_conv1d.tile import Activation
+from pallas_kernels.tools import programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def program(conv: Callable[..., Any], shape: Shape, mode: str) -> programs.Progr
 def case(
     shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
 ) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `pallas_kernels.aot`.
+    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
 
     Args:
       shape: a name in `SHAPES`, or a shape of your own.

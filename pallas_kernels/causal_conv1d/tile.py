@@ -14,15 +14,27 @@ both are -1 on padding. None means W-1 everywhere: one document a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels.common import segments
 
 Activation = str | None  # "silu" or None
 Values = Sequence[jax.Array]
+
+
+class Config(NamedTuple):
+    """What is static about a convolution.
+
+    Attributes:
+      activation: None or "silu".
+      tiles: the backend's own `Tiles`; None for what suits the shape.
+    """
+
+    activation: Activation
+    tiles: Any = None
 
 
 def reach(runs: jax.Array, taps: int) -> jax.Array:

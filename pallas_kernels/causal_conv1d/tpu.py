@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
 from pallas_kernels.causal_conv1d import tile
-from pallas_kernels.causal_conv1d.differentiable import differentiable
-from pallas_kernels.causal_conv1d.tile import Activation
-from pallas_kernels.compat import pl
+from pallas_kernels.causal_conv1d.tile import Activation, Config
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend, no_wide_numbers
+from pallas_kernels.common.compat import pl
 
 _LANES, _SUBLANES = 128, 8
 _SLAB = 64  # rows between two turns of the loop: enough independent work to hide latencies
@@ -345,16 +345,14 @@ def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, scra
     )(*operands)
 
 
-def forward(
-    x, weight, bias, initial_state, runs, activation: Activation, tiles: Tiles | None = None
-):
-    """`y`; arguments as in `reference.causal_conv1d`, `tiles` for tests."""
-    job = _job(x, weight.shape[0], runs, activation, tiles, reverse=False)
+def forward(config: Config, x, weight, bias, initial_state, runs, *, return_residuals: bool):
+    """`(y,)`; arguments as in `reference.with_state`, which are all that `backward` needs."""
+    job = _job(x, weight.shape[0], runs, *config, reverse=False)
     window, rows = _small_operands(job, weight, bias, initial_state)
     operands = [x, x, window, rows, *_codes(runs, job.taps)]
     in_specs = [_block(job), _edge(job), _window(job), _weights(job)]
     in_specs += [_codes_block(job)] * job.segmented
-    return _call(
+    y = _call(
         _forward_kernel,
         job,
         "causal_conv1d_forward",
@@ -365,13 +363,13 @@ def forward(
         [],
         flops=2 * job.taps + 4,
     )
+    return (y,), (x, weight, bias, initial_state, runs) if return_residuals else None
 
 
-def backward(
-    x, weight, bias, initial_state, runs, dy, activation: Activation, tiles: Tiles | None = None
-):
-    """`(dx, dweight, dbias, dinitial_state)` from the cotangent of `forward`'s output."""
-    job = _job(x, weight.shape[0], runs, activation, tiles, reverse=True)
+def backward(config: Config, residuals, cotangents):
+    """`(dx, dweight, dbias, dinitial_state, None)` from the cotangent of `forward`'s output."""
+    (x, weight, bias, initial_state, runs), (dy,) = residuals, cotangents
+    job = _job(x, weight.shape[0], runs, *config, reverse=True)
     window, rows = _small_operands(job, weight, bias, initial_state)
     operands = [x, x, window, dy, rows, *_codes(runs, job.taps)]
     in_specs = [_block(job), _edge(job), _window(job), _block(job), _weights(job)]
@@ -391,11 +389,17 @@ def backward(
         [compat.tpu.VMEM((job.edge, job.tiles.width), jnp.float32)],
         flops=6 * job.taps + 8,
     )
+    limit = tile.limits(runs, job.taps)
     dinitial = tile.initial_gradient(
-        x, list(rows[-2::-1]), rows[-1], initial_state, tile.limits(runs, job.taps), dy, activation
+        x, list(rows[-2::-1]), rows[-1], initial_state, limit, dy, config.activation
     )
     total = sums.sum(0)
-    return dx, total[:-1].astype(weight.dtype), total[-1].astype(bias.dtype), dinitial
+    return dx, total[:-1].astype(weight.dtype), total[-1].astype(bias.dtype), dinitial, None
 
 
-causal_conv1d = differentiable(forward, backward)
+def unsupported(config: Config, x, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(x)
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -11,10 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
 from pallas_kernels.causal_conv1d import tile
-from pallas_kernels.causal_conv1d.differentiable import differentiable
-from pallas_kernels.causal_conv1d.tile import Activation
+from pallas_kernels.causal_conv1d.tile import Config
+from pallas_kernels.common import compat, symbolic
+from pallas_kernels.common.backend import Backend
 
 # Numbers in an accumulator of the weight gradient: all of them together stay in a CPU's L1 or L2.
 _ACCUMULATOR = 8192
@@ -44,8 +44,13 @@ def _over(x: jax.Array, head: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(x, head, (0, 0, 0)) if head.shape[1] else x
 
 
-def forward(x, weight, bias, initial_state, runs, activation: Activation):
-    """`y`; arguments as in `reference.causal_conv1d`."""
+def forward(config: Config, x, weight, bias, initial_state, runs, *, return_residuals: bool):
+    """`(y,)`; arguments as in `reference.with_state`, which are all that `backward` needs."""
+    y = _output(config, x, weight, bias, initial_state, runs)
+    return (y,), (x, weight, bias, initial_state, runs) if return_residuals else None
+
+
+def _output(config: Config, x, weight, bias, initial_state, runs):
     taps = weight.shape[0]
     dtype = jnp.dtype("float32") if x.dtype == jnp.bfloat16 else x.dtype
     weights, bias = _rows(weight, bias, dtype)
@@ -53,17 +58,19 @@ def forward(x, weight, bias, initial_state, runs, activation: Activation):
 
     def head(x, limit):
         seen = tile.head_taps(x, initial_state, limit, dtype)
-        return tile.output(seen, weights, bias, limit, activation).astype(x.dtype)
+        return tile.output(seen, weights, bias, limit, config.activation).astype(x.dtype)
 
     if _is_short(x.shape[1], taps):
         return head(x, limit)
     seen = [_shift(x, d).astype(dtype) for d in range(taps)]
-    y = tile.output(seen, weights, bias, limit, activation).astype(x.dtype)
+    y = tile.output(seen, weights, bias, limit, config.activation).astype(x.dtype)
     return _over(y, head(x[:, : taps - 1], _first(limit, taps - 1)))
 
 
-def backward(x, weight, bias, initial_state, runs, dy, activation: Activation):
-    """`(dx, dweight, dbias, dinitial_state)` from the cotangent of `forward`'s output."""
+def backward(config: Config, residuals, cotangents):
+    """`(dx, dweight, dbias, dinitial_state, None)` from the cotangent of `forward`'s output."""
+    (x, weight, bias, initial_state, runs), (dy,) = residuals, cotangents
+    activation = config.activation
     taps, length = weight.shape[0], x.shape[1]
     dtype = jnp.dtype("float32") if x.dtype == jnp.bfloat16 else x.dtype
     weights, bias_row = _rows(weight, bias, dtype)
@@ -90,7 +97,7 @@ def backward(x, weight, bias, initial_state, runs, dy, activation: Activation):
         x, [w[0, 0] for w in weights], bias_row[0, 0], initial_state, limit, dy, activation
     )
     dweight = jnp.stack(sums[::-1]).astype(weight.dtype)
-    return dx.astype(x.dtype), dweight, dbias.astype(bias.dtype), dinitial
+    return dx.astype(x.dtype), dweight, dbias.astype(bias.dtype), dinitial, None
 
 
 def _weight_gradient(x, g, limit, first):
@@ -101,7 +108,7 @@ def _weight_gradient(x, g, limit, first):
     """
     batch, length, width = x.shape
     start = len(first) - 1
-    size = max(1, min(length - start, _ACCUMULATOR // (batch * width)))
+    size = max(1, min(length - start, _ACCUMULATOR // (symbolic.known(batch, 1) * width)))
     count = (length - start) // size
 
     def products(t, size):
@@ -116,7 +123,7 @@ def _weight_gradient(x, g, limit, first):
     def add(i, totals):
         return [a + b for a, b in zip(totals, products(start + i * size, size), strict=True)]
 
-    zero = compat.vary_alike(jnp.zeros((batch, size, width), g.dtype), g)[0]
+    zero = compat.match_vma(jnp.zeros((batch, size, width), g.dtype), g)[0]
     totals = jax.lax.fori_loop(0, count, add, [zero] * (start + 2))
     sums = [jnp.sum(total, (0, 1)) for total in totals]
     done = start + count * size
@@ -128,4 +135,4 @@ def _weight_gradient(x, g, limit, first):
     return sums, dbias
 
 
-causal_conv1d = differentiable(forward, backward)
+BACKEND = Backend(forward, backward)

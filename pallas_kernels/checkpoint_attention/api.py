@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
 from pallas_kernels.checkpoint_attention import gpu, reference, tpu, xla
-from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.checkpoint_attention.slots import Config
+from pallas_kernels.common import dispatch, segments, validate
+from pallas_kernels.common.backend import Op, call_op
 
 _OP = "checkpoint_attention"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    one_token=xla.one_token,
+    outputs=("", "_lse"),
+)
 
 
 @overload
@@ -105,31 +115,24 @@ def checkpoint_attention(
     derivatives: `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or value that does not fit; the message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     arrays = tuple(None if x is None else jnp.asarray(x) for x in (q, k, v, past_k, past_v))
     q, k, v, past_k, past_v = arrays
     _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length)
-    if q.shape[1] == 1 and implementation is None:
-        implementation = "xla"  # decoding: one step needs no kernel
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
     integers = (None if x is None else jnp.asarray(x) for x in (past_length, offset))
-    config = Config(float(q.shape[3] ** -0.5 if scale is None else scale), int(interval))
-    o, lse = dispatch.run(
-        _OP,
-        {
-            "reference": functools.partial(reference.checkpoint_attention, config),
-            "xla": functools.partial(xla.checkpoint_attention, config),
-            "tpu": functools.partial(tpu.checkpoint_attention, config),
-            "gpu": functools.partial(gpu.checkpoint_attention, config),
-        },
-        *compat.vary_alike(*arrays, *integers, runs),
-        requested=implementation,
-        refusals=_refusals(q, past_k),
+    o, lse = call_op(
+        OP,
+        Config(float(q.shape[3] ** -0.5 if scale is None else scale), int(interval)),
+        *(*arrays, *integers, runs),
+        length=q.shape[1],
+        implementation=implementation,
     )
-    o = checkpoint_name(o, _OP)
-    return (o, checkpoint_name(lse, f"{_OP}_lse")) if return_lse else o
+    return (o, lse) if return_lse else o
 
 
 def _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length) -> None:
@@ -194,20 +197,8 @@ def _validate_counts(name: str, x, batch: int, most: int | None) -> None:
         return
     validate.shape(_OP, name, x, "(B,)", (batch,))
     validate.dtype(_OP, name, x, ("int32",))
-    if isinstance(x, jax.core.Tracer):
+    if (values := validate.values(x)) is None:
         return
-    values = np.asarray(x)
     if (values < 0).any() or (most is not None and (values > most).any()):
         bound = "" if most is None else f" and at most P = {most}"
         raise ValueError(f"{_OP}: {name} must be at least 0{bound}, got {values.tolist()}")
-
-
-def _refusals(q: Any, past_k: Any) -> dict[str, str]:
-    reasons = {}
-    if q.dtype == jnp.float64:
-        wide = "it has no float64; reference and xla do"
-        reasons = {"tpu": wide, "gpu": wide}
-    largest = max(x.size for x in (q, past_k) if x is not None)
-    if largest >= 2**31:
-        reasons.setdefault("gpu", f"there are {largest} elements, its addresses hold 2**31")
-    return reasons

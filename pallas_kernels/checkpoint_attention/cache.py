@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels import segments, validate, vjp
+from pallas_kernels.common import segments, validate
 
 _OP = "Cache.extend"
 
@@ -85,7 +85,7 @@ class Cache(NamedTuple):
         position = position + jnp.where(runs == 1, self.position[:, None], 0)
         written = (runs == jnp.maximum(document, 1)) & ((position + 1) % interval == 0)
         slot = jnp.where(written, position // interval, self.k.shape[1])
-        new_k, new_v = (_put(None, held, x, slot) for held, x in ((self.k, k), (self.v, v)))
+        new_k, new_v = (_put(held, x, slot) for held, x in ((self.k, k), (self.v, v)))
         real = jnp.sum((runs == document) & (runs > 0), axis=1, dtype=jnp.int32)
         before = jnp.where(document[:, 0] > 1, 0, self.position)
         return Cache(new_k, new_v, before + real)
@@ -122,16 +122,17 @@ def _one_a_row(held, x, slot):
     return jax.lax.fori_loop(zero, jnp.int32(held.shape[0]), turn, held)
 
 
-def _written(_, held, x, slot):
+def _written(held, x, slot):
     if x.shape[1] > 1 or held.dtype != jnp.bfloat16:
         return _scattered(held, x, slot)
     return jax.lax.platform_dependent(held, x, slot, cpu=_one_a_row, default=_scattered)
 
 
-def _gradients(_, slot, dheld):
+def _gradients(slot, dheld):
     """Of what was held, but where it was overwritten; and of what was written."""
     dx = dheld.at[_row(slot), slot].get(mode="fill", fill_value=0)
     return dheld.at[_row(slot), slot].set(jnp.zeros((), dheld.dtype), mode="drop"), dx, None
 
 
-_put = vjp.join(_written, lambda *args: (_written(*args), args[3]), _gradients)
+_put = jax.custom_vjp(_written)
+_put.defvjp(lambda held, x, slot: (_written(held, x, slot), slot), _gradients)

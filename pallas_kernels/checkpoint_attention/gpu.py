@@ -9,17 +9,18 @@ tokens behind it. What the heads of a group add to the same keys is summed outsi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
 from pallas_kernels.checkpoint_attention import tile
-from pallas_kernels.checkpoint_attention.config import Config
-from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
-from pallas_kernels.compat import pl
+from pallas_kernels.checkpoint_attention.slots import Config, Slots
+from pallas_kernels.checkpoint_attention.slots import slots as find_slots
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.compat import pl
 
 _LEAST = 16  # what Triton multiplies at least, in any direction
 
@@ -331,9 +332,10 @@ def _ranges(job: _Job, first, last, *, of_slots: bool = False) -> dict[str, Any]
     return {"first": first, "last": last, "begin": jnp.minimum(begin, end), "end": end}
 
 
-def forward(config: Config, q, k, v, slot_k, slot_v, first, last):
-    """`(o, lse)`, `lse` as `(B, H, L)`."""
-    job = _job(config, q, k, Slots(slot_k, slot_v, first, last))
+def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_residuals: bool):
+    """`((o, lse), residuals)`, `lse` as `(B, H, L)`."""
+    slots = Slots(slot_k, slot_v, first, last)
+    job = _job(config, q, k, slots)
     operands = {"q": q, "k": k, "v": v, "slot_k": slot_k, "slot_v": slot_v}
     operands |= _ranges(job, first, last)
     out = _call(
@@ -348,7 +350,8 @@ def forward(config: Config, q, k, v, slot_k, slot_v, first, last):
         },
         2 * (job.key_size + job.value_size),
     )
-    return out["o"], out["lse"]
+    outputs = out["o"], out["lse"]
+    return outputs, (q, k, v, *slots, *outputs) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
@@ -394,18 +397,23 @@ def backward(config: Config, residuals, cotangents):
     )
 
 
-def _keep(config: Config, *arrays):
-    o, lse = forward(config, *arrays)
-    return (o, lse), (*arrays, o, lse)
+def prepare(config: Config, q, k, v, *rest):
+    """The slots of the arguments; see `Backend.prepare`."""
+
+    def restore(outputs):
+        o, lse = outputs
+        return o, lse.swapaxes(1, 2)
+
+    return (q, k, v, *find_slots(config, q, k, v, *rest)), restore
 
 
-_attention: Callable[..., Any] = vjp.join(forward, _keep, backward)
+def unsupported(config: Config, q, k, v, past_k, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+
+    def largest() -> int:
+        return max(x.size for x in (q, past_k) if x is not None)
+
+    return no_wide_numbers(q) or beyond_addresses(q.shape[0], largest)
 
 
-def _checkpoint_attention(config: Config, q, k, v, slots: Slots):
-    o, lse = _attention(config, q, k, v, *slots)
-    return o, lse.swapaxes(1, 2)
-
-
-checkpoint_attention = with_slots(_checkpoint_attention)
-checkpoint_attention.__doc__ = "See `reference.checkpoint_attention`; float32 and bfloat16."
+BACKEND = Backend(forward, backward, prepare, unsupported)

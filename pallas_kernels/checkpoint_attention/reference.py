@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
-from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.checkpoint_attention.slots import Config
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import Backend
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -62,3 +63,11 @@ def checkpoint_attention(config: Config, q, k, v, past_k, past_v, past_length, o
     tokens = at[0], jnp.moveaxis(q.astype(dtype), 1, 0), runs.T
     o, lse = jax.lax.map(lambda x: token(*x), tokens)
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), jnp.moveaxis(lse, 0, 1)
+
+
+def forward(config: Config, *arrays, return_residuals: bool):
+    """`((o, lse), None)`."""
+    return checkpoint_attention(config, *arrays), None
+
+
+BACKEND = Backend(forward)

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import programs
 from pallas_kernels.checkpoint_attention.api import checkpoint_attention
-from pallas_kernels.programs import Struct
+from pallas_kernels.tools import programs
+from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def program(op: Callable[..., Any], shape: Shape, mode: str) -> programs.Program
 def case(
     shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
 ) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `pallas_kernels.aot`.
+    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
 
     Args:
       shape: a name in `SHAPES`, or a shape of your own.

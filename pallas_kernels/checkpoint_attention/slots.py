@@ -8,14 +8,26 @@ the implementations knows only slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
-from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.common import segments
+
+
+class Config(NamedTuple):
+    """What is static about a call.
+
+    Attributes:
+      scale: factor on the scores.
+      interval: every how many tokens there is a checkpoint.
+      tiles: (tokens, checkpoints) met at once; None for what suits the backend.
+    """
+
+    scale: float
+    interval: int
+    tiles: tuple[int, int] | None = None
 
 
 class Slots(NamedTuple):
@@ -117,12 +129,3 @@ def _own(config: Config, batch: int, length: int, offset, runs):
     most = (length - 1 + begun_already) // config.interval
     at = jnp.arange(length, dtype=jnp.int32)[None]
     return jnp.sort(jnp.where(marked, at, length), axis=1)[:, :most], first, last, begun
-
-
-def with_slots(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """The op from `attend(config, q, k, v, slots) -> (o, lse)`."""
-
-    def op(config: Config, q, k, v, *rest):
-        return attend(config, q, k, v, slots(config, q, k, v, *rest))
-
-    return op

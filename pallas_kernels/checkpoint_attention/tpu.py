@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
 from pallas_kernels.checkpoint_attention import tile
-from pallas_kernels.checkpoint_attention.config import Config
-from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
-from pallas_kernels.compat import pl
+from pallas_kernels.checkpoint_attention.slots import Config, Slots
+from pallas_kernels.checkpoint_attention.slots import slots as find_slots
+from pallas_kernels.common import compat, symbolic
+from pallas_kernels.common.backend import Backend, no_wide_numbers
+from pallas_kernels.common.compat import pl
 
 _LANES, _SUBLANES = 128, 8
 _TOKENS, _SLOTS = 1024, 512  # of a step at most
@@ -292,7 +293,7 @@ def own_scores(job: Job, refs):
     return job.scale * across(product(refs, "q", "k"))
 
 
-def forward(job: Job, refs) -> None:
+def forward_kernel(job: Job, refs) -> None:
     step = _step(job, refs)
 
     @pl.when(begins(job, step.at))
@@ -336,7 +337,7 @@ def only_down(step: Step, x):
     return x if step.last is None else jnp.where(down(step.last.astype(jnp.float32)) >= 0, x, 0.0)
 
 
-def backward(job: Job, refs) -> None:
+def backward_kernel(job: Job, refs) -> None:
     step = _step(job, refs)
     at = step.at
 
@@ -464,8 +465,8 @@ def _struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _forward(config: Config, q, k, v, slot_k, slot_v, first, last):
-    """`(o, lse)`, `lse` as `(B, H, 1, L)`."""
+def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_residuals: bool):
+    """`((o, lse), residuals)`, `lse` as `(B, H, 1, L)`; arguments as `prepare` makes them."""
     slots = Slots(slot_k, slot_v, first, last)
     job = _job(config, q, k, slots)
     operands = _operands(job, q, k, v, slots)
@@ -480,11 +481,12 @@ def _forward(config: Config, q, k, v, slot_k, slot_v, first, last):
     scratch = dict.fromkeys(("maximum", "total", "own")[: 2 + job.own], (1, tokens))
     scratch["sum"] = (job.value_size, tokens)
     flops = 2 * (job.key_size + job.value_size)
-    result = _call(forward, job, "forward", operands, out, scratch, flops)
-    return result["o"].reshape(*q.shape[:3], -1), result["lse"]
+    result = _call(forward_kernel, job, "forward", operands, out, scratch, flops)
+    outputs = result["o"].reshape(*q.shape[:3], -1), result["lse"]
+    return outputs, (q, k, v, *slots, *outputs) if return_residuals else None
 
 
-def _backward(config: Config, residuals, cotangents):
+def backward(config: Config, residuals, cotangents):
     """The gradients of all arguments."""
     q, k, v, slot_k, slot_v, first, last, o, lse = residuals
     do, dlse = cotangents
@@ -521,7 +523,7 @@ def _backward(config: Config, residuals, cotangents):
         if job.group_heads > 1:
             scratch |= {"dk_sum": (tokens, keys), "dv_sum": (tokens, values)}
     flops = 2 * (3 * keys + 2 * values)
-    result = _call(backward, job, "backward", operands, out, scratch, flops)
+    result = _call(backward_kernel, job, "backward", operands, out, scratch, flops)
 
     def joined(name: str, like):
         x = result[name]
@@ -534,15 +536,9 @@ def _backward(config: Config, residuals, cotangents):
     return joined("dq", q), dk, dv, dslot_k, dslot_v, None, None
 
 
-def _keep(config: Config, *arrays):
-    o, lse = _forward(config, *arrays)
-    return (o, lse), (*arrays, o, lse)
-
-
-_attention = vjp.join(_forward, _keep, _backward)
-
-
-def _checkpoint_attention(config: Config, q, k, v, slots: Slots):
+def prepare(config: Config, q, k, v, *rest):
+    """The slots of the arguments, and whole tiles of everything; see `Backend.prepare`."""
+    slots = find_slots(config, q, k, v, *rest)
     length, count, value_size = q.shape[1], slots.k.shape[1], slots.v.shape[3]
     size = config.tiles or (_TOKENS, _SLOTS)
     tokens = -length % min(size[0], -(-length // _LANES) * _LANES)
@@ -557,19 +553,25 @@ def _checkpoint_attention(config: Config, q, k, v, slots: Slots):
         widths = [(0, 0), (0, rows), *([(0, 0), (0, -x.shape[-1] % _LANES)] if x.ndim > 2 else ())]
         return jnp.pad(x, widths, constant_values=value)
 
-    o, lse = _attention(
-        config,
+    arrays = (
         *(pad(x, tokens) for x in (q, k, v)),
         *(pad(x, blocks * block - count) for x in (slots.k, slots.v)),
         pad(slots.first, tokens),
         pad(slots.last, tokens, -1),
     )
-    return o[:, :length, :, :value_size], lse[:, :, 0, :length].swapaxes(1, 2)
+
+    def restore(outputs):
+        o, lse = outputs
+        return o[:, :length, :, :value_size], lse[:, :, 0, :length].swapaxes(1, 2)
+
+    return arrays, restore
 
 
-checkpoint_attention = with_slots(_checkpoint_attention)
-checkpoint_attention.__doc__ = """See `reference.checkpoint_attention`; float32 and bfloat16.
+def unsupported(config: Config, q, k, v, past_k, past_v, past_length, offset, runs) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    if symbolic.is_symbol(q.shape[0]) and not (past_k is offset is runs is None):
+        return f"its scalar memory holds what every row sees, and the batch is {q.shape[0]}"
+    return no_wide_numbers(q)
 
-Raises:
-  ValueError: one head does not fit into a TPU's memory.
-"""
+
+BACKEND = Backend(forward, backward, prepare, unsupported)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
 from pallas_kernels.checkpoint_attention import tile
-from pallas_kernels.checkpoint_attention.config import Config
-from pallas_kernels.checkpoint_attention.slots import Slots, with_slots
+from pallas_kernels.checkpoint_attention.slots import Config, Slots
+from pallas_kernels.checkpoint_attention.slots import slots as find_slots
+from pallas_kernels.common import compat, symbolic
+from pallas_kernels.common.backend import Backend
 
 # Measured on x86: rows and slots of a block, and scores worked on together.
 _ROWS, _SLOTS = 256, 256
@@ -56,7 +57,8 @@ def _plan(config: Config, q, slots: Slots) -> _Plan:
     tokens = min(size[0], _power_of_two(length))
     block = min(size[1], _power_of_two(count))
     most = max(1, _AT_ONCE // (tokens * (heads // groups) * block))
-    rows = max(n for n in range(1, min(most, batch * groups) + 1) if batch * groups % n == 0)
+    of = symbolic.known(batch, 1) * groups
+    rows = max(n for n in range(1, min(most, of) + 1) if of % n == 0)
     return _Plan(batch, length, groups, heads // groups, tokens, block, rows)
 
 
@@ -146,7 +148,7 @@ def _attend(config: Config, plan: _Plan, x: _Tokens, slot_k, slot_v, begin, end)
     wide = jnp.float64 if x.q.dtype == jnp.float64 else jnp.float32
     real = x.last >= 0
     if x.k is None:
-        _, maximum, total, acc = compat.vary_alike(
+        _, maximum, total, acc = compat.match_vma(
             x.q,
             jnp.full(real.shape, tile.LOW, wide),
             jnp.zeros(real.shape, wide),
@@ -182,7 +184,7 @@ def _pull(config: Config, plan: _Plan, x: _Tokens, o, lse, do, dlse, slots, dslo
     wide, real = lse.dtype, x.last >= 0
     delta = jnp.sum(do.astype(wide) * o.astype(wide), 1, keepdims=True) - dlse
     dk = dv = None
-    _, dq = compat.vary_alike(x.q, jnp.zeros(x.q.shape, wide))
+    _, dq = compat.match_vma(x.q, jnp.zeros(x.q.shape, wide))
     if x.k is not None:
         p = tile.probabilities(_own_scores(config, plan, x, wide), real, lse)
         dp = jnp.sum(do.astype(wide) * _heads(plan, x.v.astype(wide)), 1, keepdims=True)
@@ -215,8 +217,8 @@ def _rows(fn, plan: _Plan, x: _Tokens, *more):
     return jax.vmap(fn, in_axes=(*[0] * (1 + len(more)), None, None))(x, *more, *_reach(plan, x))
 
 
-def forward(config: Config, q, k, v, slot_k, slot_v, first, last):
-    """`(o, lse)`; the slots of `slots.Slots`."""
+def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_residuals: bool):
+    """`((o, lse), residuals)`; the slots of `slots.Slots`."""
     slots = Slots(slot_k, slot_v, first, last)
     plan = _plan(config, q, slots)
 
@@ -230,7 +232,8 @@ def forward(config: Config, q, k, v, slot_k, slot_v, first, last):
     x = _cut(config, plan, q, k, v, slots)
     chunks = x, _cut_slots(plan, slot_k), _cut_slots(plan, slot_v)
     o, lse = jax.lax.map(lambda xs: chunk(*xs), chunks)
-    return _join_tokens(plan, o), _join_tokens(plan, lse)[..., 0]
+    outputs = _join_tokens(plan, o), _join_tokens(plan, lse)[..., 0]
+    return outputs, (q, k, v, *slots, *outputs) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
@@ -252,7 +255,7 @@ def backward(config: Config, residuals, cotangents):
             narrow = jax.tree.map(lambda x: x.astype(q.dtype), gradients)
             return tuple(sums), narrow
 
-        zeros = compat.vary_alike(q, *(jnp.zeros_like(x, lse.dtype) for x in (k, v)))[1:]
+        zeros = compat.match_vma(q, *(jnp.zeros_like(x, lse.dtype) for x in (k, v)))[1:]
         return jax.lax.scan(block, zeros, tokens)
 
     x = _cut(config, plan, q, k, v, slots)
@@ -267,26 +270,17 @@ def backward(config: Config, residuals, cotangents):
     return dq, dk, dv, *joined, None, None
 
 
-def _keep(config: Config, *arrays):
-    o, lse = forward(config, *arrays)
-    return (o, lse), (*arrays, o, lse)
+def prepare(config: Config, q, k, v, *rest):
+    """The slots of the arguments of `reference.checkpoint_attention`; see `Backend.prepare`."""
+    return (q, k, v, *find_slots(config, q, k, v, *rest)), lambda outputs: outputs
 
 
-_attention = vjp.join(forward, _keep, backward)
+BACKEND = Backend(forward, backward, prepare)
 
 
-def _checkpoint_attention(config: Config, q, k, v, slots: Slots):
-    if q.shape[1] == 1:
-        return _one_token(config, q, k, v, slots)
-    return _attention(config, q, k, v, *slots)
-
-
-checkpoint_attention = with_slots(_checkpoint_attention)
-checkpoint_attention.__doc__ = "See `reference.checkpoint_attention`."
-
-
-def _one_token(config: Config, q, k, v, slots: Slots):
+def one_token(config: Config, q, k, v, *rest):
     """A decoding step: one row of scores for each head, no blocks; JAX differentiates it."""
+    slots = find_slots(config, q, k, v, *rest)
     batch, _, heads, _ = q.shape
     groups, wide = slots.k.shape[2], jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     precision = jax.lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST

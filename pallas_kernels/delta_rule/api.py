@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.delta_rule import gpu, reference, tpu, xla
-from pallas_kernels.delta_rule.config import Config
+from pallas_kernels.common import dispatch, segments, validate
+from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.delta_rule import gpu, reference, tile, tpu, xla
+from pallas_kernels.matrix_state.config import Config, decay_dtypes, validate_arguments
 
 _OP = "delta_rule"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    one_token=xla.one_token,
+    summary=tile.summary,
+)
 
 
 def delta_rule(
@@ -70,79 +78,30 @@ def delta_rule(
     `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or value that does not fit; the message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
-    state_dtype = _validate(q, k, v, beta, log_decay, initial_state, segment_ids)
+    state_dtype = validate_arguments(
+        _OP,
+        *(q, k, v, log_decay, initial_state, segment_ids),
+        decay_shapes=("(B, L, H)", "(B, L, H, K)"),
+    )
     batch, length, heads, value_size = v.shape
+    validate.shape(_OP, "beta", beta, "(B, L, H)", (batch, length, heads))
+    validate.dtype(_OP, "beta", beta, decay_dtypes(v), f"v is {v.dtype}")
     if log_decay is not None:
         log_decay = jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[3], value_size), state_dtype)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    if length == 1 and implementation is None:
-        implementation = "xla"  # decoding: one step needs no kernel
-    config = Config(float(q.shape[3] ** -0.5 if scale is None else scale))
-    implementations = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
-    o, final_state = dispatch.run(
-        _OP,
-        {
-            name: functools.partial(module.delta_rule, config)
-            for name, module in implementations.items()
-        },
-        *compat.vary_alike(q, k, v, beta, log_decay, initial_state, runs),
-        requested=implementation,
-        refusals=_refusals(q, v, log_decay),
+    o, final_state = call_op(
+        OP,
+        Config(float(q.shape[3] ** -0.5 if scale is None else scale)),
+        *(q, k, v, beta, log_decay, initial_state, runs),
+        length=length,
+        implementation=implementation,
     )
-    return checkpoint_name(o, _OP), checkpoint_name(final_state, f"{_OP}_state")
-
-
-def _validate(q, k, v, beta, log_decay, initial_state, segment_ids) -> Any:
-    """The dtype of the state."""
-    validate.shape(_OP, "v", v, "(B, L, H, V)", (None,) * 4)
-    batch, length, heads, value_size = v.shape
-    validate.shape(_OP, "q", q, "(B, L, G, K)", (batch, length, None, None))
-    validate.shape(_OP, "k", k, "(B, L, G, K)", q.shape)
-    validate.shape(_OP, "beta", beta, "(B, L, H)", (batch, length, heads))
-    groups, key_size = q.shape[2:]
-    for name, x in (("q", q), ("v", v)):
-        if x.size == 0:
-            raise ValueError(f"{_OP}: {name} must not be empty, got shape {x.shape}")
-    if heads % groups:
-        raise ValueError(
-            f"{_OP}: G must divide H, got q with G = {groups} and v with H = {heads}; repeat q and "
-            "k, or choose another number of groups"
-        )
-    if max(key_size, value_size) > 256:
-        raise ValueError(f"{_OP}: K and V go up to 256, got K = {key_size} and V = {value_size}")
-    validate.dtype(_OP, "v", v, ("float32", "bfloat16", "float64"))
-    because = f"v is {v.dtype}"
-    for name, x in (("q", q), ("k", k)):
-        validate.dtype(_OP, name, x, (v.dtype.name,), because)
-    wide = "float64" if v.dtype == jnp.float64 else "float32"
-    narrow = ("bfloat16",) if wide == "float32" else ()
-    validate.dtype(_OP, "beta", beta, (wide, *narrow), because)
-    if log_decay is not None:
-        by_key = (key_size,) if jnp.ndim(log_decay) == 4 else ()
-        sizes = (batch, length, heads, *by_key)
-        validate.shape(_OP, "log_decay", log_decay, "(B, L, H) or (B, L, H, K)", sizes)
-        validate.dtype(_OP, "log_decay", log_decay, (wide, *narrow), because)
-        validate.at_most_zero(_OP, "log_decay", log_decay)
-    if initial_state is not None:
-        sizes = (batch, heads, key_size, value_size)
-        validate.shape(_OP, "initial_state", initial_state, "(B, H, K, V)", sizes)
-        validate.dtype(_OP, "initial_state", initial_state, (wide,), because)
-    if segment_ids is not None:
-        validate.segment_ids(_OP, segment_ids, batch, length)
-    return jnp.dtype(wide)
-
-
-def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
-    reasons = {}
-    if v.dtype == jnp.float64:
-        wide = "it has no float64; reference and xla do"
-        reasons = {"tpu": wide, "gpu": wide}
-    elif (largest := gpu.largest_array(q, v, log_decay)) >= 2**31:
-        reasons["gpu"] = f"an array has {largest} elements, its addresses hold 2**31"
-    return reasons
+    return o, final_state

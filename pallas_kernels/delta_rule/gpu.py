@@ -12,11 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat, vjp
-from pallas_kernels.chunks_gpu import block_size
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.delta_rule import gpu_backward, gpu_forward
-from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.gpu_tile import Job, Tiles
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks_gpu import block_size
+from pallas_kernels.matrix_state.config import Config
 
 
 def choose_tiles(length: int, key_size: int, value_size: int, by_key: bool, narrow: bool) -> Tiles:
@@ -140,7 +142,9 @@ def _factors(made: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: made[name] for name in (*names, "runs", "entering_run") if name in made}
 
 
-def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
+def forward(
+    config: Config, q, k, v, beta, log_decay, initial_state, runs, *, return_residuals: bool
+):
     """`((o, final_state), residuals)`; arguments as in `reference.delta_rule`."""
     job = _job(config, q, v, log_decay, runs)
     documents = _documents(job, runs)
@@ -170,8 +174,10 @@ def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
         warps=4,
         flops=2 * job.key_size * job.value_size + 2 * job.chunk * job.value_size,
     )
-    residuals = (q, k, v, beta, log_decay, runs, walked["states"])
-    return (out["o"], walked["final"]), residuals
+    outputs = out["o"], walked["final"]
+    if not return_residuals:
+        return outputs, None
+    return outputs, (q, k, v, beta, log_decay, runs, walked["states"])
 
 
 def backward(config: Config, residuals, cotangents):
@@ -253,4 +259,11 @@ def _attribute(job: Job, q, k, do, g, states, dstates, made, weighed) -> dict[st
     )
 
 
-delta_rule = vjp.join(lambda *args: forward(*args)[0], forward, backward)
+def unsupported(config: Config, q, k, v, beta, log_decay, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(v) or beyond_addresses(
+        v.shape[0], lambda: largest_array(q, v, log_decay)
+    )
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -16,10 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents
-from pallas_kernels.chunks_gpu import PairSums, Row, Span, pair_sums
-from pallas_kernels.compat import pl
+from pallas_kernels.common.compat import pl
 from pallas_kernels.delta_rule.gpu_tile import (
     Chunk,
     Job,
@@ -36,6 +33,9 @@ from pallas_kernels.delta_rule.gpu_tile import (
 )
 from pallas_kernels.delta_rule.tile import finite
 from pallas_kernels.linear_attention.tile import entering, kept, leaving, only, times
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks import Documents
+from pallas_kernels.matrix_state.chunks_gpu import PairSums, Row, Span, pair_sums
 
 
 def masks(size: int, docs: Documents | None) -> tuple[jax.Array, jax.Array]:

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents
-from pallas_kernels.chunks_gpu import Row, Span, block_size
 from pallas_kernels.linear_attention.tile import only
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks import Documents
+from pallas_kernels.matrix_state.chunks_gpu import Row, Span, block_size
 
 _ELIMINATED = 16  # tokens of a block whose inverse is found one token at a time
 

@@ -27,10 +27,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents, Summation
 from pallas_kernels.linear_attention import tile as attention
 from pallas_kernels.linear_attention.tile import Decay, dot, entering, kept, leaving, only, times
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks import Documents, Summation
+from pallas_kernels.matrix_state.config import Config
 
 
 def _is_finite(x: jax.Array) -> jax.Array:
@@ -320,3 +321,18 @@ def backward(
     )
     dg = attention.decay_gradient(g, inner.dlevels, dinto, dout, dkeep, docs, summation, inner.more)
     return Gradients(dq, dk, dv, dbeta, dg, dentering)
+
+
+def summary(run, config: Config, q, k, v, beta, log_decay, initial_state, runs):
+    """`(decay, state)`, `(B, H, K, K)` and `(B, H, K, V)`; see `backend.summarize`.
+
+    What a row does to a state is affine; its linear part is what it makes of the unit matrix when
+    there is nothing to write.
+    """
+    _, state = run(config, q, k, v, beta, log_decay, initial_state, runs)
+    batch, heads, key_size, _ = state.shape
+    unit = jnp.eye(key_size, dtype=state.dtype)
+    unit = jnp.broadcast_to(unit, (batch, heads, key_size, key_size))
+    nothing = jnp.zeros((*v.shape[:3], key_size), v.dtype)
+    _, decay = run(config, q, k, nothing, beta, log_decay, unit, runs)
+    return decay, state

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_heads as layout
-from pallas_kernels import vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common.backend import Backend, no_wide_numbers
+from pallas_kernels.common.compat import pl
 from pallas_kernels.delta_rule import tpu_head, tpu_key
-from pallas_kernels.delta_rule.config import Config
-from pallas_kernels.tpu_heads import Job, Tiles
+from pallas_kernels.matrix_state import tpu_heads as layout
+from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.matrix_state.tpu_heads import Job, Tiles
 
 _CHUNK = 128
 _HEADS, _HEADS_BY_KEY = 16, 4  # unrolled in a step
@@ -86,8 +86,10 @@ def _call(kernel, job: Job, name: str, operands, out, scratch):
     return layout.call(kernel, job, f"delta_rule_{name}", operands, out, scratch, solving)
 
 
-def _forward(config: Config, q, k, v, beta, log_decay, initial_state, runs, *, keep: bool):
-    """`(o, final_state)` and, to be kept for backward, the state that enters each chunk."""
+def forward(
+    config: Config, q, k, v, beta, log_decay, initial_state, runs, *, return_residuals: bool
+):
+    """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
     job = _job(config, q, v, log_decay, runs)
     operands = _operands(job, q, k, v, beta, log_decay, runs)
     operands["initial"] = (layout.inside(job, initial_state), layout.end(job, last=False))
@@ -97,16 +99,19 @@ def _forward(config: Config, q, k, v, beta, log_decay, initial_state, runs, *, k
         "o": (values, layout.tokens(job, job.value_size)),
         "final": (layout.struct(ends), layout.end(job, last=True)),
     }
-    if keep:
+    if return_residuals:
         kept = layout.struct((job.batch, job.chunks, job.heads, *job.state), v.dtype)
         out["states"] = (kept, layout.states(job))
     scratch = {"state": (job.parts * job.tiles.heads, *job.state)}
     kernel = tpu_key.forward if job.decay == "key" else tpu_head.forward
     result = _call(kernel, job, "forward", operands, out, scratch)
-    return result["o"].reshape(v.shape), layout.inside(job, result["final"]), result.get("states")
+    outputs = result["o"].reshape(v.shape), layout.inside(job, result["final"])
+    if not return_residuals:
+        return outputs, None
+    return outputs, (q, k, v, beta, log_decay, runs, result["states"])
 
 
-def _backward(config: Config, residuals, cotangents):
+def backward(config: Config, residuals, cotangents):
     """The gradients of all arguments."""
     q, k, v, beta, log_decay, runs, states = residuals
     do, dfinal = cotangents
@@ -142,20 +147,8 @@ def _backward(config: Config, residuals, cotangents):
     return dq, dk, dv, dbeta, dlog_decay, layout.inside(job, result["dinitial"]), None
 
 
-def _primal(config: Config, *arrays):
-    return _forward(config, *arrays, keep=False)[:2]
-
-
-def _keep(config: Config, q, k, v, beta, log_decay, initial_state, runs):
-    *outputs, states = _forward(config, q, k, v, beta, log_decay, initial_state, runs, keep=True)
-    return tuple(outputs), (q, k, v, beta, log_decay, runs, states)
-
-
-_delta_rule = vjp.join(_primal, _keep, _backward)
-
-
-def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
-    """See `reference.delta_rule`; float32 and bfloat16.
+def prepare(config: Config, q, k, v, beta, log_decay, initial_state, runs):
+    """The arguments, padded to whole tiles; `restore` cuts the outputs. See `Backend.prepare`.
 
     Raises:
       ValueError: one head does not fit into a TPU's memory.
@@ -172,5 +165,17 @@ def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
     if copies > 1:
         q, k = (jnp.repeat(x, copies, axis=2) for x in (q, k))
     state = pad(initial_state, None, "keys", "values")
-    o, final = _delta_rule(config, q, k, v, beta, log_decay, state, runs)
-    return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]
+
+    def restore(outputs):
+        o, final = outputs
+        return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]
+
+    return (q, k, v, beta, log_decay, state, runs), restore
+
+
+def unsupported(config: Config, q, k, v, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(v)
+
+
+BACKEND = Backend(forward, backward, prepare, unsupported)

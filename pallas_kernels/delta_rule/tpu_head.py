@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
-from pallas_kernels.compat import pl
+from pallas_kernels.common.compat import pl
 from pallas_kernels.delta_rule import tpu_inverse
 from pallas_kernels.delta_rule.tpu_inverse import corrected, finite, operand
 from pallas_kernels.linear_attention import tile
@@ -33,6 +32,7 @@ from pallas_kernels.linear_attention.tpu_head import (
     own,
     total,
 )
+from pallas_kernels.matrix_state import chunks
 
 
 class _Step(NamedTuple):

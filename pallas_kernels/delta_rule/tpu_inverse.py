@@ -20,9 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
 from pallas_kernels.linear_attention.tile import dot, only
-from pallas_kernels.tpu_heads import SLAB
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.tpu_heads import SLAB
 
 BLOCK = 32
 _TOGETHER = 4  # heads: enough independent work for every step of the substitution

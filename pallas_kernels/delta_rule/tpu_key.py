@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.compat import pl
 from pallas_kernels.delta_rule import tpu_inverse
 from pallas_kernels.delta_rule.tpu_inverse import corrected, finite, operand
 from pallas_kernels.linear_attention import tile
@@ -27,6 +27,7 @@ from pallas_kernels.linear_attention.tpu_head import (
     own,
 )
 from pallas_kernels.linear_attention.tpu_key import Head, Step, transposed
+from pallas_kernels.matrix_state import chunks
 
 
 def _head(job, refs, step: Step, group: int, h: int) -> Head:

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat, vjp
+from pallas_kernels.common import compat, symbolic
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.delta_rule import tile
-from pallas_kernels.delta_rule.config import Config
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.config import Config
 
 # Measured on x86 with 64 and 128 keys and values: chunks of 64 tokens are slower than those of 32,
 # by a tenth on two cores and by half on one; 16 are no faster. 4 and 8 heads a step are alike.
@@ -22,14 +24,7 @@ _CHUNK = 32
 _HEADS_A_STEP = 8
 
 
-def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
-    """See `api.delta_rule`; arguments as in `reference.delta_rule`."""
-    if v.shape[1] == 1:
-        return _one_token(config, q, k, v, beta, log_decay, initial_state, runs)
-    return _delta_rule(config, q, k, v, beta, log_decay, initial_state, runs)
-
-
-def _one_token(config: Config, q, k, v, beta, log_decay, initial_state, runs):
+def one_token(config: Config, q, k, v, beta, log_decay, initial_state, runs):
     """A decoding step: three products with the state, no chunks; JAX differentiates it."""
     dtype, repeats = initial_state.dtype, v.shape[2] // q.shape[2]
     q, k = (jnp.repeat(x[:, 0].astype(dtype), repeats, axis=1) for x in (q, k))
@@ -104,7 +99,7 @@ class _Cut(NamedTuple):
 def cut(config: Config, batch: int, length: int, heads: int) -> _Cut:
     """How rows are cut."""
     size = min(config.chunk or _CHUNK, 1 << (length - 1).bit_length())
-    blocks = -(-batch // max(1, _HEADS_A_STEP // heads))
+    blocks = symbolic.known(-(-batch // max(1, _HEADS_A_STEP // heads)), 1)
     return _Cut(batch, length, blocks, -(-batch // blocks), -(-length // size), size)
 
 
@@ -187,7 +182,7 @@ def _backward_step(config: Config, tokens: _Tokens, entering, state, do, dstate)
 def _loop(body, carry, inputs, *, reverse: bool):
     """`jax.lax.scan` whose carry is typed, under `jax.shard_map`, as what it will become."""
     like = jax.tree.leaves(inputs)[0]
-    return jax.lax.scan(body, compat.vary_alike(carry, like)[0], inputs, reverse=reverse)
+    return jax.lax.scan(body, compat.match_vma(carry, like)[0], inputs, reverse=reverse)
 
 
 def _every_block(body, inputs):
@@ -197,7 +192,9 @@ def _every_block(body, inputs):
     return jax.lax.map(body, inputs)
 
 
-def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
+def forward(
+    config: Config, q, k, v, beta, log_decay, initial_state, runs, *, return_residuals: bool
+):
     """`((o, final_state), residuals)`: the arguments and the state that enters every chunk."""
     sizes, tokens, entering = _arguments(config, q, k, v, beta, log_decay, runs)
 
@@ -213,6 +210,8 @@ def forward(config: Config, q, k, v, beta, log_decay, initial_state, runs):
     first = sizes.states(initial_state, q.shape[2])
     last, (o, states) = _every_block(block, (tokens, entering, first))
     outputs = sizes.untokens(o, v), sizes.unstates(last)
+    if not return_residuals:
+        return outputs, None
     return outputs, (q, k, v, beta, log_decay, runs, states)
 
 
@@ -243,4 +242,4 @@ def backward(config: Config, residuals, cotangents):
     return dq, dk, dv, dbeta, dg, sizes.unstates(first), None
 
 
-_delta_rule = vjp.join(lambda *args: forward(*args)[0], forward, backward)
+BACKEND = Backend(forward, backward)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.diagonal_ssm import gpu, powers, reference, tpu, xla
+from pallas_kernels.common import dispatch, segments, validate
+from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.diagonal_ssm import gpu, powers, reference, tile, tpu, xla
+from pallas_kernels.diagonal_ssm.tile import Config
 
 _OP = "diagonal_ssm"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    summary=tile.summary,
+)
 METHODS = ("fft", "chunked", "scan")
 
 
@@ -65,7 +76,9 @@ def diagonal_ssm(
     second derivatives: `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or name that does not fit; the message names the argument.
+      ValueError: a shape, dtype, name or value that does not fit; the message names the argument.
+        Values are looked at in arrays on the host or the CPU backend; in traced arrays and on
+        accelerators by `checked`.
       NotImplementedError: a forced implementation or method cannot serve the arguments.
     """
     u, log_a, c = jnp.asarray(u), jnp.asarray(log_a), jnp.asarray(c)
@@ -73,28 +86,16 @@ def diagonal_ssm(
     if method == "fft":
         _check_fft(u, segment_ids)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    if u.shape[1] == 1 and implementation is None and method is None:
-        implementation = "xla"  # decoding: one step needs no kernel
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
-    u, log_a, c, initial_state, runs = compat.vary_alike(u, log_a, c, initial_state, runs)
-    y, final_state = dispatch.run(
-        _OP,
-        {
-            "reference": lambda *x: reference.diagonal_ssm(*x, reverse=reverse),
-            "xla": lambda *x: xla.diagonal_ssm(*x, reverse=reverse, method=method),
-            "tpu": lambda *x: tpu.diagonal_ssm(*x, reverse=reverse),
-            "gpu": lambda *x: gpu.diagonal_ssm(*x, reverse=reverse),
-        },
-        u,
-        log_a,
-        c,
-        initial_state,
-        runs,
-        requested=implementation,
-        refusals=_refusals(u, log_a, method),
+    y, final_state = call_op(
+        OP,
+        Config(reverse, method),
+        *(u, log_a, c, initial_state, runs),
+        length=u.shape[1],
+        implementation=implementation,
     )
-    return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
+    return y, final_state
 
 
 def _validate(u, log_a, c, initial_state, segment_ids, method) -> None:
@@ -116,11 +117,7 @@ def _validate(u, log_a, c, initial_state, segment_ids, method) -> None:
         validate.dtype(_OP, "initial_state", initial_state, (state,))
     if segment_ids is not None:
         validate.segment_ids(_OP, segment_ids, batch, length)
-    if not isinstance(log_a, jax.core.Tracer) and bool(np.any(np.asarray(log_a).real > 0)):
-        worst = float(np.asarray(log_a).real.max())
-        raise ValueError(
-            f"{_OP}: log_a must have a real part <= 0, or states grow without bound; got {worst:g}"
-        )
+    validate.at_most_zero(_OP, "log_a's real part", log_a, "above, states grow without bound")
     if method is not None and method not in METHODS:
         raise ValueError(
             f"{_OP}: method={method!r}; choose among {', '.join(METHODS)}, or None for the fastest"
@@ -142,22 +139,3 @@ def _check_fft(u, segment_ids) -> None:
         raise NotImplementedError(
             f"{_OP}: method='fft' cannot run here: {reason}; use 'chunked', 'scan' or None"
         )
-
-
-def _refusals(u, log_a, method) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-
-    def refuse(name: str, reason: str | None) -> None:
-        if reason:
-            reasons.setdefault(name, reason)
-
-    states = log_a.shape[1]
-    for name, kernels in (("tpu", tpu), ("gpu", gpu)):
-        if method not in (None, "scan"):
-            refuse(name, f"its kernel is a scan, method={method!r} is xla's")
-        if u.dtype == jnp.float64:
-            refuse(name, "it has no float64; reference and xla do")
-        refuse(name, kernels.refusal(states))
-    if u.size >= 2**31:
-        refuse("gpu", f"u has {u.size} elements, its addresses hold 2**31")
-    return reasons

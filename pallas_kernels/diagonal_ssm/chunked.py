@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import vjp
-from pallas_kernels.compat import vary_alike as vary
+from pallas_kernels.common.compat import match_vma as vary
 from pallas_kernels.diagonal_ssm import tile
 from pallas_kernels.diagonal_ssm.powers import powers
 
@@ -97,7 +96,7 @@ def diagonal_ssm(u, log_a, c, initial_state, runs):
     if inside is None:
         y = dot("hbct,hts->hbcs", pieces.rows, matrices.toeplitz) + carried
     else:
-        y = _per_document(None, pieces.rows, matrices.toeplitz, inside.place)
+        y = _per_document(pieces.rows, matrices.toeplitz, inside.place)
         y = y + only(inside.first, carried)
     final = final_state(pieces, log_a, matrices, states, initial_state, inside)
     return pieces.uncut(y).astype(u.dtype), final
@@ -119,7 +118,7 @@ def entering_states(pieces: Cut, matrices: tile.Chunk, initial_state, inside) ->
     initial = tile.to_planes(jnp.moveaxis(initial_state, 1, 0))
     keep = None if inside is None else inside.keep
     decay, lacking = map(tile.to_planes, (matrices.decay, matrices.lacking))
-    return _chain(None, decay, lacking, flow, initial, keep)
+    return _chain(decay, lacking, flow, initial, keep)
 
 
 def final_state(pieces: Cut, log_a, matrices: tile.Chunk, states, initial_state, inside):
@@ -180,7 +179,8 @@ def _kept(keep, x, i):
     return jnp.where(mask[None], x, jnp.zeros_like(x))
 
 
-def _chain_primal(_, decay, lacking, flow, initial, keep):
+@jax.custom_vjp
+def _chain(decay, lacking, flow, initial, keep):
     """States before each chunk, `(H, B, C, 2N)`: `S_{i+1} = (decay + lacking) S_i + flow_i`, S_i
     dropped where a document begins. `decay, lacking (H, 2N)`, `initial (H, B, 2N)`, `keep (B, C)`.
     """
@@ -195,12 +195,12 @@ def _chain_primal(_, decay, lacking, flow, initial, keep):
     return jax.lax.fori_loop(0, flow.shape[2], body, (initial, out))[1]
 
 
-def _chain_forward(_, decay, lacking, flow, initial, keep):
-    states = _chain_primal(None, decay, lacking, flow, initial, keep)
+def _chain_forward(decay, lacking, flow, initial, keep):
+    states = _chain(decay, lacking, flow, initial, keep)
     return states, (decay, lacking, states, keep)
 
 
-def _chain_backward(_, residuals, dstates):
+def _chain_backward(residuals, dstates):
     decay, lacking, states, keep = residuals
     back, more = _conjugate(decay)[:, None], _conjugate(lacking)[:, None]
     count = states.shape[2]
@@ -221,10 +221,11 @@ def _chain_backward(_, residuals, dstates):
     return ddecay.sum(1), None, dflow, dinitial, None
 
 
-_chain = vjp.join(_chain_primal, _chain_forward, _chain_backward)
+_chain.defvjp(_chain_forward, _chain_backward)
 
 
-def _documents_primal(_, rows, toeplitz, place):
+@jax.custom_vjp
+def _per_document(rows, toeplitz, place):
     """`rows toeplitz` with no path between documents: one product for each document of the chunk
     that has most, over what is selected of it."""
 
@@ -235,21 +236,21 @@ def _documents_primal(_, rows, toeplitz, place):
     return jax.lax.fori_loop(0, place.max() + 1, body, vary(jnp.zeros_like(rows), rows)[0])
 
 
-def _documents_forward(_, rows, toeplitz, place):
-    return _documents_primal(None, rows, toeplitz, place), (rows, toeplitz, place)
+def _documents_forward(rows, toeplitz, place):
+    return _per_document(rows, toeplitz, place), (rows, toeplitz, place)
 
 
-def _documents_backward(_, residuals, dy):
+def _documents_backward(residuals, dy):
     rows, toeplitz, place = residuals
 
     def body(k, dtoeplitz):
         mine = place == k
         return dtoeplitz + dot("hbct,hbcs->hts", only(mine, rows), only(mine, dy))
 
-    drows = _documents_primal(None, dy, toeplitz.swapaxes(1, 2), place)
+    drows = _per_document(dy, toeplitz.swapaxes(1, 2), place)
     zero = vary(jnp.zeros_like(toeplitz), rows, dy)[0]
     dtoeplitz = jax.lax.fori_loop(0, place.max() + 1, body, zero)
     return drows, dtoeplitz, None
 
 
-_per_document = vjp.join(_documents_primal, _documents_forward, _documents_backward)
+_per_document.defvjp(_documents_forward, _documents_backward)

@@ -31,7 +31,7 @@ def diagonal_ssm(u, log_a, c, initial_state, runs):
     real = log_a.real.dtype
     if runs is not None:
         u = jnp.where((runs != 0)[..., None], u, jnp.zeros_like(u))
-    y = convolve(None, u.astype(real), kernel(log_a, c, length), None)
+    y = convolve(u.astype(real), kernel(log_a, c, length), None)
 
     matrices = tile.chunk(log_a, c, chunked.chunk_size(length))
     pieces = chunked.cut(u, real, chunked.chunk_size(length))

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.compat import pl
+from pallas_kernels.common.planes import Planes, add, join, mul, split, where, zeros_like
 from pallas_kernels.diagonal_ssm import powers, tile
-from pallas_kernels.linear_scan.tile import Planes, add, join, mul, split, where, zeros_like
+from pallas_kernels.diagonal_ssm.tile import Config
 
 _ENOUGH_PROGRAMS = 2048  # of one warp; a dozen for each multiprocessor of an H100
 _PARTIAL = 3  # code of a chunk of which padding is a part
@@ -271,13 +273,6 @@ def _gradient_kernel(*refs, job: _Job):
 # The calls.
 
 
-class Config(NamedTuple):
-    """`reverse` as in the op; `tiles` for tests."""
-
-    reverse: bool
-    tiles: Tiles | None = None
-
-
 class _Operands(NamedTuple):
     """Arrays of one call as the kernels want them; planes of parameters are `(N, H)`."""
 
@@ -326,9 +321,9 @@ def _chunk_codes(job: _Job, codes) -> jax.Array:
     steps = jnp.pad(steps, behind, constant_values=segments.SKIP)
     steps = steps.reshape(job.batch, job.chunks, job.tiles.steps)
     skipped = steps == segments.SKIP
-    code = jnp.where(skipped.any(2), _PARTIAL, segments.KEEP)
+    code = jnp.where(skipped.any(2), jnp.int32(_PARTIAL), segments.KEEP)
     code = jnp.where((steps == segments.RESET).any(2), segments.RESET, code)
-    return jnp.where(skipped.all(2), segments.SKIP, code).astype(jnp.int32)
+    return jnp.where(skipped.all(2), segments.SKIP, code)
 
 
 def _state_planes(job: _Job, x) -> Planes:
@@ -398,22 +393,18 @@ def _walk_once(job: _Job, ops: _Operands, x, first: Planes, dtype, *, adjoint: b
     return out, last or tuple(p[:, 0] for p in leaving), entering
 
 
-def _forward(config: Config, u, log_a, c, initial_state, runs):
-    """`(y, final_state)` and the states that enter the chunks."""
+def forward(config: Config, u, log_a, c, initial_state, runs, *, return_residuals: bool):
+    """`((y, final_state), residuals)`: the arguments and the states that enter the chunks."""
     job, ops = _prepare(config, u, log_a, c, runs)
     first = _state_planes(job, initial_state)
     y, last, entering = _walk_once(job, ops, u, first, u.dtype, adjoint=False)
-    return (y, _from_planes(last, c.shape[1])), entering
+    outputs = y, _from_planes(last, c.shape[1])
+    return outputs, (u, log_a, c, entering, runs) if return_residuals else None
 
 
-def forward(config: Config, u, log_a, c, initial_state, runs):
-    """`(y, final_state)`; arguments as in `reference.diagonal_ssm`."""
-    return _forward(config, u, log_a, c, initial_state, runs)[0]
-
-
-def backward(config: Config, u, log_a, c, entering, runs, dy, dfinal_state):
-    """`(du, dlog_a, dc, dinitial_state)` from the cotangents of `forward`'s outputs and the states
-    that enter the chunks."""
+def backward(config: Config, residuals, cotangents):
+    """`(du, dlog_a, dc, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
+    (u, log_a, c, entering, runs), (dy, dfinal_state) = residuals, cotangents
     job, ops = _prepare(config, u, log_a, c, runs)
     against = job._replace(reverse=not config.reverse)
     first = _state_planes(job, dfinal_state)
@@ -429,21 +420,18 @@ def backward(config: Config, u, log_a, c, entering, runs, dy, dfinal_state):
         flops=24,
     )
     dc, dlog_a = (join(tuple(sums[i : i + 2])).sum((0, 1))[: c.shape[1]].T for i in (0, 2))
-    return du, dlog_a, dc, _from_planes(dinitial, c.shape[1])
+    return du, dlog_a, dc, _from_planes(dinitial, c.shape[1]), None
 
 
-def _vjp_forward(config, u, log_a, c, initial_state, runs):
-    outputs, entering = _forward(config, u, log_a, c, initial_state, runs)
-    return outputs, (u, log_a, c, entering, runs)
+def unsupported(config: Config, u, log_a, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    if config.method not in (None, "scan"):
+        return f"its kernel is a scan, method={config.method!r} is xla's"
+    return (
+        no_wide_numbers(u)
+        or beyond_addresses(u.shape[0], lambda: u.size)
+        or refusal(log_a.shape[1])
+    )
 
 
-def _vjp_backward(config, residuals, cotangents):
-    return *backward(config, *residuals, *cotangents), None
-
-
-_diagonal_ssm = vjp.join(forward, _vjp_forward, _vjp_backward)
-
-
-def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool, tiles: Tiles | None = None):
-    """See `api.diagonal_ssm`; `runs (B, L)` int32 or None, `tiles` for tests."""
-    return _diagonal_ssm(Config(reverse, tiles), u, log_a, c, initial_state, runs)
+BACKEND = Backend(forward, backward, unsupported=unsupported)

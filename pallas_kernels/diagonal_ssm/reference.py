@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import Backend
+from pallas_kernels.diagonal_ssm.tile import Config
 
 
 def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool):
@@ -37,3 +39,11 @@ def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool):
     tokens = (jnp.moveaxis(u, 1, 0), jnp.moveaxis(codes, 1, 0))
     final_state, y = jax.lax.scan(step, initial_state, tokens, reverse=reverse)
     return jnp.moveaxis(y, 0, 1).astype(u.dtype), final_state
+
+
+def forward(config: Config, *arrays, return_residuals: bool):
+    """`((y, final_state), None)`."""
+    return diagonal_ssm(*arrays, reverse=config.reverse), None
+
+
+BACKEND = Backend(forward)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.planes import join, split
 from pallas_kernels.diagonal_ssm import powers, tile
-from pallas_kernels.linear_scan.tile import join, split
 
 _STEPS = 64  # tokens between two states that are kept
 
@@ -47,7 +47,7 @@ def diagonal_ssm(u, log_a, c, initial_state, runs):
     def walk(h, piece):
         return jax.lax.scan(step, h, piece)
 
-    h = compat.vary_alike(*split(initial_state.swapaxes(1, 2)), u)[:2]
+    h = compat.match_vma(*split(initial_state.swapaxes(1, 2)), u)[:2]
     h, y = jax.lax.scan(walk, h, (tokens, codes))
     y = jnp.moveaxis(y.reshape(count * steps, batch, width)[:length], 0, 1)
     return y.astype(u.dtype), join(h).swapaxes(1, 2)

@@ -11,17 +11,31 @@ Complex states are two real planes side by side, `(..., 2N)`: real parts, then i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import planes as numbers
+from pallas_kernels.common.planes import Planes
+from pallas_kernels.common.segments import RESET, SKIP, step_codes
 from pallas_kernels.diagonal_ssm.powers import powers, precise
-from pallas_kernels.linear_scan import tile as numbers
-from pallas_kernels.linear_scan.tile import Planes
-from pallas_kernels.segments import RESET, SKIP
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Config(NamedTuple):
+    """What is static about a call.
+
+    Attributes:
+      reverse: from the last token to the first.
+      method: "fft", "chunked" or "scan"; None for the fastest.
+      tiles: the backend's own `Tiles`; None for what suits the shape.
+    """
+
+    reverse: bool
+    method: str | None = None
+    tiles: Any = None
 
 
 class Chunk(NamedTuple):
@@ -127,3 +141,18 @@ def sensitivity(
     """`p_t` from `p_{t-1}` and `h_{t-1}`."""
     after = multiply(a, numbers.add(p, h_before), lacking)
     return select(code, p, numbers.zeros_like(p), after)
+
+
+def summary(run, config: Config, u, log_a, c, initial_state, runs):
+    """`(decay, state)`, each `(B, H, N)`; see `backend.summarize`."""
+    _, state = run(config, u, log_a, c, initial_state, runs)
+    batch, length = u.shape[:2]
+    real = jnp.full((batch,), length, jnp.int32)
+    if runs is not None:
+        real = jnp.sum(runs != 0, axis=1, dtype=jnp.int32)
+    decay = powers(log_a[None], real[:, None, None])
+    if runs is None:
+        return decay, state
+    restarts = step_codes(runs, reverse=config.reverse) == RESET
+    forgotten = jnp.any(restarts, axis=1)[:, None, None]
+    return jnp.where(forgotten, jnp.zeros_like(decay), decay), state

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend, no_wide_numbers
+from pallas_kernels.common.compat import pl
+from pallas_kernels.common.planes import Planes, add, join, split, zeros_like
 from pallas_kernels.diagonal_ssm import powers, tile
-from pallas_kernels.linear_scan.tile import Planes, add, join, split, zeros_like
+from pallas_kernels.diagonal_ssm.tile import Config
 
 _LANES, _SUBLANES = 128, 8
 _VMEM = 8 * 2**20  # half of what a kernel may take on the smallest TPU without asking for more
@@ -282,13 +284,6 @@ def _gradient_kernel(*all_refs, job: _Job):
 # The calls.
 
 
-class Config(NamedTuple):
-    """`reverse` as in the op; `tiles` for tests."""
-
-    reverse: bool
-    tiles: Tiles | None = None
-
-
 def _job(config: Config, u, log_a, runs, *, reverse: bool) -> _Job:
     batch, length, width = u.shape
     states = _round_up(log_a.shape[1], _SUBLANES)
@@ -347,8 +342,8 @@ def _call(kernel, job: _Job, name: str, rows, parameters, states, codes, outputs
     )(*operands)
 
 
-def forward(config: Config, u, log_a, c, initial_state, runs):
-    """`(y, final_state)`; arguments as in `reference.diagonal_ssm`."""
+def forward(config: Config, u, log_a, c, initial_state, runs, *, return_residuals: bool):
+    """`((y, final_state), residuals)`; arguments as in `reference.diagonal_ssm`."""
     job = _job(config, u, log_a, runs, reverse=config.reverse)
     parameters = [p for x in (*powers.decay(log_a), 2 * c) for p in _parameter_planes(job, x)]
     y, *final = _call(
@@ -362,11 +357,13 @@ def forward(config: Config, u, log_a, c, initial_state, runs):
         [u.dtype, None, None],
         flops=12,
     )
-    return y, _from_planes(final, c.shape[1])
+    outputs = y, _from_planes(final, c.shape[1])
+    return outputs, (u, log_a, c, initial_state, runs) if return_residuals else None
 
 
-def backward(config: Config, u, log_a, c, initial_state, runs, dy, dfinal_state):
-    """`(du, dlog_a, dc, dinitial_state)` from the cotangents of `forward`'s outputs."""
+def backward(config: Config, residuals, cotangents):
+    """`(du, dlog_a, dc, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
+    (u, log_a, c, initial_state, runs), (dy, dfinal_state) = residuals, cotangents
     job = _job(config, u, log_a, runs, reverse=config.reverse)
     codes = _codes(runs, reverse=config.reverse)
     decays = [p for x in powers.decay(log_a) for p in _parameter_planes(job, x)]
@@ -394,20 +391,14 @@ def backward(config: Config, u, log_a, c, initial_state, runs, dy, dfinal_state)
     )
     h_sum, p_sum, _, p = (_from_planes(sums[i : i + 2], c.shape[1]) for i in range(0, 8, 2))
     dlog_a = (2 * c[None] * p_sum + dfinal_state * p).sum(0)
-    return du, dlog_a, 2 * h_sum.sum(0), _from_planes(dinitial, c.shape[1])
+    return du, dlog_a, 2 * h_sum.sum(0), _from_planes(dinitial, c.shape[1]), None
 
 
-def _vjp_forward(config, u, log_a, c, initial_state, runs):
-    return forward(config, u, log_a, c, initial_state, runs), (u, log_a, c, initial_state, runs)
+def unsupported(config: Config, u, log_a, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    if config.method not in (None, "scan"):
+        return f"its kernel is a scan, method={config.method!r} is xla's"
+    return no_wide_numbers(u) or refusal(log_a.shape[1])
 
 
-def _vjp_backward(config, residuals, cotangents):
-    return *backward(config, *residuals, *cotangents), None
-
-
-_diagonal_ssm = vjp.join(forward, _vjp_forward, _vjp_backward)
-
-
-def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool, tiles: Tiles | None = None):
-    """See `api.diagonal_ssm`; `runs (B, L)` int32 or None, `tiles` for tests."""
-    return _diagonal_ssm(Config(reverse, tiles), u, log_a, c, initial_state, runs)
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import vjp
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.diagonal_ssm import chunked, fft, stepwise
+from pallas_kernels.diagonal_ssm.tile import Config
 
 
 def choose(length: int) -> str:
@@ -18,21 +19,24 @@ def choose(length: int) -> str:
     return "scan" if length == 1 else "chunked"
 
 
-def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool, method: str | None):
-    """See `api.diagonal_ssm`; `runs (B, L)` int32 or None."""
-    method = method or choose(u.shape[1])
+def forward(config: Config, u, log_a, c, initial_state, runs, *, return_residuals: bool):
+    """`((y, final_state), None)`; JAX differentiates it, the methods have rules of their own."""
+    method = config.method or choose(u.shape[1])
     runs_there = runs
-    if reverse:
+    if config.reverse:
         u = flip(u, runs)
         runs_there = None if runs is None else _flipped_runs(runs)
     run = {"fft": fft, "chunked": chunked, "scan": stepwise}[method].diagonal_ssm
     y, final_state = run(u, log_a, c, initial_state, runs_there)
-    return flip(y, runs) if reverse else y, final_state
+    return (flip(y, runs) if config.reverse else y, final_state), None
+
+
+BACKEND = Backend(forward)
 
 
 def flip(x: jax.Array, runs: jax.Array | None) -> jax.Array:
     """`x (B, L, H)` with each row's real tokens in the opposite order; its own inverse."""
-    return jnp.flip(x, 1) if runs is None else _flip_real(None, x, runs)
+    return jnp.flip(x, 1) if runs is None else _flip_real(x, runs)
 
 
 def _flip_index(runs):
@@ -42,15 +46,14 @@ def _flip_index(runs):
     return jnp.where(t < real, real - 1 - t, t)
 
 
-def _flip_primal(_, x, runs):
+@jax.custom_vjp
+def _flip_real(x, runs):
     return jnp.take_along_axis(x, _flip_index(runs)[..., None], axis=1)
 
 
 # By hand, because a gather's derivative is a scatter where this one is the same gather.
-_flip_real = vjp.join(
-    _flip_primal,
-    lambda _, x, runs: (_flip_primal(None, x, runs), runs),
-    lambda _, runs, dx: (_flip_primal(None, dx, runs), None),
+_flip_real.defvjp(
+    lambda x, runs: (_flip_real(x, runs), runs), lambda runs, dx: (_flip_real(dx, runs), None)
 )
 
 

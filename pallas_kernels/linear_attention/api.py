@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.linear_attention import gpu, reference, tpu, xla
-from pallas_kernels.linear_attention.config import Config
+from pallas_kernels.common import dispatch, segments
+from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.linear_attention import gpu, reference, tile, tpu, xla
+from pallas_kernels.matrix_state.config import Config, validate_arguments
 
 _OP = "linear_attention"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    one_token=xla.one_token,
+    summary=tile.summary,
+)
 
 
 def linear_attention(
@@ -59,11 +67,17 @@ def linear_attention(
     `implementation="reference"`.
 
     Raises:
-      ValueError: a shape, dtype or value that does not fit; the message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    state_dtype = _validate(q, k, v, log_decay, initial_state, segment_ids)
+    state_dtype = validate_arguments(
+        _OP,
+        *(q, k, v, log_decay, initial_state, segment_ids),
+        decay_shapes=("(H,)", "(B, L, H)", "(B, L, H, K)"),
+    )
     batch, length, heads, value_size = v.shape
     if log_decay is not None:
         log_decay = jnp.asarray(log_decay)
@@ -72,74 +86,11 @@ def linear_attention(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[3], value_size), state_dtype)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    if length == 1 and implementation is None:
-        implementation = "xla"  # decoding: one step needs no kernel
-    config = Config(float(q.shape[3] ** -0.5 if scale is None else scale))
-    arrays = compat.vary_alike(q, k, v, log_decay, initial_state, runs)
-    o, final_state = dispatch.run(
-        _OP,
-        {
-            "reference": functools.partial(reference.linear_attention, config),
-            "xla": functools.partial(xla.linear_attention, config),
-            "tpu": functools.partial(tpu.linear_attention, config),
-            "gpu": functools.partial(gpu.linear_attention, config),
-        },
-        *arrays,
-        requested=implementation,
-        refusals=_refusals(q, v, log_decay),
+    o, final_state = call_op(
+        OP,
+        Config(float(q.shape[3] ** -0.5 if scale is None else scale)),
+        *(q, k, v, log_decay, initial_state, runs),
+        length=length,
+        implementation=implementation,
     )
-    return checkpoint_name(o, _OP), checkpoint_name(final_state, f"{_OP}_state")
-
-
-def _validate(q, k, v, log_decay, initial_state, segment_ids) -> Any:
-    """The dtype of the state."""
-    validate.shape(_OP, "v", v, "(B, L, H, V)", (None,) * 4)
-    batch, length, heads, value_size = v.shape
-    validate.shape(_OP, "q", q, "(B, L, G, K)", (batch, length, None, None))
-    validate.shape(_OP, "k", k, "(B, L, G, K)", q.shape)
-    groups, key_size = q.shape[2:]
-    for name, x in (("q", q), ("v", v)):
-        if x.size == 0:
-            raise ValueError(f"{_OP}: {name} must not be empty, got shape {x.shape}")
-    if heads % groups:
-        raise ValueError(
-            f"{_OP}: G must divide H, got q with G = {groups} and v with H = {heads}; repeat q and "
-            "k, or choose another number of groups"
-        )
-    if max(key_size, value_size) > 256:
-        raise ValueError(f"{_OP}: K and V go up to 256, got K = {key_size} and V = {value_size}")
-    validate.dtype(_OP, "v", v, ("float32", "bfloat16", "float64"))
-    for name, x in (("q", q), ("k", k)):
-        validate.dtype(_OP, name, x, (v.dtype.name,), because=f"v is {v.dtype}")
-    wide = "float64" if v.dtype == jnp.float64 else "float32"
-    if log_decay is not None:
-        _validate_decay(log_decay, (batch, length, heads, key_size), wide, v)
-    if initial_state is not None:
-        sizes = (batch, heads, key_size, value_size)
-        validate.shape(_OP, "initial_state", initial_state, "(B, H, K, V)", sizes)
-        validate.dtype(_OP, "initial_state", initial_state, (wide,))
-    if segment_ids is not None:
-        validate.segment_ids(_OP, segment_ids, batch, length)
-    return jnp.dtype(wide)
-
-
-def _validate_decay(log_decay, full: tuple[int, ...], wide: str, v) -> None:
-    allowed = {1: (full[2:3], "(H,)"), 3: (full[:3], "(B, L, H)"), 4: (full, "(B, L, H, K)")}
-    if jnp.ndim(log_decay) not in allowed:
-        raise ValueError(
-            f"{_OP}: log_decay must be (H,), (B, L, H) or (B, L, H, K), got shape "
-            f"{jnp.shape(log_decay)}"
-        )
-    sizes, rule = allowed[jnp.ndim(log_decay)]
-    validate.shape(_OP, "log_decay", log_decay, rule, sizes)
-    validate.dtype(_OP, "log_decay", log_decay, (wide, "bfloat16"), because=f"v is {v.dtype}")
-    validate.at_most_zero(_OP, "log_decay", log_decay)
-
-
-def _refusals(q: Any, v: Any, log_decay: Any) -> dict[str, str]:
-    if v.dtype == jnp.float64:
-        wide = "it has no float64; reference and xla do"
-        return {"tpu": wide, "gpu": wide}
-    if (largest := gpu.largest_array(q, v, log_decay)) >= 2**31:
-        return {"gpu": f"an array of {largest} elements, its addresses hold 2**31"}
-    return {}
+    return o, final_state

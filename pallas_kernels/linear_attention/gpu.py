@@ -18,10 +18,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, chunks_gpu, compat, vjp
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
 from pallas_kernels.linear_attention import gpu_kernels
-from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.gpu_kernels import Job, Tiles
+from pallas_kernels.matrix_state import chunks, chunks_gpu
+from pallas_kernels.matrix_state.config import Config
 
 _ENOUGH_PROGRAMS = 512  # several for each multiprocessor
 
@@ -89,8 +91,8 @@ def _operands(job: Job, q, k, v, log_decay, runs) -> dict[str, Any]:
     return {"q": q, "k": k, "v": v, "g": log_decay, "runs": runs, "entering_run": entering}
 
 
-def _forward(config: Config, q, k, v, log_decay, initial_state, runs):
-    """`(o, final_state)` and the state that enters each chunk."""
+def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_residuals: bool):
+    """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
     job = _job(config, q, v, log_decay)
     operands = _operands(job, q, k, v, log_decay, runs)
     initial = initial_state.swapaxes(2, 3)
@@ -114,19 +116,11 @@ def _forward(config: Config, q, k, v, log_decay, initial_state, runs):
         {"o": (v.shape, v.dtype)},
         warps=job.tiles.warps,
     )
-    return read["o"], passed["final"].swapaxes(2, 3), states
+    outputs = read["o"], passed["final"].swapaxes(2, 3)
+    return outputs, (q, k, v, log_decay, runs, states) if return_residuals else None
 
 
-def _primal(config: Config, *arrays):
-    return _forward(config, *arrays)[:2]
-
-
-def _keep_states(config: Config, q, k, v, log_decay, initial_state, runs):
-    *outputs, states = _forward(config, q, k, v, log_decay, initial_state, runs)
-    return tuple(outputs), (q, k, v, log_decay, runs, states)
-
-
-def _backward(config: Config, residuals, cotangents):
+def backward(config: Config, residuals, cotangents):
     """The gradients of all arguments."""
     q, k, v, log_decay, runs, states = residuals
     do, dfinal = cotangents
@@ -180,11 +174,18 @@ def _backward(config: Config, residuals, cotangents):
     return dq, dk, dv, dlog_decay, passed["dinitial"].swapaxes(2, 3), None
 
 
-linear_attention = vjp.join(_primal, _keep_states, _backward)
-
-
 def largest_array(q, v, log_decay) -> int:
     """Elements of the largest array that a kernel addresses."""
     job = _job(Config(1.0), q, v, log_decay)
     tokens = job.batch * job.length * job.heads
     return max(tokens * max(job.key_size, job.value_size), math.prod(job.states))
+
+
+def unsupported(config: Config, q, k, v, log_decay, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(v) or beyond_addresses(
+        v.shape[0], lambda: largest_array(q, v, log_decay)
+    )
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, chunks_gpu
-from pallas_kernels.chunks import Documents
-from pallas_kernels.chunks_gpu import BY_HALVES, Row, Span
-from pallas_kernels.compat import pl
+from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_attention import tile
+from pallas_kernels.matrix_state import chunks, chunks_gpu
+from pallas_kernels.matrix_state.chunks import Documents
+from pallas_kernels.matrix_state.chunks_gpu import BY_HALVES, Row, Span
 
 
 class Tiles(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
-from pallas_kernels.linear_attention.config import Config
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import Backend
+from pallas_kernels.matrix_state.config import Config
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -48,3 +49,11 @@ def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
     final_state, o = jax.lax.scan(step, initial_state, tokens)
     return jnp.moveaxis(o, 0, 1), final_state
+
+
+def forward(config: Config, *arrays, return_residuals: bool):
+    """`((o, final_state), None)`."""
+    return linear_attention(config, *arrays), None
+
+
+BACKEND = Backend(forward)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels import programs
 from pallas_kernels.linear_attention.api import linear_attention
-from pallas_kernels.programs import Struct
+from pallas_kernels.tools import programs
+from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def program(op: Callable[..., Any], shape: Shape, mode: str) -> programs.Program
 def case(
     shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
 ) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `pallas_kernels.aot`.
+    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
 
     Args:
       shape: a name in `SHAPES`, or a shape of your own.

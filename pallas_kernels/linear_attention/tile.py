@@ -10,8 +10,8 @@ of the whole chunk:
     state' = keep * state + v^T (k * out)
 
 Decays come as log decays `g`: None, `(C, 1)` for one of all keys, `(C, K)` for one a key; their
-sums and the masks of documents are those of `pallas_kernels.chunks`. Matmul operands have the
-dtype of q, k and v, everything else is float32 (float64 under x64).
+sums and the masks of documents are those of `matrix_state.chunks`. Matmul operands have the dtype
+of q, k and v, everything else is float32 (float64 under x64).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
-from pallas_kernels.chunks import Documents, Summation
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks import Documents, Summation
+from pallas_kernels.matrix_state.config import Config, row_decay
 
 
 def dot(x: jax.Array, y: jax.Array, contract: str) -> jax.Array:
@@ -326,3 +327,9 @@ def decay_gradient(
     dlevels = dlevels or [jnp.zeros_like(dinto)] * len(chunks.sizes(g.shape[0]))
     dg = summation.down(chunks.Sums(dlevels, dinto, dout, dkeep)) + more
     return chunks.clamp_transpose(g, dg, docs)
+
+
+def summary(run, config: Config, q, k, v, log_decay, initial_state, runs):
+    """`(decay, state)`, `(B, H, K or 1, 1)` and `(B, H, K, V)`; see `backend.summarize`."""
+    _, state = run(config, q, k, v, log_decay, initial_state, runs)
+    return row_decay(log_decay, runs, state), state

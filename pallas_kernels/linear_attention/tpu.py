@@ -11,12 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_heads as layout
-from pallas_kernels import vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common.backend import Backend, no_wide_numbers
+from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_attention import tpu_head, tpu_key
-from pallas_kernels.linear_attention.config import Config
-from pallas_kernels.tpu_heads import Job, Tiles
+from pallas_kernels.matrix_state import tpu_heads as layout
+from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.matrix_state.tpu_heads import Job, Tiles
 
 _CHUNK = 128
 _HEADS, _HEADS_BY_KEY = 16, 4  # unrolled in a step
@@ -77,8 +77,8 @@ def _operands(job: Job, q, k, v, log_decay, runs) -> dict[str, tuple[Any, pl.Blo
     return operands | (layout.run_operands(job, runs) if job.segmented else {})
 
 
-def _forward(config: Config, q, k, v, log_decay, initial_state, runs, *, keep: bool):
-    """`(o, final_state)` and, to be kept for backward, the state that enters each chunk."""
+def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_residuals: bool):
+    """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
     job = _job(config, q, v, log_decay, runs)
     operands = _operands(job, q, k, v, log_decay, runs)
     operands["initial"] = (layout.inside(job, initial_state), layout.end(job, last=False))
@@ -87,17 +87,20 @@ def _forward(config: Config, q, k, v, log_decay, initial_state, runs, *, keep: b
         "o": (layout.struct(layout.to_lanes(v).shape, v.dtype), layout.tokens(job, job.value_size)),
         "final": (layout.struct(ends), layout.end(job, last=True)),
     }
-    if keep:
+    if return_residuals:
         kept = layout.struct((job.batch, job.chunks, job.heads, *job.state), v.dtype)
         out["states"] = (kept, layout.states(job))
     scratch: dict[str, tuple[int, ...]] = {"state": (job.parts * job.tiles.heads, *job.state)}
     scratch |= layout.between(job)
     kernel = tpu_key.forward if job.decay == "key" else tpu_head.forward
     result = layout.call(kernel, job, "linear_attention_forward", operands, out, scratch)
-    return result["o"].reshape(v.shape), layout.inside(job, result["final"]), result.get("states")
+    outputs = result["o"].reshape(v.shape), layout.inside(job, result["final"])
+    if not return_residuals:
+        return outputs, None
+    return outputs, (q, k, v, log_decay, runs, result["states"])
 
 
-def _backward(config: Config, residuals, cotangents):
+def backward(config: Config, residuals, cotangents):
     """The gradients of all arguments."""
     q, k, v, log_decay, runs, states = residuals
     do, dfinal = cotangents
@@ -134,20 +137,8 @@ def _backward(config: Config, residuals, cotangents):
     return dq, dk, dv, dlog_decay, layout.inside(job, result["dinitial"]), None
 
 
-def _primal(config: Config, *arrays):
-    return _forward(config, *arrays, keep=False)[:2]
-
-
-def _keep(config: Config, q, k, v, log_decay, initial_state, runs):
-    *outputs, states = _forward(config, q, k, v, log_decay, initial_state, runs, keep=True)
-    return tuple(outputs), (q, k, v, log_decay, runs, states)
-
-
-_linear_attention = vjp.join(_primal, _keep, _backward)
-
-
-def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
-    """See `reference.linear_attention`; float32 and bfloat16.
+def prepare(config: Config, q, k, v, log_decay, initial_state, runs):
+    """The arguments, padded to whole tiles; `restore` cuts the outputs. See `Backend.prepare`.
 
     Raises:
       ValueError: one head does not fit into a TPU's memory.
@@ -167,5 +158,17 @@ def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
     if copies > 1:
         q, k = (jnp.repeat(x, copies, axis=2) for x in (q, k))
     state = pad(initial_state, None, "keys", "values")
-    o, final = _linear_attention(config, q, k, v, log_decay, state, runs)
-    return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]
+
+    def restore(outputs):
+        o, final = outputs
+        return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]
+
+    return (q, k, v, log_decay, state, runs), restore
+
+
+def unsupported(config: Config, q, k, v, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(v)
+
+
+BACKEND = Backend(forward, backward, prepare, unsupported)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention.tile import dot, only
-from pallas_kernels.tpu_heads import SLAB, rows_shape
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.tpu_heads import SLAB, rows_shape
 
 
 class Decays(NamedTuple):

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.compat import pl
 from pallas_kernels.linear_attention import tile
 from pallas_kernels.linear_attention.tile import dot, only
 from pallas_kernels.linear_attention.tpu_head import (
@@ -26,7 +26,8 @@ from pallas_kernels.linear_attention.tpu_head import (
     lanes,
     own,
 )
-from pallas_kernels.tpu_heads import SLAB
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.tpu_heads import SLAB
 
 
 class Factors(NamedTuple):

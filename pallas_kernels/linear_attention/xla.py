@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, vjp
+from pallas_kernels.common import symbolic
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.linear_attention import tile
-from pallas_kernels.linear_attention.config import Config
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.config import Config
 
 # Measured on x86: tokens of a chunk, and numbers in the pairs of the chunks worked on together.
 _CHUNK, _CHUNK_BY_KEY = 64, 32
@@ -79,7 +81,9 @@ def _each(fn, rows: _Rows, *more):
     """`fn` of every chunk, some at a time."""
     heads = rows.v.shape[2] * rows.v.shape[3]
     at_once = max(1, _AT_ONCE // (heads * rows.v.shape[1] ** 2))
-    return jax.lax.map(lambda xs: fn(*xs), (rows, *more), batch_size=at_once)
+    # A loop over a symbolic number of chunks cannot be cut into batches and a rest.
+    batch_size = at_once if symbolic.known(rows.v.shape[0], 0) else None
+    return jax.lax.map(lambda xs: fn(*xs), (rows, *more), batch_size=batch_size)
 
 
 def _heads(fn, rows: _Rows, *more):
@@ -197,25 +201,19 @@ def _chain(first, keep, keeps, added, *, reverse: bool):
     return jnp.moveaxis(near, 0, 1).reshape(-1, *near.shape[2:]), last
 
 
-def _forward(config: Config, q, k, v, log_decay, initial_state, runs):
+def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_residuals: bool):
+    """`((o, final_state), residuals)`: the arguments and the state that enters every chunk."""
     rows = _cut(config, q, k, v, log_decay, runs)
     grouped = (v.shape[0], *rows.v.shape[2:4], *initial_state.shape[2:])
     first = initial_state.reshape(grouped).swapaxes(-1, -2)
     states, last = _chain(first, *_each(_added, rows), reverse=False)
     o = _each(functools.partial(_output, config), rows, states)
-    return _uncut(o, v), last.swapaxes(-1, -2).reshape(initial_state.shape), states
+    outputs = _uncut(o, v), last.swapaxes(-1, -2).reshape(initial_state.shape)
+    return outputs, (q, k, v, log_decay, runs, states) if return_residuals else None
 
 
-def _primal(config: Config, *arrays):
-    return _forward(config, *arrays)[:2]
-
-
-def _keep(config: Config, q, k, v, log_decay, initial_state, runs):
-    o, final_state, states = _forward(config, q, k, v, log_decay, initial_state, runs)
-    return (o, final_state), (q, k, v, log_decay, runs, states)
-
-
-def _pull_back(config: Config, residuals, cotangents):
+def backward(config: Config, residuals, cotangents):
+    """Gradients of `forward`'s arrays, in its order, from those of `(o, final_state)`."""
     q, k, v, log_decay, runs, states = residuals
     do, dfinal = cotangents
     rows = _cut(config, q, k, v, log_decay, runs)
@@ -230,17 +228,10 @@ def _pull_back(config: Config, residuals, cotangents):
     return _uncut(dq, q), _uncut(dk, k), _uncut(dv, v), dlog_decay, dinitial, None
 
 
-_linear_attention = vjp.join(_primal, _keep, _pull_back)
+BACKEND = Backend(forward, backward)
 
 
-def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
-    """See `reference.linear_attention`."""
-    if v.shape[1] == 1:
-        return _one_token(config, q, k, v, log_decay, initial_state, runs)
-    return _linear_attention(config, q, k, v, log_decay, initial_state, runs)
-
-
-def _one_token(config: Config, q, k, v, log_decay, initial_state, runs):
+def one_token(config: Config, q, k, v, log_decay, initial_state, runs):
     """A decoding step: two products with the state, no chunks; JAX differentiates it."""
     dtype, group = initial_state.dtype, v.shape[2] // q.shape[2]
     q, k = (jnp.repeat(x[:, 0].astype(dtype), group, axis=1) for x in (q, k))

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.linear_scan import gpu, reference, tpu, xla
+from pallas_kernels.common import dispatch, segments, validate
+from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.linear_scan import gpu, reference, tile, tpu, xla
+from pallas_kernels.linear_scan.tile import Config
 
 _OP = "linear_scan"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    one_token=xla.one_token,
+    summary=tile.summary,
+)
 
 
 def linear_scan(
@@ -58,25 +69,14 @@ def linear_scan(
     if initial_state is None:
         initial_state = jnp.zeros((b.shape[0], b.shape[2]), state_dtype)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    if b.shape[1] == 1 and implementation is None:
-        implementation = "xla"  # decoding: one step needs no kernel
-    a, b, initial_state, runs = compat.vary_alike(a, b, initial_state, runs)
-    h, final_state = dispatch.run(
-        _OP,
-        {
-            "reference": functools.partial(reference.linear_scan, reverse=reverse),
-            "xla": functools.partial(xla.linear_scan, (reverse,)),
-            "tpu": functools.partial(tpu.linear_scan, (reverse,)),
-            "gpu": functools.partial(gpu.linear_scan, (reverse,)),
-        },
-        a,
-        b,
-        initial_state,
-        runs,
-        requested=implementation,
-        refusals=_refusals(b),
+    h, final_state = call_op(
+        OP,
+        Config(reverse),
+        *(a, b, initial_state, runs),
+        length=b.shape[1],
+        implementation=implementation,
     )
-    return checkpoint_name(h, "linear_scan"), checkpoint_name(final_state, "linear_scan_state")
+    return h, final_state
 
 
 def _validate(a, b, initial_state, segment_ids) -> Any:
@@ -100,13 +100,3 @@ def _validate(a, b, initial_state, segment_ids) -> Any:
     if segment_ids is not None:
         validate.segment_ids(_OP, segment_ids, batch, length)
     return state_dtype
-
-
-def _refusals(b: Any) -> dict[str, str]:
-    reasons = {}
-    if b.dtype in (jnp.float64, jnp.complex128):
-        wide = f"it has no {b.dtype}; reference and xla do"
-        reasons = {"tpu": wide, "gpu": wide}
-    if b.size >= 2**31:
-        reasons.setdefault("gpu", f"b has {b.size} elements, its addresses hold 2**31")
-    return reasons

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, planes, segments
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.compat import pl
+from pallas_kernels.common.planes import Planes
 from pallas_kernels.linear_scan import tile
-from pallas_kernels.linear_scan.differentiable import differentiable
-from pallas_kernels.linear_scan.tile import Planes
+from pallas_kernels.linear_scan.tile import Config
 
 _ENOUGH_PROGRAMS = 512  # a few for each multiprocessor of the GPUs since Ampere
 
@@ -172,7 +173,7 @@ def _reduce_kernel(*refs, job: _Job, backward: bool):
         return tile.compose(decay, a, step.code), flow
 
     zero = _zeros(job)
-    decay, flow = _walk(job, strip, codes_ref, body, (tile.ones_like(zero), zero))
+    decay, flow = _walk(job, strip, codes_ref, body, (planes.ones_like(zero), zero))
     chunk = (strip.row, pl.program_id(0))
     strip.store(decay_refs, chunk, decay)
     strip.store(flow_refs, chunk, flow)
@@ -209,7 +210,7 @@ def _forward_kernel(*refs, job: _Job):
         h = tile.advance(h, a, b, step.code)
         visible = h
         if job.segmented:
-            visible = tile.where(step.code == segments.SKIP, tile.zeros_like(h), h)
+            visible = planes.where(step.code == segments.SKIP, planes.zeros_like(h), h)
         strip.store(h_refs, (strip.row, step.t), visible, step.live)
         return h
 
@@ -234,13 +235,13 @@ def _backward_kernel(*refs, job: _Job):
         before = step.t - 1 if job.reverse else step.t + 1
         exists = (before >= 0) & (before < job.length)
         h_before = strip.load(h_refs, (strip.row, before), step.live & exists)
-        h_before = tile.where(exists, h_before, initial)
+        h_before = planes.where(exists, h_before, initial)
         h_before = tile.state_before(h_before, initial, step.code)
         gradient, c = tile.retreat(c, a, dh, step.code)
         da = tile.decay_gradient(gradient, h_before, step.code)
         strip.store(db_refs, (strip.row, step.t), gradient, step.live)
         if job.constant:
-            da_sum = tile.add(da_sum, da)
+            da_sum = planes.add(da_sum, da)
         else:
             strip.store(da_refs, (strip.row, step.t), da, step.live)
         return c, da_sum
@@ -308,35 +309,36 @@ def _codes(runs, *, reverse: bool) -> list[jax.Array]:
     return [] if runs is None else [segments.step_codes(runs, reverse=reverse)]
 
 
-def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
-    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
-    job = _job(a, b, runs, tiles, reverse=reverse)
-    a, b_planes, codes = tile.split(a), tile.split(b), _codes(runs, reverse=reverse)
+def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool):
+    """`(h, final_state)`, and what `backward` reads; arguments as in `reference.forward`."""
+    reverse = config.reverse
+    job = _job(a, b, runs, config.tiles, reverse=reverse)
+    a_planes, b_planes, codes = planes.split(a), planes.split(b), _codes(runs, reverse=reverse)
     entering, final_state = _entering(
-        job, a, b_planes, tile.split(initial_state), codes, backward=False
+        job, a_planes, b_planes, planes.split(initial_state), codes, backward=False
     )
-    h, leaving = _call(
+    h_planes, leaving = _call(
         functools.partial(_forward_kernel, job=job),
         job,
         "linear_scan_forward",
         job.grid,
-        [*a, *b_planes, *entering, *codes],
+        [*a_planes, *b_planes, *entering, *codes],
         [(b.shape, b_planes[0].dtype), ((job.batch, job.chunks, job.width), jnp.float32)],
         flops=2,
     )
     final_state = final_state or tuple(p[:, 0] for p in leaving)
-    return tile.join(h), tile.join(final_state)
+    h, final_state = planes.join(h_planes), planes.join(final_state)
+    return (h, final_state), (a, h, initial_state, runs) if return_residuals else None
 
 
-def backward(
-    a, h, initial_state, runs, dh, dfinal_state, reverse: bool, tiles: Tiles | None = None
-):
-    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
-    job = _job(a, h, runs, tiles, reverse=not reverse)
-    a_planes, h_planes, dh_planes = tile.split(a), tile.split(h), tile.split(dh)
+def backward(config: Config, residuals, cotangents):
+    """`(da, db, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
+    (a, h, initial_state, runs), (dh, dfinal_state), reverse = residuals, cotangents, config.reverse
+    job = _job(a, h, runs, config.tiles, reverse=not reverse)
+    a_planes, h_planes, dh_planes = planes.split(a), planes.split(h), planes.split(dh)
     codes = _codes(runs, reverse=reverse)
     entering, dinitial = _entering(
-        job, a_planes, dh_planes, tile.split(dfinal_state), codes, backward=True
+        job, a_planes, dh_planes, planes.split(dfinal_state), codes, backward=True
     )
     per_chunk = ((job.batch, job.chunks, job.width), jnp.float32)
     da, db, leaving = _call(
@@ -344,7 +346,7 @@ def backward(
         job,
         "linear_scan_backward",
         job.grid,
-        [*a_planes, *h_planes, *tile.split(initial_state), *dh_planes, *entering, *codes],
+        [*a_planes, *h_planes, *planes.split(initial_state), *dh_planes, *entering, *codes],
         [
             per_chunk if job.constant else (a.shape, a_planes[0].dtype),
             (h.shape, h_planes[0].dtype),
@@ -353,10 +355,15 @@ def backward(
         flops=5,
     )
     dinitial = dinitial or tuple(p[:, 0] for p in leaving)
-    da = tile.join(da)
+    da = planes.join(da)
     if job.constant:
         da = da.sum((0, 1)).astype(a.dtype)
-    return da, tile.join(db), tile.join(dinitial)
+    return da, planes.join(db), planes.join(dinitial), None
 
 
-linear_scan = differentiable(forward, backward)
+def unsupported(config: Config, a, b, initial_state, runs) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(b) or beyond_addresses(b.shape[0], lambda: b.size)
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -5,24 +5,30 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend
+from pallas_kernels.linear_scan.tile import Config
 
 
-def linear_scan(a, b, initial_state, runs, *, reverse: bool):
+def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool = False):
     """`h_t = a_t * h_{t-1} + b_t`, by `jax.lax.scan` over tokens; see `api.linear_scan`.
 
     Differentiable by JAX itself, any number of times and in forward mode.
 
     Args:
+      config: the direction.
       a: `(B, L, D)` or `(D,)`.
       b: `(B, L, D)`.
       initial_state: `(B, D)` in the state's dtype.
       runs: `(B, L)` int32 or None.
-      reverse: from the last token to the first.
+
+    Returns:
+      `(h (B, L, D), final_state (B, D))` and no residuals.
     """
+    reverse = config.reverse
     batch, length, width = b.shape
     a = jnp.broadcast_to(a.astype(initial_state.dtype), (batch, length, width))
-    codes = compat.vary_alike(jnp.zeros((batch, length), jnp.int32), b)[0]
+    codes = compat.match_vma(jnp.zeros((batch, length), jnp.int32), b)[0]
     if runs is not None:
         codes = segments.step_codes(runs, reverse=reverse)
 
@@ -36,4 +42,7 @@ def linear_scan(a, b, initial_state, runs, *, reverse: bool):
     tokens = (a, b.astype(initial_state.dtype), codes)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
     final_state, h = jax.lax.scan(step, initial_state, tokens, reverse=reverse)
-    return jnp.moveaxis(h, 0, 1).astype(b.dtype), final_state
+    return (jnp.moveaxis(h, 0, 1).astype(b.dtype), final_state), None
+
+
+BACKEND = Backend(forward)

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import programs
 from pallas_kernels.linear_scan.api import linear_scan
+from pallas_kernels.tools import programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def program(scan: Callable[..., Any], shape: Shape, mode: str) -> programs.Progr
 def case(
     shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
 ) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, complex arrays as pairs, for `pallas_kernels.aot`.
+    """`(fn, *operands)` of the op's `program`, complex arrays as pairs, for `tools.aot`.
 
     Args:
       shape: a name in `SHAPES`, or a shape of your own.

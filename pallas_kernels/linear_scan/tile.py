@@ -1,7 +1,6 @@
 """The maths of one step and of one tile, on values; shared by every backend.
 
-A number is a tuple of planes: `(x,)` when real, `(re, im)` when complex, because Pallas kernels
-have no complex type. All planes of a number have one shape and one floating dtype.
+Numbers are planes, see `common.planes`.
 
     forward    h_t = a_t h_{t-1} + b_t
     backward   G_t = dh_t + c_{t+1},   c_t = a_t G_t,   db_t = G_t,   da_t = G_t h_{t-1}
@@ -14,48 +13,25 @@ complex cotangents needs no conjugates. Step codes are those of `segments.step_c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import ENTER, RESET, SKIP
-
-Planes = tuple[jax.Array, ...]
-
-
-def split(x: jax.Array, dtype=None) -> Planes:
-    """The planes of an array, upcast to `dtype`."""
-    planes = (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,)
-    return planes if dtype is None else tuple(p.astype(dtype) for p in planes)
+from pallas_kernels.common.planes import Planes, add, is_zero, mul, ones_like, where, zeros_like
+from pallas_kernels.common.segments import ENTER, RESET, SKIP, step_codes
 
 
-def join(x: Planes) -> jax.Array:
-    """The array of the planes; the inverse of `split`."""
-    return x[0] if len(x) == 1 else jax.lax.complex(*x)
+class Config(NamedTuple):
+    """What is static about a scan.
 
+    Attributes:
+      reverse: from the last token to the first.
+      tiles: the backend's own `Tiles`; None for what suits the shape.
+    """
 
-def add(x: Planes, y: Planes) -> Planes:
-    return tuple(p + q for p, q in zip(x, y, strict=True))
-
-
-def mul(x: Planes, y: Planes) -> Planes:
-    if len(x) == 1:
-        return (x[0] * y[0],)
-    (xr, xi), (yr, yi) = x, y
-    return (xr * yr - xi * yi, xr * yi + xi * yr)
-
-
-def where(mask: jax.Array, x: Planes, y: Planes) -> Planes:
-    return tuple(jnp.where(mask, p, q) for p, q in zip(x, y, strict=True))
-
-
-def zeros_like(x: Planes) -> Planes:
-    return tuple(jnp.zeros_like(p) for p in x)
-
-
-def ones_like(x: Planes) -> Planes:
-    """The number one, in planes."""
-    return (jnp.ones_like(x[0]), *zeros_like(x[1:]))
+    reverse: bool
+    tiles: Any = None
 
 
 def step_decay(a: Planes, code: jax.Array | None) -> Planes:
@@ -106,6 +82,29 @@ def state_before(h_before: Planes, initial_state: Planes, code: jax.Array | None
     return h_before if code is None else where(code == ENTER, initial_state, h_before)
 
 
+def row_decay(a: jax.Array, codes: jax.Array | None, length: int) -> jax.Array:
+    """The product of a row's decays, `(B, D)` or `(1, D)`: 0 where a document begins inside.
+
+    Args:
+      a: `(B, L, D)`, or `(D,)` for one decay of all steps.
+      codes: step codes `(B, L)`, or None where every step is a plain one.
+      length: L.
+    """
+    constant = a.ndim == 1
+    if codes is None:
+        return a[None] ** length if constant else jnp.prod(a, axis=1)
+    (a,) = step_decay((a[None, None] if constant else a,), codes[:, :, None])
+    return jnp.prod(a, axis=1)
+
+
+def summary(run, config: Config, a, b, initial_state, runs):
+    """`(decay, state)`, each `(B, D)`; see `backend.summarize`."""
+    codes = None if runs is None else step_codes(runs, reverse=config.reverse)
+    decay = row_decay(a.astype(initial_state.dtype), codes, b.shape[1])
+    _, state = run(config, a, b, initial_state, runs)
+    return jnp.broadcast_to(decay, state.shape), state
+
+
 def prefix(
     decay: Planes,
     value: Planes,
@@ -148,8 +147,3 @@ def apply(decay: Planes, value: Planes, h: Planes, *, segmented: bool) -> Planes
     if segmented:
         carried = where(is_zero(decay), zeros_like(carried), carried)
     return add(carried, value)
-
-
-def is_zero(x: Planes) -> jax.Array:
-    zero = x[0] == 0
-    return zero if len(x) == 1 else zero & (x[1] == 0)

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, planes, segments
+from pallas_kernels.common.backend import Backend, no_wide_numbers
+from pallas_kernels.common.compat import pl
+from pallas_kernels.common.planes import Planes
 from pallas_kernels.linear_scan import tile
-from pallas_kernels.linear_scan.differentiable import differentiable
-from pallas_kernels.linear_scan.tile import Planes
+from pallas_kernels.linear_scan.tile import Config
 
 _LANES, _SUBLANES = 128, 8
 # Of the 16 MiB that a kernel may take on the smallest TPU without asking for more.
@@ -158,7 +159,7 @@ class _Group:
     def back(self, x: Planes, before: Planes) -> Planes:
         """Each row replaced by the one before it in the direction of travel."""
         shifted = tuple(self.shift(p, 1) for p in x)
-        return tile.where(self.index >= 1, shifted, before)
+        return planes.where(self.index >= 1, shifted, before)
 
     def last(self, x: Planes) -> Planes:
         row = 0 if self.job.reverse else _SUBLANES - 1
@@ -211,14 +212,14 @@ def _forward_kernel(*all_refs, job: _Job):
         decay = tile.step_decay(group.broadcast(a) if job.constant else a, group.code)
         value = _load(b_refs, group.rows)
         if group.code is not None:
-            value = tile.where(group.code == segments.SKIP, tile.zeros_like(value), value)
+            value = planes.where(group.code == segments.SKIP, planes.zeros_like(value), value)
         maps = tile.prefix(
             decay, value, group.shift, group.index, _SUBLANES, segmented=job.segmented
         )
         after = tile.apply(*maps, group.broadcast(h), segmented=job.segmented)
         visible = after
         if group.code is not None:
-            visible = tile.where(group.code == segments.SKIP, tile.zeros_like(after), after)
+            visible = planes.where(group.code == segments.SKIP, planes.zeros_like(after), after)
         _store(h_refs, visible, group.rows)
         return group.last(after)
 
@@ -246,7 +247,7 @@ def _backward_kernel(*all_refs, job: _Job):
     initial = _load(initial_refs)
     edge_row = _SUBLANES - 1 if job.reverse else 0
     edge = tuple(p[edge_row : edge_row + 1] for p in _load(edge_refs))
-    edge = tile.where(pl.program_id(2) == job.blocks - 1, initial, edge)
+    edge = planes.where(pl.program_id(2) == job.blocks - 1, initial, edge)
 
     def scan_group(i, carry):
         c, da_sum = carry
@@ -255,20 +256,22 @@ def _backward_kernel(*all_refs, job: _Job):
         a = group.broadcast(a) if job.constant else a
         dh = _load(dh_refs, group.rows)
         if group.code is not None:
-            dh = tile.where(group.code == segments.SKIP, tile.zeros_like(dh), dh)
+            dh = planes.where(group.code == segments.SKIP, planes.zeros_like(dh), dh)
         decay = tile.step_decay(a, group.code)
         maps = tile.prefix(
             decay,
-            tile.mul(decay, dh),
+            planes.mul(decay, dh),
             group.shift,
             group.index,
             _SUBLANES,
             segmented=job.segmented,
         )
         c_rows = tile.apply(*maps, group.broadcast(c), segmented=job.segmented)
-        gradient = tile.add(dh, group.back(c_rows, group.broadcast(c)))
+        gradient = planes.add(dh, group.back(c_rows, group.broadcast(c)))
         if group.code is not None:
-            gradient = tile.where(group.code == segments.SKIP, tile.zeros_like(gradient), gradient)
+            gradient = planes.where(
+                group.code == segments.SKIP, planes.zeros_like(gradient), gradient
+            )
         _store(db_refs, gradient, group.rows)
 
         before = tile.state_before(
@@ -276,7 +279,7 @@ def _backward_kernel(*all_refs, job: _Job):
         )
         da = tile.decay_gradient(gradient, before, group.code)
         if job.constant:
-            da_sum = tile.add(da_sum, da)
+            da_sum = planes.add(da_sum, da)
         else:
             _store(da_refs, da, group.rows)
         return group.last(c_rows), da_sum
@@ -287,7 +290,7 @@ def _backward_kernel(*all_refs, job: _Job):
     _store(dinitial_refs, c)
     if job.constant:
         total = tuple(p.sum(0, keepdims=True) for p in da_sum)
-        _store(da_refs, tile.add(_load(da_refs), total))
+        _store(da_refs, planes.add(_load(da_refs), total))
 
 
 def _states_before(job: _Job, group: _Group, i, h_refs, edge: Planes) -> Planes:
@@ -298,10 +301,10 @@ def _states_before(job: _Job, group: _Group, i, h_refs, edge: Planes) -> Planes:
     rows = _load(h_refs, pl.ds(pl.multiple_of(start, _SUBLANES), _SUBLANES))
     # Against the direction of travel: backward travels from the last step to the first.
     row = _SUBLANES - 1 if job.reverse else 0
-    before = tile.where(i == groups - 1, edge, tuple(p[row : row + 1] for p in rows))
+    before = planes.where(i == groups - 1, edge, tuple(p[row : row + 1] for p in rows))
     own = _load(h_refs, group.rows)
     shifted = tuple(compat.tpu.roll(p, 1 if job.reverse else _SUBLANES - 1, 0) for p in own)
-    return tile.where(group.index == _SUBLANES - 1, group.broadcast(before), shifted)
+    return planes.where(group.index == _SUBLANES - 1, group.broadcast(before), shifted)
 
 
 # The calls.
@@ -315,7 +318,7 @@ def _job(a, b, runs, tiles: Tiles | None, *, reverse: bool) -> _Job:
 
 
 def _decay_planes(a) -> Planes:
-    return tile.split(a[None] if a.ndim == 1 else a)
+    return planes.split(a[None] if a.ndim == 1 else a)
 
 
 def _codes(runs, *, reverse: bool) -> list[jax.Array]:
@@ -342,12 +345,13 @@ def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, flop
     )(*operands)
 
 
-def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None):
-    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
-    job = _job(a, b, runs, tiles, reverse=reverse)
+def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool):
+    """`(h, final_state)`, and what `backward` reads; arguments as in `reference.forward`."""
+    reverse = config.reverse
+    job = _job(a, b, runs, config.tiles, reverse=reverse)
     n = job.planes
-    b_planes = tile.split(b)
-    initial = tile.split(initial_state[:, None])
+    b_planes = planes.split(b)
+    initial = planes.split(initial_state[:, None])
     operands = [*_decay_planes(a), *b_planes, *initial, *_codes(runs, reverse=reverse)]
     in_specs = [_decay_block(job)] * n + [_block(job)] * n + [_row(job)] * n
     in_specs += [_codes_block(job)] * job.segmented
@@ -363,17 +367,17 @@ def forward(a, b, initial_state, runs, reverse: bool, tiles: Tiles | None = None
         [_block(job)] * n + [_row(job)] * n,
         flops=20 * n * n,
     )
-    return tile.join(tuple(out[:n])), tile.join(tuple(out[n:]))[:, 0]
+    h, final_state = planes.join(tuple(out[:n])), planes.join(tuple(out[n:]))[:, 0]
+    return (h, final_state), (a, h, initial_state, runs) if return_residuals else None
 
 
-def backward(
-    a, h, initial_state, runs, dh, dfinal_state, reverse: bool, tiles: Tiles | None = None
-):
-    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
-    job = _job(a, h, runs, tiles, reverse=not reverse)
+def backward(config: Config, residuals, cotangents):
+    """`(da, db, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
+    (a, h, initial_state, runs), (dh, dfinal_state), reverse = residuals, cotangents, config.reverse
+    job = _job(a, h, runs, config.tiles, reverse=not reverse)
     n = job.planes
-    h_planes, dh_planes = tile.split(h), tile.split(dh)
-    initial, dfinal = tile.split(initial_state[:, None]), tile.split(dfinal_state[:, None])
+    h_planes, dh_planes = planes.split(h), planes.split(dh)
+    initial, dfinal = planes.split(initial_state[:, None]), planes.split(dfinal_state[:, None])
     operands = [*_decay_planes(a), *h_planes, *h_planes, *initial, *dh_planes, *dfinal]
     operands += _codes(runs, reverse=reverse)
     in_specs = [_decay_block(job)] * n + [_block(job)] * n + [_edge(job)] * n + [_row(job)] * n
@@ -391,10 +395,15 @@ def backward(
         [_row(job) if job.constant else _block(job)] * n + [_block(job)] * n + [_row(job)] * n,
         flops=30 * n * n,
     )
-    da, db, dinitial = (tile.join(tuple(out[i * n : (i + 1) * n])) for i in range(3))
+    da, db, dinitial = (planes.join(tuple(out[i * n : (i + 1) * n])) for i in range(3))
     if job.constant:
         da = da.sum((0, 1))
-    return da.astype(a.dtype), db, dinitial[:, 0]
+    return da.astype(a.dtype), db, dinitial[:, 0], None
 
 
-linear_scan = differentiable(forward, backward)
+def unsupported(config: Config, a, b, initial_state, runs) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(b)
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -8,13 +8,15 @@ Length is cut into C chunks of T steps. All chunks are reduced to their maps `h 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.linear_scan import tile
-from pallas_kernels.linear_scan.differentiable import differentiable
+from pallas_kernels.linear_scan.tile import Config
 
 # A step of a loop costs about as much as touching this many numbers (measured on x86).
 _MIN_CHUNK, _MAX_CHUNK = 8, 128
@@ -94,7 +96,7 @@ def _loop(chunks: _Chunks, body, carry, steps: int | None = None):
 
 def _full(fill: int, shape, dtype, like):
     """A constant to begin a loop with, typed under `jax.shard_map` as what it will become."""
-    return compat.vary_alike(jnp.full(shape, fill, dtype), like)[0]
+    return compat.match_vma(jnp.full(shape, fill, dtype), like)[0]
 
 
 def _cut_decay(a, chunks: _Chunks):
@@ -113,6 +115,12 @@ def _chunk_decay(a, codes, chunks: _Chunks, shape, dtype):
     return _loop(chunks, body, _full(1, shape, dtype, a))
 
 
+def _advance(a, b, codes, t, h):
+    """Step t of every chunk."""
+    dtype = h.dtype
+    return tile.advance((h,), (_at(a, t, dtype),), (_at(b, t, dtype),), _at(codes, t))[0]
+
+
 def _entering(decay, flow, initial, *, reverse: bool):
     """Chain the chunks' maps: the state that enters each, `(B, C, D)`, and the one that leaves."""
     decay = jnp.broadcast_to(decay, flow.shape)
@@ -127,9 +135,10 @@ def _entering(decay, flow, initial, *, reverse: bool):
     return jnp.moveaxis(entering, 0, 1), final
 
 
-def forward(a, b, initial_state, runs, reverse: bool):
-    """`(h, final_state)`; arguments as in `reference.linear_scan`."""
+def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool):
+    """`(h, final_state)`, and what `backward` reads; arguments as in `reference.forward`."""
     batch, length, width = b.shape
+    reverse, uncut_a = config.reverse, a
     chunks = _chunks(length, reverse=reverse)
     dtype = initial_state.dtype
     codes = _codes(runs, length, chunks, reverse=reverse)
@@ -137,9 +146,7 @@ def forward(a, b, initial_state, runs, reverse: bool):
     a = _cut_decay(a, chunks)
     shape = (batch, chunks.count, width)
 
-    def advance(t, h):
-        return tile.advance((h,), (_at(a, t, dtype),), (_at(b, t, dtype),), _at(codes, t))[0]
-
+    advance = functools.partial(_advance, a, b, codes)
     flow = _loop(chunks, advance, _full(0, shape, dtype, b))
     decay = _chunk_decay(a, codes, chunks, shape, dtype)
     entering, final_state = _entering(decay, flow, initial_state, reverse=reverse)
@@ -152,11 +159,13 @@ def forward(a, b, initial_state, runs, reverse: bool):
         return h, _put(out, visible, t)
 
     _, h = _loop(chunks, write, (entering, _full(0, b.shape, b.dtype, b)))
-    return chunks.uncut(h), final_state
+    h = chunks.uncut(h)
+    return (h, final_state), (uncut_a, h, initial_state, runs) if return_residuals else None
 
 
-def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
-    """`(da, db, dinitial_state)` from the cotangents of `forward`'s outputs."""
+def backward(config: Config, residuals, cotangents):
+    """`(da, db, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
+    (a, h, initial_state, runs), (dh, dfinal_state), reverse = residuals, cotangents, config.reverse
     batch, length, width = h.shape
     chunks = _chunks(length, reverse=not reverse)
     dtype = initial_state.dtype
@@ -199,10 +208,10 @@ def backward(a, h, initial_state, runs, dh, dfinal_state, reverse: bool):
     last = chunks.step(chunks.size - 1)
     _, da, db = write(last, carry, jnp.concatenate(borders, axis=1))
     da = da.sum((0, 1)) if constant else chunks.uncut(da)
-    return da.astype(a.dtype), chunks.uncut(db), dinitial_state
+    return da.astype(a.dtype), chunks.uncut(db), dinitial_state, None
 
 
-def _one_token(a, b, initial_state, runs):
+def one_token(config: Config, a, b, initial_state, runs):
     """A decoding step: no loops; JAX differentiates it."""
     dtype = initial_state.dtype
     a = jnp.broadcast_to(a, b.shape)[:, 0].astype(dtype)
@@ -214,11 +223,4 @@ def _one_token(a, b, initial_state, runs):
     return visible[:, None].astype(b.dtype), jnp.where(padding, initial_state, h)
 
 
-_linear_scan = differentiable(forward, backward)
-
-
-def linear_scan(config, a, b, initial_state, runs):
-    """See `differentiable`."""
-    if b.shape[1] == 1:
-        return _one_token(a, b, initial_state, runs)
-    return _linear_scan(config, a, b, initial_state, runs)
+BACKEND = Backend(forward, backward)

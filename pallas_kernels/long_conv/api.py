@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, validate
+from pallas_kernels.common import dispatch, validate
+from pallas_kernels.common.backend import Op, call_op
 from pallas_kernels.long_conv import reference, xla
 
 _OP = "long_conv"
 METHODS = ("fft", "blocked")
-_NO_KERNEL = {
-    "tpu": "it has no Pallas kernel: method 'blocked' is matrix products, XLA's for the MXU",
-    "gpu": "it has no Pallas kernel: method 'fft' is the platform's own transform",
-}
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": xla.NO_TPU_KERNEL,
+        "gpu": xla.NO_GPU_KERNEL,
+    },
+    outputs=("",),
+)
 
 
 def long_conv(
@@ -67,18 +72,14 @@ def long_conv(
     u, kernel = jnp.asarray(u), jnp.asarray(kernel)
     kernel_reverse = None if kernel_reverse is None else jnp.asarray(kernel_reverse)
     _validate(u, kernel, kernel_reverse, method)
-    u, kernel, kernel_reverse = compat.vary_alike(u, kernel, kernel_reverse)
-    portable = functools.partial(xla.long_conv, method=method)
-    y = dispatch.run(
-        _OP,
-        {"reference": reference.long_conv, "xla": portable, "tpu": portable, "gpu": portable},
-        u,
-        kernel,
-        kernel_reverse,
-        requested=implementation,
-        refusals=_NO_KERNEL,
+    (y,) = call_op(
+        OP,
+        xla.Config(method),
+        *(u, kernel, kernel_reverse),
+        length=u.shape[1],
+        implementation=implementation,
     )
-    return checkpoint_name(y, _OP)
+    return y
 
 
 def _validate(u: Any, kernel: Any, kernel_reverse: Any, method: str | None) -> None:

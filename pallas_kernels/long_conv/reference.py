@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.long_conv.spectrum import wide
 
 
@@ -23,7 +24,7 @@ def long_conv(u, kernel, kernel_reverse):
     dtype = wide(u.dtype)
     by_distance = _column(kernel, length, dtype)
     if kernel_reverse is None:
-        ahead = compat.vary_alike(jnp.zeros_like(by_distance), by_distance)[0]
+        ahead = compat.match_vma(jnp.zeros_like(by_distance), by_distance)[0]
     else:
         ahead = _column(kernel_reverse, length, dtype)
     # Row L - 1 + d is the weight of the token d before; rows before L - 1 are of tokens behind.
@@ -42,3 +43,11 @@ def _column(kernel, length, dtype):
     """`(H, any) -> (L, H)`, cut or followed by zeros."""
     kernel = kernel[:, :length].astype(dtype)
     return jnp.pad(kernel, ((0, 0), (0, length - kernel.shape[1]))).T
+
+
+def forward(config, *arrays, return_residuals: bool):
+    """`((y,), None)`; there is one method, whatever the config says."""
+    return (long_conv(*arrays),), None
+
+
+BACKEND = Backend(forward)

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import programs
 from pallas_kernels.long_conv.api import long_conv
+from pallas_kernels.tools import programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def case(
     scale: str = "1",
     method: str = "",
 ) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `pallas_kernels.aot`.
+    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
 
     Args:
       shape: a name in `SHAPES`, or a shape of your own.

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import vjp
-
 
 class Transform(NamedTuple):
     """A discrete Fourier transform of `size` real numbers and its inverse.
@@ -42,7 +40,7 @@ def needed(length: int, taps: int, taps_reverse: int) -> int:
 
 
 def convolution(plan: Callable[[int, Any], Transform]) -> Callable[..., jax.Array]:
-    """`conv(None, u (B, L, H), kernel (H, Lk), kernel_reverse (H, Lr) | None) -> y (B, L, H)`.
+    """`conv(u (B, L, H), kernel (H, Lk), kernel_reverse (H, Lr) | None) -> y (B, L, H)`.
 
     The derivative keeps both spectra: forward and backward take two transforms of the tokens each.
     What lies beyond L of a filter meets no token.
@@ -51,7 +49,7 @@ def convolution(plan: Callable[[int, Any], Transform]) -> Callable[..., jax.Arra
       plan: `(n, dtype of u) -> Transform` of at least n numbers.
     """
 
-    def forward(_, u, kernel, kernel_reverse):
+    def forward(u, kernel, kernel_reverse):
         length, dtype = u.shape[1], wide(u.dtype)
         taps = min(kernel.shape[1], length)
         taps_reverse = 0 if kernel_reverse is None else min(kernel_reverse.shape[1], length - 1)
@@ -66,7 +64,7 @@ def convolution(plan: Callable[[int, Any], Transform]) -> Callable[..., jax.Arra
         y = transform.inverse(transform.multiply(tokens, filters), length)
         return y.astype(u.dtype), (u, kernel, kernel_reverse, tokens, filters)
 
-    def backward(_, residuals, dy):
+    def backward(residuals, dy):
         u, kernel, kernel_reverse, tokens, filters = residuals
         length, dtype = u.shape[1], wide(u.dtype)
         taps = min(kernel.shape[1], length)
@@ -83,7 +81,12 @@ def convolution(plan: Callable[[int, Any], Transform]) -> Callable[..., jax.Arra
             dreverse = _like(jnp.flip(back, 1), kernel_reverse)
         return du.astype(u.dtype), dkernel, dreverse
 
-    return vjp.join(lambda *args: forward(*args)[0], forward, backward)
+    @jax.custom_vjp
+    def convolve(u, kernel, kernel_reverse):
+        return forward(u, kernel, kernel_reverse)[0]
+
+    convolve.defvjp(forward, backward)
+    return convolve
 
 
 def wide(dtype: Any) -> Any:

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.long_conv import blocked, fft
 from pallas_kernels.long_conv.spectrum import wide
 
 _METHODS = {"fft": fft.long_conv, "blocked": blocked.long_conv}
 
 
-def long_conv(u, kernel, kernel_reverse, *, method: str | None) -> Any:
-    """See `api.long_conv`."""
+class Config(NamedTuple):
+    """What is static: `method` "fft", "blocked", or None for the platform's fastest."""
+
+    method: str | None
+
+
+def forward(config: Config, u, kernel, kernel_reverse, *, return_residuals: bool):
+    """`((y,), None)`; JAX differentiates it, the methods have rules of their own."""
     if u.shape[1] == 1:
-        return step(u, kernel)
-    if method is not None:
-        return _METHODS[method](None, u, kernel, kernel_reverse)
-
-    def bound(name: str) -> Any:
-        return lambda *arrays: _METHODS[name](None, *arrays)
-
+        return (step(u, kernel),), None
+    if config.method is not None:
+        return (_METHODS[config.method](u, kernel, kernel_reverse),), None
     # Around complete custom VJPs, like the choice of an implementation.
-    return jax.lax.platform_dependent(
-        u, kernel, kernel_reverse, tpu=bound("blocked"), default=bound("fft")
+    y = jax.lax.platform_dependent(
+        u, kernel, kernel_reverse, tpu=_METHODS["blocked"], default=_METHODS["fft"]
     )
+    return (y,), None
 
 
 def step(u, kernel):
     """One token, which meets one tap."""
     dtype = wide(u.dtype)
     return (u.astype(dtype) * kernel[None, None, :, 0].astype(dtype)).astype(u.dtype)
+
+
+BACKEND = Backend(forward)
+NO_TPU_KERNEL = Backend(
+    forward,
+    unsupported=lambda *_: (
+        "it has no Pallas kernel: method 'blocked' is matrix products, XLA's for the MXU"
+    ),
+)
+NO_GPU_KERNEL = Backend(
+    forward,
+    unsupported=lambda *_: "it has no Pallas kernel: method 'fft' is the platform's own transform",
+)

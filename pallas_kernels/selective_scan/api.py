@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels import compat, dispatch, segments, validate
-from pallas_kernels.selective_scan import gpu, reference, tpu, xla
-from pallas_kernels.selective_scan.config import Config
+from pallas_kernels.common import dispatch, segments, validate
+from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.selective_scan import gpu, reference, tile, tpu, xla
+from pallas_kernels.selective_scan.tile import Config
 
 _OP = "selective_scan"
+OP = Op(
+    _OP,
+    {
+        "reference": reference.BACKEND,
+        "xla": xla.BACKEND,
+        "tpu": tpu.BACKEND,
+        "gpu": gpu.BACKEND,
+    },
+    one_token=xla.one_token,
+    summary=tile.summary,
+)
 
 
 def selective_scan(
@@ -72,12 +81,12 @@ def selective_scan(
     second derivatives: `implementation="reference"`.
 
     Raises:
-      ValueError: a shape or dtype that does not fit, or a positive value in an `A` of numpy; the
-        message names the argument.
+      ValueError: a shape, dtype or value that does not fit; the message names the argument. Values
+        are looked at in arrays on the host or the CPU backend; in traced arrays and on accelerators
+        by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
-    if isinstance(A, np.ndarray) and (A > 0).any():
-        raise ValueError(f"{_OP}: A must be <= 0, got a value of {A.max()}; Mamba's is -exp(A_log)")
+    validate.at_most_zero(_OP, "A", A, "Mamba's is -exp(A_log)")
     given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "dt_bias": dt_bias}
     arrays: dict[str, Any] = {k: None if z is None else jnp.asarray(z) for k, z in given.items()}
     state_dtype = _validate(arrays, initial_state, segment_ids)
@@ -85,21 +94,14 @@ def selective_scan(
     if initial_state is None:
         initial_state = jnp.zeros((batch, *arrays["A"].shape), state_dtype)
     runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    if length == 1 and implementation is None:
-        implementation = "xla"  # decoding: one step needs no kernel
-    config = Config(dt_softplus=dt_softplus, reverse=reverse)
-    implementations = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
-    y, final_state = dispatch.run(
-        _OP,
-        {
-            name: functools.partial(module.selective_scan, config)
-            for name, module in implementations.items()
-        },
-        *compat.vary_alike(*arrays.values(), initial_state, runs),
-        requested=implementation,
-        refusals=_refusals(arrays["x"], arrays["A"]),
+    y, final_state = call_op(
+        OP,
+        Config(dt_softplus=dt_softplus, reverse=reverse),
+        *(*arrays.values(), initial_state, runs),
+        length=length,
+        implementation=implementation,
     )
-    return checkpoint_name(y, _OP), checkpoint_name(final_state, f"{_OP}_state")
+    return y, final_state
 
 
 def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> Any:
@@ -135,13 +137,3 @@ def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> A
     if segment_ids is not None:
         validate.segment_ids(_OP, segment_ids, batch, length)
     return state_dtype
-
-
-def _refusals(x: Any, A: Any) -> dict[str, str]:
-    if x.dtype == jnp.float64:
-        wide = f"it has no {x.dtype}; reference and xla do"
-        return {"tpu": wide, "gpu": wide}
-    batch, length, width = x.shape
-    if (largest := gpu.largest_array(batch, length, width, A.shape[1])) >= 2**31:
-        return {"gpu": f"an array of {largest} elements, its addresses hold 2**31"}
-    return {}

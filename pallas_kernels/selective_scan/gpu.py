@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
-from pallas_kernels.compat import pl
-from pallas_kernels.selective_scan.config import Config
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.compat import pl
+from pallas_kernels.selective_scan.tile import Config
 
 _WARPS_TO_FILL_A_GPU = 2048  # about 16 for each multiprocessor since Ampere
 _STATES_A_WARP = 256  # 8 registers a thread
@@ -426,7 +427,9 @@ def _leaving(job: _Job, leaving, *, backward: bool):
     return jnp.swapaxes(leaving[:, last], 1, 2)
 
 
-def forward(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
+def forward(
+    config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs, *, return_residuals: bool
+):
     """`((y, final_state), residuals)`; arguments as in `reference.selective_scan`."""
     job = _job(config, x, A, runs)
     operands = _operands(config, x, dt, A, B, C, D, gate, dt_bias, runs)
@@ -446,6 +449,8 @@ def forward(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, run
         flops=8,
     )
     outputs = out["y"][:, :, 0], _leaving(job, out["leaving"], backward=False)
+    if not return_residuals:
+        return outputs, None
     return outputs, (x, dt, A, B, C, D, gate, dt_bias, runs, out["before"])
 
 
@@ -494,4 +499,12 @@ def backward(config: Config, residuals, cotangents):
     )
 
 
-selective_scan = vjp.join(lambda *args: forward(*args)[0], forward, backward)
+def unsupported(config: Config, x, dt, A, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    batch, length, width = x.shape
+    return no_wide_numbers(x) or beyond_addresses(
+        batch, lambda: largest_array(batch, length, width, A.shape[1])
+    )
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

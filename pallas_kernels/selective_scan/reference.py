@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
-from pallas_kernels.selective_scan.config import Config
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.backend import Backend
+from pallas_kernels.selective_scan.tile import Config
 
 
 def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
@@ -27,7 +28,7 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
     """
     dtype = initial_state.dtype
     if runs is None:
-        codes = compat.vary_alike(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
+        codes = compat.match_vma(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
     else:
         codes = segments.step_codes(runs, reverse=config.reverse)
 
@@ -58,3 +59,11 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
     tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), (*tokens, codes))
     final_state, y = jax.lax.scan(step, initial_state, tokens, reverse=config.reverse)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), final_state
+
+
+def forward(config: Config, *arrays, return_residuals: bool):
+    """`((y, final_state), None)`."""
+    return selective_scan(config, *arrays), None
+
+
+BACKEND = Backend(forward)

@@ -15,9 +15,25 @@ decay is exactly 1 and its flow exactly 0.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.common import segments
+
+
+class Config(NamedTuple):
+    """What is static about a selective scan.
+
+    Attributes:
+      dt_softplus: dt goes through a softplus.
+      reverse: from the last token to the first.
+    """
+
+    dt_softplus: bool
+    reverse: bool
+
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -76,3 +92,18 @@ def retreat(
     """One step backward: `(c_before, P)`."""
     c_before = select(inside, decay * G)
     return c_before, c_before * select(inside, h_before)
+
+
+def summary(run, config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
+    """`(decay, state)`, each `(B, D, N)`; see `backend.summarize`."""
+    _, state = run(config, x, dt, A, B, C, None, None, dt_bias, initial_state, runs)
+    bias = None if dt_bias is None else dt_bias[None, None]
+    dt = step_size(dt.astype(initial_state.dtype), bias, softplus=config.dt_softplus)
+    if runs is not None:
+        dt = jnp.where((runs != 0)[:, :, None], dt, jnp.zeros_like(dt))
+    decay = jnp.exp(jnp.sum(dt, axis=1)[:, :, None] * A[None])
+    if runs is None:
+        return decay, state
+    restarts = segments.step_codes(runs, reverse=config.reverse) == segments.RESET
+    forgotten = jnp.any(restarts, axis=1)[:, None, None]
+    return jnp.where(forgotten, jnp.zeros_like(decay), decay), state

@@ -23,10 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, vjp
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend, no_wide_numbers
+from pallas_kernels.common.compat import pl
 from pallas_kernels.selective_scan import tile
-from pallas_kernels.selective_scan.config import Config
+from pallas_kernels.selective_scan.tile import Config
 from pallas_kernels.selective_scan.tpu_layout import (
     LANES,
     SUBLANES,
@@ -401,8 +402,8 @@ def _scratch(job: Job, *, backward: bool) -> dict[str, int]:
     return rows
 
 
-def _run_forward(config: Config, *arrays, keep: bool):
-    """`y`, the final state and, if asked for, the state that enters each block."""
+def forward(config: Config, *arrays, return_residuals: bool):
+    """`((y, final_state), residuals)`; the state that enters each block is kept for `backward`."""
     x, dt, A, B, C, D, gate, bias, initial_state, runs = arrays
     job = _job(config, x, A, runs, _FORWARD_GROUP)
     specs = Specs(job, backward=False)
@@ -414,7 +415,7 @@ def _run_forward(config: Config, *arrays, keep: bool):
         "y": (compat.out_struct(x.shape, x.dtype, *given), specs.tokens()),
         "final": (compat.out_struct(state, jnp.float32, *given), specs.state()),
     }
-    if keep:
+    if return_residuals:
         shape = (job.batch, job.blocks, *state[1:])
         out["boundaries"] = compat.out_struct(shape, jnp.float32, *given), specs.boundaries()
     result = _call(
@@ -426,18 +427,10 @@ def _run_forward(config: Config, *arrays, keep: bool):
         _scratch(job, backward=False),
         flops=7,
     )
-    return (result["y"], untiled(job, result["final"])), result.get("boundaries")
-
-
-def primal(config: Config, *arrays):
-    """`(y, final_state)`; arguments as in `reference.selective_scan`."""
-    return _run_forward(config, *arrays, keep=False)[0]
-
-
-def forward(config: Config, *arrays):
-    """`((y, final_state), residuals)`."""
-    outputs, boundaries = _run_forward(config, *arrays, keep=True)
-    return outputs, (*arrays[:8], boundaries, arrays[9])
+    outputs = result["y"], untiled(job, result["final"])
+    if not return_residuals:
+        return outputs, None
+    return outputs, (*arrays[:8], result["boundaries"], runs)
 
 
 def backward(config: Config, residuals, cotangents):
@@ -489,4 +482,9 @@ def backward(config: Config, residuals, cotangents):
     )
 
 
-selective_scan = vjp.join(primal, forward, backward)
+def unsupported(config: Config, x, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(x)
+
+
+BACKEND = Backend(forward, backward, unsupported=unsupported)

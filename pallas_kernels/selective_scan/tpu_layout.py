@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat, segments
+from pallas_kernels.common.compat import pl
 from pallas_kernels.selective_scan import tile
 
 LANES, SUBLANES, _HALF = 128, 8, 4
@@ -170,7 +170,7 @@ def pack_shared(job: Job, B, C, runs) -> jax.Array:
         if runs is not None:
             codes = segments.step_codes(runs, reverse=job.reverse)
         parts.append(pad(codes[:, :, None], segments.SKIP))
-    x = jnp.concatenate(compat.vary_alike(*parts), axis=2)
+    x = jnp.concatenate(compat.match_vma(*parts), axis=2)
     x = x.reshape(job.batch, job.blocks, job.tiles.steps, job.shared)
     return jnp.swapaxes(x, 2, 3)
 

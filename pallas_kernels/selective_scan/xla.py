@@ -18,8 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, segments, vjp
-from pallas_kernels.selective_scan.config import Config
+from pallas_kernels.common import compat, segments, symbolic
+from pallas_kernels.common.backend import Backend
+from pallas_kernels.selective_scan.tile import Config
 
 # What one step touches should fit a core's cache; smaller steps cost more in overhead. Measured on
 # x86 between 2**11 and 2**17: flat from 2**12 to 2**14.
@@ -27,8 +28,8 @@ _STATES_A_STEP = 2**14
 _CHUNK = 64
 
 
-def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
-    """See `api.selective_scan`; arguments as in `reference.selective_scan`."""
+def prepare(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
+    """The recurrence's own arrays; `restore` adds D and the gate. JAX differentiates both."""
     dtype = initial_state.dtype
     live = None if runs is None else (runs != 0)[:, :, None]
     # Padding is a token that does nothing: dt = 0 keeps the state to the bit. What it holds is
@@ -36,16 +37,17 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
     x, dt, B, C, gate = (_where(live, z) for z in (x, dt, B, C, gate))
     dt = _where(live, step_size(config, dt.astype(dtype), dt_bias))
     resets = None if runs is None else _resets(runs, reverse=config.reverse)
-    if x.shape[1] == 1:
-        y, final_state = _one_token(x, dt, A, B, C, initial_state)
-    else:
-        y, final_state = _scan(config, x, dt, A, B, C, initial_state, resets)
-    if D is not None:
-        # Not D[None, None]: of that, XLA sums the gradient of a single row 20 times slower.
-        y = y + jnp.broadcast_to(D, x.shape) * x.astype(dtype)
-    if gate is not None:
-        y = y * jax.nn.silu(gate.astype(dtype))
-    return _where(live, y).astype(x.dtype), final_state
+
+    def restore(outputs):
+        y, final_state = outputs
+        if D is not None:
+            # Not D[None, None]: of that, XLA sums the gradient of a single row 20 times slower.
+            y = y + jnp.broadcast_to(D, x.shape) * x.astype(dtype)
+        if gate is not None:
+            y = y * jax.nn.silu(gate.astype(dtype))
+        return _where(live, y).astype(x.dtype), final_state
+
+    return (x, dt, A, B, C, initial_state, resets), restore
 
 
 def step_size(config: Config, dt, dt_bias):
@@ -64,12 +66,14 @@ def _resets(runs, *, reverse: bool):
     return segments.step_codes(runs, reverse=reverse) == segments.RESET
 
 
-def _one_token(x, dt, A, B, C, initial_state):
+def one_token(config: Config, *arrays):
     """A decoding step: no loops; JAX differentiates it. One token never resets."""
+    (*tokens, initial_state, _), restore = prepare(config, *arrays)
+    x, dt, A, B, C = tokens
     x, dt, B, C = (z[:, 0].astype(initial_state.dtype) for z in (x, dt, B, C))
     decay = jnp.exp(dt[:, :, None] * A[None])
     h = decay * initial_state + (dt * x)[:, :, None] * B[:, None, :]
-    return jnp.einsum("bdn,bn->bd", h, C)[:, None], h
+    return restore((jnp.einsum("bdn,bn->bd", h, C)[:, None], h))
 
 
 # The loops. Inside, time is first, a group of rows second, channels last.
@@ -118,7 +122,7 @@ class _Cut(NamedTuple):
 
 def cut(batch: int, length: int, states: int) -> _Cut:
     """How rows with `states` numbers each and `length` tokens are cut."""
-    groups = -(-batch // max(1, _STATES_A_STEP // states))
+    groups = symbolic.known(-(-batch // max(1, _STATES_A_STEP // states)), 1)
     chunks = -(-length // _CHUNK)
     return _Cut(batch, length, groups, -(-batch // groups), chunks, -(-length // chunks))
 
@@ -126,7 +130,7 @@ def cut(batch: int, length: int, states: int) -> _Cut:
 def _loop(body, carry, inputs, *, reverse: bool):
     """`jax.lax.scan` whose carry is typed, under `jax.shard_map`, as what it will become."""
     like = jax.tree.leaves(inputs)[0]
-    carry = jax.tree.map(lambda leaf: compat.vary_alike(leaf, like)[0], carry)
+    carry = jax.tree.map(lambda leaf: compat.match_vma(leaf, like)[0], carry)
     return jax.lax.scan(body, carry, inputs, reverse=reverse)
 
 
@@ -175,7 +179,7 @@ def _over_channels(h, weights):
     return jnp.einsum("rnd,rd->rn", h, weights, precision="highest")
 
 
-def forward(config: Config, x, dt, A, B, C, initial_state, resets):
+def forward(config: Config, x, dt, A, B, C, initial_state, resets, *, return_residuals: bool):
     """`((y, final_state), residuals)` of the recurrence alone: dt is final, y lacks D and the gate.
 
     Args:
@@ -206,7 +210,7 @@ def forward(config: Config, x, dt, A, B, C, initial_state, resets):
     tokens = jax.tree.map(sizes.tokens, (x, dt, B, resets, C))
     final, (y, entering) = _map(group, (tokens, sizes.states(initial_state)))
     outputs = sizes.untokens(y), sizes.unstates(final)
-    return outputs, (x, dt, A, B, C, entering, resets)
+    return outputs, (x, dt, A, B, C, entering, resets) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
@@ -257,4 +261,4 @@ def backward(config: Config, residuals, cotangents):
     return dx, ddt, dA.astype(A.dtype), dB, dC, sizes.unstates(c), None
 
 
-_scan = vjp.join(lambda *args: forward(*args)[0], forward, backward)
+BACKEND = Backend(forward, backward, prepare)

@@ -13,6 +13,7 @@ A batch is a dict of numpy arrays:
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,29 +64,30 @@ class Text:
 
 
 def read_documents(path: Path, separator: str | None = None) -> list[bytes]:
-    """The documents of a file, or of all `*.txt` files of a folder in the order of their names.
+    """The documents of a file, or of all text files of a folder (see `text_files`).
 
     Args:
       path: the file or folder.
       separator: None, one document a file; or what stands between the documents of a file.
 
     Raises:
-      ValueError: there is no such file, or no text in it.
+      ValueError: there is no such file, it cannot be read, or there is no text in it.
     """
     if separator == "":
         raise ValueError("separator='' must be None or at least one character")
     path = Path(path).expanduser()
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    try:
+        files = text_files(path) if path.is_dir() else [path]
+        contents = [file.read_bytes() for file in files]
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        where = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+        raise ValueError(
+            f"data={str(path)!r} cannot be read ({where}{reason}); give a text file, or a folder "
+            "with *.txt files"
+        ) from error
     documents: list[bytes] = []
-    for file in files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            reason = (error.strerror or type(error).__name__).lower()
-            raise ValueError(
-                f"data={str(path)!r} cannot be read ({reason}); give a text file, or a folder "
-                "with *.txt files"
-            ) from error
+    for content in contents:
         documents += [content] if separator is None else content.split(separator.encode())
     documents = [document for document in documents if document]
     if not documents:
@@ -94,6 +96,30 @@ def read_documents(path: Path, separator: str | None = None) -> list[bytes]:
             "with *.txt files"
         )
     return documents
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files below `folder`, at any depth, whose names end in .txt or .TXT, each once.
+
+    They are in the order of their paths, as strings with "/", on every platform. A link to a file
+    stands for that file; links to folders, and out of `folder`, are not followed.
+
+    Raises:
+      OSError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    root = folder.resolve()
+    found: set[Path] = set()
+    for parent, _, names in os.walk(root, onerror=refuse):
+        for name in names:
+            path = Path(parent, name)
+            if name.lower().endswith(".txt") and path.is_file():
+                found.add(path.resolve())
+    inside = (path for path in found if path.is_relative_to(root))
+    return sorted(inside, key=lambda path: path.relative_to(root).as_posix())
 
 
 def split_documents(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ _CONVOLUTIONS = ("conv1d", "conv_1d")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of model that transformers knows.
+    """A kind of model, and how one library writes it.
 
     Attributes:
-      model_type, architecture: as config.json has them.
+      model_type, architecture: as transformers' config.json has them.
       read: config.json -> our config.
       write: our config -> the fields of config.json; ValueError for what it cannot say.
       names: beginnings of our parameters' paths and of their names; ``{}`` is a layer's number.
@@ -50,6 +50,29 @@ class Family:
                 rest = re.sub(r"(^|/)(kernel|scale)$", r"\1weight", rest)
                 return theirs.replace("{}", number) + rest.replace("/", ".")
         raise ValueError(f"{self.model_type} checkpoints have no parameter for our {path}")
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Other names of a tensor: mamba_ssm's, and those in files of a model without a head."""
+    if name == HEAD:
+        return ()
+    native = name.replace(".embeddings.", ".embedding.")
+    return (native, *(whole.partition(".")[2] for whole in (name, native)))
+
+
+def merged(
+    values: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``values`` with what differs between ``old`` and ``new`` changed; also in objects in them."""
+    result = dict(values)
+    for name, value in new.items():
+        if name in old and old[name] == value:
+            continue
+        inner = result.get(name)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = merged(inner, old.get(name, {}), value)
+        result[name] = value
+    return result
 
 
 def to_theirs(path: str, array: np.ndarray) -> np.ndarray:

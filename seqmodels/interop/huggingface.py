@@ -1,15 +1,15 @@
 """Checkpoints in the layout of Hugging Face's transformers: `load` and `save`.
 
 A folder holds ``config.json`` and ``model.safetensors``, or several such files and
-``model.safetensors.index.json``. Mamba, Mamba-2, Falcon Mamba and RecurrentGemma are known.
+``model.safetensors.index.json``. Mamba, Mamba-2, Falcon Mamba and RecurrentGemma are known, and
+the first two in mamba_ssm's own format too.
 """
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.traverse_util
 import jax
@@ -17,8 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels.interop import mamba, recurrent_gemma, tensors
-from seqmodels.interop.families import HEAD, Family, differences, to_ours, to_theirs
-from seqmodels.interop.fields import Fields
+from seqmodels.interop.families import (
+    HEAD,
+    Family,
+    differences,
+    merged,
+    spellings,
+    to_ours,
+    to_theirs,
+)
+from seqmodels.interop.fields import Fields, json_text, read_json
+from seqmodels.interop.mamba_ssm import native_family
+from seqmodels.interop.origin import CONFIG, GENERATION, LoadedLanguageModel, Origin
 from seqmodels.models.backbone import unstack_layers
 from seqmodels.models.language import Dtype, LanguageModel, LanguageModelConfig
 from seqmodels.training.metrics import write_atomically
@@ -29,37 +39,40 @@ FAMILIES: dict[str, Family] = {
 }
 
 Params = dict[str, Any]
+StorageDtype = Literal["float32", "bfloat16", "float16"]
 
 
-def load(folder: str | Path, *, dtype: Dtype | None = None) -> tuple[LanguageModel, Params]:
+def load(
+    folder: str | Path, *, dtype: Dtype | None = None, require_head: bool = True
+) -> tuple[LanguageModel, Params]:
     """A model and its float32 parameters: ``model.apply({"params": params}, tokens)``.
+
+    The model remembers what else the folder says (other fields of config.json, those of
+    generation_config.json, the dtype of each tensor), and `save` writes it back.
 
     Args:
       folder: of the checkpoint; nothing outside it is read, but links in it are followed.
       dtype: of the model's activations; None for bfloat16 where the checkpoint's embeddings are.
+      require_head: False to also load a base model that has no projection onto the vocabulary,
+        where that is not the embeddings' table: its ``hidden`` can be called, its logits cannot.
 
     Raises:
       ValueError: a configuration or tensors that are not those of a known model: the message names
-        the first field or tensor, or the file that cannot be read.
+        the first field or tensor, or the file that cannot be read, and says what to do.
     """
     folder = Path(folder)
-    fields = Fields.read(folder / "config.json")
-    family = _family(fields)
-    config = fields.checked(lambda: family.read(fields))
-    fields.finish()
+    values, family, config = _read_config(folder)
     with tensors.Checkpoint(folder) as checkpoint:
-        paths, shapes = _layout(family, config)
-        if config.tie_embeddings:
-            checkpoint.drop_copy(HEAD, of=family.embedding)
-        checkpoint.check(shapes)
+        paths, origin = _match(checkpoint, values, family, config, require_head)
         if dtype is None:
             dtype = "bfloat16" if checkpoint.dtype(family.embedding) == "BF16" else "float32"
         flat = {
-            ours: jnp.asarray(to_ours(ours, checkpoint.tensor(theirs)), jnp.float32)
+            # Widened on the host: devices flush denormal numbers.
+            ours: jnp.asarray(to_ours(ours, checkpoint.tensor(theirs).astype(np.float32)))
             for theirs, ours in paths.items()
         }
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
-    return LanguageModel(dataclasses.replace(config, dtype=dtype)), params
+    return LoadedLanguageModel(dataclasses.replace(config, dtype=dtype), origin), params
 
 
 def save(
@@ -67,46 +80,146 @@ def save(
     params: Mapping[str, Any],
     folder: str | Path,
     *,
-    dtype: Dtype | None = None,
+    like: str | Path | None = None,
+    dtype: StorageDtype | None = None,
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a checkpoint that transformers, and `load`, can open.
 
+    A model that `load` made, whatever has become of its parameters, is written as its checkpoint
+    was: all fields of config.json that do not contradict the model, generation_config.json, names
+    and dtypes of the tensors. Any other model is written as transformers would write it, each
+    parameter in its own dtype. A tokenizer's files are nobody's here: copy them.
+
     Args:
-      model: the model.
+      model: the model; ``model.clone(config=...)`` of a loaded one is still a loaded one.
       params: its parameters.
       folder: where to; made if it is not there.
-      dtype: in which all parameters are stored; None for the model's.
+      like: the folder of a checkpoint to write after, for a model that `load` did not make.
+      dtype: in which all parameters are stored, for example to halve the file; None for each
+        one's own.
       max_file_bytes: a larger checkpoint is divided into several files.
 
     Raises:
-      ValueError: no known family has such a model, ``params`` are not its parameters, or the
-        folder holds a checkpoint already.
+      ValueError: no known family has such a model, ``params`` are not its parameters or beyond
+        the range of their dtype, or the folder holds a checkpoint already.
     """
+    if dtype is not None and dtype not in get_args(StorageDtype):
+        raise ValueError(
+            f"save: dtype={dtype!r} must be None or one of {', '.join(get_args(StorageDtype))}"
+        )
     folder, config = Path(folder), model.config
-    family, fields = described(config)
+    origin = model.origin if isinstance(model, LoadedLanguageModel) else None
+    if like is not None:
+        origin = _origin(Path(like))
+    family, fields = described(config, origin)
+    arrays = _arrays(family, config, params, origin, dtype)
+    stored = arrays[family.embedding].dtype.name
+    if origin is None:
+        head = {"architectures": [family.architecture], "model_type": family.model_type}
+        fields = head | fields | {"torch_dtype": stored}
+    elif dtype is not None:
+        fields |= {name: stored for name in ("dtype", "torch_dtype") if name in fields}
+    known = {tensor.name: tensor.stored_name for tensor in origin.tensors} if origin else {}
+    named = {known.get(name, name): array for name, array in arrays.items()}
+    tensors.write(folder, named, max_file_bytes)
+    write_atomically(folder / CONFIG, json_text(fields))
+    if origin is not None and origin.generation is not None:
+        write_atomically(folder / GENERATION, origin.generation)
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Family, LanguageModelConfig]:
+    values = read_json(folder / CONFIG)
+    fields = Fields(values, str(folder / CONFIG))
+    family = _family(fields)
+    config = fields.checked(lambda: family.read(fields))
+    fields.finish()
+    return values, family, config
+
+
+def _match(
+    checkpoint: tensors.Checkpoint,
+    values: Mapping[str, Any],
+    family: Family,
+    config: LanguageModelConfig,
+    require_head: bool,
+) -> tuple[dict[str, str], Origin]:
+    """Their names -> our paths, of the tensors that are there and right, and what to remember."""
+    paths, shapes = _layout(family, config)
+    for name in paths:
+        checkpoint.respell(name, spellings(name))
+    origin = Origin.of(checkpoint.folder, values, checkpoint.described())
+    held = {tensor.name for tensor in origin.tensors}
+    if config.tie_embeddings:
+        checkpoint.drop_copy(HEAD, of=family.embedding)
+    elif HEAD not in held and held >= set(paths) - {HEAD}:
+        if require_head:
+            raise ValueError(
+                f"{checkpoint.folder}: the tensor {HEAD} {shapes[HEAD]} is missing, as in a base "
+                "model; load(folder, require_head=False) gives a model whose `hidden` can be "
+                "called, tie_word_embeddings=true in config.json one with the embeddings as head"
+            )
+        paths = {name: ours for name, ours in paths.items() if name != HEAD}
+    checkpoint.check({name: shapes[name] for name in paths})
+    return paths, origin
+
+
+def _origin(folder: Path) -> Origin:
+    """That of a folder that need not be loaded."""
+    values, family, config = _read_config(folder)
+    with tensors.Checkpoint(folder) as checkpoint:
+        return _match(checkpoint, values, family, config, require_head=False)[1]
+
+
+def _arrays(
+    family: Family,
+    config: LanguageModelConfig,
+    params: Mapping[str, Any],
+    origin: Origin | None,
+    dtype: StorageDtype | None,
+) -> dict[str, np.ndarray]:
+    """All tensors to be written, under their names."""
+    dtypes = {tensor.name: tensor.dtype for tensor in origin.tensors} if origin else {}
     paths, shapes = _layout(family, config)
     flat = _flat(config, params)
-    stored = jnp.dtype(dtype or config.dtype)
     arrays = {}
     for theirs, ours in paths.items():
         if ours not in flat:
+            if theirs == HEAD and origin and HEAD not in dtypes:
+                continue
             raise ValueError(f"params: {ours} is missing")
         array = to_theirs(ours, np.asarray(flat.pop(ours)))
         if array.shape != shapes[theirs]:
             raise ValueError(
                 f"params: {ours} gives {theirs} the shape {array.shape}, expected {shapes[theirs]}"
             )
-        arrays[theirs] = np.ascontiguousarray(array.astype(stored))
+        arrays[theirs] = _stored(ours, array, dtype or dtypes.get(theirs))
+        if theirs == family.embedding and config.tie_embeddings and HEAD in dtypes:
+            arrays[HEAD] = _stored(ours, array, dtype or dtypes[HEAD])
     if flat:
         raise ValueError(f"params: {next(iter(flat))} is not a parameter of the model")
-    tensors.write(folder, arrays, max_file_bytes)
-    head = {"architectures": [family.architecture], "model_type": family.model_type}
-    text = json.dumps(head | fields | {"torch_dtype": stored.name}, indent=2)
-    write_atomically(folder / "config.json", text + "\n")
+    return arrays
+
+
+def _stored(path: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
+    """The array in a dtype, None for its own; ValueError for what that cannot hold."""
+    dtype = dtype or array.dtype.name
+    if dtype not in get_args(StorageDtype):
+        raise ValueError(
+            f"params: {path} has dtype {dtype}, which is not stored; give save a dtype of "
+            + ", ".join(get_args(StorageDtype))
+        )
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(array.astype(dtype))
+    if not np.isfinite(stored).all() and np.isfinite(array).all():
+        raise ValueError(f"params: {path} is beyond the range of {dtype}; give save a wider dtype")
+    return stored
 
 
 def _family(fields: Fields) -> Family:
+    native = native_family(fields)
+    if native is not None:
+        return native
     name = fields.take("model_type", str)
     if name not in FAMILIES:
         raise ValueError(
@@ -115,28 +228,46 @@ def _family(fields: Fields) -> Family:
     return FAMILIES[name]
 
 
-def described(config: LanguageModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The family of a model and its config.json; ValueError for what none can say."""
-    names = set(config.backbone.layout)
-    if names == {"mamba"}:
-        plain = config.backbone.mixer(0).mixer_rms_eps is None  # type: ignore[attr-defined]
-        family = mamba.MAMBA if plain else mamba.FALCON_MAMBA
-    elif names == {"mamba2"}:
-        family = mamba.MAMBA2
-    elif names <= {"rg_lru", "sliding_window"}:
-        family = recurrent_gemma.RECURRENT_GEMMA
+def described(
+    config: LanguageModelConfig, origin: Origin | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """The family of a model and its config.json; ValueError for what none can say.
+
+    With an origin, its family and its config.json, changed where the model is another.
+    """
+    family = _transformers_family(config)
+    if origin is None:
+        written = family.write(config)
     else:
-        raise ValueError(
-            f"LanguageModelConfig: a layout of {', '.join(sorted(names))} is that of no family; "
-            f"there are {', '.join(FAMILIES)}"
-        )
-    written = family.write(config)
+        fields = Fields(origin.values, f"{origin.source}/{CONFIG}")
+        own, family = family, _family(fields)
+        if family.model_type != own.model_type:
+            raise ValueError(
+                f"{fields.source}: is that of a {family.model_type} model, but the one to be "
+                f"saved is a {own.model_type} model"
+            )
+        written = merged(origin.values, family.write(family.read(fields)), family.write(config))
     fields = Fields(written, f"as a {family.model_type} model")
     again = fields.checked(lambda: family.read(fields))
     other = differences(config, again, family.implied)
     if other:
         raise ValueError(f"{fields.source}: cannot say {other}")
     return family, written
+
+
+def _transformers_family(config: LanguageModelConfig) -> Family:
+    names = set(config.backbone.layout)
+    if names == {"mamba"}:
+        plain = config.backbone.mixer(0).mixer_rms_eps is None  # type: ignore[attr-defined]
+        return mamba.MAMBA if plain else mamba.FALCON_MAMBA
+    if names == {"mamba2"}:
+        return mamba.MAMBA2
+    if names <= {"rg_lru", "sliding_window"}:
+        return recurrent_gemma.RECURRENT_GEMMA
+    raise ValueError(
+        f"LanguageModelConfig: a layout of {', '.join(sorted(names))} is that of no family; "
+        f"there are {', '.join(FAMILIES)}"
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -20,11 +20,14 @@ _FALCON_EPSILON = 1e-6
 
 def _shared(fields: Fields) -> dict[str, Any]:
     """What the mixers of both generations have."""
-    fields.require("hidden_act", "silu")
-    fields.require("rms_norm", True)
-    fields.ignore("time_step_floor", "rescale_prenorm_residual", "time_step_rank")
-    # Fields of the original configuration that conversions kept.
-    fields.ignore("d_model", "d_inner", "n_layer", "ssm_cfg", "fused_add_norm")
+    fields.require("hidden_act", "silu", same=("swish",))
+    # Initial values only.
+    fields.ignore("rescale_prenorm_residual", "time_step_floor", "time_step_rank")
+    fields.ignore("time_step_init_scheme", "time_step_scale")
+    # Which of transformers' codes computes the same.
+    fields.ignore("use_associative_scan", "use_falcon_mambapy", "use_mambapy")
+    # Fields of the original configuration that conversions kept and transformers never reads.
+    fields.ignore("d_model", "d_inner", "n_layer", "ssm_cfg", "fused_add_norm", "rms_norm")
     fields.ignore("pad_vocab_size_multiple")
     return {
         "conv_size": fields.take("conv_kernel", int, 4),
@@ -36,12 +39,14 @@ def _shared(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _model(fields: Fields, mixer: Any, width: int, *, tied: bool) -> LanguageModelConfig:
+def _model(
+    fields: Fields, mixer: Any, width: int, *, vocabulary: int, tied: bool
+) -> LanguageModelConfig:
     return mamba_language_model(
         width,
         mixer.layers,
         mixer,
-        fields.take("vocab_size", int),
+        fields.take("vocab_size", int, vocabulary),
         tie_embeddings=fields.take("tie_word_embeddings", bool, tied),
         norm_epsilon=fields.take("layer_norm_epsilon", float, 1e-5),
         float32_residual=fields.take("residual_in_fp32", bool, True),
@@ -50,27 +55,35 @@ def _model(fields: Fields, mixer: Any, width: int, *, tied: bool) -> LanguageMod
 
 def _read_mamba(fields: Fields, epsilon: float | None = None) -> LanguageModelConfig:
     width = fields.take("hidden_size", int, 768)
-    inner = fields.take("intermediate_size", int, fields.take("expand", int, 2) * width)
-    expand, rest = divmod(inner, width)
-    if rest:
+    inner = fields.take("intermediate_size", int, None)
+    if inner is None:
+        inner = fields.take("expand", int, 2) * width
+    fields.ignore("expand")
+    if width < 1 or inner % width:
         raise ValueError(
             f"{fields.source}: intermediate_size={inner} must be a multiple of hidden_size={width}"
         )
-    fields.ignore("time_step_scale", "time_step_init_scheme")
-    fields.ignore("use_mambapy", "use_falcon_mambapy", "use_associative_scan")
     rank = fields.values.get("time_step_rank", "auto")
     mixer = MambaConfig(
         **_shared(fields),
         state_size=fields.take("state_size", int, 16),
-        expand=expand,
+        expand=inner // width,
         dt_rank=None if rank == "auto" else fields.take("time_step_rank", int),
         mixer_rms_eps=epsilon,
     )
-    return _model(fields, mixer, width, tied=True)
+    return _model(fields, mixer, width, vocabulary=50_280, tied=True)
 
 
 def _read_falcon(fields: Fields) -> LanguageModelConfig:
     return _read_mamba(fields, fields.take("mixer_rms_eps", float, _FALCON_EPSILON))
+
+
+def step_limits(fields: Fields, name: str) -> tuple[float, float]:
+    """The least and the greatest step size."""
+    limits = fields.take(name, list, [0.0, float("inf")])
+    if len(limits) != 2 or not all(type(limit) in (int, float) for limit in limits):
+        raise ValueError(f"{fields.source}: {name}={limits!r} is not a pair of numbers")
+    return float(limits[0]), float(limits[1])
 
 
 def _read_mamba2(fields: Fields) -> LanguageModelConfig:
@@ -81,22 +94,19 @@ def _read_mamba2(fields: Fields) -> LanguageModelConfig:
             f"{fields.source}: num_heads * head_dim = {heads * size} must be expand * hidden_size "
             f"= {expand * width}"
         )
-    fields.require("norm_before_gate", False)
-    fields.require("rmsnorm", True)
-    fields.ignore("chunk_size", "intermediate_size")
-    limits = fields.take("time_step_limit", list, [0.0, float("inf")])
-    if len(limits) != 2 or not all(isinstance(limit, int | float) for limit in limits):
-        raise ValueError(f"{fields.source}: time_step_limit={limits!r} is not a pair of numbers")
+    # transformers gates, then normalises; older versions wrote the first two and read neither.
+    fields.ignore("norm_before_gate", "rmsnorm", "chunk_size", "intermediate_size")
+    limits = step_limits(fields, "time_step_limit")
     mixer = Mamba2Config(
         **_shared(fields),
         state_size=fields.take("state_size", int, 128),
         expand=expand,
         head_size=size,
         groups=fields.take("n_groups", int, 8),
-        time_step_limit=(float(limits[0]), float(limits[1])),
+        time_step_limit=limits,
         norm_epsilon=fields.take("layer_norm_epsilon", float, 1e-5),
     )
-    return _model(fields, mixer, width, tied=False)
+    return _model(fields, mixer, width, vocabulary=32_768, tied=False)
 
 
 def _written(config: LanguageModelConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ NAMES = (
     ("backbone/block_{}/mlp_out/", "model.layers.{}.mlp_block.down_proj."),
     ("head/kernel", HEAD),
 )
+_TANH_GELU = ("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh")
 _BLOCKS = {"recurrent": "rg_lru", "attention": "sliding_window"}
 
 
@@ -28,15 +29,16 @@ def _read(fields: Fields) -> LanguageModelConfig:
         for name, default in (("hidden_size", 2560), ("num_hidden_layers", 26))
     )
     heads = fields.take("num_attention_heads", int, 10)
-    fields.require("hidden_activation", "gelu_pytorch_tanh")
-    fields.require("attention_dropout", 0.0)
-    fields.require("embeddings_scale_by_sqrt_dim", True)
-    fields.require("head_dim", width // heads)
-    fields.ignore("w_init_variance_scale", "final_w_init_variance_scale", "_block_types")
+    fields.require("hidden_activation", "gelu_pytorch_tanh", same=_TANH_GELU)
+    # transformers scales embeddings always, and repeats `block_types` itself.
+    fields.ignore("embeddings_scale_by_sqrt_dim", "_block_types")
+    # Initial values and training.
+    fields.ignore("w_init_variance_scale", "final_w_init_variance_scale", "attention_dropout")
     hidden, rest = divmod(fields.take("intermediate_size", int, 7680), 2)
     if rest:
         raise ValueError(f"{fields.source}: intermediate_size={2 * hidden + rest} must be even")
     layout = _layout(fields, layers)
+    size = fields.take("head_dim", int, None)
     base, fraction = _rotary(fields)
     mixers: tuple[MixerConfig, ...] = (
         RGLRUConfig(
@@ -48,6 +50,7 @@ def _read(fields: Fields) -> LanguageModelConfig:
         SlidingWindowConfig(
             heads=heads,
             kv_heads=fields.take("num_key_value_heads", int, None),
+            head_size=None if size is None or size * heads == width else size,
             rotary_base=base,
             rotary_fraction=fraction,
             window=fields.take("attention_window_size", int, 2048),
@@ -69,7 +72,7 @@ def _read(fields: Fields) -> LanguageModelConfig:
 
 def _layout(fields: Fields, layers: int) -> tuple[str, ...]:
     period = fields.take("block_types", list, ["recurrent", "recurrent", "attention"])
-    unknown = [block for block in period if block not in _BLOCKS]
+    unknown = [block for block in period if not isinstance(block, str) or block not in _BLOCKS]
     if unknown or not period:
         raise ValueError(
             f"{fields.source}: block_types={period!r} may hold only {', '.join(_BLOCKS)}"
@@ -101,11 +104,6 @@ def _write(config: LanguageModelConfig) -> dict[str, Any]:
     attention = attention or SlidingWindowConfig(heads=getattr(recurrent, "heads", 1))
     assert isinstance(recurrent, RGLRUConfig)
     assert isinstance(attention, SlidingWindowConfig)
-    if attention.head_size not in (None, stack.width // attention.heads):
-        raise ValueError(
-            f"SlidingWindowConfig.head_size={attention.head_size} (only width / heads = "
-            f"{stack.width // attention.heads} can be written)"
-        )
     blocks = {ours: theirs for theirs, ours in _BLOCKS.items()}
     return {
         "vocab_size": config.vocabulary_size,
@@ -114,6 +112,7 @@ def _write(config: LanguageModelConfig) -> dict[str, Any]:
         "num_hidden_layers": len(stack.layout),
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.groups,
+        "head_dim": attention.head_size or stack.width // attention.heads,
         "attention_window_size": attention.window,
         "attention_bias": attention.use_bias,
         "block_types": [blocks[name] for name in stack.layout[: stack.period]],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from seqmodels.interop.fields import read_json
+from seqmodels.interop.origin import CONFIG, GENERATION, Tensor
 from seqmodels.training.metrics import write_atomically
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F32", "BF16", "F16")
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PICKLED = "pytorch_model*.bin"
+_CONVERSION = (
+    "import glob, torch; from safetensors.torch import save_file; "
+    "files = [torch.load(f, map_location='cpu', weights_only=True) "
+    f"for f in sorted(glob.glob('{_PICKLED}'))]; "
+    "save_file({k: v.clone().contiguous() for d in files for k, v in d.items()}, "
+    f"'{SINGLE}', metadata={{'format': 'pt'}})"
+)
 
 
 class Checkpoint:
@@ -28,12 +38,13 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._stored: dict[str, str] = {}
         if (folder / SINGLE).exists():
             self._files = {SINGLE: _open(folder / SINGLE)}
             self._where = dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
             return
         if not (folder / INDEX).exists():
-            raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+            raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}{_way_out(folder)}")
         self._where = _weight_map(folder / INDEX)
         self._files = {file: _open(folder / file) for file in sorted(set(self._where.values()))}
         held = {file: set(opened.keys()) for file, opened in self._files.items()}
@@ -63,7 +74,21 @@ class Checkpoint:
 
     def tensor(self, name: str) -> np.ndarray:
         """The tensor called ``name``."""
-        return self._files[self._where[name]].get_tensor(name)
+        return self._files[self._where[name]].get_tensor(self._stored.get(name, name))
+
+    def respell(self, name: str, others: tuple[str, ...]) -> None:
+        """Has a tensor be called ``name`` that the files call by the first of ``others``."""
+        for other in others:
+            if name not in self._where and other in self._where:
+                self._where[name] = self._where.pop(other)
+                self._stored[name] = other
+
+    def described(self) -> tuple[Tensor, ...]:
+        """All tensors, without their numbers."""
+        return tuple(
+            Tensor(name, self._stored.get(name, name), _DTYPES.get(dtype, dtype))
+            for name, dtype in sorted((name, self.dtype(name)) for name in self._where)
+        )
 
     def drop_copy(self, name: str, *, of: str) -> None:
         """Forgets a tensor if it is there; ValueError unless it is equal to the other."""
@@ -96,7 +121,7 @@ class Checkpoint:
             )
 
     def _slice(self, name: str) -> Any:
-        return self._files[self._where[name]].get_slice(name)
+        return self._files[self._where[name]].get_slice(self._stored.get(name, name))
 
 
 def natural(name: str) -> list[Any]:
@@ -110,7 +135,7 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray], max_file_bytes: int) -
     Raises:
       ValueError: there is a checkpoint in the folder.
     """
-    for name in (SINGLE, INDEX, "config.json"):
+    for name in (SINGLE, INDEX, CONFIG, GENERATION):
         if (folder / name).exists():
             raise ValueError(f"{folder} has a {name} already; give a folder without one")
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +171,19 @@ def _weight_map(path: Path) -> dict[str, str]:
                 "safetensors file in the folder"
             )
     return where
+
+
+def _way_out(folder: Path) -> str:
+    """What to do about a folder with tensors in files of another kind."""
+    if any(folder.glob(_PICKLED)):
+        return (
+            ", only pickled tensors, which are never read; convert them by: "
+            f'cd {shlex.quote(str(folder.absolute()))} && python -c "{_CONVERSION}"'
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f", only {', '.join(others)}; rename one that holds all tensors to {SINGLE}"
+    return ""
 
 
 def _open(path: Path) -> Any:

@@ -19,7 +19,8 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         shape = (self.vocabulary_size, self.width)
-        self.embedding = self.param("embedding", nn.initializers.normal(self.std), shape)
+        init = nn.initializers.normal(self.std)
+        self.embedding = self.param("embedding", init, shape, jnp.float32)
 
     def __call__(self, tokens: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b l d"]:
         """The rows of ``tokens``."""

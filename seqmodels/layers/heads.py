@@ -51,7 +51,7 @@ class GatedNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "*b v"], gate: Float[Array, "*b v"] | None = None
     ) -> Float[Array, "*b v"]:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         y = rms_normalise(x.astype(jnp.float32), self.epsilon) * jnp.broadcast_to(scale, x.shape)
         if gate is not None:
             y = y * self.activation(gate.astype(jnp.float32))
@@ -78,8 +78,8 @@ def l2_normalise(x: Float[Array, "*b k"], epsilon: float = 1e-6) -> Float[Array,
 def log_of_uniform(low: float, high: float) -> Any:
     """Initialiser: logarithms of values uniform in ``[low, high)``."""
 
-    def init(key: Array, shape: tuple[int, ...]) -> Array:
-        return jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high))
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
 
     return init
 

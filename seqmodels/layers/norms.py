@@ -36,10 +36,10 @@ class BatchNorm(nn.Module):
     ) -> Float[Array, "b l h"]:
         """Normalises with batch statistics, or with the running ones if ``deterministic``."""
         width = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (width,))
-        bias = self.param("bias", nn.initializers.zeros, (width,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
+        scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (width,), jnp.float32)
         if deterministic:
             gain = scale / jnp.sqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * gain
@@ -107,7 +107,7 @@ class ZeroCenteredRMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
-        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         y = rms_normalise(x.astype(jnp.float32), self.epsilon)
         return (y * jnp.broadcast_to(1.0 + scale, y.shape)).astype(x.dtype)
 

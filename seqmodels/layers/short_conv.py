@@ -15,8 +15,8 @@ def uniform_taps(taps: int) -> Any:
     """Initialiser: uniform within ``taps^(-1/2)`` of 0, as `torch.nn.Conv1d` has it by channel."""
     bound = taps**-0.5
 
-    def init(key: Array, shape: tuple[int, ...]) -> Array:
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
 
@@ -61,11 +61,11 @@ class ShortConv(nn.Module):
           ValueError: ``window`` or ``runs`` of a wrong shape.
         """
         width = x.shape[-1]
-        init = uniform_taps(self.taps)
-        kernel = self.param("kernel", self.kernel_init or init, (self.taps, width))
+        init, taps = uniform_taps(self.taps), (self.taps, width)
+        kernel = self.param("kernel", self.kernel_init or init, taps, jnp.float32)
         shared: list[Any] = [kernel]
         if self.use_bias:
-            shared.append(self.param("bias", self.bias_init or init, (width,)))
+            shared.append(self.param("bias", self.bias_init or init, (width,), jnp.float32))
         if window is not None:
             window = window.astype(x.dtype)
 

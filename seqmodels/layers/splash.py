@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import compat
+from pallas_kernels.common import compat
 
 _BLOCK = 512
 _HIDDEN = -1e30

@@ -80,12 +80,12 @@ class Attention(SoftmaxMixer[AttentionConfig]):
         slots = jnp.arange(capacity, dtype=jnp.int32)[None]
         if x.shape[1] == 1:
             # One token has only its own document to see: that in the cache, itself included.
-            seen = jnp.where(slots <= before[:, None], 1, -1)
+            seen = jnp.where(slots <= before[:, None], jnp.int32(1), -1)
             past_k, past_v = (hidden[name].astype(x.dtype) for name in ("k", "v"))
             ones = jnp.ones_like(runs)
             o = attend(q, past_k, past_v, causal=False, q_segments=ones, k_segments=seen)
         else:
-            seen = jnp.where(slots < before[:, None], 1, -1)
+            seen = jnp.where(slots < before[:, None], jnp.int32(1), -1)
             all_k, all_v = (
                 jnp.concatenate([state.hidden[name].astype(x.dtype), new], axis=1)
                 for name, new in (("k", k), ("v", v))

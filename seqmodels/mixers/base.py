@@ -10,10 +10,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, Int
+from jaxtyping import Array, Bool, Float, Inexact, Int, Shaped
 
 from pallas_kernels import linear_scan
-from pallas_kernels import segments as segment_ops
+from pallas_kernels.common import segments as segment_ops
+from seqmodels.arguments import segment_order
 from seqmodels.parallel.rows import over_rows
 
 State = Any
@@ -38,8 +39,15 @@ class Segments:
     single: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def from_ids(cls, ids: Int[Array | np.ndarray, "b l"], single: bool = False) -> "Segments":
-        """Derives runs and positions from ``ids``; ``single`` is trusted, not checked."""
+    def from_ids(cls, ids: Shaped[Array | np.ndarray, "..."], single: bool = False) -> "Segments":
+        """Derives runs and positions from ``ids``, integers ``(B, L)``.
+
+        Raises:
+          ValueError: no integers ``(B, L)``; and where the values can be read (numpy, or JAX
+            outside of jit), a negative id, padding before a real token, or several documents in a
+            row that is ``single``.
+        """
+        segment_order(ids, single)
         ids = jnp.asarray(ids, jnp.int32)
         runs = segment_ops.runs(ids)
         return cls(ids=ids, runs=runs, positions=segment_ops.positions(runs), single=single)
@@ -279,6 +287,8 @@ class Mixer(nn.Module, Generic[Config]):
                 f"{name}: segments.ids has shape {segments.ids.shape}, expected {x.shape[:2]}, "
                 "the batch and length of x"
             )
+        if segments is not None:
+            segment_order(segments.ids, segments.single)
         if segments is not None and not self.packs and not segments.single:
             raise ValueError(
                 f"{name}: segments with several documents a row are not supported; put one "

@@ -92,7 +92,9 @@ class HGRN2(MatrixMixer[HGRN2Config]):
             return keep, drop
         share = self.config.layer / self.config.layers
         start = nn.initializers.constant(math.log(share / (1.0 - share)))
-        bound = jnp.broadcast_to(self.param("lower_bound", start, (self.width,)), logits.shape)
+        bound = jnp.broadcast_to(
+            self.param("lower_bound", start, (self.width,), jnp.float32), logits.shape
+        )
         keep = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + keep)
         # Rounding may put the logarithm of a gate near 1 above 0.
         return jnp.minimum(keep, 0.0), jax.nn.sigmoid(-bound) * drop

@@ -117,7 +117,7 @@ class Hydra(Mixer[HydraConfig]):
         """``f_{t-1} + g_{t+1}`` in float32; g as more heads of one call, its time reversed."""
         config, heads = self.config, x.shape[2]
         bias = self.param("dt_bias", step_bias(config.dt_min, config.dt_max), (heads,))
-        a_log = self.param("A_log", nn.initializers.zeros, (heads,))
+        a_log = self.param("A_log", nn.initializers.zeros, (heads,), jnp.float32)
 
         def turned(parts: Array) -> Array:
             left, right = jnp.split(parts, 2, axis=-1)
@@ -136,7 +136,7 @@ class Hydra(Mixer[HydraConfig]):
             jnp.tile(a_log, 2),
             keys,
             queries,
-            jnp.zeros(shape),
+            jnp.zeros(shape, jnp.float32),
             None,
             config.implementation,
         )
@@ -146,7 +146,7 @@ class Hydra(Mixer[HydraConfig]):
 
     def _diagonal(self, x: Float[Array, "b l e"], heads: int) -> Float[Array, "b l h p"]:
         """``(W_D x + D) x``, one factor a head, float32."""
-        skip = self.param("D", nn.initializers.ones, (heads,))
+        skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
         factor = dense(x, heads, "fc_D").astype(jnp.float32)
         factor = factor + jnp.broadcast_to(skip, factor.shape)
         return factor[..., None] * split_heads(x, self.config.head_size).astype(jnp.float32)

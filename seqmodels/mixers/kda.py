@@ -89,7 +89,7 @@ class KDA(DeltaMixer[KDAConfig]):
         step = split_heads(self._low_rank("f_proj", dtype=jnp.float32)(x), config.head_size)
         bound = config.log_decay_bound
         start = log_of_uniform(1.0, 16.0) if bound is None else nn.initializers.zeros
-        rate = jnp.exp(self.param("A_log", start, shape[:1]))[:, None]
+        rate = jnp.exp(self.param("A_log", start, shape[:1], jnp.float32))[:, None]
         rate = jnp.broadcast_to(rate, step.shape)
         step = step + jnp.broadcast_to(self.param("dt_bias", step_bias(), shape), step.shape)
         if bound is None:

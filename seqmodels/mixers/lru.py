@@ -110,7 +110,7 @@ class LRU(Mixer[LRUConfig]):
             y = both_ways(u, decay, into, readout, segments)
         else:
             y, final = from_left(u, decay, into, readout, segments, state.resume(segments))
-        skip = self.param("D", initializers.normal(1.0), (self.width,))
+        skip = self.param("D", initializers.normal(1.0), (self.width,), jnp.float32)
         y = y + jnp.broadcast_to(skip, u.shape) * u  # not skip[None, None], as in S5
         y = mask_padding(y, segments).astype(x.dtype)
         return y, None if state is None else state.advance(final, segments, x.shape[1])
@@ -130,7 +130,8 @@ class LRU(Mixer[LRUConfig]):
         theta_log = self.param("theta_log", _theta_log(config.max_phase), shape)
         gamma_log = self.param("gamma_log", lambda key: _gamma_log(nu_log))
         init = initializers.normal((2 * self.width) ** -0.5)
-        b = [self.param(name, init, (*shape, self.width)) for name in ("B_re", "B_im")]
+        inputs = (*shape, self.width)
+        b = [self.param(name, init, inputs, jnp.float32) for name in ("B_re", "B_im")]
         decay = jnp.exp(jax.lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log)))
         gain = jnp.tile(jnp.exp(gamma_log), 2)
         return decay, jnp.concatenate(b).T * jnp.broadcast_to(gain, (self.width, gain.size))
@@ -140,7 +141,8 @@ class LRU(Mixer[LRUConfig]):
         states, directions = self.config.state_size, 2 if self.config.bidirectional else 1
         init = initializers.normal(states**-0.5)
         shape = (self.width, directions * states)
-        real, imaginary = (self.param(name, init, shape).T for name in ("C_re", "C_im"))
+        parts = (self.param(name, init, shape, jnp.float32) for name in ("C_re", "C_im"))
+        real, imaginary = (part.T for part in parts)
         pieces = zip(jnp.split(real, directions), jnp.split(imaginary, directions), strict=True)
         return jnp.concatenate([plane for re, im in pieces for plane in (re, -im)])
 

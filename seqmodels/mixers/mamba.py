@@ -37,7 +37,7 @@ class MambaConfig(MixerConfig):
       mixer_rms_eps: None, or the epsilon of RMS norms, without scales, of what each token gives to
         B, C and the step sizes (Falcon Mamba).
       layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
-      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 
@@ -156,7 +156,7 @@ class Mamba(Mixer[MambaConfig]):
         step = StepProjection(self.inner, config.dt_min, config.dt_max, name="dt_proj")
         dt, bias = step(dt)
         a_log = self.param("A_log", _log_of_state_numbers, (self.inner, states))
-        skip = self.param("D", nn.initializers.ones, (self.inner,))
+        skip = self.param("D", nn.initializers.ones, (self.inner,), jnp.float32)
         return [-jnp.exp(a_log), skip, bias], [dt, b, c]
 
 
@@ -171,7 +171,7 @@ class StepProjection(nn.Module):
     def __call__(
         self, x: Float[Array, "b l r"]
     ) -> tuple[Float[Array, "b l e"], Float[Array, " e"]]:
-        kernel = self.param("kernel", uniform_fan_in(), (x.shape[-1], self.features))
+        kernel = self.param("kernel", uniform_fan_in(), (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", step_bias(self.dt_min, self.dt_max), (self.features,))
         return jnp.dot(x, kernel.astype(x.dtype)), bias
 

@@ -93,7 +93,9 @@ class Mamba2(Mixer[Mamba2Config]):
         config, (inner, heads, shared) = self.config, self._sizes
         shape = (batch_size, heads, config.state_size, config.head_size)
         window = start_window(batch_size, config.conv_size, inner + 2 * shared, dtype)
-        return RecurrentState.start({"conv": window, "ssm": jnp.zeros(shape)}, batch_size)
+        return RecurrentState.start(
+            {"conv": window, "ssm": jnp.zeros(shape, jnp.float32)}, batch_size
+        )
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
@@ -115,7 +117,7 @@ class Mamba2(Mixer[Mamba2Config]):
         x = split_heads(x, config.head_size)
         bias = self.param("dt_bias", step_bias(config.dt_min, config.dt_max), (heads,))
         a_log = self.param("A_log", log_of_uniform(1.0, 16.0), (heads,))
-        skip = self.param("D", nn.initializers.ones, (heads,))
+        skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
         keys, queries = (split_heads(part, config.state_size) for part in (b, c))
         step = steps(dt, bias, config.time_step_limit)
         y, memory = dual(x, step, a_log, keys, queries, memory, runs, config.implementation)
@@ -131,7 +133,7 @@ class GatedGroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l e"], gate: Float[Array, "b l e"]) -> Any:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         wide = x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         y = rms_normalise(wide, self.epsilon, self.groups)
         return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)

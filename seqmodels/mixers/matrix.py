@@ -28,7 +28,7 @@ class MatrixConfig(MixerConfig):
     Attributes:
       init_std: deviation of the projections' normal initialisation.
       norm_epsilon: added to the mean square in the norm of the outputs.
-      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 

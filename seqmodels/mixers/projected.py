@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
-from pallas_kernels import compat, vjp
+from pallas_kernels.common import compat
 from seqmodels.mixers.base import Segments, mask_padding, recurrence
 from seqmodels.parallel.rows import over_rows
 
@@ -94,7 +94,7 @@ def _by_blocks(decay, into, readout, u):
     x = jnp.moveaxis(jnp.pad(u, ((0, 0), (0, -length % steps), (0, 0))), 1, 0)
     x = x.reshape(-1, steps, batch, width)
     arrays = (x, decay.real, decay.imag, into, *jnp.split(readout, 2))
-    y = _two_ways(None, *compat.vary_alike(*arrays))
+    y = _two_ways(*compat.match_vma(*arrays))
     return jnp.moveaxis(y.reshape(-1, batch, width), 0, 1)[:, :length]
 
 
@@ -105,7 +105,7 @@ def _by_blocks(decay, into, readout, u):
 def _loop(body, carry, inputs, *, reverse: bool):
     """`jax.lax.scan` whose carry is typed, under `jax.shard_map`, as what it will become."""
     like = jax.tree.leaves(inputs)[0]
-    carry = jax.tree.map(lambda leaf: compat.vary_alike(leaf, like)[0], carry)
+    carry = jax.tree.map(lambda leaf: compat.match_vma(leaf, like)[0], carry)
     return jax.lax.scan(body, carry, inputs, reverse=reverse)
 
 
@@ -136,7 +136,7 @@ def _read(states, readout):
     return sum(_dot(z, c) for z, c in zip(states, jnp.split(readout, 2), strict=True))
 
 
-def _forward(_, x, re, im, into, left, right):
+def _forward(x, re, im, into, left, right):
     def one_way(readout, reverse):
         def block(state, x):
             after, states = _scan(_dot(x, into), state, (re, im), reverse=reverse)
@@ -148,7 +148,7 @@ def _forward(_, x, re, im, into, left, right):
     return y + z, (x, re, im, into, left, right, entering, returning)
 
 
-def _backward(_, residuals: Any, dy):
+def _backward(residuals: Any, dy):
     """The way from the right first. What flows into its states, and what does into those of the
     other way, then go into the products for ``x`` and ``into`` as one sum."""
     x, re, im, into, left, right, entering, returning = residuals
@@ -203,4 +203,9 @@ def _outer(x, y):
     return _dot(x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]))
 
 
-_two_ways = vjp.join(lambda *args: _forward(*args)[0], _forward, _backward)
+@jax.custom_vjp
+def _two_ways(x, re, im, into, left, right):
+    return _forward(x, re, im, into, left, right)[0]
+
+
+_two_ways.defvjp(_forward, _backward)

@@ -33,7 +33,7 @@ class RATConfig(MixerConfig):
       groups: heads of projected queries and keys, which divide H; head h takes group ``h mod G``.
       rotary_base: of the rotary embedding by a token's chunk; None for none.
       init_std: deviation of the projections' normal initialisation.
-      implementation: of the kernels, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernels, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 
@@ -97,7 +97,7 @@ class RAT(CachingMixer[RATConfig]):
         mixed = dense(x, 3 * width + 2 * few, "in_proj", kernel_init=init)
         ends = (width, 2 * width, 3 * width, 3 * width + few)
         z, v, gate, q, k = jnp.split(mixed, ends, axis=-1)
-        bias = self.param("gate_bias", _memories(config.chunk), (width,))
+        bias = self.param("gate_bias", _memories(config.chunk), (width,), jnp.float32)
         forget = jax.nn.sigmoid(gate.astype(jnp.float32) + bias[None, None])
 
         positions = state.positions(segments, x.shape[1])

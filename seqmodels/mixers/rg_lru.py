@@ -34,7 +34,7 @@ class RGLRUConfig(MixerConfig):
       conv_size: taps of the convolution.
       r_min, r_max: range of the initial decays at a recurrence gate of 1/8, uniform by area.
       layers: depth of the model; the initial ``linear_out`` is smaller by ``sqrt(layers / 2)``.
-      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 
@@ -173,8 +173,8 @@ class RealGatedUnit(nn.Module):
         heads = self.config.heads
         size = x.shape[-1] // heads
         init = nn.initializers.normal(size**-0.5)
-        weight = self.param(f"{name}_weight", init, (heads, size, size))
-        bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, size))
+        weight = self.param(f"{name}_weight", init, (heads, size, size), jnp.float32)
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, size), jnp.float32)
         blocks = x.reshape(*x.shape[:-1], heads, size)
         z = jnp.einsum(
             "blhi,hij->blhj", blocks, weight.astype(x.dtype), preferred_element_type=jnp.float32

@@ -22,8 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from pallas_kernels import vjp
-
 _BLOCK = 64
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -191,4 +189,5 @@ def _backward(length, arrays, cotangents):
     return ddecay, dimaginary, None, dweights
 
 
-_response = vjp.join(_primal, lambda length, *x: (_primal(length, *x), x), _backward)
+_response = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_response.defvjp(lambda length, *x: (_primal(length, *x), x), _backward)

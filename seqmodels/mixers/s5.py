@@ -129,7 +129,7 @@ class S5(Mixer[S5Config]):
         else:
             hidden = None if state is None else state.resume(segments)
             y, final = from_left(u, decay, into, self._readout(), segments, hidden)
-        skip = self.param("D", initializers.normal(1.0), (self.width,))
+        skip = self.param("D", initializers.normal(1.0), (self.width,), jnp.float32)
         # Not skip[None, None]: of that, XLA sums the gradient of a single row 20 times slower.
         y = y + jnp.broadcast_to(skip, u.shape) * u
         y = mask_padding(y, segments).astype(x.dtype)
@@ -192,7 +192,7 @@ def _c_init(kind: CInit, vectors: np.ndarray) -> Any:
     def init(key: Array, shape: tuple[int, int]) -> Float[Array, "h p 2"]:
         width, size = shape
         if kind == "complex_normal":
-            return 0.5**0.5 * jax.random.normal(key, (width, size // 2, 2))
+            return 0.5**0.5 * jax.random.normal(key, (width, size // 2, 2), jnp.float32)
         lecun = initializers.lecun_normal()
         if kind == "lecun_normal":
             c = lecun(key, (width, size, 2), jnp.float32)

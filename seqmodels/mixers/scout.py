@@ -25,7 +25,7 @@ class SCOUTConfig(SoftmaxConfig):
       local: the mixer before the attention, such as a ``MambaConfig`` or ``SlidingWindowConfig``;
         None where the layout has it in a block of its own, which is the published layer:
         ``("mamba", "scout") * n``, with an MLP behind each.
-      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 

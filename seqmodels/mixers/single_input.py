@@ -114,7 +114,7 @@ class SingleInputMixer(Mixer[Config], Generic[Config]):
         self.check(x, segments, state)
         u = mask_padding(x.astype(jnp.float32), segments)
         y, final = self.mix(u, segments, None if state is None else state.resume(segments))
-        skip = self.param("D", initializers.normal(1.0), (self.width,))
+        skip = self.param("D", initializers.normal(1.0), (self.width,), jnp.float32)
         y = y + jnp.broadcast_to(skip, u.shape) * u  # not skip[None, None], as in S5
         y = mask_padding(y, segments).astype(x.dtype)
         if not self.streams:
@@ -158,5 +158,5 @@ class SingleInputMixer(Mixer[Config], Generic[Config]):
         """Output vectors, one a direction; complex normal of variance 1."""
         shape = (self.width, self.config.state_size // 2, 2)
         init = initializers.normal(0.5**0.5)
-        pairs = [self.param(name, init, shape) for name in self.config.readouts]
+        pairs = [self.param(name, init, shape, jnp.float32) for name in self.config.readouts]
         return tuple(jax.lax.complex(c[..., 0], c[..., 1]) for c in pairs)

@@ -114,7 +114,7 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
         sinks = jnp.where(sinks < before - config.window, sinks, -1)
         window = before - config.window + jnp.arange(config.window, dtype=jnp.int32)[None]
         positions = jnp.concatenate([sinks, jnp.maximum(window, -1)], axis=1)
-        return jnp.where(positions < 0, -1, 1), positions
+        return jnp.where(positions < 0, jnp.int32(-1), 1), positions
 
     def _keep(self, k, v, positions, segments, state, after) -> dict[str, Array]:
         """The caches after these tokens."""

@@ -32,7 +32,7 @@ class SSDConfig(MixerConfig):
       use_conv_bias: bias of the convolution.
       time_step_limit: the step sizes are clipped to this range.
       norm_epsilon: added to the mean square in the norm of the outputs.
-      implementation: of the kernel, see ``pallas_kernels.dispatch``; None for the fastest,
+      implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
     """
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from seqmodels.arguments import segment_order
 from seqmodels.layers.dropout import tied_dropout
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
@@ -215,6 +216,8 @@ class Backbone(nn.Module):
         states = (None,) * layers if state is None else tuple(state)
         if len(states) != layers:
             raise ValueError(f"state has {len(states)} entries, expected one a block: {layers}")
+        if segments is not None:
+            segment_order(segments.ids, segments.single)  # blocks under a scan see traced ids
         dtype = x.dtype
         x = x.astype(jnp.float32) if config.float32_residual else x
         after: list[State] = []

@@ -171,7 +171,7 @@ def encode(
         std = config.embedding_std or config.vocabulary_size**-0.5
         x = Embedding(config.vocabulary_size, width, std, name="encoder")(inputs)
     if config.pooling == "class":
-        token = module.param("class_token", nn.initializers.zeros, (width,))
+        token = module.param("class_token", nn.initializers.zeros, (width,), jnp.float32)
         front = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([front, x], axis=1)
         if segment_ids is not None:

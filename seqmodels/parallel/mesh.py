@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.common import segments
+
 MESH_AXES = ("data", "model", "seq")
 
 
@@ -71,12 +73,17 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     With several processes each one passes its own rows, and the result is the global batch.
 
     Args:
-      batch: arrays ``(B, ...)`` that agree on ``B``.
+      batch: arrays ``(B, ...)`` that agree on ``B``; "segment_ids", if any, ``(B, ..., L)``.
       mesh: a mesh of ``make_mesh``.
 
     Raises:
-      ValueError: ``B`` does not divide by the data axis.
+      ValueError: ``B`` does not divide by the data axis, or segment ids are out of order (see
+        ``pallas_kernels.common.segments.check``).
     """
+    if "segment_ids" in batch:
+        # The last place where they can be read: a step sees traced ones.
+        ids = np.asarray(batch["segment_ids"])
+        segments.check(ids.reshape(-1, ids.shape[-1]))
     processes = jax.process_count()
     for name, value in batch.items():
         rows = value.shape[0] * processes

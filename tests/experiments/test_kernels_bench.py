@@ -13,8 +13,9 @@ from experiments.kernels import bench, results, s5_step, timing
 from experiments.kernels import linear_scan as cases
 from experiments.kernels.baselines import linear_scan as baselines
 from experiments.kernels.results import Result, Target
-from pallas_kernels import aot, linear_scan
+from pallas_kernels import linear_scan
 from pallas_kernels.linear_scan.shapes import Shape
+from pallas_kernels.tools import aot
 from seqmodels.mixers import S5Config
 from seqmodels.models import BackboneConfig, ClassifierConfig
 

@@ -208,6 +208,76 @@ def test_a_stop_on_the_command_line(carrying, capsys):
     assert stopped == whole[: whole.index(whole[5:7], 1)]
 
 
+def test_escapes_mean_the_same_in_stops_and_separators(carrying, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(lm_generate, "until", lambda pieces, stops: seen.append(stops) or iter(()))
+    texts = [r"\n\n", r"a\tb", r"\\n", r"\d", "\n"]
+    assert generate(carrying, *(part for text in texts for part in ("--stop", text))) == 0
+    separators = [
+        lm_train.changes_of(lm_train.Arguments(separator=text))["data.separator"] for text in texts
+    ]
+    assert separators == ["\n\n", "a\tb", r"\n", r"\d", "\n"]
+    assert seen == [[separator.encode() for separator in separators]]
+    assert "data.separator" not in lm_train.changes_of(lm_train.Arguments())
+    for command, option in ((lm_generate, "--stop"), (lm_train, "--separator")):
+        with pytest.raises(SystemExit):
+            command.main(["--help"])
+        after = capsys.readouterr().out.partition(option)[2]
+        assert r"\n, \t, \r and \\ are understood" in " ".join(after.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_terminal_shows_the_text(encoding, carrying, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    pieces = "\u00fc\u2026".encode()
+    monkeypatch.setattr(lm_generate, "continuation", lambda *_, **__: iter([pieces, pieces[:1]]))
+    assert generate(carrying, "--prompt", "\u2026\udcff") == 0
+    shown = terminal.buffer.getvalue().decode(encoding)
+    assert (
+        shown
+        == {
+            "ascii": "\\u2026\\udcff\\xfc\\u2026\\ufffd\n",
+            "latin-1": "\\u2026\\udcff\u00fc\\u2026\\ufffd\n",
+            "utf-8": "\u2026\\udcff\u00fc\u2026\ufffd\n",
+        }[encoding]
+    )
+
+
+def test_bytes_of_the_prompt_reach_the_model_as_they_came(carrying, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        lm_generate, "continuation", lambda _, prompt, **__: seen.append(prompt) or iter(())
+    )
+    assert generate(carrying, "--prompt", b"\xff\xc3\xbc".decode("utf-8", "surrogateescape")) == 0
+    assert seen == [b"\xff\xc3\xbc"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (lm_generate, ["--seed", "9" * 20], "--seed=99999999999999999999 must be an integer from"),
+        (lm_generate, ["--seed", "-1"], "--seed=-1 must be an integer from 0 to 4294967295"),
+        (lm_generate, ["--length", "0"], "--length=0 must be an integer from 1"),
+        (lm_generate, ["--max-length", "0"], "--max-length=0 must be an integer from 1"),
+        (lm_generate, ["--temperature", "nan"], "temperature=nan must be"),
+        (lm_generate, ["--temperature", "-1"], "temperature=-1.0 must be"),
+        (lm_generate, ["--top-k", "0"], "top_k=0 must be"),
+        (lm_generate, ["--top-p", "2"], "top_p=2.0 must be"),
+        (lm_generate, ["--stop", ""], "--stop '' must have at least one character"),
+        (lm_eval, ["--chunk", "0"], "--chunk=0 must be an integer from 1"),
+        (lm_eval, ["--context", "0"], "--context=0 must be an integer from 1"),
+        (lm_eval, ["--batch-size", "0"], "--batch-size=0 must be an integer from 1"),
+    ],
+)
+def test_values_out_of_range_are_named_before_anything_is_read(command, arguments, message, capsys):
+    data = ["--data", "nowhere.txt"] if command is lm_eval else []
+    assert command.main(["--checkpoint", "nowhere", *data, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
 def test_a_cache_that_is_too_small_is_named(attending, carrying, capsys):
     more = ["--prompt", "0123456789", "--length", "20", "--max-length", "30"]
     assert generate(attending, *more) == 1

@@ -180,7 +180,7 @@ def test_the_traceback_is_shown_on_request(capsys):
 
 def test_the_report_shows_ours_beside_the_published(trained, capsys):
     assert lra_report.main(["--results-dir", str(trained / "results")]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     result = result_of(trained)
     assert f"{100 * result['test_accuracy']:.2f}" in out
     assert "not the published 2K task" in out
@@ -189,12 +189,22 @@ def test_the_report_shows_ours_beside_the_published(trained, capsys):
     assert (trained / "results" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("task", ["listops", "text"])
+def test_a_part_of_the_data_is_accepted_by_option_only(task):
+    arguments = lra_train.Arguments(task=task, model="s5")
+    assert not lra_train.resolve(arguments)[0].data.allow_partial
+    arguments = dataclasses.replace(arguments, allow_partial=True)
+    assert lra_train.resolve(arguments)[0].data.allow_partial
+
+
 def test_only_the_published_task_is_comparable(trained):
     paper = lra_train.resolve(lra_train.Arguments(task="listops", model="s5", preset="paper"))[0]
     steps = paper.train.steps
     config = lra_train.to_dict(paper)
     result = {**result_of(trained), "config": config, "steps": steps}
     assert lra_report.caveats(result) == []
+    part = {**config, "data": {**config["data"], "allow_partial": True}}
+    assert "--allow-partial" in lra_report.caveats({**result, "config": part})[0]
     assert lra_report.caveats({**result, "steps": 100}) == [f"published recipe {steps} steps"]
     short = {**config, "data": {**config["data"], "max_length": 700}}
     assert lra_report.caveats({**result, "config": short}) == [

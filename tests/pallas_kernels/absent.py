@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels import aot
+from pallas_kernels.tools import aot
 
 # What is always compiled for: the two generations of each that are in most use.
 TPUS = ("v5e", "v6e")

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import linear_scan, programs
+from pallas_kernels import linear_scan
 from pallas_kernels.diagonal_ssm.shapes import named, program
+from pallas_kernels.tools import programs
 
 
 def vandermonde_fft(u, log_a, c, *, initial_state=None, segment_ids=None, reverse=False):

@@ -41,6 +41,7 @@ class ListOpsConfig:
     """What to generate; the defaults are Long Range Arena's.
 
     Both length limits are strict and count tokens: `min_length < tokens < max_length`.
+    `allow_partial` is of Long Range Arena's files where they are read instead (see `read_tsv`).
 
     Raises:
       ValueError: a value is out of range, or no tree can satisfy the limits.
@@ -54,6 +55,7 @@ class ListOpsConfig:
     validation: int = 2_000
     test: int = 2_000
     seed: int = 0
+    allow_partial: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -369,17 +371,33 @@ def write_tsv(folder: str | Path, data: TaskData) -> None:
                 file.write(f"{to_text(example['inputs'])}\t{example['label']}\n")
 
 
-def read_tsv(folder: str | Path, *, verify: bool = True, progress: bool = True) -> TaskData:
+def read_tsv(
+    folder: str | Path,
+    *,
+    verify: bool = True,
+    allow_partial: bool = False,
+    progress: bool = True,
+) -> TaskData:
     """Reads Long Range Arena's three files as they are: no length limit, repeats kept.
 
     Args:
       verify: evaluate every expression and compare with its label.
+      allow_partial: accept other numbers of samples than the published ones, the defaults of
+        `ListOpsConfig`; a file that was cut after a line has nothing else to tell it by.
 
     Raises:
-      ValueError: a file is missing or a line is malformed; names the file and the line.
+      ValueError: a file is missing, a line is malformed or the number of lines is not the published
+        one; names the file and the line.
     """
     paths = tsv_paths(folder)
     splits = {split: _read_split(path, verify, progress) for split, path in paths.items()}
+    for split, examples in splits.items():
+        published = getattr(ListOpsConfig, split)
+        if len(examples) != published and not allow_partial:
+            raise ValueError(
+                f"{paths[split]} holds {len(examples)} samples, the published file {published}: "
+                "get it whole, or use what is there with --allow-partial"
+            )
     return task_data(**splits, source="Long Range Arena's tsv files")
 
 

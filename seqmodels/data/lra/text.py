@@ -12,11 +12,8 @@ trained on. (About a hundred texts are in both the training and the test split, 
 
 import hashlib
 import logging
-import lzma
 import os
 import re
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from seqmodels.data import archive
 from seqmodels.data.cache import fingerprint
 from seqmodels.data.examples import Examples, TaskData, offsets_of
 
@@ -39,7 +37,7 @@ SPLITS = ("train", "test")
 
 _REVIEWS_OF_A_CLASS = 12_500
 _ROOT = "aclImdb"
-_FILE = re.compile(r"\d+_\d+\.txt")  # <id>_<rating>.txt
+_FILE = re.compile(r"\d+_\d+\.(?i:txt)")  # <id>_<rating>.txt
 _MEMBER = re.compile(
     rf"(?:\./)?{_ROOT}/({'|'.join(SPLITS)})/({'|'.join(CLASSES)})/({_FILE.pattern})"
 )
@@ -57,6 +55,8 @@ class TextConfig:
       max_length: bytes kept of each review, from its start; 4096 in Long Range Arena's paper.
       validation: training reviews held out, the same share of each class; 0 holds out none.
       seed: which ones.
+      allow_partial: accept another number of reviews than the data set's 12,500 of each split and
+        class; they are logged instead.
 
     Raises:
       ValueError: a value is out of range.
@@ -65,6 +65,7 @@ class TextConfig:
     max_length: int = 4096
     validation: int = 2_500
     seed: int = 0
+    allow_partial: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 1), ("validation", 0), ("seed", 0)):
@@ -84,8 +85,9 @@ def read(
       workers: threads that read files of a folder.
 
     Raises:
-      ValueError: the data set is not there, a class of it is absent, a review is empty, or
-        `validation` is more than there is. Other numbers than the official ones are logged.
+      ValueError: the data set is not there or damaged, a class of it is absent, a review is empty,
+        the numbers are not the official ones (see `TextConfig.allow_partial`), or `validation` is
+        more than there is.
     """
     source = locate(data_dir)
     with tqdm(desc="IMDB", unit=" reviews", disable=not progress) as bar:
@@ -93,7 +95,7 @@ def read(
             reviews = _read_folder(source, config.max_length, workers, bar)
         else:
             reviews = _read_archive(source, config.max_length, bar)
-    _check(reviews, source)
+    _check(reviews, source, config.allow_partial)
     train, test = (_examples(reviews, split) for split in SPLITS)
     held_out = _held_out(config, train)
     return TaskData(
@@ -115,7 +117,7 @@ def locate(data_dir: str | Path) -> Path:
     """
     path = Path(data_dir).expanduser()
     if path.is_file():
-        if tarfile.is_tarfile(path):
+        if archive.is_tar(path):
             return path
         raise ValueError(f"{path} is not a tar archive; {WHERE}")
     if not path.is_dir():
@@ -126,10 +128,13 @@ def locate(data_dir: str | Path) -> Path:
                 f"{split}/{name}"
                 for split in SPLITS
                 for name in CLASSES
-                if not (folder / split / name).is_dir()
+                if not _is_inside(folder, folder / split / name)
             ]
             if missing:
-                raise ValueError(f"{folder} has no folder {', '.join(missing)}; {WHERE}")
+                raise ValueError(
+                    f"{folder} has no folder {', '.join(missing)} (a link out of it is not "
+                    f"followed); {WHERE}"
+                )
             return folder
     archives = sorted(path.glob(f"{_ROOT}*.tar*"))
     if len(archives) == 1:
@@ -156,6 +161,10 @@ def source_fingerprint(data_dir: str | Path) -> str:
                 status = entry.stat()
                 facts.append([split, name, entry.name, status.st_size, status.st_mtime_ns])
     return fingerprint(sorted(facts))
+
+
+def _is_inside(root: Path, folder: Path) -> bool:
+    return folder.is_dir() and folder.resolve().is_relative_to(root.resolve())
 
 
 def _files(folder: Path) -> list[os.DirEntry[str]]:
@@ -190,22 +199,17 @@ def _read_folder(root: Path, max_length: int, workers: int, bar: tqdm) -> Review
 def _read_archive(path: Path, max_length: int, bar: tqdm) -> Reviews:
     reviews = _no_reviews()
     try:
-        with tarfile.open(path, "r|*") as archive:  # a stream: read once, in order
-            for member in archive:
-                match = _MEMBER.fullmatch(member.name)
-                if match is None or not member.isreg():
-                    continue
-                file = archive.extractfile(member)
-                assert file is not None  # it is a regular file
-                split, name, file_name = match.groups()
-                reviews[split, name][file_name] = file.read(max_length)
+        for name, text in archive.members(path, max_length):
+            if match := _MEMBER.fullmatch(name):
+                split, class_name, file_name = match.groups()
+                reviews[split, class_name][file_name] = text
                 bar.update()
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {WHERE}") from error
+    except archive.DamagedError as error:
+        raise ValueError(f"{error}; {WHERE}") from error
     return reviews
 
 
-def _check(reviews: Reviews, source: Path) -> None:
+def _check(reviews: Reviews, source: Path, allow_partial: bool) -> None:
     for (split, name), texts in reviews.items():
         if not texts:
             raise ValueError(f"no review {split}/{name}/<id>_<rating>.txt in {source}; {WHERE}")
@@ -215,12 +219,12 @@ def _check(reviews: Reviews, source: Path) -> None:
     counts = {f"{split}/{name}": len(texts) for (split, name), texts in reviews.items()}
     if set(counts.values()) != {_REVIEWS_OF_A_CLASS}:
         found = ", ".join(f"{name} {count}" for name, count in counts.items())
-        _log.warning(
-            "%s holds %s reviews; the whole data set has %d of each",
-            source,
-            found,
-            _REVIEWS_OF_A_CLASS,
+        problem = (
+            f"{source} holds {found} reviews; the whole data set has {_REVIEWS_OF_A_CLASS} of each"
         )
+        if not allow_partial:
+            raise ValueError(f"{problem}. Use what is there with --allow-partial, or {WHERE}")
+        _log.warning("%s", problem)
 
 
 def _examples(reviews: Reviews, split: str) -> Examples:

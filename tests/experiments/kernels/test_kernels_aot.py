@@ -10,7 +10,7 @@ import rich.console
 
 from experiments.kernels import aot as table
 from experiments.kernels.aot import FAILED, NOT_RUN, PASSED, AotConfig, Cell, Key
-from pallas_kernels import aot
+from pallas_kernels.tools import aot
 
 QUIET = rich.console.Console(quiet=True)
 CELL = Cell("linear_scan", "odd", "forward", "v5e", PASSED, {}, None, "0", "c", False, 1.0)

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import causal_conv1d, segments, testing
+from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d import reference
+from pallas_kernels.causal_conv1d.tile import Config
+from pallas_kernels.common import segments
+from pallas_kernels.tools import testing
 
 
 class Case:
@@ -61,7 +64,7 @@ def _conv(x, weight, bias, initial_state, **options):
 
 def _reference(*args, segment_ids, activation):
     runs = None if segment_ids is None else segments.runs(segment_ids)
-    return reference.causal_conv1d(*args, runs, activation)
+    return reference.with_state(Config(activation), *args, runs)
 
 
 def _present(result):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, testing
 from pallas_kernels.causal_conv1d import gpu, tile, tpu
+from pallas_kernels.common import compat
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.causal_conv1d.cases import Case, assert_isolated
 
 # Small tiles: 3 blocks of time and 2 of channels, neither of which divides.

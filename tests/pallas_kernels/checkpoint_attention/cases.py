@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import checkpoint_attention, testing
+from pallas_kernels import checkpoint_attention
+from pallas_kernels.tools import testing
 
 FLOATS = ("q", "k", "v", "past_k", "past_v")
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import checkpoint_attention, testing
+from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import Cache, merge, slots, tile, xla
-from pallas_kernels.checkpoint_attention.config import Config
+from pallas_kernels.checkpoint_attention.slots import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 
 
@@ -318,8 +319,8 @@ def test_second_order_and_forward_mode_through_the_reference():
         o = checkpoint_attention(q, **args, interval=2, implementation="reference")
         return jnp.sum(o**2)
 
-    _, tangent = jax.jvp(loss, (q,), (jnp.ones_like(q),))
-    np.testing.assert_allclose(tangent, jax.grad(loss)(q).sum(), rtol=1e-4)
+    _, tangent = jax.jit(lambda q: jax.jvp(loss, (q,), (jnp.ones_like(q),)))(q)
+    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(q).sum(), rtol=1e-4)
     assert np.isfinite(jax.jit(jax.hessian(loss))(q)).all()
 
 
@@ -409,7 +410,7 @@ def test_slots_of_packed_rows_in_numpy():
     ids, interval, offset, held = testing.random_ids(rng, 3, 60), 3, [5, 0, 7], [1, 0, 2]
     k = jnp.asarray(rng.standard_normal((3, 60, 1, 2)), jnp.float32)
     past = jnp.asarray(rng.standard_normal((3, 2, 1, 2)), jnp.float32)
-    runs = pallas_kernels.segments.runs(jnp.asarray(ids))
+    runs = pallas_kernels.common.segments.runs(jnp.asarray(ids))
     counts = (jnp.asarray(x, jnp.int32) for x in (held, offset))
     got = slots.slots(Config(1.0, interval), k, k, k, past, past, *counts, runs)
     for b in range(3):
@@ -505,13 +506,15 @@ def test_bad_arguments_of_the_cache_are_named(changed, message):
         cache.extend(**(args | changed))
 
 
-def test_checked_finds_bad_ids_under_jit():
-    run = jax.jit(
-        lambda ids: pallas_kernels.checked(checkpoint_attention)(**GOOD, segment_ids=ids)[0]
-    )
-    run(jnp.ones((2, 5), jnp.int32)).throw()
+def test_checked_finds_bad_values_under_jit():
+    checked = pallas_kernels.checked(checkpoint_attention)
+    run = jax.jit(lambda ids, offset: checked(**GOOD, segment_ids=ids, offset=offset)[0])
+    ones, zeros = jnp.ones((2, 5), jnp.int32), jnp.zeros(2, jnp.int32)
+    run(ones, zeros).throw()
     with pytest.raises(Exception, match="padding"):
-        run(jnp.asarray([[1, 0, 1, 1, 1]] * 2, jnp.int32)).throw()
+        run(jnp.asarray([[1, 0, 1, 1, 1]] * 2, jnp.int32), zeros).throw()
+    with pytest.raises(Exception, match="offset must be at least 0"):
+        run(ones, zeros - 1).throw()
 
 
 def test_one_token_takes_the_cheap_step():

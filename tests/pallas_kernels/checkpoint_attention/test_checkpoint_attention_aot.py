@@ -2,8 +2,8 @@
 
 import pytest
 
-from pallas_kernels import aot
 from pallas_kernels.checkpoint_attention.shapes import SHAPES, case
+from pallas_kernels.tools import aot
 from tests.pallas_kernels.absent import (
     GPUS,
     assert_spills_nothing,

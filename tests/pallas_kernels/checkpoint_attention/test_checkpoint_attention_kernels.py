@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, testing
 from pallas_kernels.checkpoint_attention import gpu, tpu
 from pallas_kernels.checkpoint_attention.shapes import SHAPES
+from pallas_kernels.common import compat
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 
 BACKENDS = {"tpu": tpu, "gpu": gpu}

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import delta_rule, testing
+from pallas_kernels import delta_rule
+from pallas_kernels.tools import testing
 
 DECAYS = (None, "head", "key")
 

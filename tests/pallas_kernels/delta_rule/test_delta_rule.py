@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import delta_rule, testing
+from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule import xla
-from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.shapes import SHAPES, Shape, case
+from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import DECAYS, Case, assert_isolated
 
 IMPLEMENTATIONS = ("reference", "xla")
@@ -311,9 +312,9 @@ def test_second_order_and_forward_mode_through_the_reference():
         return delta_rule(**case.args | {"k": k}, implementation="reference")[0].sum()
 
     k = case.args["k"]
-    _, tangent = jax.jvp(loss, (k,), (jnp.ones_like(k),))
-    np.testing.assert_allclose(tangent, jax.grad(loss)(k).sum(), rtol=1e-4)
-    assert np.isfinite(jax.hessian(loss)(k)).all()
+    _, tangent = jax.jit(lambda k: jax.jvp(loss, (k,), (jnp.ones_like(k),)))(k)
+    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(k).sum(), rtol=1e-4)
+    assert np.isfinite(jax.jit(jax.hessian(loss))(k)).all()
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
@@ -379,6 +380,7 @@ BAD = [
     ("decay keys", {"log_decay": zeros(2, 5, 4, 6)}, r"log_decay must be .* = \(2, 5, 4, 8\)"),
     ("decay dtype", {"log_decay": zeros(2, 5, 4, dtype=np.int32)}, "log_decay must be float32"),
     ("decay value", {"log_decay": zeros(2, 5, 4) + 1}, r"log_decay must be at most 0, got 1\.0"),
+    ("decay, jax", {"log_decay": jnp.ones((2, 5, 4))}, r"log_decay must be at most 0, got 1\.0"),
     ("state", {"initial_state": zeros(2, 4, 6, 8)}, r"initial_state must be .* \(2, 4, 8, 6\)"),
     (
         "state dtype",

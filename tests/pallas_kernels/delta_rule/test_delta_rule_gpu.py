@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import chunks, delta_rule, testing
+from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule import gpu, gpu_forward, gpu_tile
 from pallas_kernels.delta_rule.shapes import SHAPES
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
 CHOOSE_TILES = gpu.choose_tiles

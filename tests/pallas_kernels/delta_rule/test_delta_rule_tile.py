@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import chunks, testing
 from pallas_kernels.delta_rule import tile
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import DECAYS, normalised
 
 SIZE, KEYS, VALUES, SCALE = 16, 8, 6, 0.3

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, segments, testing
+from pallas_kernels.common import compat, segments
 from pallas_kernels.delta_rule import tpu, tpu_head, tpu_inverse
-from pallas_kernels.delta_rule.config import Config
 from pallas_kernels.delta_rule.shapes import SHAPES
+from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
 CHUNK = 16
@@ -105,7 +106,7 @@ def test_extreme_decays(decay, small):
 def _run(args, ids):
     runs = segments.runs(ids)
     names = ("q", "k", "v", "beta", "log_decay", "initial_state")
-    return tpu.delta_rule(Config(8**-0.5, CHUNK), *(args[name] for name in names), runs)
+    return tpu.BACKEND(Config(8**-0.5, CHUNK), *(args[name] for name in names), runs)
 
 
 def test_the_same_call_twice_is_bitwise_equal():

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import diagonal_ssm, testing
+from pallas_kernels import diagonal_ssm
+from pallas_kernels.tools import testing
 
 
 class Case:

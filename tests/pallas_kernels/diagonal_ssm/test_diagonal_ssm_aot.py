@@ -2,8 +2,8 @@
 
 import pytest
 
-from pallas_kernels import aot
 from pallas_kernels.diagonal_ssm.shapes import SHAPES, case, named
+from pallas_kernels.tools import aot
 from tests.pallas_kernels.absent import (
     assert_spills_nothing,
     for_spills,

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import testing
 from pallas_kernels.diagonal_ssm import gpu, tpu
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.diagonal_ssm.cases import Case, assert_isolated
 
 # Small tiles: 3 blocks of time and 2 strips of channels, neither of which divides.

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import testing
 from pallas_kernels.diagonal_ssm import powers, tile
+from pallas_kernels.tools import testing
 
 
 @pytest.fixture(autouse=True)

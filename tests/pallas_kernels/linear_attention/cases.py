@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import linear_attention, testing
+from pallas_kernels import linear_attention
+from pallas_kernels.tools import testing
 
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import linear_attention, testing
-from pallas_kernels.linear_attention.config import Config
+from pallas_kernels import linear_attention
+from pallas_kernels.linear_attention import xla
 from pallas_kernels.linear_attention.shapes import Shape
-from pallas_kernels.linear_attention.xla import linear_attention as xla_attention
+from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 
@@ -215,8 +216,8 @@ def test_second_order_and_forward_mode_through_the_reference():
     def loss(g):
         return linear_attention(**args, log_decay=g, implementation="reference")[0].sum()
 
-    _, tangent = jax.jvp(loss, (g,), (jnp.ones_like(g),))
-    np.testing.assert_allclose(tangent, jax.grad(loss)(g).sum(), rtol=1e-4)
+    _, tangent = jax.jit(lambda g: jax.jvp(loss, (g,), (jnp.ones_like(g),)))(g)
+    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(g).sum(), rtol=1e-4)
     assert np.isfinite(jax.jit(jax.hessian(loss))(g)).all()
 
 
@@ -226,7 +227,7 @@ def test_backward_keeps_one_state_a_chunk_and_no_pairs():
     runs = None
 
     def forward(q, k, v, g, initial):
-        return xla_attention(Config(1.0), q, k, v, g, initial, runs)
+        return xla.BACKEND(Config(1.0), q, k, v, g, initial, runs)
 
     _, pullback = jax.eval_shape(lambda *x: jax.vjp(forward, *x), *args.values())
     kept = sum(x.size for x in jax.tree.leaves(pullback))
@@ -295,6 +296,7 @@ BAD = [
     ("decay shape", {"log_decay": jnp.zeros((2, 5, 2))}, r"log_decay must be \(B, L, H\)"),
     ("decay dtype", {"log_decay": jnp.zeros(4, jnp.int32)}, "log_decay must be float32 or bfloat"),
     ("decay sign", {"log_decay": np.full(4, 0.5, np.float32)}, "must be at most 0, got 0.5"),
+    ("decay sign, jax", {"log_decay": jnp.full(4, 0.5)}, "must be at most 0, got 0.5"),
     ("state", {"initial_state": jnp.ones((2, 4, 6, 3))}, r"initial_state must be \(B, H, K, V\)"),
     (
         "state dtype",

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import segments, testing
+from pallas_kernels.common import segments
 from pallas_kernels.linear_attention import gpu, gpu_kernels
-from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import SHAPES
+from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 # Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
@@ -90,7 +91,7 @@ def test_extreme_decays(decay):
 def _run(args, ids):
     runs = segments.runs(ids)
     q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
-    return gpu.linear_attention(Config(5**-0.5), q, k, v, args["log_decay"], state, runs)
+    return gpu.BACKEND(Config(5**-0.5), q, k, v, args["log_decay"], state, runs)
 
 
 def test_the_same_call_twice_is_bitwise_equal():

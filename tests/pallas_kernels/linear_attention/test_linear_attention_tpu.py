@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, segments, testing
+from pallas_kernels.common import compat, segments
 from pallas_kernels.linear_attention import tpu, tpu_head, tpu_key
-from pallas_kernels.linear_attention.config import Config
 from pallas_kernels.linear_attention.shapes import SHAPES
+from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 CHUNK = 16
@@ -97,7 +98,7 @@ def test_extreme_decays(decay, small):
 def _run(args, ids):
     runs = segments.runs(ids)
     q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
-    return tpu.linear_attention(Config(5**-0.5, CHUNK), q, k, v, args["log_decay"], state, runs)
+    return tpu.BACKEND(Config(5**-0.5, CHUNK), q, k, v, args["log_decay"], state, runs)
 
 
 def test_the_same_call_twice_is_bitwise_equal():

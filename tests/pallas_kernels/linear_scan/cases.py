@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import linear_scan, testing
+from pallas_kernels import linear_scan
+from pallas_kernels.tools import testing
 
 COMPLEX, REAL = "complex64", "float32"
 

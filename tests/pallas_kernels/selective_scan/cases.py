@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import selective_scan, testing
+from pallas_kernels import selective_scan
+from pallas_kernels.tools import testing
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "initial_state")
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import selective_scan, testing
+from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.shapes import Shape, program
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.selective_scan.cases import NAMES, Case, assert_isolated
 
 
@@ -358,7 +359,8 @@ BAD = [
     ("dt dtype", {"dt": zeros(2, 5, 3, dtype=np.float16)}, "dt must be float32 or bfloat16"),
     ("A", {"A": zeros(4, 3)}, r"A must be \(D, N\) = \(3, 'any'\)"),
     ("A dtype", {"A": jnp.zeros((3, 4), jnp.bfloat16)}, "A must be float32 .* got bfloat16"),
-    ("A value", {"A": zeros(3, 4) + 1}, r"A must be <= 0, got a value of 1\.0"),
+    ("A value", {"A": zeros(3, 4) + 1}, r"A must be at most 0, got 1\.0"),
+    ("A value, jax", {"A": jnp.ones((3, 4))}, r"A must be at most 0, got 1\.0"),
     ("B", {"B": zeros(2, 5, 3)}, r"B must be \(B, L, N\) = \(2, 5, 4\)"),
     ("C", {"C": zeros(2, 4, 4)}, r"C must be \(B, L, N\) = \(2, 5, 4\)"),
     ("D", {"D": zeros(4)}, r"D must be \(D,\) = \(3,\)"),
@@ -412,15 +414,18 @@ def test_a_gpu_refuses_what_it_cannot_address():
     x, shared = struct((64, 2**16, 512)), struct((64, 2**16, 16))
     args = (x, x, struct((512, 16)), shared, shared)
     choices = {c.platform: c for c in pallas_kernels.explain(selective_scan, *args)}
-    assert "an array of 4294967296 elements" in choices["cuda"].skipped["gpu"]
+    assert "an array has 4294967296 elements" in choices["cuda"].skipped["gpu"]
     assert choices["cuda"].implementation == "xla"
 
 
-def test_checked_finds_bad_ids_under_jit():
+def test_checked_finds_bad_values_under_jit():
     args = Case(length=5).args
     run = jax.jit(pallas_kernels.checked(selective_scan))
     error, _ = run(**args, segment_ids=jnp.ones((2, 5), jnp.int32))
     error.throw()
+    error, _ = run(**(args | {"A": -args["A"]}), segment_ids=jnp.ones((2, 5), jnp.int32))
+    with pytest.raises(Exception, match="A must be at most 0"):
+        error.throw()
     error, _ = run(**args, segment_ids=jnp.array([[1, 0, 1, 1, 1]] * 2, jnp.int32))
     with pytest.raises(Exception, match=r"padding .* end of a row"):
         error.throw()

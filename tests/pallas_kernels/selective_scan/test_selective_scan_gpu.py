@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import testing
 from pallas_kernels.selective_scan import gpu
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.selective_scan.cases import Case, assert_isolated
 
 # Small tiles: 3 spans of 3 groups and 2 strips of channels; neither length nor width divides.

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, testing
+from pallas_kernels.common import compat
 from pallas_kernels.selective_scan import tpu
-from pallas_kernels.selective_scan.config import Config
 from pallas_kernels.selective_scan.shapes import SHAPES
+from pallas_kernels.selective_scan.tile import Config
+from pallas_kernels.tools import testing
 from tests.pallas_kernels.selective_scan.cases import Case, assert_isolated
 
 # Small tiles: 3 blocks of time; a width of 200 makes 2 strips. Neither divides.
@@ -104,7 +105,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
     mutant(monkeypatch)
     with testing.interpret():
         arrays = (*case.args.values(), None)
-        outputs = jax.jit(lambda *a: tpu.primal(Config(False, False), *a))(*arrays)
+        outputs = jax.jit(lambda *a: tpu.BACKEND(Config(False, False), *a))(*arrays)
         outputs = jax.tree.map(np.asarray, outputs)
     with pytest.raises(AssertionError, match=r"not finite|>"):
         testing.assert_close(outputs, expected, testing.FLOAT32_TOLERANCE)
@@ -117,7 +118,8 @@ def test_states_of_the_next_block_are_caught():
     config = Config(False, False)
 
     def gradients(*arrays):
-        _, (*residuals, boundaries, runs) = tpu.forward(config, *arrays, None)
+        _, kept = tpu.forward(config, *arrays, None, return_residuals=True)
+        *residuals, boundaries, runs = kept
         residuals = (*residuals, jnp.roll(boundaries, 1, 1), runs)
         _, dt, A, _, C, *_ = tpu.backward(config, residuals, case.cotangents)
         return dt, A, C

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,53 @@ def test_a_file_a_folder_and_a_separator(tmp_path):
     assert text.read_documents(tmp_path / "a.txt") == [b"one|more|"]
     assert text.read_documents(tmp_path / "a.txt", "|") == [b"one", b"more"]
     assert text.read_documents(tmp_path) == [b"one|more|", b"two"]
+
+
+def test_texts_are_found_at_any_depth_and_in_either_case_in_the_order_of_their_paths(tmp_path):
+    paths = ["B.TXT", "a.txt", "a/b.txt", "a/deep/er/c.Txt", "a0.txt", "z.txt/inner.txt"]
+    for path in reversed(paths):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    for other in ("a/readme.md", "txt", "a/notes.txt.gz"):
+        (tmp_path / other).write_text("no")
+    assert text.read_documents(tmp_path) == [path.encode() for path in paths]
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert text.read_documents(tmp_path / "link") == [b"a/b.txt", b"a/deep/er/c.Txt"]
+
+
+def test_links_are_not_followed_out_of_the_folder_nor_read_twice(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "blobs").mkdir(parents=True)
+    (tmp_path / "texts2").mkdir()  # begins like the folder's name
+    for path in ("texts/a.txt", "texts/blobs/f00", "out.txt", "texts2/out.txt"):
+        (tmp_path / path).write_text(path)
+    for name, target in {
+        "1.txt": tmp_path / "out.txt",
+        "2.txt": tmp_path / "texts2" / "out.txt",
+        "3.txt": folder / "a.txt",  # there already
+        "4.txt": folder / "blobs" / "f00",
+        "5.txt": folder / "missing",
+        "6.txt": folder / "6.txt",
+        "outside": tmp_path / "texts2",
+        "around": folder,
+    }.items():
+        (folder / name).symlink_to(target)
+    assert text.read_documents(folder) == [b"texts/a.txt", b"texts/blobs/f00"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("seen")
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"cannot be read .*closed: permission denied"):
+        text.read_documents(tmp_path)
 
 
 def test_validation_is_the_end_of_the_text():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot
+from pallas_kernels.tools import aot
 from seqmodels.layers import attention
 from seqmodels.layers.attention import attend
 from seqmodels.layers.splash import splash

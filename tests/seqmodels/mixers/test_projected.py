@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import testing
+from pallas_kernels.tools import testing
 from seqmodels.mixers import Segments, projected
 
 WIDTH, STATES = 3, 4

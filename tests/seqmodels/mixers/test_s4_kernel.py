@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import long_conv, testing
+from pallas_kernels import long_conv
+from pallas_kernels.tools import testing
 from seqmodels.mixers import hippo
 from seqmodels.mixers.s4_kernel import s4_kernel
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot, linear_scan, testing
+from pallas_kernels import linear_scan
+from pallas_kernels.tools import aot, testing
 from seqmodels.parallel import batch_sharding, make_mesh, replicated
 from seqmodels.parallel.rows import on_mesh, over_rows
 

@@ -279,7 +279,7 @@ def test_tsv_round_trip(small, tmp_path):
     listops.write_tsv(tmp_path / "new" / "folder", small)
     files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
     assert files == ["basic_test.tsv", "basic_train.tsv", "basic_val.tsv"]
-    back = listops.read_tsv(tmp_path / "new" / "folder", progress=False)
+    back = listops.read_tsv(tmp_path / "new" / "folder", allow_partial=True, progress=False)
     for split, examples in small.splits.items():
         for array in ("tokens", "offsets", "labels"):
             assert np.array_equal(getattr(examples, array), getattr(back.splits[split], array))
@@ -316,7 +316,21 @@ def test_malformed_lines_are_named(lines, problem, tmp_path):
 
 def test_labels_are_taken_as_they_are_without_verification(tmp_path):
     write_files(tmp_path, [HEADER, "[MIN 3 2 ]\t3\n"])
-    assert listops.read_tsv(tmp_path, verify=False, progress=False).validation.labels == [3]
+    data = listops.read_tsv(tmp_path, verify=False, allow_partial=True, progress=False)
+    assert data.validation.labels == [3]
+
+
+def test_files_of_other_numbers_than_the_published_are_refused(tmp_path, monkeypatch):
+    write_files(tmp_path, [HEADER, GOOD, GOOD])
+    counts = {"train": 1, "validation": 2, "test": 1}
+    for split, count in counts.items():
+        monkeypatch.setattr(ListOpsConfig, split, count)
+    read = {split: len(each) for split, each in listops.read_tsv(tmp_path).splits.items()}
+    assert read == counts
+    write_files(tmp_path, [HEADER, GOOD])  # cut after a line
+    message = r"basic_val.tsv holds 1 samples, the published file 2: .*--allow-partial"
+    with pytest.raises(ValueError, match=message):
+        listops.read_tsv(tmp_path)
 
 
 def test_missing_tsv_files_are_named(tmp_path):

@@ -48,7 +48,7 @@ def test_the_second_time_comes_from_the_cache(tmp_path, generated):
 
 def test_every_field_counts(tmp_path, generated):
     changes = {"min_length": 9, "max_length": 41, "max_depth": 6, "max_arguments": 9, "seed": 1}
-    changes |= {"train": 51, "validation": 11, "test": 6}
+    changes |= {"train": 51, "validation": 11, "test": 6, "allow_partial": True}
     assert set(changes) == {field.name for field in dataclasses.fields(SMALL)}
     configs = [SMALL, *(dataclasses.replace(SMALL, **{k: v}) for k, v in changes.items())]
     for config in configs:
@@ -61,9 +61,12 @@ def test_tsv_files_are_read_and_noticed_when_they_change(tmp_path, generated):
     for seed in (1, 2):
         other = listops.generate(dataclasses.replace(SMALL, seed=seed), progress=False)
         listops.write_tsv(tmp_path / "tsv", other)
-        data = listops_data(tmp_path / "cache", data_dir=tmp_path / "tsv")
+        config = dataclasses.replace(SMALL, allow_partial=True)
+        data = listops_data(tmp_path / "cache", config, data_dir=tmp_path / "tsv")
         assert np.array_equal(data.train.tokens, other.train.tokens)
     assert data.description["source"] == "Long Range Arena's tsv files"
+    with pytest.raises(ValueError, match=r"basic_train\.tsv holds 50 samples.*--allow-partial"):
+        listops_data(tmp_path / "cache", data_dir=tmp_path / "tsv")  # not from the cache
     with pytest.raises(ValueError, match="does not hold"):  # not the generated data instead
         listops_data(tmp_path / "cache", data_dir=tmp_path)
 
@@ -74,15 +77,17 @@ def test_text_is_cached_by_its_source(tmp_path, monkeypatch):
         for name in ("neg", "pos"):
             (root / split / name).mkdir(parents=True)
             (root / split / name / "1_1.txt").write_bytes(b"first")
-    config = TextConfig(validation=0)
+    config = TextConfig(validation=0, allow_partial=True)
 
-    def read():
+    def read(config=config):
         return load(config, cache_dir=tmp_path / "cache", data_dir=root, progress=False)
 
     first = read()
     monkeypatch.setattr(lra.text, "_read_folder", None)  # not read again
     assert same(first, read())
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="--allow-partial"):  # not from the cache
+        read(TextConfig(validation=0))
     (root / "train" / "pos" / "1_1.txt").write_bytes(b"second")
     assert not same(first, read())
 

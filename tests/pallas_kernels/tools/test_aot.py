@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import aot, aot_hlo
-from pallas_kernels.compat import pallas_call, pl, tpu
+from pallas_kernels.common.compat import pallas_call, pl, tpu
+from pallas_kernels.tools import aot, hlo
 from tests.pallas_kernels.absent import needs_compiler
 
 HERE = "tests.pallas_kernels.test_aot"
@@ -59,7 +59,7 @@ def failing():
 
 
 def test_traffic_counts_each_array_of_an_op_once_and_nothing_in_vmem():
-    program = aot_hlo.parse(PROGRAM)
+    program = hlo.parse(PROGRAM)
     f32, bf16 = 4096, 2048
     kernel = f32 + bf16 + f32  # a once although it is passed twice; one result stays in VMEM
     turned, prefetch, out, fusion = 2 * f32, f32, f32, 2 * f32
@@ -75,17 +75,17 @@ ENTRY %main (x: f32[4096,128]) -> f32[4,128] {
   ROOT %out = f32[4,128]{1,0:T(4,128)} copy(%last)
 }
 """
-    assert aot_hlo.parse(text).traffic() == 2 * 4 * 128 * 4
+    assert hlo.parse(text).traffic() == 2 * 4 * 128 * 4
 
 
 def test_layout_copies_are_transposes_and_copies_that_change_the_layout():
-    assert aot_hlo.parse(PROGRAM).layout_copies() == {"turned": 4096, "fusion.1": 4096}
+    assert hlo.parse(PROGRAM).layout_copies() == {"turned": 4096, "fusion.1": 4096}
 
 
 def test_traffic_of_a_program_with_a_loop_is_refused():
     text = PROGRAM.replace("f32[8,128]{0,1:T(8,128)} copy(", "f32[8,128]{0,1} while(")
     with pytest.raises(ValueError, match=r"while \(turned\).*lax\.scan"):
-        aot_hlo.parse(text).traffic()
+        hlo.parse(text).traffic()
 
 
 def _blocked(index_map, *, block=(256, 384)):
@@ -221,7 +221,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(monkeypatch, c
 
 
 def test_help_shows_an_example():
-    command = [sys.executable, "-m", "pallas_kernels.aot", "--help"]
+    command = [sys.executable, "-m", "pallas_kernels.tools.aot", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "recurrentgemma-2b tpu forward" in text
     assert "--dump" not in text

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import chunks, chunks_gpu, testing
+from pallas_kernels.matrix_state import chunks, chunks_gpu
+from pallas_kernels.tools import testing
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import segments
-from pallas_kernels.segments import ENTER, KEEP, RESET, SKIP
+from pallas_kernels.common import segments
+from pallas_kernels.common.segments import ENTER, KEEP, RESET, SKIP
 
 
 def test_a_repeated_id_is_another_document():

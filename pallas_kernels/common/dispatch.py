@@ -2,7 +2,9 @@
 
 Every op offers some of the implementations `reference` (one token at a time), `xla` (portable),
 `tpu` and `gpu` (Pallas). What runs is decided where a program is lowered, not where it is traced:
-one traced program compiles for any platform, also on a machine without it.
+one traced program lowers for any one platform, also on a machine without it. Lowered for several at
+once (`jax.export` with more than one platform), every branch is lowered for all of them, which
+Pallas refuses: such a program takes `implementation="xla"`.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def run(
     implementations: Mapping[str, Callable[..., Any]],
     *args: Any,
     requested: Implementation,
-    refusals: Mapping[str, str],
+    unsupported: Mapping[str, str],
 ) -> Any:
     """Call the implementation of `op` that each platform takes.
 
@@ -58,7 +60,7 @@ def run(
       implementations: functions of `*args` by name; each carries its own derivative.
       requested: the caller's `implementation`. None lets every platform take its fastest; a name
         forces it; a sequence is tried in order on each platform.
-      refusals: why an implementation cannot serve these arguments, by name.
+      unsupported: why an implementation cannot serve these arguments, by name.
 
     Raises:
       ValueError: an unknown name.
@@ -66,12 +68,12 @@ def run(
         arguments; the reasons are in the message.
     """
     names = _names(op, implementations, requested)
-    choices = [_choose(op, platform, names, refusals, requested) for platform in PLATFORMS]
+    choices = [_choose(op, platform, names, unsupported, requested) for platform in PLATFORMS]
     if (record := _record.get()) is not None:
         record.extend(choices)
     by_platform = {c.platform: c.implementation for c in choices if c.implementation}
     if not by_platform:
-        reasons = "; ".join(f"{name}: {refusals[name]}" for name in names)
+        reasons = "; ".join(f"{name}: {unsupported[name]}" for name in names)
         raise NotImplementedError(f"{op}: implementation={requested!r} cannot run here: {reasons}")
     if len(set(by_platform.values())) == 1:
         return implementations[next(iter(by_platform.values()))](*args)
@@ -95,14 +97,14 @@ def _names(op: str, implementations: Mapping[str, Any], requested: Implementatio
     return names
 
 
-def _choose(op, platform, names, refusals, requested) -> Choice:
+def _choose(op, platform, names, unsupported, requested) -> Choice:
     skipped: dict[str, str] = {}
     for name in names:
         # A single forced name is taken at its word: it may be lowered elsewhere, or interpreted.
         if not isinstance(requested, str) and platform not in _RUNS_ON[name]:
             skipped[name] = f"it does not run on {platform}"
-        elif name in refusals:
-            skipped[name] = refusals[name]
+        elif name in unsupported:
+            skipped[name] = unsupported[name]
         elif name == "gpu" and (old := _old_gpu()):
             skipped[name] = old
         else:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat
-from pallas_kernels.chunks import Documents, Sums
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.compat import pl
+from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state.chunks import Documents, Sums
 
 SMALLEST = 16  # side of a tile that Triton multiplies
 

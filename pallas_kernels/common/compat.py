@@ -18,8 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from pallas_kernels.common import symbolic
+
 __all__ = [
     "interpreting",
+    "match_vma",
     "out_struct",
     "pallas_call",
     "pl",
@@ -28,7 +31,6 @@ __all__ = [
     "tpu",
     "triton",
     "using_interpreter",
-    "vary_alike",
 ]
 
 # Part of jax's trace cache: what is traced inside the context never runs outside, nor vice versa.
@@ -66,7 +68,7 @@ def varying_axes(*arrays: Any) -> frozenset[Any]:
     return axes
 
 
-def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+def match_vma(*arrays: Any) -> tuple[Any, ...]:
     """The arrays (None stays None), all typed to vary over the axes that any of them varies over.
 
     `jax.shard_map(check_vma=True)` wants loops and kernels to agree on this type. The gradient of
@@ -113,13 +115,15 @@ def pallas_call(
     def call(*operands: jax.Array) -> Any:
         moved = [*operands, *jax.tree.leaves(out_shape)]
         cost = pl.CostEstimate(
-            flops=flops,
+            flops=symbolic.known(flops, 0),
             transcendentals=0,
-            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
+            bytes_accessed=symbolic.known(
+                sum(math.prod(x.shape) * x.dtype.itemsize for x in moved), 0
+            ),
         )
         # Pallas' TPU interpreter does not know Triton's loads; its generic one does.
         interpret = _interpreter.value if backend == "tpu" else interpreting()
-        return pl.pallas_call(
+        run = pl.pallas_call(
             kernel,
             out_shape=out_shape,
             grid=grid,
@@ -130,6 +134,9 @@ def pallas_call(
             cost_estimate=cost,
             interpret=interpret or False,
             name=name,
-        )(*operands)
+        )
+        # With jax_enable_x64 indices and counters would have 64 bits, which a TPU does not.
+        with jax.enable_x64(False):
+            return run(*operands)
 
     return call

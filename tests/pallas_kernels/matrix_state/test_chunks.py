@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import chunks, segments
+from pallas_kernels.common import segments
+from pallas_kernels.matrix_state import chunks
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import compat
+from pallas_kernels.common import compat
 
 # RMSE(error) / RMSE(reference) that float32 work may show; part of the contract, never loosened.
 FLOAT32_TOLERANCE = 2e-6

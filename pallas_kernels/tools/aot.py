@@ -4,7 +4,7 @@
     estimate("v5e", "module:case")           static cost on a TPU: time, HBM traffic, layout copies
     report("h100", "module:case")            registers, spills and shared memory of GPU kernels
     each("v5e", "module:case", [[...], ...]) one of these for many arguments
-    python -m pallas_kernels.aot module:case [argument ...] --chip v5e
+    python -m pallas_kernels.tools.aot module:case [argument ...] --chip v5e
 
 A case is a function of strings that returns `(fn, *shapes)`, such as
 `pallas_kernels.linear_scan.shapes:case`. `estimate`, `report` and `each` run it in another process,
@@ -41,7 +41,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun
 
-from pallas_kernels import aot_hlo, compat
+from pallas_kernels.common import compat
+from pallas_kernels.tools import hlo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +428,7 @@ def _worker(
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }
-    command = [sys.executable, "-m", "pallas_kernels.aot", case, "--chip", chip]
+    command = [sys.executable, "-m", "pallas_kernels.tools.aot", case, "--chip", chip]
     dumping = ["--dump", str(dump)] if read else []
     return subprocess.Popen(
         [*command, "--task", str(task), *dumping],
@@ -459,7 +460,7 @@ def _work(chip: str, case: str, task: Path, dump: Path | None) -> None:
                 result = here(chip, dump, fn, *shapes)
                 plain = [*map(vars, result)] if isinstance(result, list) else vars(result)
                 reply = {"result": plain}
-        except aot_hlo.Unreadable as error:
+        except hlo.Unreadable as error:
             reply = {"unreadable": str(error)}
         except Exception:
             reply = {"error": f"{case} {arguments} failed:\n{traceback.format_exc()[-4000:]}"}
@@ -469,7 +470,7 @@ def _work(chip: str, case: str, task: Path, dump: Path | None) -> None:
 
 def _estimate_here(chip: str, dump: Path, fn: Callable[..., Any], *shapes: Any) -> Estimate:
     compiled = compile_for(chip, fn, *shapes)
-    program = aot_hlo.parse(compiled.as_text() or "")
+    program = hlo.parse(compiled.as_text() or "")
     ops: dict[str, int] = {}
     for path in dump.rglob("*"):
         if path.is_file():
@@ -556,9 +557,9 @@ def _ptxas() -> Path | None:
 def main() -> None:
     """The command line; with `--task` it is the process that `each` starts."""
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.aot",
+        prog="python -m pallas_kernels.tools.aot",
         description="Static cost of a case on an absent TPU, or ptxas' report of its GPU kernels.",
-        epilog="example: python -m pallas_kernels.aot pallas_kernels.linear_scan.shapes:case "
+        epilog="example: python -m pallas_kernels.tools.aot pallas_kernels.linear_scan.shapes:case "
         "recurrentgemma-2b tpu forward --chip v5e",
     )
     parser.add_argument("case", help="package.module:function that returns (fn, *shapes)")

@@ -51,8 +51,8 @@ def step_codes(runs: Int32[Array, "b l"], *, reverse: bool = False) -> Int32[Arr
     padding, which leaves the state untouched.
     """
     before = jnp.pad(runs[:, 1:], ((0, 0), (0, 1))) if reverse else _before(runs)
-    code = jnp.where(before == 0, ENTER, jnp.where(runs != before, RESET, KEEP))
-    return jnp.where(runs == 0, SKIP, code).astype(jnp.int32)
+    code = jnp.where(runs != before, jnp.int32(RESET), KEEP)
+    return jnp.where(runs == 0, SKIP, jnp.where(before == 0, ENTER, code))
 
 
 def _before(runs):
@@ -60,13 +60,14 @@ def _before(runs):
 
 
 def check(segment_ids) -> None:
-    """Validate ids on the host; meant for the data layer, where they are concrete.
+    """Validate ids on the host, where they are concrete.
 
     Args:
       segment_ids: `(B, L)` integers, anything numpy can read.
 
     Raises:
-      ValueError: wrong rank or dtype, a negative id, or padding that is followed by a real token.
+      ValueError: wrong rank or dtype, a negative id or one above int32's, or padding before a real
+        token.
     """
     ids = np.asarray(segment_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
@@ -79,10 +80,13 @@ def check(segment_ids) -> None:
             f"segment_ids must be >= 0 (0 is padding), got {ids[row, token]} in row {row} at "
             f"token {token}"
         )
+    if ids.size and ids.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"segment_ids must fit int32, got {ids.max()}")
     broken = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
     if broken.any():
         row, token = np.argwhere(broken)[0]
         raise ValueError(
             f"padding (id 0) may stand only at the end of a row, but row {row} has a real token "
-            f"after padding at {token + 1}; give that document an id of its own"
+            f"after padding at {token + 1}; shift a left-padded row to the left, and give a "
+            "document in the middle an id of its own"
         )

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, compat
-from pallas_kernels.compat import pl
+from pallas_kernels.common import compat
+from pallas_kernels.common.compat import pl
+from pallas_kernels.matrix_state import chunks
 
 LANES, SUBLANES = 128, 8
 SLAB = SUBLANES  # tokens: the rows of a register

@@ -1,0 +1,1 @@
+"""For tests, benchmarks and ahead-of-time compilation; no op imports it."""

@@ -1,0 +1,71 @@
+"""One small call of every op, for tests of what all ops have in common."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+
+LENGTH = 6
+# `B` stands for the batch: every other size is fixed. Complex operands are named.
+_U, _SMALL = ("B", LENGTH, 4), (4, 2)
+_Q, _HEADS = ("B", LENGTH, 1, 4), ("B", LENGTH, 2)
+OPS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "linear_scan": {"a": _U, "b": _U},
+    "selective_scan": {"x": _U, "dt": _U, "A": _SMALL, "B": _HEADS, "C": _HEADS},
+    "diagonal_ssm": {"u": _U, "log_a": _SMALL, "c": _SMALL},
+    "causal_conv1d": {"x": _U, "weight": (3, 4)},
+    "linear_attention": {"q": _Q, "k": _Q, "v": ("B", LENGTH, 2, 4), "log_decay": _HEADS},
+    "delta_rule": {
+        "q": _Q, "k": _Q, "v": ("B", LENGTH, 2, 4), "beta": _HEADS, "log_decay": (*_HEADS, 4),
+    },
+    "checkpoint_attention": {"q": ("B", LENGTH, 2, 4), "k": _Q, "v": _Q},
+    "long_conv": {"u": _U, "kernel": (4, LENGTH)},
+}  # fmt: skip
+_COMPLEX, _AT_MOST_ZERO = {"log_a", "c"}, {"log_a", "A", "log_decay"}
+OPTIONS: dict[str, dict[str, Any]] = {"checkpoint_attention": {"interval": 2}}
+KERNELS = [name for name in OPS if name != "long_conv"]  # the ops with Pallas kernels
+PACKED = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
+
+
+def shapes(name: str, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Shape and dtype of each operand."""
+    return {
+        operand: (
+            tuple(batch if size == "B" else size for size in sizes),
+            "complex64" if operand in _COMPLEX else "float32",
+        )
+        for operand, sizes in OPS[name].items()
+    }
+
+
+def arrays(name: str, batch: int) -> dict[str, np.ndarray]:
+    """Random operands."""
+    rng = np.random.default_rng(0)
+
+    def draw(operand: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        x = rng.uniform(0.1, 0.9, shape)
+        x = -x if operand in _AT_MOST_ZERO else x
+        return (x + (1j * rng.standard_normal(shape) if dtype == "complex64" else 0)).astype(dtype)
+
+    return {operand: draw(operand, *spec) for operand, spec in shapes(name, batch).items()}
+
+
+def call(name: str, implementation: Any = None, packed: bool = True) -> Any:
+    """`fn(operands) -> outputs` of an op, over several documents a row where it takes them."""
+    op = functools.partial(
+        getattr(pallas_kernels, name), implementation=implementation, **OPTIONS.get(name, {})
+    )
+
+    def run(operands: dict[str, Any]) -> Any:
+        if name == "long_conv" or not packed:
+            return op(**operands)
+        batch = operands[next(iter(OPS[name]))].shape[0]
+        ids = jnp.broadcast_to(jnp.asarray(PACKED), (batch, LENGTH))
+        return op(**operands, segment_ids=ids)
+
+    return run

@@ -1,0 +1,188 @@
+"""What a row does to any state that enters it: the same from the whole row and from its pieces."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import call_op, summarize
+from pallas_kernels.delta_rule import api as delta_rule
+from pallas_kernels.diagonal_ssm import api as diagonal_ssm
+from pallas_kernels.diagonal_ssm import tile as diagonal_tile
+from pallas_kernels.linear_attention import api as linear_attention
+from pallas_kernels.linear_scan import api as linear_scan
+from pallas_kernels.linear_scan import tile as scan_tile
+from pallas_kernels.matrix_state.config import Config as MatrixConfig
+from pallas_kernels.selective_scan import api as selective_scan
+from pallas_kernels.selective_scan import tile as selective_tile
+from pallas_kernels.tools import testing
+
+BATCH, LENGTH = 2, 21
+# Three documents and one that goes on into padding; the cut is inside the last and at a border.
+IDS = np.array([[1] * 5 + [2] * 8 + [3] * 8, [4] * 17 + [0] * 4], np.int32)
+CUTS = (7, 13)
+
+
+def normal(*shape):
+    rng = np.random.default_rng(sum(shape))
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def decays(*shape):
+    """Log decays that leave something of a state after a row."""
+    return -jax.nn.softplus(normal(*shape)) / 8
+
+
+def tokens(*shape):
+    return normal(BATCH, LENGTH, *shape)
+
+
+KEYS = tokens(1, 4)
+KEYS = KEYS / jnp.linalg.norm(KEYS, axis=-1, keepdims=True)
+BETA = jax.nn.sigmoid(tokens(2))
+STATE = normal(BATCH, 2, 4, 3)
+SCALE = MatrixConfig(0.5)
+COMPLEX = (-jnp.abs(normal(3, 2)) / 4 + 1j * normal(2, 3).T).astype(jnp.complex64)
+
+# By name: op, config, arrays by token, arrays without time, where in the order these stand, state.
+CASES = {
+    "linear_scan": (
+        linear_scan.OP,
+        scan_tile.Config(False),
+        {0: jax.nn.sigmoid(tokens(5)), 1: tokens(5)},
+        {},
+        normal(BATCH, 5),
+    ),
+    "linear_scan, one decay": (
+        linear_scan.OP,
+        scan_tile.Config(False),
+        {1: tokens(5)},
+        {0: jax.nn.sigmoid(normal(5))},
+        normal(BATCH, 5),
+    ),
+    "selective_scan": (
+        selective_scan.OP,
+        selective_tile.Config(dt_softplus=True, reverse=False),
+        {0: tokens(4), 1: tokens(4) / 2, 3: tokens(3), 4: tokens(3), 6: tokens(4) / 3},
+        {2: decays(4, 3), 5: normal(4), 7: normal(4) / 5},
+        normal(BATCH, 4, 3),
+    ),
+    "diagonal_ssm": (
+        diagonal_ssm.OP,
+        diagonal_tile.Config(False),
+        {0: tokens(3)},
+        {1: COMPLEX, 2: COMPLEX},
+        COMPLEX[None] * jnp.ones((BATCH, 1, 1), jnp.complex64),
+    ),
+    "linear_attention, none": (
+        linear_attention.OP,
+        SCALE,
+        {0: tokens(1, 4), 1: KEYS, 2: tokens(2, 3)},
+        {3: None},
+        STATE,
+    ),
+    "linear_attention, head": (
+        linear_attention.OP,
+        SCALE,
+        {0: tokens(1, 4), 1: KEYS, 2: tokens(2, 3), 3: decays(BATCH, LENGTH, 2)},
+        {},
+        STATE,
+    ),
+    "linear_attention, key": (
+        linear_attention.OP,
+        SCALE,
+        {0: tokens(1, 4), 1: KEYS, 2: tokens(2, 3), 3: decays(BATCH, LENGTH, 2, 4)},
+        {},
+        STATE,
+    ),
+    "delta_rule, head": (
+        delta_rule.OP,
+        SCALE,
+        {0: tokens(1, 4), 1: KEYS, 2: tokens(2, 3), 3: BETA, 4: decays(BATCH, LENGTH, 2)},
+        {},
+        STATE,
+    ),
+    "delta_rule, key": (
+        delta_rule.OP,
+        SCALE,
+        {0: tokens(1, 4), 1: KEYS, 2: tokens(2, 3), 3: BETA, 4: decays(BATCH, LENGTH, 2, 4)},
+        {},
+        STATE,
+    ),
+}
+PALLAS = ("linear_scan", "diagonal_ssm", "linear_attention, key", "delta_rule, head")
+
+
+def apply(decay, state):
+    """The decay applied to a state: times it, or for the delta rule a matrix product."""
+    square = decay.ndim == 4 and decay.shape[2] == decay.shape[3] > 1
+    if not square:
+        return decay * state
+    return jnp.einsum("bhij,bhjv->bhiv", decay, state, precision="highest")
+
+
+def measure(name, implementation, packed):
+    """`(final state, (decay, state) of the row, the fold of three pieces)`."""
+    op, config, timed, fixed, initial = CASES[name]
+    zero = jnp.zeros_like(initial)
+
+    def arrays(timed, ids, state):
+        order = timed | fixed
+        runs = None if ids is None else segments.runs(ids)
+        return (*(order[i] for i in sorted(order)), state, runs)
+
+    def everything(timed, ids, initial):
+        def piece(start, stop):
+            cut = {i: x[:, start:stop] for i, x in timed.items()}
+            part = None if ids is None else ids[:, start:stop]
+            given = arrays(cut, part, zero)
+            decay, state = summarize(op, config, *given, implementation=implementation)
+            if ids is not None and start > 0:
+                # A cut between two documents: the second forgets, which its caller knows.
+                new = (ids[:, start] != ids[:, start - 1]) & (ids[:, start] != 0)
+                new = new.reshape(-1, *(1,) * (decay.ndim - 1))
+                decay = jnp.where(new, jnp.zeros_like(decay), decay)
+            return decay, state
+
+        given = arrays(timed, ids, initial)
+        _, final = call_op(op, config, *given, length=LENGTH, implementation=implementation)
+        ends = (0, *CUTS, LENGTH)
+        decay, state = piece(*ends[:2])
+        for start, stop in itertools.pairwise(ends[1:]):
+            more, added = piece(start, stop)
+            decay, state = apply(more, decay), added + apply(more, state)
+        return final, piece(0, LENGTH), (decay, state)
+
+    ids = jnp.asarray(IDS) if packed else None
+    return jax.tree.map(np.asarray, jax.jit(everything)(timed, ids, initial))
+
+
+def check(name, implementation, packed):
+    initial = CASES[name][-1]
+    final, (decay, state), fold = measure(name, implementation, packed)
+    tolerance = testing.FLOAT32_TOLERANCE
+    testing.assert_close(state + apply(jnp.asarray(decay), initial), final, tolerance)
+    testing.assert_close((decay, state), fold, tolerance)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_row_is_the_fold_of_its_pieces(implementation, name, packed):
+    check(name, implementation, packed)
+
+
+@pytest.mark.parametrize("name", PALLAS)
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_a_row_is_the_fold_of_its_pieces_in_kernels(implementation, name):
+    with testing.interpret():
+        check(name, implementation, packed=True)
+
+
+def test_a_document_that_begins_inside_forgets_what_enters():
+    _, (decay, _), _ = measure("linear_attention, head", "xla", packed=True)
+    assert (decay[0] == 0).all()
+    assert (decay[1] > 0).all()
