@@ -1,122 +1,33 @@
-"""What all experiments share: errors, changes of a config by path, run directories, results."""
+"""What all experiments share: run directories and results."""
 
-import copy
 import dataclasses
 import json
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
-from seqmodels.arguments import INT32, integer
+from experiments.command_line import UsageError
+from seqmodels import ranges
 from seqmodels.config import from_dict, to_dict
 from seqmodels.parallel.mesh import make_mesh
+from seqmodels.ranges import Checked
 from seqmodels.training.checkpoint import Checkpoints, differences
 from seqmodels.training.config import TrainConfig
-from seqmodels.training.errors import RunDirectoryError, TrainingError
+from seqmodels.training.errors import RunDirectoryError
+from seqmodels.training.loop import Outcome
 from seqmodels.training.metrics import TIMING_FIELDS, finite, read_jsonl, write_atomically
+from seqmodels.training.run_directory import read_starts
 from seqmodels.training.state import TrainState, abstract_state
 from seqmodels.training.task import Task
-
-Config = TypeVar("Config")
-
-
-class UsageError(ValueError):
-    """The command line asks for something that does not exist."""
-
-    exit_code = 2
-
-
-def main_guard(main: Callable[[], None], *, show_traceback: bool) -> int:
-    """Runs ``main``; errors the user can act on become one line on stderr.
-
-    Args:
-      main: the program.
-      show_traceback: print the whole traceback as well.
-
-    Returns:
-      The exit code: 0, or the error's.
-    """
-    try:
-        main()
-    except (ValueError, OSError, TrainingError, NotImplementedError) as error:
-        if show_traceback:
-            traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 def absolute(path: Path | str | None) -> str | None:
     """The path from the root, with ~ resolved; None stays None."""
     return None if path is None else os.path.abspath(Path(path).expanduser())
-
-
-def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The config with the fields at these dotted paths replaced.
-
-    Raises:
-      UsageError: there is no such field, or the value does not fit it.
-    """
-    data = copy.deepcopy(to_dict(config))
-    for path, value in changes.items():
-        _replace(data, path, value)
-    try:
-        return from_dict(type(config), data, where="config")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _replace(data: Any, path: str, value: Any) -> None:
-    """Sets one value in nested dicts and lists; the keys of group_learning_rates may be new."""
-    *parents, last = path.split(".")
-    node = data
-    for depth, name in enumerate(parents):
-        node = _child(node, name, ".".join(parents[: depth + 1]))
-    if isinstance(node, dict) and parents[-1:] == ["group_learning_rates"]:
-        node[last] = value
-        return
-    _child(node, last, path)
-    node[int(last) if isinstance(node, list) else last] = value
-
-
-def _child(node: Any, name: str, path: str) -> Any:
-    if isinstance(node, dict) and name in node:
-        return node[name]
-    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
-        return node[int(name)]
-    if isinstance(node, dict):
-        known = ", ".join(node)
-    else:
-        known = f"0 to {len(node) - 1}" if isinstance(node, list) else "no fields"
-    raise UsageError(f"the config has no field {path!r}; there it has {known}")
-
-
-def parse_changes(settings: list[str]) -> dict[str, Any]:
-    """``["train.steps=10"]`` -> ``{"train.steps": 10}``; values are JSON, or else plain text.
-
-    Raises:
-      UsageError: there is no "=".
-    """
-    changes = {}
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        if not equals or not path:
-            raise UsageError(f"--set {setting!r} must look like train.learning_rate=0.001")
-        try:
-            changes[path] = json.loads(text)
-        except ValueError:
-            changes[path] = text
-    return changes
 
 
 def unescaped(text: str) -> str:
@@ -128,15 +39,6 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda found: meaning[found[1]], text)
 
 
-def check_integer(option: str, value: int | None, least: int, most: int = INT32) -> None:
-    """Raises UsageError for an option of the command line out of its range; None is not given."""
-    try:
-        if value is not None:
-            integer(option, value, least, most)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
 def locate(checkpoint: Path) -> tuple[Path, int | None]:
     """The run directory and the step, if one is named.
 
@@ -145,7 +47,7 @@ def locate(checkpoint: Path) -> tuple[Path, int | None]:
     """
     path = checkpoint.expanduser()
     candidates: list[tuple[Path, int | None]] = [(path, None), (path.parent, None)]
-    if path.name.isdigit():
+    if path.name.isdecimal():
         candidates.append((path.parent.parent, int(path.name)))
     for run_dir, step in candidates:
         if (run_dir / "config.json").exists():
@@ -157,7 +59,7 @@ def locate(checkpoint: Path) -> tuple[Path, int | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Locations:
+class Locations(Checked):
     """Where a run's data are, and what they were; in the run directory as data.json.
 
     Attributes:
@@ -183,11 +85,38 @@ class Locations:
             raise RunDirectoryError(f"cannot read {run_dir / 'data.json'}: {error}") from error
 
 
+def require_names(arguments: Any, saved: Mapping[str, Any], run_dir: Path) -> None:
+    """Refuses a command line that names another experiment than the run to resume.
+
+    Args:
+      arguments: of the command, with a field for each name, None where nothing is asked for.
+      saved: what the names are in the run.
+      run_dir: of the run.
+
+    Raises:
+      UsageError: a name differs.
+    """
+    for name, value in saved.items():
+        given = getattr(arguments, name)
+        if given not in (None, value):
+            raise UsageError(
+                f"--{name} {given}: the run in {run_dir} has {value}; leave --{name} out, or start "
+                "in another --run-dir"
+            )
+
+
 def result_path(results_dir: Path, name: str, config: Any) -> Path:
-    """Where the result goes; UsageError if it would replace that of another config."""
+    """Where the result goes.
+
+    Raises:
+      UsageError: it would replace that of another config, or ``results_dir`` can be no folder.
+    """
     path = results_dir / f"{name}.json"
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"--results-dir {results_dir}: {there} is a file; name a folder")
     if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+        saved = read_object(path).get("config", {})
         different = differences(_completed(saved, type(config)), finite(to_dict(config)))
         if different:
             raise UsageError(
@@ -197,23 +126,46 @@ def result_path(results_dir: Path, name: str, config: Any) -> Path:
     return path
 
 
-def _completed(saved: dict[str, Any], kind: type) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return found
+
+
+def check_record(record: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what was read from a file has these fields, declared as configs'."""
+    for name, hint in fields.items():
+        if name not in record:
+            raise ValueError(f"{name} is missing")
+        ranges.check(name, record[name], hint)
+
+
+def _completed(saved: Any, kind: type) -> dict[str, Any]:
     """A saved config with the defaults of fields that are newer than the file."""
     try:
         return finite(to_dict(from_dict(kind, saved)))
     except ValueError:
-        return saved
+        return saved if isinstance(saved, dict) else {}
 
 
 def restore(
-    task: Task, train: TrainConfig, identity: Mapping[str, Any], checkpoints: Path, step: int
+    task: Task, train: TrainConfig, config_dict: Mapping[str, Any], checkpoints: Path, step: int
 ) -> TrainState:
     """The state of one checkpoint, on the first device.
 
     Args:
       task: the model.
       train: how it was trained.
-      identity: the whole config as JSON, as the run directory has it.
+      config_dict: the whole config as JSON, as the run directory has it.
       checkpoints: their directory.
       step: which of them.
 
@@ -221,11 +173,11 @@ def restore(
       CheckpointError: it cannot be read.
     """
     template = abstract_state(task, train, make_mesh(devices=jax.devices()[:1]))
-    with Checkpoints(checkpoints, identity, read_only=True) as saved:
+    with Checkpoints(checkpoints, config_dict, read_only=True) as saved:
         return saved.restore(template, step)[0]
 
 
-def chosen_step(run_dir: Path, identity: Mapping[str, Any]) -> int:
+def chosen_step(run_dir: Path, config_dict: Mapping[str, Any]) -> int:
     """The step that the run was tested at, or else its latest checkpoint.
 
     Raises:
@@ -233,7 +185,7 @@ def chosen_step(run_dir: Path, identity: Mapping[str, Any]) -> int:
     """
     step = recorded(run_dir).get("test_step")
     if step is None:
-        with Checkpoints(run_dir / "checkpoints", identity, read_only=True) as checkpoints:
+        with Checkpoints(run_dir / "checkpoints", config_dict, read_only=True) as checkpoints:
             step = checkpoints.latest()
     return step
 
@@ -241,13 +193,20 @@ def chosen_step(run_dir: Path, identity: Mapping[str, Any]) -> int:
 def recorded(run_dir: Path) -> dict[str, Any]:
     """The result of a run; empty before there is one."""
     path = run_dir / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
+
+
+def selection(train: TrainConfig, outcome: Outcome) -> str:
+    """How the checkpoint that is tested was chosen, in words."""
+    if outcome.progress.best_step is None:
+        return "last step"
+    return {"accuracy": "best validation accuracy", "loss": "lowest validation loss"}[train.select]
 
 
 def history(run_dir: Path) -> dict[str, Any]:
     """What is published of how a run went, "starts", "environment" and "curve": no path of the
     machine it ran on."""
-    starts = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    starts = read_starts(run_dir / "environment.json")
     hidden = ("command", "started")
     return {
         "starts": len(starts),
@@ -257,6 +216,15 @@ def history(run_dir: Path) -> dict[str, Any]:
             for record in read_jsonl(run_dir / "metrics.jsonl")
         ],
     }
+
+
+def validation(curve: Sequence[Mapping[str, Any]], step: int) -> Mapping[str, Any]:
+    """The evaluation of a step in a run's curve, the last one if there are several; else empty."""
+    found: Mapping[str, Any] = {}
+    for record in curve:
+        if (record["kind"], record["step"]) == ("eval", step):
+            found = record
+    return found
 
 
 def write_result(result: Mapping[str, Any], run_dir: Path, path: Path) -> None:

@@ -5,11 +5,11 @@ several dataclasses, the chosen one's name is under "type".
 """
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from seqmodels import ranges
 from seqmodels.mixers import REGISTRY, MixerConfig
 
 C = TypeVar("C")
@@ -32,7 +32,8 @@ def from_dict(kind: type[C], data: Any, *, where: str = "") -> C:
 
     Raises:
       ValueError: a key that ``kind`` lacks (the message lists those it has), a required key that
-        is absent, an unknown mixer, a value of the wrong type, or one the config itself refuses.
+        is absent, an unknown mixer, a value that is not of the field's type and range, or one the
+        config itself refuses.
     """
     label = where or kind.__name__
     if not isinstance(data, Mapping):
@@ -40,7 +41,7 @@ def from_dict(kind: type[C], data: Any, *, where: str = "") -> C:
     data = dict(data)
     if issubclass(kind, MixerConfig):
         kind = _mixer_class(kind, data, label)
-    hints = typing.get_type_hints(kind)
+    hints = ranges.hints(typing.cast(Any, kind))
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     unknown = [key for key in data if key not in fields]
     if unknown:
@@ -57,7 +58,11 @@ def from_dict(kind: type[C], data: Any, *, where: str = "") -> C:
     ]
     if missing:
         raise ValueError(f"{label}: missing key {', '.join(map(repr, missing))}")
-    return kind(**{name: _read(hints[name], data[name], f"{label}.{name}") for name in data})
+    values = {name: _read(hints[name], data[name], f"{label}.{name}") for name in data}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _mixer_class(kind: type, data: dict[str, Any], label: str) -> Any:
@@ -72,8 +77,7 @@ def _mixer_class(kind: type, data: dict[str, Any], label: str) -> Any:
 
 def _choices(hint: Any) -> list[Any]:
     """The dataclasses that a union offers."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    members = typing.get_args(hint) if union else (hint,)
+    members = typing.get_args(hint) if ranges.is_union(hint) else (hint,)
     return [member for member in members if dataclasses.is_dataclass(member)]
 
 
@@ -92,29 +96,27 @@ def _write(value: Any, hint: Any) -> Any:
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:
+    """JSON's value as the declaration ``hint`` has it, or ValueError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
+    if ranges.is_union(hint):
         return _read_union(hint, value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where=where)
-    if origin is typing.Literal:
-        if value not in args:
-            raise ValueError(f"{where}={value!r} is not one of {', '.join(map(repr, args))}")
-        return value
     if origin in (tuple, list):
         return _read_sequence(origin, args, value, where)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}={value!r} must be a mapping")
         return {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    return _read_scalar(hint, value, where)
+    ranges.check(where, value, hint)
+    plain = args[0] if origin is Annotated else hint
+    return float(value) if plain is float else value
 
 
 def _read_union(hint: Any, value: Any, where: str) -> Any:
     members = [member for member in typing.get_args(hint) if member is not type(None)]
-    if value is None and len(members) < len(typing.get_args(hint)):
+    optional = len(members) < len(typing.get_args(hint))
+    if value is None and optional:
         return None
     choices = {choice.__name__: choice for choice in _choices(hint)}
     if len(choices) > 1 and isinstance(value, Mapping):
@@ -130,7 +132,7 @@ def _read_union(hint: Any, value: Any, where: str) -> Any:
             return _read(member, value, where)
         except ValueError as error:
             errors.append(str(error))
-    raise ValueError("; or ".join(errors))
+    raise ValueError("; or ".join(errors) + (" or None" if optional else ""))
 
 
 def _read_sequence(origin: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -146,14 +148,3 @@ def _read_sequence(origin: Any, args: tuple[Any, ...], value: Any, where: str) -
         _read(h, item, f"{where}[{i}]")
         for i, (h, item) in enumerate(zip(hints, value, strict=True))
     )
-
-
-def _read_scalar(hint: Any, value: Any, where: str) -> Any:
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if hint is float and number:
-        return float(value)
-    if hint in (bool, int, float, str) and (
-        not isinstance(value, hint) or (hint is int and not number)
-    ):
-        raise ValueError(f"{where}={value!r} must be of type {hint.__name__}")
-    return value

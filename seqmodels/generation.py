@@ -79,16 +79,17 @@ def sample(logits: Float[Array, "b v"], key: Array, sampling: Sampling) -> Int[A
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / float(sampling.temperature)
+    lowest = jnp.finfo(logits.dtype).min  # of tokens that are out; finite, as any mark is
     if sampling.top_k is not None:
         least = jax.lax.top_k(logits, min(int(sampling.top_k), logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        logits = jnp.where(logits >= least, logits, lowest)
     if sampling.top_p is not None:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         # A token stays if those before it do not reach top_p yet; the first always stays.
         stays = jnp.cumsum(probabilities, axis=-1) - probabilities < float(sampling.top_p)
-        least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        least = jnp.min(jnp.where(stays, ordered, -lowest), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, lowest)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
@@ -141,7 +142,8 @@ def feed(
     """The stream after more tokens: chunk by chunk for input without end.
 
     Values are checked where they are at hand, in numpy arrays and in JAX arrays outside of jit;
-    the check waits for these.
+    the check waits for these. Models whose caches grow end at their stream's ``max_length``; others
+    do not, see ``seqmodels.layers.positions`` for what is counted.
 
     Args:
       model: the model.

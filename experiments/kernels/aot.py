@@ -19,8 +19,9 @@ import hashlib
 import importlib
 import json
 import re
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +30,12 @@ import jax.numpy as jnp
 import rich.console
 import rich.progress
 import rich.table
-import tyro
 
 from experiments import terminal
+from experiments.command_line import run_command
 from pallas_kernels.tools import aot
 from pallas_kernels.tools.programs import MODES
+from seqmodels.ranges import Checked
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment, source_version
 
@@ -65,7 +67,7 @@ PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 
 
 @dataclasses.dataclass(frozen=True)
-class AotConfig:
+class AotConfig(Checked):
     """Which cells, and where they are kept; empty means all."""
 
     family: tuple[str, ...] = ()
@@ -85,12 +87,25 @@ class AotConfig:
     readme: Path | None = None
     """Only rewrite the support matrix of this file from the JSON."""
 
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = {"family": FAMILIES, "chip": CHIPS, "mode": MODES}
         for name, allowed in known.items():
             for value in getattr(self, name):
                 if value not in allowed:
                     raise ValueError(f"{name}={value!r} is unknown; one of {', '.join(allowed)}")
+        shapes = self.shapes
+        for shape in self.shape:
+            if not any(shape in names for names in shapes.values()):
+                raise ValueError(f"shape={shape!r} is in none of {', '.join(shapes)}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """The named shapes of each family that is asked for."""
+        return {family: tuple(_shapes(family).SHAPES) for family in self.family or FAMILIES}
 
 
 class Key(NamedTuple):
@@ -103,7 +118,7 @@ class Key(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(Checked):
     """What is known of a shape on a chip.
 
     Attributes:
@@ -136,16 +151,20 @@ Cells = dict[Key, Cell]
 
 
 def load(path: Path) -> Cells:
-    """The cells of a JSON file; none if there is no file."""
+    """The cells of a JSON file; none if there is no file, ValueError if it holds something else."""
     if not path.exists():
         return {}
-    cells = (Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    try:
+        cells = [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a table of experiments.kernels.aot: {error}") from error
     return {cell.key: cell for cell in cells}
 
 
 def save(path: Path, cells: Cells, config: AotConfig, wall_s: float) -> None:
     """Writes all cells, in order, with what the last invocation was."""
     settings = {**dataclasses.asdict(config), "output": None, "readme": None}
+    del settings["traceback"]
     ordered = sorted(cells.values(), key=lambda c: (c.family, c.shape, c.mode, CHIPS.index(c.chip)))
     record = {
         "config": settings,
@@ -167,15 +186,8 @@ def sources(family: str) -> str:
 
 
 def wanted(config: AotConfig, known: Cells) -> list[Key]:
-    """The cells to do, those of one family and chip together.
-
-    Raises:
-      ValueError: no family has a shape of that name.
-    """
-    shapes = {family: tuple(_shapes(family).SHAPES) for family in config.family or FAMILIES}
-    for name in config.shape:
-        if not any(name in names for names in shapes.values()):
-            raise ValueError(f"shape={name!r} is in none of {', '.join(shapes)}")
+    """The cells to do, those of one family and chip together."""
+    shapes = config.shapes
     keys = [
         Key(family, shape, mode, chip)
         for family, names in shapes.items()
@@ -382,8 +394,12 @@ def with_matrix(text: str, cells: Iterable[Cell]) -> str:
     return f"{head}{BEGIN}\n{matrix(cells)}\n{END}{tail}"
 
 
-def main() -> None:
-    config = tyro.cli(AotConfig, description=__doc__, prog="python -m experiments.kernels.aot")
+def tabulate(config: AotConfig) -> None:
+    """Compiles what is missing, prints and writes; or rewrites the support matrix.
+
+    Raises:
+      ValueError, OSError: with a message for the user.
+    """
     if config.readme:
         text = config.readme.read_text(encoding="utf-8")
         write_atomically(config.readme, with_matrix(text, load(config.output).values()))
@@ -394,5 +410,16 @@ def main() -> None:
     terminal.say(f"written to {config.output}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_command(
+        AotConfig,
+        tabulate,
+        arguments,
+        description=__doc__,
+        prog="python -m experiments.kernels.aot",
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,16 +8,17 @@ python -m experiments.kernels.bench --only tpu    static estimates for absent TP
 import dataclasses
 import importlib.metadata
 import json
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import rich.console
 import rich.table
-import tyro
 
 from experiments import terminal
+from experiments.command_line import run_command
 from experiments.kernels import (
     causal_conv1d,
     checkpoint_attention,
@@ -31,6 +32,7 @@ from experiments.kernels import (
     selective_scan,
 )
 from experiments.kernels.results import Result, Target
+from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment
 
@@ -44,35 +46,41 @@ FAMILIES = {
     "long_conv": long_conv,
     "selective_scan": selective_scan,
 }
+Family = Literal[
+    "causal_conv1d", "checkpoint_attention", "delta_rule", "diagonal_ssm", "linear_attention",
+    "linear_scan", "long_conv", "selective_scan",
+]  # fmt: skip
+Tpu = Literal["v5e", "v5p", "v6e", "tpu7x"]
+Gpu = Literal["a100", "h100", "h200", "b200"]
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Checked):
     """What to measure."""
 
-    family: str = "linear_scan"
-    """The family of kernels, a key of FAMILIES."""
+    family: Family = "linear_scan"
+    """The family of kernels."""
     only: Literal["cpu", "step", "tpu", "gpu"] | None = None
     """Only this part: "cpu" times the op, "step" a training step of S5
     (linear_scan only), "tpu" estimates for absent
     TPUs, "gpu" times the GPU if there is one and reads ptxas' report for absent ones."""
-    repetitions: int = 15
+    repetitions: Size = 15
     """Interleaved repetitions of every timed program; medians are reported."""
-    tpu_chips: tuple[str, ...] = ("v5e",)
+    tpu_chips: tuple[Tpu, ...] = ("v5e",)
     """TPUs to estimate for: v5e, v5p, v6e, tpu7x."""
-    gpu_chips: tuple[str, ...] = ("a100", "h100")
+    gpu_chips: tuple[Gpu, ...] = ("a100", "h100")
     """GPUs to compile for: a100, h100, h200, b200."""
     output: Path | None = None
     """The JSON file. By default experiments/results/kernels/<family>.json, with `-<only>` added."""
 
+    traceback: bool = False
+    """Show the whole traceback of an error."""
+
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"family={self.family!r} is unknown; one of {', '.join(FAMILIES)}")
+        super().__post_init__()
         if self.only == "step" and self.family != "linear_scan":
             raise ValueError(f"only='step' measures linear_scan, not family={self.family!r}")
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions={self.repetitions} must be at least 1")
 
     @property
     def path(self) -> Path:
@@ -112,10 +120,13 @@ def run(
 
     The versions of `packages` are written besides those of every run.
     """
+    if config.path.is_dir():
+        raise ValueError(f"output={str(config.path)!r} is a folder; name the JSON file")
     start, done = time.perf_counter(), []
     machine = environment()  # before this command's own output changes the checkout
     machine["versions"] |= {name: importlib.metadata.version(name) for name in packages}
-    settings = {**vars(config), "output": None}
+    settings = {name: value for name, value in vars(config).items() if name != "traceback"}
+    settings["output"] = None
     config.path.parent.mkdir(parents=True, exist_ok=True)  # a bad path fails before the work
     with console.status("measuring"):
         for row in rows:
@@ -169,13 +180,28 @@ def _ratio(of: str, ratio: float, target: Target | None) -> str:
     return f"{value} ({target} {'met' if target.met(ratio) else 'MISSED'})"
 
 
-def main() -> None:
-    config = tyro.cli(BenchConfig, description=__doc__, prog="python -m experiments.kernels.bench")
+def bench(config: BenchConfig) -> None:
+    """Measures, prints and writes.
+
+    Raises:
+      ValueError, OSError: with a message for the user.
+    """
     console = terminal.console()
     rows = run(config, measure(config), console)
     console.print(table(rows))
     terminal.say(f"written to {config.path}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_command(
+        BenchConfig,
+        bench,
+        arguments,
+        description=__doc__,
+        prog="python -m experiments.kernels.bench",
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,33 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from tqdm import tqdm
 
 from experiments import terminal
+from experiments.command_line import run_command
 from experiments.lm.run import Trained, bits_per_byte, load_trained
-from experiments.run import check_integer, main_guard
 from seqmodels.data import text
 from seqmodels.models import marks
 from seqmodels.parallel.mesh import make_mesh
+from seqmodels.ranges import Checked, Size
 from seqmodels.training.evaluation import evaluate
 from seqmodels.training.language import growing_mixers, language
 from seqmodels.training.step import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     checkpoint: Path
     """A run directory, its checkpoints/ or one step in there."""
     data: Path
     """A text file, or a folder with *.txt files."""
-    context: int | None = None
+    context: Size | None = None
     """Evaluate independent windows of so many bytes; default: carry the states if possible."""
-    chunk: int = 1024
+    chunk: Size = 1024
     """Tokens read at a time where states are carried."""
-    batch_size: int = 8
+    batch_size: Size = 8
     """Windows read at a time."""
     average: bool = True
     """Take the average of the parameters, if the run has one."""
@@ -98,9 +98,6 @@ def report(arguments: Arguments) -> None:
     Raises:
       ValueError, OSError, TrainingError: with a message for the user.
     """
-    check_integer("--context", arguments.context, 1)
-    check_integer("--chunk", arguments.chunk, 1)
-    check_integer("--batch-size", arguments.batch_size, 1)
     trained = load_trained(arguments.checkpoint, average=arguments.average)
     documents = text.read_documents(arguments.data, trained.config.data.separator)
     result = evaluate_text(trained, text.encode(documents), arguments)
@@ -115,8 +112,9 @@ def report(arguments: Arguments) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lm.eval")
-    return main_guard(lambda: report(parsed), show_traceback=parsed.traceback)
+    return run_command(
+        Arguments, report, arguments, description=__doc__, prog="experiments.lm.eval"
+    )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ import jax
 import numpy as np
 import tyro
 
+from experiments.command_line import UsageError, run_command
 from experiments.lm.run import Trained, load_trained
-from experiments.run import UsageError, check_integer, main_guard, unescaped
+from experiments.run import unescaped
 from seqmodels.arguments import SEED, integer
 from seqmodels.data import text
 from seqmodels.generation import Sampling, Stream, decode, feed, start
+from seqmodels.ranges import Checked, Seed, Size
 from seqmodels.training.language import growing_mixers
 
 BLOCK = 16
@@ -33,27 +35,27 @@ CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     checkpoint: Path
     """A run directory, its checkpoints/ or one step in there."""
     prompt: str = ""
     """What the text begins with, taken as it is."""
-    length: int = 256
+    length: Size = 256
     """Bytes to add, at most."""
     temperature: float = 1.0
     """0 takes the most likely byte each time."""
-    top_k: int | None = None
+    top_k: Size | None = None
     """Draw from the k most likely bytes."""
     top_p: float | None = None
     """Draw from the fewest most likely bytes whose probabilities reach this."""
     stop: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """End before this text; may be repeated. \\n, \\t, \\r and \\\\ are understood, as in
     --separator of experiments.lm.train."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws, from 0 to 2**32 - 1."""
-    max_length: int | None = None
+    max_length: Size | None = None
     """Room for prompt and text in caches that grow (attention); default: as much as is needed."""
     average: bool = True
     """Take the average of the parameters, if the run has one."""
@@ -167,9 +169,6 @@ def generate(arguments: Arguments) -> None:
 
 def checked(arguments: Arguments) -> Sampling:
     """The sampling that the arguments ask for; UsageError if one of them is out of its range."""
-    check_integer("--length", arguments.length, 1)
-    check_integer("--seed", arguments.seed, 0, SEED)
-    check_integer("--max-length", arguments.max_length, 1)
     if "" in arguments.stop:
         raise UsageError("--stop '' must have at least one character")
     try:
@@ -191,10 +190,9 @@ def _encoded(text: str) -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(
-        Arguments, args=arguments, description=__doc__, prog="experiments.lm.generate"
+    return run_command(
+        Arguments, generate, arguments, description=__doc__, prog="experiments.lm.generate"
     )
-    return main_guard(lambda: generate(parsed), show_traceback=parsed.traceback)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,26 @@ one of small language models; none of it is a published experiment.
 """
 
 import dataclasses
-from typing import Any
+import typing
+from typing import Annotated, Any, Literal
 
 import jax
+from tyro.conf import Fixed
 
-from experiments.run import UsageError, with_changes
+from experiments.command_line import UsageError
 from seqmodels.data.text import VOCABULARY
 from seqmodels.mixers import REGISTRY, MixerConfig
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
+from seqmodels.models.language import Dtype
+from seqmodels.ranges import Between, Checked, Size
 from seqmodels.training.config import TrainConfig
+
+Preset = Literal["tiny", "cpu", "small", "table"]
+"""Of a config; "table" is that of experiments.lm.table."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """How a text becomes rows.
 
     Attributes:
@@ -26,23 +33,22 @@ class DataConfig:
       validation: share of the bytes, at the end, that is held out of training.
     """
 
-    length: int = 256
+    length: Size = 256
     separator: str | None = None
-    validation: float = 0.1
+    validation: Between = 0.1
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"data.length={self.length} must be positive")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"data.validation={self.validation} must be in (0, 1)")
+        super().__post_init__()
+        if self.separator == "":
+            raise ValueError("DataConfig: separator='' must be at least one character or None")
 
 
 @dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(Checked):
     """One experiment, complete: data, model and training.
 
     Attributes:
-      mixer: name of the mixer.
+      mixer: name of the mixer in ``model``, and does not change it.
       preset: the name this config was made from.
       data: how the text is cut.
       carry_state: rows are streams, and states go on from batch to batch.
@@ -50,12 +56,25 @@ class ExperimentConfig:
       train: the training; its seed also orders the windows.
     """
 
-    mixer: str
-    preset: str
+    mixer: Annotated[str, Fixed]
+    preset: Annotated[Preset, Fixed]
     data: DataConfig
     carry_state: bool
     model: LanguageModelConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layout = self.model.backbone.layout
+        if set(layout) != {self.mixer}:
+            raise ValueError(f"mixer={self.mixer!r} is not what layout={layout} consists of")
+        if not all(mixer.causal for mixer in self.model.backbone.mixers):
+            raise ValueError(f"mixer={self.mixer!r} must be causal: set bidirectional to False")
+        if self.model.vocabulary_size < VOCABULARY:
+            raise ValueError(
+                f"model.vocabulary_size={self.model.vocabulary_size} is too small: tokens are "
+                f"bytes and a boundary, {VOCABULARY}"
+            )
 
     @property
     def name(self) -> str:
@@ -65,7 +84,7 @@ class ExperimentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class ModelSize:
     """Blocks, width of the residual stream, width of the MLP, channels of a head."""
 
     layers: int
@@ -74,11 +93,15 @@ class Size:
     head: int
 
 
-SIZES = {
-    "tiny": Size(layers=1, width=16, mlp=32, head=8),
-    "cpu": Size(layers=4, width=128, mlp=256, head=32),
-    "small": Size(layers=12, width=768, mlp=2304, head=64),
-}
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a preset is made of, whatever the mixer."""
+
+    size: ModelSize
+    data: DataConfig
+    train: TrainConfig
+    dtype: Dtype = "float32"
+
 
 TRAIN = TrainConfig(
     learning_rate=2e-3,
@@ -87,25 +110,53 @@ TRAIN = TrainConfig(
     adam_b2=0.95,
     select="loss",
 )
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS = {
     # For a look at how everything works; learns next to nothing.
-    "tiny": {
-        "data.length": 32, "train.steps": 20, "train.batch_size": 4, "train.warmup_steps": 2,
-        "train.log_every": 5, "train.eval_every": 10, "train.checkpoint_every": 10,
-    },
+    "tiny": Recipe(
+        ModelSize(layers=1, width=16, mlp=32, head=8),
+        DataConfig(length=32),
+        dataclasses.replace(
+            TRAIN,
+            steps=20,
+            batch_size=4,
+            warmup_steps=2,
+            log_every=5,
+            eval_every=10,
+            checkpoint_every=10,
+        ),
+    ),
     # About a million parameters; minutes on two processor cores.
-    "cpu": {
-        "data.length": 256, "train.steps": 1_000, "train.batch_size": 8,
-        "train.warmup_steps": 50, "train.log_every": 20, "train.eval_every": 200,
-        "train.checkpoint_every": 200,
-    },
+    "cpu": Recipe(
+        ModelSize(layers=4, width=128, mlp=256, head=32),
+        DataConfig(length=256),
+        dataclasses.replace(
+            TRAIN,
+            steps=1_000,
+            batch_size=8,
+            warmup_steps=50,
+            log_every=20,
+            eval_every=200,
+            checkpoint_every=200,
+        ),
+    ),
     # About 100 million parameters; for an accelerator.
-    "small": {
-        "data.length": 2048, "train.steps": 20_000, "train.batch_size": 64,
-        "train.warmup_steps": 500, "train.learning_rate": 6e-4, "train.log_every": 50,
-        "train.eval_every": 1_000, "train.checkpoint_every": 1_000, "model.dtype": "bfloat16",
-    },
-}  # fmt: skip
+    "small": Recipe(
+        ModelSize(layers=12, width=768, mlp=2304, head=64),
+        DataConfig(length=2048),
+        dataclasses.replace(
+            TRAIN,
+            learning_rate=6e-4,
+            steps=20_000,
+            batch_size=64,
+            warmup_steps=500,
+            log_every=50,
+            eval_every=1_000,
+            checkpoint_every=1_000,
+        ),
+        dtype="bfloat16",
+    ),
+}
+SIZES = {name: recipe.size for name, recipe in PRESETS.items()}
 MIXERS = tuple(REGISTRY)
 SSM_RATE = 1e-3
 """Peak learning rate of parameters that mixers mark as "ssm"."""
@@ -116,22 +167,24 @@ def experiment(mixer: str, preset: str, seed: int = 0) -> ExperimentConfig:
 
     Raises:
       UsageError: an unknown name (the message lists the known ones), or a bidirectional mixer.
+      ValueError: the seed is out of range.
     """
     if preset not in PRESETS:
         raise UsageError(f"preset={preset!r} is not known; choose one of {', '.join(PRESETS)}")
-    size = SIZES[preset]
-    config = ExperimentConfig(
+    recipe = PRESETS[preset]
+    return ExperimentConfig(
         mixer=mixer,
-        preset=preset,
-        data=DataConfig(),
+        preset=typing.cast(Preset, preset),
+        data=recipe.data,
         carry_state=False,
-        model=language_model(mixer, size),
-        train=dataclasses.replace(TRAIN, group_learning_rates=group_rates(mixer, size)),
+        model=dataclasses.replace(language_model(mixer, recipe.size), dtype=recipe.dtype),
+        train=dataclasses.replace(
+            recipe.train, group_learning_rates=group_rates(mixer, recipe.size), seed=seed
+        ),
     )
-    return with_changes(config, {**PRESETS[preset], "train.seed": seed})
 
 
-def language_model(mixer: str, size: Size) -> LanguageModelConfig:
+def language_model(mixer: str, size: ModelSize) -> LanguageModelConfig:
     """The model of one mixer; raises as ``mixer_config``."""
     return LanguageModelConfig(
         backbone=BackboneConfig(
@@ -148,7 +201,7 @@ def language_model(mixer: str, size: Size) -> LanguageModelConfig:
     )
 
 
-def mixer_config(name: str, size: Size) -> MixerConfig:
+def mixer_config(name: str, size: ModelSize) -> MixerConfig:
     """A mixer's config for models of this size: heads and states that suit its width.
 
     Raises:
@@ -194,7 +247,7 @@ def mixer_config(name: str, size: Size) -> MixerConfig:
     return config
 
 
-def group_rates(mixer: str, size: Size) -> dict[str, float]:
+def group_rates(mixer: str, size: ModelSize) -> dict[str, float]:
     """A lower rate for the state-space parameters of mixers that mark them, as S4 and S5 do."""
     marks = mixer_config(mixer, size).marks().values()
     return {"ssm": SSM_RATE} if any(mark.group == "ssm" for mark in marks) else {}

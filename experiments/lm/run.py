@@ -3,11 +3,10 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 from experiments.lm.presets import DataConfig, ExperimentConfig
 from experiments.run import chosen_step, locate, restore
-from seqmodels.config import from_dict, to_dict
+from seqmodels.config import from_dict
 from seqmodels.data import text
 from seqmodels.data.text import Text
 from seqmodels.models import LanguageModel, marks
@@ -84,22 +83,17 @@ def load_trained(checkpoint: Path, *, average: bool = True) -> Trained:
       CheckpointError: the checkpoint cannot be read.
     """
     run_dir, step = locate(checkpoint)
-    identity = read_config(run_dir)
+    config_dict = read_config(run_dir)
     try:
-        config = from_dict(ExperimentConfig, identity, where="config")
+        config = from_dict(ExperimentConfig, config_dict, where="config")
     except ValueError as error:
         raise ValueError(
             f"--checkpoint {checkpoint} is not a run of experiments.lm.train, or of another "
             f"version ({error}); give the directory of such a run"
         ) from error
     if step is None:
-        step = chosen_step(run_dir, identity)
+        step = chosen_step(run_dir, config_dict)
     task = make_task(config, packed=False)
-    state = restore(task, config.train, identity, run_dir / "checkpoints", step)
+    state = restore(task, config.train, config_dict, run_dir / "checkpoints", step)
     variables = state.averaged if average else state.variables
     return Trained(config, step, LanguageModel(config.model), variables)
-
-
-def identity_of(config: ExperimentConfig) -> dict[str, Any]:
-    """The config as JSON, which a run is known by."""
-    return to_dict(config)

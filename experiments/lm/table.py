@@ -26,21 +26,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import terminal
+from experiments.command_line import UsageError, run_command
 from experiments.lm import presets
-from experiments.lm.presets import ExperimentConfig, Size
+from experiments.lm.presets import ExperimentConfig, ModelSize
 from experiments.lm.run import TextData, load_data, make_task
 from experiments.lm.train import train_and_evaluate
-from experiments.run import Locations, UsageError, absolute, main_guard, with_changes
+from experiments.run import Locations, absolute, check_record, read_object
+from seqmodels.config import to_dict
 from seqmodels.data import text
 from seqmodels.mixers import REGISTRY, build
 from seqmodels.parallel.mesh import make_mesh, put_batch
+from seqmodels.ranges import Between, Checked, Count, NonNegative, Positive, Seed, Size
 from seqmodels.training.metrics import finite, read_jsonl, write_atomically
-from seqmodels.training.run_directory import environment
+from seqmodels.training.run_directory import environment, open_run
 from seqmodels.training.state import create_state, optimizer_of
 from seqmodels.training.step import make_train_step
 
@@ -49,26 +51,41 @@ LAYERS = 4
 CONTEXTS = (256, 65_536)
 """Tokens at which the states are measured."""
 
+# What a table that is there must have to be read.
+TABLE: dict[str, Any] = {
+    "settings": dict[str, Any] | None,
+    "rows": dict[str, dict[str, Any]],
+    "left_out": dict[str, str],
+}
+SETTINGS: dict[str, Any] = {
+    "steps": Size, "batch_size": Size, "length": Size, "tokens": Size, "layers": Size,
+    "learning_rate": Positive,
+}  # fmt: skip
+ROW: dict[str, Any] = {
+    "bits_per_byte": NonNegative, "parameters": Size, "width": Size, "mlp": Size,
+    "tokens_per_second_in_training": NonNegative, "state_bytes": dict[str, Any],
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     data: Path | None = None
     """A text file; needed to train and to time."""
     mixers: tuple[str, ...] = ()
     """Names of mixers; default: all that are registered."""
-    steps: int = 120
+    steps: Size = 120
     """Optimizer steps of each mixer."""
-    batch_size: int = 4
+    batch_size: Size = 4
     """Rows in a step."""
-    length: int = 256
+    length: Size = 256
     """Tokens in a row."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate; that of state-space parameters is the presets'."""
-    validation: float = 0.03
+    validation: Between = 0.03
     """Share of the text, at its end, for validation."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of parameters and data order."""
     runs_dir: Path = Path("runs/lm/table")
     """Where the runs go."""
@@ -84,7 +101,7 @@ class Arguments:
     """Show the whole traceback of an error."""
 
 
-def size_of(mixer: str) -> Size:
+def size_of(mixer: str) -> ModelSize:
     """The widths at which a model of this mixer has about ``PARAMETERS`` parameters.
 
     Raises:
@@ -92,7 +109,7 @@ def size_of(mixer: str) -> Size:
     """
 
     def count(width: int, mlp: int) -> int:
-        size = Size(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
+        size = ModelSize(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
         return presets.parameters(presets.language_model(mixer, size))
 
     # Nearly all parameters are in matrices; what is left is for the MLP's width to even out.
@@ -101,35 +118,32 @@ def size_of(mixer: str) -> Size:
     width = max(16 * round(probe * scale / 16), 32)
     base, step = count(width, 1), LAYERS * (2 * width + 1)
     mlp = max(1 + round((PARAMETERS - base) / step), 1)
-    return Size(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
+    return ModelSize(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
 
 
 def config_of(mixer: str, arguments: Arguments) -> ExperimentConfig:
     """The experiment of one row; raises as ``size_of``."""
     size = size_of(mixer)
-    config = ExperimentConfig(
+    return ExperimentConfig(
         mixer=mixer,
         preset="table",
-        data=presets.DataConfig(),
+        data=presets.DataConfig(length=arguments.length, validation=arguments.validation),
         carry_state=False,
         model=presets.language_model(mixer, size),
-        train=presets.TRAIN,
+        train=dataclasses.replace(
+            presets.TRAIN,
+            group_learning_rates=presets.group_rates(mixer, size),
+            learning_rate=arguments.learning_rate,
+            steps=arguments.steps,
+            warmup_steps=arguments.steps // 10,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            log_every=max(arguments.steps // 20, 1),
+            eval_every=arguments.steps,
+            checkpoint_every=max(arguments.steps // 3, 1),
+            keep=1,
+        ),
     )
-    changes = {
-        "data.length": arguments.length,
-        "data.validation": arguments.validation,
-        "train.group_learning_rates": presets.group_rates(mixer, size),
-        "train.learning_rate": arguments.learning_rate,
-        "train.steps": arguments.steps,
-        "train.warmup_steps": arguments.steps // 10,
-        "train.batch_size": arguments.batch_size,
-        "train.seed": arguments.seed,
-        "train.log_every": max(arguments.steps // 20, 1),
-        "train.eval_every": arguments.steps,
-        "train.checkpoint_every": max(arguments.steps // 3, 1),
-        "train.keep": 1,
-    }
-    return with_changes(config, changes)
 
 
 def state_bytes(config: ExperimentConfig, length: int) -> int:
@@ -159,11 +173,16 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {"settings": None, "rows": {}, "left_out": {}}
+    table = read_object(path)
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {**table, "rows": dict(table["rows"]), "settings": table["settings"]}
-    except (ValueError, KeyError, TypeError) as error:
+        check_record(table, TABLE)
+        check_record(table["settings"] or {}, SETTINGS if table["rows"] else {})
+        for row in table["rows"].values():
+            check_record(row, ROW)
+            check_record(row["state_bytes"], {str(length): Count for length in CONTEXTS})
+    except ValueError as error:
         raise ValueError(f"{path} is not a table of experiments.lm.table: {error}") from error
+    return table
 
 
 def make_row(
@@ -174,9 +193,8 @@ def make_row(
     result = train_and_evaluate(
         config,
         data,
-        run_dir,
+        open_run(run_dir, to_dict(config), resume=(run_dir / "config.json").exists()),
         locations=locations,
-        resume=(run_dir / "config.json").exists(),
         show_progress=arguments.progress,
     )
     backbone = config.model.backbone
@@ -343,8 +361,7 @@ def run(arguments: Arguments) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lm.table")
-    return main_guard(lambda: run(parsed), show_traceback=parsed.traceback)
+    return run_command(Arguments, run, arguments, description=__doc__, prog="experiments.lm.table")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ streams, and each batch begins in the states that the one before ended in.
 
 Presets: "tiny" is for trying things out, "cpu" has about half a million parameters and is for two
 processor cores, "small" about a hundred million, for an accelerator. Any field of the config can be
-changed, for example
+changed; --help-fields lists them. For example
 
-    --set train.learning_rate=0.001 --set data.length=1024 --set model.backbone.width=256
+    --train.learning-rate 0.001 --data.length 1024 --model.backbone.width 256
 
 The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result
 goes to --results-dir as <mixer>-<preset>-seed<k>.json. Exit codes: 0 done; 1 an error; 2 a wrong
@@ -22,71 +22,77 @@ to --resume from.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from experiments import terminal
+from experiments.command_line import UsageError, as_options, changed, run_command
 from experiments.lm.presets import ExperimentConfig, experiment
-from experiments.lm.run import TextData, bits_per_byte, identity_of, load_data, make_task
+from experiments.lm.run import TextData, bits_per_byte, load_data, make_task
 from experiments.run import (
     Locations,
-    UsageError,
     absolute,
     history,
-    main_guard,
-    parse_changes,
+    require_names,
     result_path,
+    selection,
     unescaped,
-    with_changes,
+    validation,
     write_result,
 )
-from seqmodels.config import from_dict
+from seqmodels.config import from_dict, to_dict
 from seqmodels.data import text
+from seqmodels.ranges import Between, Checked, Positive, Seed, Size
 from seqmodels.training.loop import OnEvent, Outcome, fit
-from seqmodels.training.run_directory import check, read_config
+from seqmodels.training.run_directory import Run, open_run, read_config
+
+PROG = "experiments.lm.train"
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     data: Path | None = None
     """A text file, or a folder with *.txt files; needed unless --resume."""
     mixer: str | None = None
     """Name of a causal mixer of seqmodels.mixers; needed unless --resume."""
-    preset: str = "cpu"
-    """tiny, cpu or small."""
-    seed: int = 0
-    """Seed of parameters, dropout and data order."""
+    preset: str | None = None
+    """tiny, cpu or small; default cpu."""
+    seed: Seed | None = None
+    """Seed of parameters, dropout and data order; default 0."""
     separator: str | None = None
     """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document.
     \\n, \\t, \\r and \\\\ are understood, as in --stop of experiments.lm.generate."""
     carry_state: bool = False
     """Carry the states from batch to batch: truncated backpropagation through time."""
-    ema_decay: float | None = None
+    ema_decay: Between | None = None
     """Decay of an average of the parameters that evaluation and generation use, e.g. 0.999."""
     run_dir: Path | None = None
     """Where the run goes; default runs/lm/<mixer>-<preset>-seed<k>."""
     results_dir: Path = Path("runs/results/lm")
     """Where the result goes."""
-    steps: int | None = None
+    steps: Size | None = None
     """Number of steps, instead of the preset's; the schedule follows."""
-    max_minutes: float | None = None
+    max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and evaluate what there is."""
     resume: bool = False
     """Continue the run in --run-dir; everything else comes from there."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """Change a field of the config, e.g. train.learning_rate=0.002; may be repeated."""
+    """The same as --train.learning-rate 0.002, as train.learning_rate=0.002; may be repeated."""
+    help_fields: bool = False
+    """Show the options that change the fields of this config, with their values, and exit."""
     progress: bool = True
     """Draw a progress bar."""
     traceback: bool = False
     """Show the whole traceback of an error."""
 
 
-def changes_of(arguments: Arguments) -> dict[str, Any]:
-    """The fields of the config that the command line changes, by path."""
+def options_of(arguments: Arguments) -> list[str]:
+    """The fields of the config that the command line changes, as options of ``changed``."""
     given = {
         "data.separator": None if arguments.separator is None else unescaped(arguments.separator),
         "carry_state": arguments.carry_state or None,
@@ -94,52 +100,54 @@ def changes_of(arguments: Arguments) -> dict[str, Any]:
         "train.steps": arguments.steps,
         "train.max_minutes": arguments.max_minutes,
     }
-    changes = parse_changes(arguments.set)
-    return changes | {path: value for path, value in given.items() if value is not None}
+    options = [f"--{path}={value}" for path, value in given.items() if value is not None]
+    return [*options, *["--help"] * arguments.help_fields]
 
 
-def resolve(arguments: Arguments) -> tuple[ExperimentConfig, Path]:
+def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[ExperimentConfig, Path]:
     """The experiment and its run directory.
 
+    Args:
+      arguments: the command line.
+      fields: the rest of it, options that change fields of the config.
+
     Raises:
-      UsageError: a name is missing or unknown, or the run to resume is not one.
+      UsageError: a name is missing or unknown or not the run's, a field or its value does not fit,
+        or the run to resume is not one.
     """
-    changes = changes_of(arguments)
+    options = [*as_options(arguments.set), *fields, *options_of(arguments)]
     if arguments.resume:
         if arguments.run_dir is None:
             raise UsageError("--resume needs the --run-dir of the run to continue")
         run_dir = arguments.run_dir
         config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
-        if arguments.mixer not in (None, config.mixer):
-            raise UsageError(f"--mixer {arguments.mixer}: the run in {run_dir} has {config.mixer}")
-        return with_changes(config, changes), run_dir
+        saved = {"mixer": config.mixer, "preset": config.preset, "seed": config.train.seed}
+        require_names(arguments, saved, run_dir)
+        return changed(config, options, prog=PROG), run_dir
     if arguments.mixer is None or arguments.data is None:
         raise UsageError(
             "a new run needs --data and --mixer, e.g. --data book.txt --mixer mamba2; "
             "a run to --resume needs its --run-dir. See --help"
         )
-    config = with_changes(experiment(arguments.mixer, arguments.preset, arguments.seed), changes)
+    preset = "cpu" if arguments.preset is None else arguments.preset
+    config = experiment(arguments.mixer, preset, arguments.seed or 0)
+    config = changed(config, options, prog=PROG)
     return config, arguments.run_dir or Path("runs/lm") / config.name
 
 
-def train(arguments: Arguments) -> None:
-    """Trains, evaluates and writes the result.
+def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
+    """Trains, evaluates and writes the result; arguments as ``resolve``.
 
     Raises:
       ValueError, OSError, TrainingError: with a message for the user.
     """
-    config, run_dir = resolve(arguments)
-    check(run_dir, identity_of(config), resume=arguments.resume)
+    config, run_dir = resolve(arguments, fields)
+    run = open_run(run_dir, to_dict(config), resume=arguments.resume)
     path = result_path(arguments.results_dir, config.name, config)
     data, locations = _data(arguments, config, run_dir)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
     result = train_and_evaluate(
-        config,
-        data,
-        run_dir,
-        locations=locations,
-        resume=arguments.resume,
-        show_progress=arguments.progress,
+        config, data, run, locations=locations, show_progress=arguments.progress
     )
     if not result["complete"]:
         limit = config.train.max_minutes
@@ -156,14 +164,13 @@ def train(arguments: Arguments) -> None:
 def train_and_evaluate(
     config: ExperimentConfig,
     data: TextData,
-    run_dir: Path,
+    run: Run,
     *,
     locations: Locations,
-    resume: bool = False,
     show_progress: bool = True,
     on_event: OnEvent = lambda what, step: None,
 ) -> dict[str, Any]:
-    """Trains in ``run_dir``; returns the result, with the validation of the chosen step."""
+    """Trains in the run's directory; returns the result, with the validation of the chosen step."""
     options: dict[str, Any] = {
         "length": config.data.length,
         "batch_size": config.train.batch_size,
@@ -172,44 +179,39 @@ def train_and_evaluate(
 
     def event(what: str, step: int) -> None:
         if what == "prepared":
-            locations.write(run_dir)
+            locations.write(run.directory)
         on_event(what, step)
 
     outcome = fit(
         make_task(config, packed=data.packed),
         text.train_batches(data.train, seed=config.train.seed, **options),
         config.train,
-        run_dir,
-        identity=identity_of(config),
+        run,
         validation=text.eval_batches(data.validation, **options),
-        resume=resume,
         show_progress=show_progress,
         on_event=event,
     )
-    return make_result(config, run_dir, data, outcome)
+    return make_result(config, run, data, outcome)
 
 
 def make_result(
-    config: ExperimentConfig, run_dir: Path, data: TextData, outcome: Outcome
+    config: ExperimentConfig, run: Run, data: TextData, outcome: Outcome
 ) -> dict[str, Any]:
     """What is published of a run: no path of the machine it ran on."""
-    progress, how = outcome.progress, history(run_dir)
-    # A run that time ended may have no evaluation; the last one of a step is the valid one.
-    best: dict[str, Any] = {"loss": None, "accuracy": None}
-    for record in how["curve"]:
-        if (record["kind"], record["step"]) == ("eval", outcome.chosen_step):
-            best = record | {"bits_per_byte": bits_per_byte(record["loss"], data.validation)}
+    progress, how = outcome.progress, history(run.directory)
+    best = validation(how["curve"], outcome.chosen_step)  # none if time ended the run before one
+    bits = bits_per_byte(best["loss"], data.validation) if best else None
     return {
         "mixer": config.mixer,
         "preset": config.preset,
         "seed": config.train.seed,
         "carry_state": config.carry_state,
-        "bits_per_byte": best.get("bits_per_byte"),
-        "validation_loss": best["loss"],
-        "validation_accuracy": best["accuracy"],
+        "bits_per_byte": bits,
+        "validation_loss": best.get("loss"),
+        "validation_accuracy": best.get("accuracy"),
         "validation_bytes": data.validation.bytes,
         "test_step": outcome.chosen_step,
-        "selection": "lowest validation loss" if progress.best_step is not None else "last step",
+        "selection": selection(config.train, outcome),
         "steps": progress.step,
         "complete": outcome.complete,
         "tokens": progress.tokens,
@@ -217,7 +219,7 @@ def make_result(
         "parameters": outcome.parameters,
         "wall_seconds": progress.wall_seconds,
         "compile_seconds": progress.compile_seconds,
-        "config": identity_of(config),
+        "config": run.config_dict,
         "data": {"sha256_of_tokens": data.digest, "train_bytes": data.train.bytes},
         **how,
     }
@@ -244,8 +246,9 @@ def _data(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lm.train")
-    return main_guard(lambda: train(parsed), show_traceback=parsed.traceback)
+    return run_command(
+        Arguments, train, arguments, description=__doc__, prog=PROG, config_fields=True
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m experiments.lra.baselines listops --cache-dir ~/.cache/seqmodels
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +16,10 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.command_line import run_command
 from seqmodels.data.examples import Examples, TaskData
 from seqmodels.data.lra import ListOpsConfig, TextConfig, load
+from seqmodels.ranges import Checked
 
 
 def baselines(data: TaskData) -> dict[str, float]:
@@ -112,7 +115,7 @@ def _fit(
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Checked):
     """Prints the baselines of a task as JSON."""
 
     task: (
@@ -123,14 +126,14 @@ class Args:
     """Where prepared data are kept."""
     data_dir: Path | None = None
     """Where the raw data are; see `seqmodels.data.lra.load`."""
+    traceback: bool = False
+    """Show the whole traceback of an error."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> Args:
-    prefixes = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(Args, args=arguments, config=prefixes)
-
-
-def main(args: Args) -> None:
+def report(args: Args) -> None:
+    """Prints the baselines; raises as `seqmodels.data.lra.load` does, before any work if it can."""
+    if isinstance(args.task, ListOpsConfig) and not args.task.test:
+        raise ValueError("test=0 leaves nothing to test on")
     data = load(args.task, cache_dir=args.cache_dir, data_dir=args.data_dir)
     report = {
         "name": data.name,
@@ -141,5 +144,18 @@ def main(args: Args) -> None:
     print(json.dumps(report, indent=1))
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    prefixes = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    return run_command(
+        Args,
+        report,
+        arguments,
+        description=__doc__,
+        prog="experiments.lra.baselines",
+        config=prefixes,
+    )
+
+
 if __name__ == "__main__":
-    main(parse())
+    sys.exit(main())

@@ -12,18 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from experiments import terminal
+from experiments.command_line import run_command
 from experiments.lra.presets import ExperimentConfig
 from experiments.lra.run import data_digest, evaluate_checkpoint, load_data
-from experiments.run import Locations, absolute, chosen_step, locate, main_guard, recorded
+from experiments.run import Locations, absolute, chosen_step, locate, recorded
 from seqmodels.config import from_dict
+from seqmodels.ranges import Checked
 from seqmodels.training.run_directory import read_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     checkpoint: Path
@@ -49,11 +49,11 @@ def evaluate_run(arguments: Arguments) -> dict[str, Any]:
       ValueError, OSError, TrainingError: with a message for the user.
     """
     run_dir, step = locate(arguments.checkpoint)
-    identity = read_config(run_dir)
-    config = from_dict(ExperimentConfig, identity, where="config")
+    config_dict = read_config(run_dir)
+    config = from_dict(ExperimentConfig, config_dict, where="config")
     locations = Locations.read(run_dir)
     if step is None:
-        step = chosen_step(run_dir, identity)
+        step = chosen_step(run_dir, config_dict)
     data = load_data(
         config,
         cache_dir=absolute(arguments.cache_dir) or locations.cache_dir,
@@ -62,11 +62,11 @@ def evaluate_run(arguments: Arguments) -> dict[str, Any]:
     )
     if data_digest(data) != locations.digest:
         raise ValueError(f"the data are not those that the run in {run_dir} was trained on")
-    test = evaluate_checkpoint(config, identity, run_dir / "checkpoints", step, data.test)
+    test = evaluate_checkpoint(config, config_dict, run_dir / "checkpoints", step, data.test)
     result: dict[str, Any] = {"step": step, **dataclasses.asdict(test)}
     earlier = recorded(run_dir)
     if earlier.get("test_step") == step:
-        result["recorded_accuracy"] = earlier["test_accuracy"]
+        result["recorded_accuracy"] = earlier.get("test_accuracy")
     return result
 
 
@@ -90,8 +90,9 @@ def report(arguments: Arguments) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lra.eval")
-    return main_guard(lambda: report(parsed), show_traceback=parsed.traceback)
+    return run_command(
+        Arguments, report, arguments, description=__doc__, prog="experiments.lra.eval"
+    )
 
 
 if __name__ == "__main__":

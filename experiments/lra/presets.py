@@ -5,43 +5,102 @@ state-spaces/s4 at v3, the version of the paper.
 """
 
 import dataclasses
-from typing import Any
+import itertools
+from typing import Annotated, Literal, get_args
 
-from experiments.run import UsageError, with_changes
+from tyro.conf import Fixed
+
+from experiments.command_line import UsageError
 from seqmodels.data.lra import ListOpsConfig, TextConfig
 from seqmodels.data.lra.listops import SYMBOLS
 from seqmodels.mixers import S4DConfig, S5Config
 from seqmodels.models import BackboneConfig, ClassifierConfig
+from seqmodels.ranges import Checked, Size
 from seqmodels.training.config import TrainConfig
+
+Task = Literal["listops", "text"]
+Model = Literal["s4d", "s5"]
+Preset = Literal["paper", "cpu"]
+
+# Vocabulary, padding included, and classes of each task.
+SIZES: dict[str, tuple[int, int]] = {"listops": (len(SYMBOLS), 10), "text": (257, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(Checked):
     """One experiment, complete: data, model and training.
 
     Attributes:
-      task: "listops" or "text".
-      model: name of the mixer.
-      preset: the name this config was made from.
+      task: "listops" or "text"; names what ``data`` are, and does not change them.
+      model: name of the mixer in ``classifier``; likewise.
+      preset: "paper" or "cpu", what this config was made from.
       data: which data.
-      lengths: the padded lengths, increasing; longer rows are cut to the last. Padding is masked
-        everywhere, so that the other lengths change the speed only.
+      lengths: the padded lengths, increasing; the last one holds the longest row. Padding is
+        masked everywhere, so that they change the speed only.
       classifier: the model.
       train: the training; its seed also orders the batches.
     """
 
-    task: str
-    model: str
-    preset: str
+    task: Annotated[Task, Fixed]
+    model: Annotated[Model, Fixed]
+    preset: Annotated[Preset, Fixed]
     data: ListOpsConfig | TextConfig
-    lengths: tuple[int, ...]
+    lengths: tuple[Size, ...]
     classifier: ClassifierConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.data, DATA[self.task]):
+            raise ValueError(f"task={self.task!r} does not have data={self.data}")
+        layout = self.classifier.backbone.layout
+        if set(layout) != {self.model}:
+            raise ValueError(f"model={self.model!r} is not what layout={layout} consists of")
+        self._check_data()
+        sizes = dict(zip(("vocabulary_size", "num_classes"), SIZES[self.task], strict=True))
+        for name, needed in sizes.items():
+            size = getattr(self.classifier, name)
+            if size is None or size < needed:
+                raise ValueError(
+                    f"classifier.{name}={size} is too small for task={self.task!r}, which has "
+                    f"{needed}"
+                )
+
+    def _check_data(self) -> None:
+        """What is trained on, selected by and tested on is there and whole."""
+        data, lengths = self.data, self.lengths
+        if not lengths or any(a >= b for a, b in itertools.pairwise(lengths)):
+            raise ValueError(f"lengths={lengths} must be increasing, and at least one")
+        if lengths[-1] < longest(data):
+            raise ValueError(
+                f"lengths={lengths} would cut rows of up to {longest(data)} tokens: end with that "
+                f"or more, or change data.max_length={data.max_length}"
+            )
+        if not data.validation and self.train.select != "last":
+            raise ValueError(
+                f"data.validation=0 leaves nothing for train.select={self.train.select!r}: hold "
+                "some out, or take train.select='last'"
+            )
+        if isinstance(data, ListOpsConfig):
+            if not data.test:
+                raise ValueError("data.test=0 leaves nothing to test on")
+            if self.train.batch_size > data.train:
+                raise ValueError(
+                    f"train.batch_size={self.train.batch_size} is more than data.train={data.train}"
+                )
 
     @property
     def name(self) -> str:
         """``<task>-<model>-<preset>-seed<k>``: of the run directory and of the result."""
         return f"{self.task}-{self.model}-{self.preset}-seed{self.train.seed}"
+
+
+DATA: dict[str, type[ListOpsConfig | TextConfig]] = {"listops": ListOpsConfig, "text": TextConfig}
+
+
+def longest(data: ListOpsConfig | TextConfig) -> int:
+    """The most tokens a row has; the limit of ListOps is exclusive."""
+    return data.max_length - isinstance(data, ListOpsConfig)
 
 
 def _steps(examples: int, batch_size: int, epochs: int) -> int:
@@ -115,7 +174,7 @@ def _s5_text() -> ExperimentConfig:
 
 
 def _s4d(
-    task: str, *, layers: int, width: int, prenorm: bool, batch_size: int, steps: int
+    task: Task, *, layers: int, width: int, prenorm: bool, batch_size: int, steps: int
 ) -> ExperimentConfig:
     """S4D-Lin of the paper; a tenth of the steps is warm-up, as in the authors' later configs."""
     listops = task == "listops"
@@ -156,61 +215,69 @@ def _s4d(
     )
 
 
-PAPER = {
-    ("listops", "s5"): _s5_listops(),
-    ("listops", "s4d"): _s4d(
-        "listops", layers=8, width=128, prenorm=False, batch_size=50, steps=80_000
-    ),
-    ("text", "s5"): _s5_text(),
-    ("text", "s4d"): _s4d("text", layers=6, width=256, prenorm=True, batch_size=16, steps=50_000),
-}
+def _listops_on_cpu(paper: ExperimentConfig) -> ExperimentConfig:
+    """Trees of 65 to 199 tokens instead of 501 to 1999: not the published task."""
+    return dataclasses.replace(
+        paper,
+        preset="cpu",
+        data=ListOpsConfig(min_length=64, max_length=200),
+        lengths=(136, 200),
+        classifier=_smaller(paper, layers=6),
+        train=dataclasses.replace(
+            paper.train, steps=2_500, warmup_steps=250, eval_every=500, checkpoint_every=500
+        ),
+    )
 
-_CPU_LISTOPS: dict[str, Any] = {
-    # Trees of 65 to 199 tokens instead of 501 to 1999: not the published task.
-    "data.min_length": 64,
-    "data.max_length": 200,
-    "lengths": [136, 200],
-    "classifier.backbone.width": 64,
-    "train.steps": 2_500,
-    "train.warmup_steps": 250,
-    "train.eval_every": 500,
-    "train.checkpoint_every": 500,
-}
-_CPU_TEXT: dict[str, Any] = {
-    # The first 1024 bytes of each review instead of 4096.
-    "data.max_length": 1024,
-    "lengths": [512, 768, 1024],
-    "classifier.backbone.width": 64,
-    "train.steps": 7_000,
-    "train.warmup_steps": 500,
-    "train.eval_every": 1_000,
-    "train.checkpoint_every": 1_000,
-}
 
-CPU_CHANGES: dict[tuple[str, str], dict[str, Any]] = {
-    ("listops", "s5"): {**_CPU_LISTOPS, "classifier.backbone.layout": ["s5"] * 6},
-    ("listops", "s4d"): {
-        **_CPU_LISTOPS,
-        "classifier.backbone.layout": ["s4d"] * 6,
-    },
-    ("text", "s5"): {
-        **_CPU_TEXT,
-        "train.batch_size": 16,
-        "classifier.backbone.layout": ["s5"] * 4,
-        "classifier.backbone.mixers.0.state_size": 64,
-        "classifier.backbone.mixers.0.blocks": 4,
-    },
-    ("text", "s4d"): {
-        **_CPU_TEXT,
-        "classifier.backbone.layout": ["s4d"] * 4,
-        "classifier.backbone.mixers.0.state_size": 32,
-    },
-}
-"""The fields in which "cpu" differs from "paper", by their path."""
+def _text_on_cpu(
+    paper: ExperimentConfig, *, batch_size: int = 16, **mixer: int
+) -> ExperimentConfig:
+    """The first 1024 bytes of each review instead of 4096."""
+    return dataclasses.replace(
+        paper,
+        preset="cpu",
+        data=TextConfig(max_length=1024),
+        lengths=(512, 768, 1024),
+        classifier=_smaller(paper, layers=4, **mixer),
+        train=dataclasses.replace(
+            paper.train,
+            batch_size=batch_size,
+            steps=7_000,
+            warmup_steps=500,
+            eval_every=1_000,
+            checkpoint_every=1_000,
+        ),
+    )
 
-PRESETS = ("paper", "cpu")
-TASKS = tuple(sorted({task for task, _ in PAPER}))
-MODELS = tuple(sorted({model for _, model in PAPER}))
+
+def _smaller(paper: ExperimentConfig, *, layers: int, **mixer: int) -> ClassifierConfig:
+    """The model at width 64, with so many layers and these fields of its mixer changed."""
+    backbone = paper.classifier.backbone
+    (published,) = backbone.mixers
+    return dataclasses.replace(
+        paper.classifier,
+        backbone=dataclasses.replace(
+            backbone,
+            layout=(paper.model,) * layers,
+            mixers=(dataclasses.replace(published, **mixer),),
+            width=64,
+        ),
+    )
+
+
+_S5_LISTOPS, _S5_TEXT = _s5_listops(), _s5_text()
+_S4D_LISTOPS = _s4d("listops", layers=8, width=128, prenorm=False, batch_size=50, steps=80_000)
+_S4D_TEXT = _s4d("text", layers=6, width=256, prenorm=True, batch_size=16, steps=50_000)
+
+EXPERIMENTS: dict[tuple[str, str], dict[str, ExperimentConfig]] = {
+    ("listops", "s5"): {"paper": _S5_LISTOPS, "cpu": _listops_on_cpu(_S5_LISTOPS)},
+    ("listops", "s4d"): {"paper": _S4D_LISTOPS, "cpu": _listops_on_cpu(_S4D_LISTOPS)},
+    ("text", "s5"): {"paper": _S5_TEXT, "cpu": _text_on_cpu(_S5_TEXT, state_size=64, blocks=4)},
+    ("text", "s4d"): {"paper": _S4D_TEXT, "cpu": _text_on_cpu(_S4D_TEXT, state_size=32)},
+}
+"""By task and model: "paper" has the published settings, "cpu" is what two cores do in an hour."""
+
+PAPER = {names: presets["paper"] for names, presets in EXPERIMENTS.items()}
 
 
 def experiment(task: str, model: str, preset: str, seed: int = 0) -> ExperimentConfig:
@@ -218,14 +285,14 @@ def experiment(task: str, model: str, preset: str, seed: int = 0) -> ExperimentC
 
     Raises:
       UsageError: an unknown name; the message lists the known ones.
+      ValueError: the seed is out of range.
     """
     for what, name, known in (
-        ("task", task, TASKS), ("model", model, MODELS), ("preset", preset, PRESETS),
-    ):  # fmt: skip
+        ("task", task, get_args(Task)),
+        ("model", model, get_args(Model)),
+        ("preset", preset, get_args(Preset)),
+    ):
         if name not in known:
             raise UsageError(f"{what}={name!r} is not known; choose one of {', '.join(known)}")
-    if (task, model) not in PAPER:
-        known_models = ", ".join(m for t, m in PAPER if t == task)
-        raise UsageError(f"model={model!r} has no preset for task={task!r}; it has {known_models}")
-    changes = dict(CPU_CHANGES[task, model]) if preset == "cpu" else {}
-    return with_changes(PAPER[task, model], {**changes, "preset": preset, "train.seed": seed})
+    config = EXPERIMENTS[task, model][preset]
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))

@@ -10,20 +10,20 @@ commands makes the committed one.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.table import Table
 
 from experiments import terminal
+from experiments.command_line import run_command
 from experiments.lra.plots import comparison
 from experiments.lra.presets import PAPER
 from experiments.lra.published import ROWS, TASKS, Row
-from experiments.run import main_guard
+from experiments.lra.result import read_result
 from seqmodels.config import to_dict
+from seqmodels.ranges import Checked
 
 SELECTED = (
     "Transformer",
@@ -52,7 +52,7 @@ OWN = Path("runs/results/lra")
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Arguments of the command line."""
 
     results_dir: tuple[Path, ...] = (COMMITTED, OWN)
@@ -72,20 +72,16 @@ def read_results(*folders: Path) -> list[dict[str, Any]]:
       ValueError: there is none, or a file is not a result.
     """
     results = []
-    for path in [path for folder in folders for path in sorted(folder.glob("*.json"))]:
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            result["committed"] = path.parent == COMMITTED
-            key = [result[name] for name in ("task", "model", "preset", "seed", "test_accuracy")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of experiments.lra.train: {error}") from error
-        results.append((key, result))
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            results.append({**read_result(path), "committed": path.parent == COMMITTED})
     if not results:
         raise ValueError(
             f"no results in {', '.join(map(str, folders))}; make one with "
             "python -m experiments.lra.train, or name another --results-dir"
         )
-    return [result for _, result in sorted(results, key=lambda item: item[0])]
+    names = ("task", "model", "preset", "seed", "test_accuracy")
+    return sorted(results, key=lambda result: [result[name] for name in names])
 
 
 def longest(result: dict[str, Any]) -> int:
@@ -188,8 +184,9 @@ def report(arguments: Arguments) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parsed = tyro.cli(Arguments, args=arguments, description=__doc__, prog="experiments.lra.report")
-    return main_guard(lambda: report(parsed), show_traceback=parsed.traceback)
+    return run_command(
+        Arguments, report, arguments, description=__doc__, prog="experiments.lra.report"
+    )
 
 
 if __name__ == "__main__":

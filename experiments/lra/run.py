@@ -1,6 +1,7 @@
 """What training and evaluation share: data, the model of a config, the test accuracy."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,15 @@ def load_data(
     """The config's data.
 
     Raises:
-      ValueError: the data are not there, or the config's model does not fit them.
+      ValueError: the data are not there, or have longer rows than the config says.
     """
     data = load(config.data, cache_dir=cache_dir, data_dir=data_dir, progress=progress)
-    for name in ("vocabulary_size", "num_classes"):
-        model, needed = getattr(config.classifier, name), getattr(data, name)
-        if model is None or model < needed:
-            raise ValueError(f"classifier.{name}={model} is too small for the data's {needed}")
+    for split, examples in data.splits.items():
+        if len(examples) and examples.lengths.max() > config.lengths[-1]:
+            raise ValueError(
+                f"the {split} split has rows of up to {examples.lengths.max()} tokens, which "
+                f"lengths={config.lengths} would cut; end with that or more"
+            )
     return data
 
 
@@ -63,13 +66,17 @@ def eval_batches(config: "ExperimentConfig", examples: Examples) -> Any:
 
 
 def evaluate_checkpoint(
-    config: "ExperimentConfig", identity: dict[str, Any], path: Path, step: int, examples: Examples
+    config: "ExperimentConfig",
+    config_dict: Mapping[str, Any],
+    path: Path,
+    step: int,
+    examples: Examples,
 ) -> Evaluation:
     """Accuracy and loss of one checkpoint.
 
     Args:
       config: the experiment.
-      identity: the same as JSON, as the run directory has it.
+      config_dict: the same as JSON, as the run directory has it.
       path: the directory of the checkpoints.
       step: which of them.
       examples: the split.
@@ -78,7 +85,7 @@ def evaluate_checkpoint(
       CheckpointError: it cannot be read.
     """
     task = make_task(config)
-    state = restore(task, config.train, identity, path, step)
+    state = restore(task, config.train, config_dict, path, step)
     mesh = make_mesh(devices=jax.devices()[:1])
     return evaluate(
         make_eval_step(task, mesh), state.averaged, eval_batches(config, examples), mesh

@@ -11,16 +11,17 @@ The dev extra has what it needs: torch, transformers, mambapy.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from experiments import terminal
+from experiments.command_line import run_command
 from experiments.kernels.bench import run, table
 from experiments.kernels.results import Result
 from experiments.models import block, decode, s5, token_time
+from seqmodels.ranges import Checked, Seed, Size
 
 RESULTS = Path(__file__).parents[1] / "results" / "models"
 PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
@@ -32,21 +33,20 @@ PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelBenchConfig:
+class ModelBenchConfig(Checked):
     """What to measure."""
 
     only: Literal["mamba-block", "mamba-decode", "s5-layer", "token-time"] | None = None
     """Only this part."""
-    repetitions: int = 3
+    repetitions: Size = 3
     """Interleaved repetitions of every timed program; medians are reported."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights and inputs."""
     output: Path | None = None
     """The JSON file. By default experiments/results/models/<only, or all>-cpu.json."""
 
-    def __post_init__(self) -> None:
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions={self.repetitions} must be at least 1")
+    traceback: bool = False
+    """Show the whole traceback of an error."""
 
     @property
     def path(self) -> Path:
@@ -60,10 +60,12 @@ def measure(config: ModelBenchConfig) -> Iterator[Result]:
             yield from part(config.repetitions, config.seed)
 
 
-def main() -> None:
-    config = tyro.cli(
-        ModelBenchConfig, description=__doc__, prog="python -m experiments.models.bench"
-    )
+def bench(config: ModelBenchConfig) -> None:
+    """Measures, prints and writes.
+
+    Raises:
+      ValueError, OSError: with a message for the user.
+    """
     # transformers must not look for kernels, or anything else, on a network.
     os.environ["HF_HUB_OFFLINE"] = "1"
     console = terminal.console()
@@ -72,5 +74,16 @@ def main() -> None:
     terminal.say(f"written to {config.path}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_command(
+        ModelBenchConfig,
+        bench,
+        arguments,
+        description=__doc__,
+        prog="python -m experiments.models.bench",
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

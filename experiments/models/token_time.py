@@ -24,7 +24,7 @@ CONTEXTS = (16, 1_000, 100_000)
 CACHED = (16, 1_000, 10_000)  # a cache of 100,000 tokens would mostly measure its copy
 
 
-def mixers(size: presets.Size) -> list[str]:
+def mixers(size: presets.ModelSize) -> list[str]:
     """Those with a causal mode, in the registry's order."""
 
     def streams(name: str) -> bool:
@@ -40,7 +40,7 @@ def results(
     repetitions: int,
     seed: int,
     tokens: int = 64,
-    size: presets.Size = presets.SIZES["cpu"],
+    size: presets.ModelSize = presets.SIZES["cpu"],
     names: tuple[str, ...] = (),
 ) -> Iterator[Result]:
     """A row for each mixer."""
@@ -48,7 +48,7 @@ def results(
         yield row(name, size, repetitions, seed, tokens)
 
 
-def row(name: str, size: presets.Size, repetitions: int, seed: int, tokens: int) -> Result:
+def row(name: str, size: presets.ModelSize, repetitions: int, seed: int, tokens: int) -> Result:
     """Milliseconds a token and bytes of the states, in a language model of one mixer."""
     config = presets.language_model(name, size)
     model = LanguageModel(config)

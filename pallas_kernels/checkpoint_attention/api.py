@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pallas_kernels.checkpoint_attention import gpu, reference, tpu, xla
+from pallas_kernels.checkpoint_attention import gpu, reference, tile, tpu, xla
 from pallas_kernels.checkpoint_attention.slots import Config
 from pallas_kernels.common import dispatch, segments, validate
 from pallas_kernels.common.backend import Op, call_op
@@ -132,7 +132,7 @@ def checkpoint_attention(
         length=q.shape[1],
         implementation=implementation,
     )
-    return (o, lse) if return_lse else o
+    return (o, tile.or_infinity(lse)) if return_lse else o
 
 
 def _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length) -> None:

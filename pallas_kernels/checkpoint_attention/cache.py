@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from pallas_kernels.common import segments, validate
 
 _OP = "Cache.extend"
+_MOST = 2**31 - 1
 
 
 class Cache(NamedTuple):
@@ -21,7 +22,8 @@ class Cache(NamedTuple):
 
     Attributes:
       k, v: `(B, P, G, K)` and `(B, P, G, V)`; what is behind the valid ones is never read.
-      position: `(B,)` int32, tokens of the document so far.
+      position: `(B,)` int32, tokens of the document so far; 2^31 - 1 if there are more, which
+        are too many to be counted and, `max_length` being smaller, to have room.
     """
 
     k: jax.Array
@@ -40,7 +42,7 @@ class Cache(NamedTuple):
         interval: int,
         dtype: Any = jnp.bfloat16,
     ) -> Cache:
-        """For documents of up to `max_length` tokens."""
+        """For documents of up to `max_length` tokens, fewer than 2^31."""
         rows = (batch, max(1, max_length // interval), groups)
         k, v = jnp.zeros((*rows, key_size), dtype), jnp.zeros((*rows, value_size), dtype)
         return cls(k, v, jnp.zeros(batch, jnp.int32))
@@ -52,7 +54,7 @@ class Cache(NamedTuple):
             "past_k": self.k,
             "past_v": self.v,
             "past_length": length,
-            "offset": self.position,
+            "offset": self.position % interval,  # no more of it counts
         }
 
     def extend(
@@ -82,13 +84,15 @@ class Cache(NamedTuple):
             runs = segments.runs(jnp.asarray(segment_ids))
         document = runs.max(1, keepdims=True)
         position = segments.positions(runs)
-        position = position + jnp.where(runs == 1, self.position[:, None], 0)
-        written = (runs == jnp.maximum(document, 1)) & ((position + 1) % interval == 0)
+        earlier = jnp.where(runs == 1, self.position[:, None], 0)
+        counted = position < _MOST - earlier
+        position = position + earlier
+        written = counted & (runs == jnp.maximum(document, 1)) & ((position + 1) % interval == 0)
         slot = jnp.where(written, position // interval, self.k.shape[1])
         new_k, new_v = (_put(held, x, slot) for held, x in ((self.k, k), (self.v, v)))
         real = jnp.sum((runs == document) & (runs > 0), axis=1, dtype=jnp.int32)
         before = jnp.where(document[:, 0] > 1, 0, self.position)
-        return Cache(new_k, new_v, before + real)
+        return Cache(new_k, new_v, before + jnp.minimum(real, _MOST - before))
 
 
 def _row(slot):

@@ -9,6 +9,7 @@ from pallas_kernels.checkpoint_attention.slots import Config
 from pallas_kernels.common import segments
 from pallas_kernels.common.backend import Backend
 
+LOW = -1e30  # stands for the logarithm of 0
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -52,13 +53,13 @@ def checkpoint_attention(config: Config, q, k, v, past_k, past_v, past_length, o
         mask = mask[:, :, None]
         scores = config.scale * jnp.einsum("bhk,bshk->bsh", q, keys, precision=_HIGHEST)
         some = mask.any(1)
-        highest = jax.lax.stop_gradient(jnp.where(mask, scores, -jnp.inf).max(1))
+        highest = jax.lax.stop_gradient(jnp.where(mask, scores, LOW).max(1))
         highest = jnp.where(some, highest, 0.0)[:, None]
         p = jnp.where(mask, jnp.exp(jnp.where(mask, scores - highest, 0.0)), 0.0)
         total = jnp.where(some, p.sum(1), 1.0)
         p = jnp.where(mask, p / total[:, None], 0.0)
         o = jnp.einsum("bsh,bshv->bhv", p, values, precision=_HIGHEST)
-        return o, jnp.where(some, highest[:, 0] + jnp.log(total), -jnp.inf)
+        return o, jnp.where(some, highest[:, 0] + jnp.log(total), LOW)
 
     tokens = at[0], jnp.moveaxis(q.astype(dtype), 1, 0), runs.T
     o, lse = jax.lax.map(lambda x: token(*x), tokens)

@@ -1,9 +1,9 @@
 """The maths of softmax attention in parts, on values; shared by every backend.
 
 A part is some keys of each query's. Its result is the pair of the output `o`, normalised over the
-part's keys, and `lse`, the logarithm of the sum of their exponentials; -inf, with an output of 0,
-where a query has no key. Inside a part keys come in blocks (online softmax, Milakov & Gimelshein
-2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+part's keys, and `lse`, the logarithm of the sum of their exponentials; `LOW`, with an output of 0,
+where a query has no key (-inf for callers: `or_infinity`). Inside a part keys come in blocks
+(online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -66,8 +66,13 @@ def inverse(total: jax.Array) -> jax.Array:
 
 
 def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
-    """The logarithm of the sum of all exponentials; -inf where there are no keys."""
-    return jnp.where(total > 0, maximum + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    """The logarithm of the sum of all exponentials; LOW where there are no keys."""
+    return jnp.where(total > 0, maximum + jnp.log(jnp.where(total > 0, total, 1.0)), LOW)
+
+
+def or_infinity(lse: jax.Array) -> jax.Array:
+    """`lse` with the logarithm of 0, which is -inf, where there are no keys."""
+    return jnp.where(lse > LOW / 2, lse, -jnp.inf)
 
 
 def probabilities(scores: jax.Array, mask: jax.Array, lse: jax.Array) -> jax.Array:
@@ -118,4 +123,4 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     total = sum(weights[1:], weights[0])
     weighted = [w[..., None] * o.astype(w.dtype) for w, (o, _) in zip(weights, parts, strict=True)]
     o = sum(weighted[1:], weighted[0]) * inverse(total)[..., None]
-    return o.astype(parts[0][0].dtype), log_sum_exp(highest, total)
+    return o.astype(parts[0][0].dtype), or_infinity(log_sum_exp(highest, total))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.slots import Config, Slots
 from pallas_kernels.checkpoint_attention.slots import slots as find_slots
-from pallas_kernels.common import compat, symbolic
+from pallas_kernels.common import compat, products, symbolic
 from pallas_kernels.common.backend import Backend
 
 # Measured on x86: rows and slots of a block, and scores worked on together.
@@ -137,6 +137,13 @@ def _heads(plan: _Plan, x):
     return jnp.repeat(x, plan.heads, axis=0)
 
 
+def _dot(x, y, contract: str):
+    """`tile.dot` for every backend."""
+    dtype = min(x.dtype, y.dtype, key=lambda d: jnp.finfo(d).bits)
+    product = functools.partial(tile.dot, contract=contract)
+    return products.widened_on_cpu(product, x.astype(dtype), y.astype(dtype))
+
+
 def _own_scores(config: Config, plan: _Plan, x: _Tokens, wide):
     """`(T R, 1)`."""
     product = x.q.astype(wide) * _heads(plan, x.k.astype(wide))
@@ -162,9 +169,9 @@ def _attend(config: Config, plan: _Plan, x: _Tokens, slot_k, slot_v, begin, end)
     def meet(j, carry):
         maximum, total, acc = carry
         k, v = _block(plan, j, slot_k, slot_v)
-        scores = config.scale * tile.dot(x.q, k, "nt")
+        scores = config.scale * _dot(x.q, k, "nt")
         maximum, total, factor, p = tile.block(maximum, total, scores, _mask(plan, x, j), 1)
-        return maximum, total, factor * acc + tile.dot(p, v, "nn")
+        return maximum, total, factor * acc + _dot(p, v, "nn")
 
     maximum, total, acc = jax.lax.fori_loop(begin, end, meet, (maximum, total, acc))
     o = (acc * tile.inverse(total)).astype(slot_v.dtype)
@@ -198,15 +205,15 @@ def _pull(config: Config, plan: _Plan, x: _Tokens, o, lse, do, dlse, slots, dslo
         dq, *sums = carry
         k, v = _block(plan, j, *slots)
         mask = _mask(plan, x, j)
-        p = tile.probabilities(config.scale * tile.dot(x.q, k, "nt"), mask, lse)
-        ds = config.scale * tile.score_gradient(p, mask, tile.dot(do, v, "nt"), delta)
-        more = tile.dot(ds, x.q, "tn"), tile.dot(p, do, "tn")
+        p = tile.probabilities(config.scale * _dot(x.q, k, "nt"), mask, lse)
+        ds = config.scale * tile.score_gradient(p, mask, _dot(do, v, "nt"), delta)
+        more = _dot(ds, x.q, "tn"), _dot(p, do, "tn")
         added = [a + b for a, b in zip(_block(plan, j, *sums), more, strict=True)]
         sums = [
             jax.lax.dynamic_update_slice_in_dim(total, x, j * plan.slots, 0)
             for total, x in zip(sums, added, strict=True)
         ]
-        return dq + tile.dot(ds, k, "nn"), *sums
+        return dq + _dot(ds, k, "nn"), *sums
 
     dq, *dslots = jax.lax.fori_loop(begin, end, meet, (dq, *dslots))
     return _Gradients(dq, dk, dv), dslots
@@ -284,7 +291,7 @@ def one_token(config: Config, q, k, v, *rest):
     batch, _, heads, _ = q.shape
     groups, wide = slots.k.shape[2], jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     precision = jax.lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
+    einsum = functools.partial(products.einsum, precision=precision, dtype=wide)
     grouped = (batch, groups, heads // groups, -1)
     q = q.reshape(grouped)
     scores = config.scale * einsum("bgrk,bpgk->bgrp", q, slots.k)

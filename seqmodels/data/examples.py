@@ -81,6 +81,10 @@ class TaskData:
     """A classification task: three disjoint splits and what a model must know about them.
 
     `vocabulary_size` counts the padding id 0; `description` says where the data come from.
+
+    Raises:
+      ValueError: a split has a token outside of the vocabulary, padding among its tokens, or a
+        label that is no class.
     """
 
     name: str
@@ -90,6 +94,18 @@ class TaskData:
     vocabulary_size: int
     num_classes: int
     description: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for split, examples in self.splits.items():
+            for what, values, least, end in (
+                ("token ids", examples.tokens, 1, self.vocabulary_size),
+                ("labels", examples.labels, 0, self.num_classes),
+            ):
+                if len(values) and not least <= values.min() <= values.max() < end:
+                    raise ValueError(
+                        f"{self.name}: {what} of the {split} split are in [{values.min()}, "
+                        f"{values.max()}], they must be in [{least}, {end})"
+                    )
 
     @property
     def splits(self) -> dict[str, Examples]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.common import products
 from seqmodels.layers.splash import splash
 from seqmodels.parallel.rows import over_rows
 
@@ -217,8 +218,13 @@ def _visible(rule: _Rule, q, index, segments, keys: _Keys):
         mask = same if mask is None else mask & same
     if mask is not None:
         mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))[:, None]
-    with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32
-        return jax.nn.dot_product_attention(q, keys.k, keys.v, mask=mask, scale=rule.scale)
+
+    def attention(q_, k, v):
+        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32
+            o = jax.nn.dot_product_attention(q_, k, v, mask=mask, scale=rule.scale)
+        return o.astype(q.dtype)
+
+    return products.widened_on_cpu(attention, q, keys.k, keys.v)
 
 
 def _split(x, size: int, fill: int = 0):

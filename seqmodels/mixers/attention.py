@@ -92,7 +92,7 @@ class Attention(SoftmaxMixer[AttentionConfig]):
             )
             keys = jnp.concatenate([seen, runs], axis=1)
             o = attend(q, all_k, all_v, q_segments=runs, k_segments=keys)
-        return overflow(self.readout(o), positions >= capacity), hidden
+        return overflow(self.readout(o), (positions < 0) | (positions >= capacity)), hidden
 
     def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
         shape = (batch_size, self.require_length(max_length), self.config.groups, self.head_size)

@@ -1,9 +1,7 @@
 """The mixer contract: segments, carried state, parameter marks, the base classes."""
 
 import dataclasses
-import types
-import typing
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -15,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, Shaped
 from pallas_kernels import linear_scan
 from pallas_kernels.common import segments as segment_ops
 from seqmodels.arguments import segment_order
+from seqmodels.layers.positions import further
 from seqmodels.parallel.rows import over_rows
+from seqmodels.ranges import Checked
 
 State = Any
 """What a mixer carries from call to call: a pytree; ``None`` where a mixer does not stream."""
@@ -87,7 +87,8 @@ class RecurrentState:
 
     Attributes:
       hidden: pytree of ``(B, ...)`` arrays, the recurrent state after the last real token.
-      position: ``(B,)`` int32, tokens seen of the current document.
+      position: ``(B,)`` int32, tokens seen of the current document; from 2^31 on a negative
+        number, see ``seqmodels.layers.positions``.
       segment: ``(B,)`` int32, id of the current document; 0 before the first token.
     """
 
@@ -120,7 +121,8 @@ class RecurrentState:
         position and segment as they are; the caller sees to ``hidden``.
         """
         if segments is None:
-            return RecurrentState(hidden, self.position + length, jnp.maximum(self.segment, 1))
+            position = further(self.position, jnp.full_like(self.position, length))
+            return RecurrentState(hidden, position, jnp.maximum(self.segment, 1))
         lengths = segments.lengths
         last = jnp.maximum(lengths - 1, 0)[:, None]
         run, place, name = (
@@ -131,16 +133,17 @@ class RecurrentState:
         some = lengths > 0
         return RecurrentState(
             hidden,
-            jnp.where(some, place + 1 + before, self.position),
+            jnp.where(some, further(before, place + 1), self.position),
             jnp.where(some, name, self.segment),
         )
 
     def positions(self, segments: Segments | None, length: int) -> Int[Array, "b l"]:
         """Positions of the next ``length`` tokens, each from the start of its document."""
         if segments is None:
-            return self.position[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+            count = jnp.arange(length, dtype=jnp.int32)[None]
+            return further(self.position[:, None], count)
         before = self._continued(segments)[:, None]
-        return segments.positions + jnp.where(segments.runs == 1, before, 0)
+        return further(jnp.where(segments.runs == 1, before, 0), segments.positions)
 
     def _continued(self, segments: Segments) -> Int[Array, " b"]:
         """Tokens of each row's first document that earlier calls have seen."""
@@ -190,8 +193,12 @@ def mask_padding(x: Inexact[Array, "b l *d"], segments: Segments | None) -> Any:
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
+Implementation = Literal["reference", "xla", "tpu", "gpu"]
+"""Of a kernel, see ``pallas_kernels.common.dispatch``."""
+
+
 @dataclasses.dataclass(frozen=True)
-class MixerConfig:
+class MixerConfig(Checked):
     """Base of the mixers' configs; ``mixer`` is the registered name."""
 
     mixer: ClassVar[str]
@@ -309,25 +316,3 @@ class Mixer(nn.Module, Generic[Config]):
                 f"{self.config.mixer} mixer: {argument} is refused, a bidirectional mixer sees the "
                 "whole sequence and carries no state; set bidirectional=False to stream"
             )
-
-
-def check_choices(config: Any) -> None:
-    """Raises ValueError unless every ``Literal`` field of a dataclass holds one of its choices."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        members = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-        if (value is None and type(None) in members) or not any(map(_is_literal, members)):
-            continue
-        choices = [c for m in members if _is_literal(m) for c in typing.get_args(m)]
-        if value not in choices:
-            raise ValueError(
-                f"{type(config).__name__}: {name}={value!r} is not one of "
-                + ", ".join(map(repr, choices))
-            )
-
-
-_UNIONS = (typing.Union, types.UnionType)
-
-
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Literal

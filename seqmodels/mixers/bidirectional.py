@@ -26,6 +26,7 @@ class BidirectionalConfig(MixerConfig):
     tied: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.local.causal:
             raise ValueError(
                 f"BidirectionalConfig: local={self.local} sees both sides already; take it alone, "

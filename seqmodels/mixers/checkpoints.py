@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import Cache
+from seqmodels.layers.positions import clipped
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.softmax import cleared, held, renewed
 from seqmodels.parallel.rows import over_rows
@@ -43,7 +44,7 @@ def attend_checkpoints(
         past |= {name: past[name].astype(q.dtype) for name in ("past_k", "past_v")}
         return checkpoint_attention(q, k, v, segment_ids=runs, **past, **options)
 
-    before = held(state, segments)
+    before = clipped(held(state, segments))
     o = over_rows(continued, [], [q, k, v, Cache(caches["k"], caches["v"], before), runs])
     if segments is not None:
         caches = cleared(renewed(state, segments), caches)
@@ -66,4 +67,4 @@ def beyond(positions: Int[Array, "b l"], caches: dict[str, Array] | None, interv
     """Tokens that should see checkpoints for which there was no room."""
     if caches is None:
         return jnp.zeros(positions.shape, bool)
-    return positions // interval > caches["k"].shape[1]
+    return (positions < 0) | (positions // interval > caches["k"].shape[1])

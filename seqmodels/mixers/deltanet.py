@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.matrix import DeltaConfig, DeltaMixer, Sizes
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,9 @@ class DeltaNetConfig(DeltaConfig):
 
     mixer: ClassVar[str] = "deltanet"
 
-    heads: int = 16
-    expand_k: float = 1.0
-    expand_v: float = 1.0
+    heads: Size = 16
+    expand_k: Positive = 1.0
+    expand_v: Positive = 1.0
 
 
 DELTANET_1_3B = Published(width=2048, layers=24, config=DeltaNetConfig())

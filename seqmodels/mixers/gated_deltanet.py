@@ -14,6 +14,7 @@ from seqmodels.layers.heads import log_of_uniform, step_bias
 from seqmodels.mixers.base import Mark, RecurrentState, Segments
 from seqmodels.mixers.matrix import DeltaConfig, DeltaMixer, Sizes
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +31,14 @@ class GatedDeltaNetConfig(DeltaConfig):
 
     mixer: ClassVar[str] = "gated_deltanet"
 
-    heads: int = 6
-    key_heads: int | None = None
-    head_size: int = 256
-    expand_v: float = 2.0
+    heads: Size = 6
+    key_heads: Size | None = None
+    head_size: Size = 256
+    expand_v: Positive = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
+        if self.key_heads is not None and self.heads % self.key_heads:
             raise ValueError(
                 f"GatedDeltaNetConfig: key_heads={self.key_heads} must divide heads={self.heads}"
             )

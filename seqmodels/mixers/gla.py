@@ -15,6 +15,7 @@ from seqmodels.layers.heads import LowRank, split_heads
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,11 @@ class GLAConfig(MatrixConfig):
 
     mixer: ClassVar[str] = "gla"
 
-    heads: int = 4
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    gate_rank: int = 16
-    gate_temperature: float = 16.0
+    heads: Size = 4
+    expand_k: Positive = 0.5
+    expand_v: Positive = 1.0
+    gate_rank: Size = 16
+    gate_temperature: Positive = 16.0
 
 
 GLA_1_3B = Published(width=2048, layers=24, config=GLAConfig())

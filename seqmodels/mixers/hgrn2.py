@@ -16,6 +16,7 @@ from seqmodels.layers.heads import split_heads
 from seqmodels.mixers.base import Mark, RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Count, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +24,17 @@ class HGRN2Config(MatrixConfig):
     """Configuration of an HGRN2 layer.
 
     Attributes:
-      head_size: K and V; the width is ``heads * head_size``.
+      head_size: K and V; the width is ``heads * head_size``. None for 128 or, where that does not
+        divide the width, the greatest divisor of both: one head of 64 at a width of 64.
       layer, layers: place of the layer, from 0, in a stack of so many. The lower bound of the
         forget gates starts at ``layer / layers``. A backbone sets both.
     """
 
     mixer: ClassVar[str] = "hgrn2"
 
-    head_size: int = 128
-    layer: int = 0
-    layers: int = 1
+    head_size: Size | None = None
+    layer: Count = 0
+    layers: Size = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +64,7 @@ class HGRN2(MatrixMixer[HGRN2Config]):
 
     @property
     def sizes(self) -> Sizes:
-        size = self.config.head_size
+        size = self.config.head_size or math.gcd(128, self.width)
         heads = self.width // size
         if heads * size != self.width:
             raise ValueError(
@@ -73,7 +75,7 @@ class HGRN2(MatrixMixer[HGRN2Config]):
     def mix(
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
-        size = self.config.head_size
+        size = self.sizes.key
         q = jax.nn.silu(self.project(x, self.width, "q_proj"))
         v = self.project(x, self.width, "i_proj")
         logits = self.project(x, self.width, "f_proj").astype(jnp.float32)

@@ -17,6 +17,7 @@ from seqmodels.layers.short_conv import ShortConv
 from seqmodels.mixers.base import Mixer, RecurrentState, Segments, State, mask_padding
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.ssd import SSDConfig, dual, steps
+from seqmodels.ranges import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,8 @@ class HydraConfig(SSDConfig):
 
     mixer: ClassVar[str] = "hydra"
 
-    state_size: int = 64
-    conv_size: int = 7
+    state_size: Size = 64
+    conv_size: Size = 7
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from seqmodels.layers.heads import LowRank, log_of_uniform, split_heads, step_bi
 from seqmodels.mixers.base import Mark, RecurrentState, Segments
 from seqmodels.mixers.matrix import DeltaConfig, DeltaMixer, Sizes
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Negative, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +32,10 @@ class KDAConfig(DeltaConfig):
 
     mixer: ClassVar[str] = "kda"
 
-    heads: int = 16
-    head_size: int = 128
+    heads: Size = 16
+    head_size: Size = 128
     gate_bias: bool = True
-    log_decay_bound: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.log_decay_bound is not None and self.log_decay_bound >= 0:
-            raise ValueError(
-                f"KDAConfig: log_decay_bound={self.log_decay_bound} must be None or negative, "
-                "e.g. -5"
-            )
+    log_decay_bound: Negative | None = None
 
     def marks(self) -> dict[str, Mark]:
         return dict.fromkeys(("A_log", "dt_bias"), Mark(weight_decay=False, float32=True))

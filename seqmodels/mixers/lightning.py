@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Count, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,10 @@ class LightningConfig(MatrixConfig):
 
     mixer: ClassVar[str] = "lightning"
 
-    heads: int = 16
-    head_size: int = 128
-    layer: int = 0
-    layers: int = 1
+    heads: Size = 16
+    head_size: Size = 128
+    layer: Count = 0
+    layers: Size = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ Long Sequences", ICML 2023, section 3 and appendix A.
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,7 @@ from seqmodels.mixers.base import (
 )
 from seqmodels.mixers.projected import both_ways, from_left
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Portion, Range, Share, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +42,19 @@ class LRUConfig(MixerConfig):
 
     mixer: ClassVar[str] = "lru"
 
-    state_size: int = 256
-    r_min: float = 0.0
-    r_max: float = 1.0
-    max_phase: float = 2 * math.pi
+    state_size: Size = 256
+    r_min: Share = 0.0
+    r_max: Portion = 1.0
+    max_phase: Annotated[float, Range("in (0, 2 pi]", 0, 2 * math.pi, above=True)] = 2 * math.pi
     bidirectional: bool = False
 
     def __post_init__(self) -> None:
-        if self.state_size < 1:
-            raise ValueError(f"LRUConfig: state_size={self.state_size} must be positive")
-        if not 0 <= self.r_min < self.r_max <= 1:
+        super().__post_init__()
+        if not self.r_min < self.r_max:
             raise ValueError(
                 f"LRUConfig: need 0 <= r_min < r_max <= 1, got r_min={self.r_min} and "
                 f"r_max={self.r_max}"
             )
-        if not 0 < self.max_phase <= 2 * math.pi:
-            raise ValueError(f"LRUConfig: max_phase={self.max_phase} must be in (0, 2 pi]")
 
     @property
     def causal(self) -> bool:

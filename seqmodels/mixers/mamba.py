@@ -16,10 +16,19 @@ from pallas_kernels import selective_scan
 from seqmodels.layers.heads import step_bias
 from seqmodels.layers.projections import dense, rms_normalise, uniform_fan_in
 from seqmodels.layers.short_conv import ShortConv, start_window
-from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.mixers.base import (
+    Implementation,
+    Mark,
+    Mixer,
+    MixerConfig,
+    RecurrentState,
+    Segments,
+    mask_padding,
+)
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.ssm import SYSTEM, check_positive, check_step_range
+from seqmodels.mixers.ssm import SYSTEM, check_step_range
 from seqmodels.parallel.rows import over_rows
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +52,20 @@ class MambaConfig(MixerConfig):
 
     mixer: ClassVar[str] = "mamba"
 
-    state_size: int = 16
-    expand: int = 2
-    conv_size: int = 4
-    dt_rank: int | None = None
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
+    state_size: Size = 16
+    expand: Size = 2
+    conv_size: Size = 4
+    dt_rank: Size | None = None
+    dt_min: Positive = 1e-3
+    dt_max: Positive = 1e-1
     use_bias: bool = False
     use_conv_bias: bool = True
-    mixer_rms_eps: float | None = None
-    layers: int = 1
-    implementation: str | None = None
+    mixer_rms_eps: Positive | None = None
+    layers: Size = 1
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "state_size", "expand", "conv_size", "layers")
-        for name in ("dt_rank", "mixer_rms_eps"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"MambaConfig: {name}={value} must be positive or None")
+        super().__post_init__()
         check_step_range("MambaConfig", self.dt_min, self.dt_max)
 
     def marks(self) -> dict[str, Mark]:

@@ -18,7 +18,7 @@ from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import Mixer, RecurrentState, Segments, mask_padding
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.ssd import SSDConfig, dual, steps
-from seqmodels.mixers.ssm import check_positive
+from seqmodels.ranges import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,7 @@ class Mamba2Config(SSDConfig):
 
     mixer: ClassVar[str] = "mamba2"
 
-    layers: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "layers")
+    layers: Size = 1
 
 
 MAMBA2_130M = Published(768, 24, Mamba2Config(layers=24))

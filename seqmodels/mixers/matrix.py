@@ -14,8 +14,16 @@ from pallas_kernels import delta_rule, linear_attention
 from seqmodels.layers.heads import GatedNorm, l2_normalise, merge_heads, split_heads
 from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv, start_window
-from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.mixers.base import (
+    Implementation,
+    Mixer,
+    MixerConfig,
+    RecurrentState,
+    Segments,
+    mask_padding,
+)
 from seqmodels.parallel.rows import over_rows
+from seqmodels.ranges import Positive, Size
 
 WIDEST = 256
 """Widest values of one head that the kernels take; wider ones run as several heads."""
@@ -32,23 +40,14 @@ class MatrixConfig(MixerConfig):
         "reference" for forward mode and second derivatives.
     """
 
-    init_std: float = 0.02
-    norm_epsilon: float = 1e-5
-    implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float) and field.name != "layer" and value <= 0:
-                raise ValueError(
-                    f"{type(self).__name__}: {field.name}={value} must be positive; its default "
-                    f"is {field.default}"
-                )
+    init_std: Positive = 0.02
+    norm_epsilon: Positive = 1e-5
+    implementation: Implementation | None = None
 
 
 def check_layer(config: Any) -> None:
-    """Raises ValueError unless ``0 <= layer < layers``."""
-    if not 0 <= config.layer < config.layers:
+    """Raises ValueError unless ``layer < layers``."""
+    if config.layer >= config.layers:
         raise ValueError(
             f"{type(config).__name__}: layer={config.layer} must be in [0, layers={config.layers})"
         )
@@ -216,7 +215,7 @@ class DeltaConfig(MatrixConfig):
         al., "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", 2024).
     """
 
-    taps: int = 4
+    taps: Size = 4
     negative_eigenvalues: bool = False
 
 

@@ -16,11 +16,12 @@ from pallas_kernels import linear_scan
 from seqmodels.layers.heads import log_of_uniform, merge_heads, split_heads
 from seqmodels.layers.projections import dense
 from seqmodels.layers.rotary import rotary
-from seqmodels.mixers.base import Mark, MixerConfig, RecurrentState, Segments
+from seqmodels.mixers.base import Implementation, Mark, MixerConfig, RecurrentState, Segments
 from seqmodels.mixers.checkpoints import attend_checkpoints, beyond, empty_checkpoints
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.softmax import CachingMixer, overflow, require_positive
+from seqmodels.mixers.softmax import CachingMixer, overflow
 from seqmodels.parallel.rows import over_rows
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +40,15 @@ class RATConfig(MixerConfig):
 
     mixer: ClassVar[str] = "rat"
 
-    chunk: int = 16
-    heads: int = 16
-    groups: int = 2
-    rotary_base: float | None = 1e4
-    init_std: float = 0.02
-    implementation: str | None = None
+    chunk: Size = 16
+    heads: Size = 16
+    groups: Size = 2
+    rotary_base: Positive | None = 1e4
+    init_std: Positive = 0.02
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "chunk", "heads", "groups", "rotary_base", "init_std")
+        super().__post_init__()
         if self.heads % self.groups:
             raise ValueError(f"RATConfig: groups={self.groups} must divide heads={self.heads}")
 

@@ -14,6 +14,7 @@ from seqmodels.layers.rotary import rotary
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes
 from seqmodels.mixers.published import Published
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,10 @@ class RetNetConfig(MatrixConfig):
 
     mixer: ClassVar[str] = "retnet"
 
-    heads: int = 8
-    expand_k: float = 1.0
-    expand_v: float = 2.0
-    rotary_base: float = 1e4
+    heads: Size = 8
+    expand_k: Positive = 1.0
+    expand_v: Positive = 2.0
+    rotary_base: Positive = 1e4
 
 
 RETNET_1_3B = Published(width=2048, layers=24, config=RetNetConfig())

@@ -13,12 +13,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import linear_scan
+from pallas_kernels.common import products
 from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv, start_window
-from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.mixers.base import (
+    Implementation,
+    Mark,
+    Mixer,
+    MixerConfig,
+    RecurrentState,
+    Segments,
+    mask_padding,
+)
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.ssm import SYSTEM, check_positive
+from seqmodels.mixers.ssm import SYSTEM
 from seqmodels.parallel.rows import over_rows
+from seqmodels.ranges import Between, Size
 
 _STEEPEST = 1000.0
 """Largest derivative of the root that scales the inputs; of a decay of 1 it would be infinite."""
@@ -40,19 +50,17 @@ class RGLRUConfig(MixerConfig):
 
     mixer: ClassVar[str] = "rg_lru"
 
-    lru_width: int | None = None
-    heads: int = 8
-    conv_size: int = 4
-    r_min: float = 0.9
-    r_max: float = 0.999
-    layers: int = 1
-    implementation: str | None = None
+    lru_width: Size | None = None
+    heads: Size = 8
+    conv_size: Size = 4
+    r_min: Between = 0.9
+    r_max: Between = 0.999
+    layers: Size = 1
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "heads", "conv_size", "layers")
-        if self.lru_width is not None:
-            check_positive(self, "lru_width")
-        if not 0 < self.r_min < self.r_max < 1:
+        super().__post_init__()
+        if not self.r_min < self.r_max:
             raise ValueError(
                 f"RGLRUConfig: need 0 < r_min < r_max < 1, got r_min={self.r_min} and "
                 f"r_max={self.r_max}"
@@ -176,9 +184,7 @@ class RealGatedUnit(nn.Module):
         weight = self.param(f"{name}_weight", init, (heads, size, size), jnp.float32)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, size), jnp.float32)
         blocks = x.reshape(*x.shape[:-1], heads, size)
-        z = jnp.einsum(
-            "blhi,hij->blhj", blocks, weight.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        z = products.einsum("blhi,hij->blhj", blocks, weight.astype(x.dtype))
         return jax.nn.sigmoid(z + jnp.broadcast_to(bias, z.shape)).reshape(x.shape)
 
 

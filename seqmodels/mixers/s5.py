@@ -21,11 +21,11 @@ from seqmodels.mixers.base import (
     MixerConfig,
     RecurrentState,
     Segments,
-    check_choices,
     mask_padding,
 )
 from seqmodels.mixers.projected import both_ways, from_left
 from seqmodels.mixers.ssm import Discretization, check_step_range, constant, discretize, log_uniform
+from seqmodels.ranges import Positive, Size
 
 CInit = Literal["lecun_normal", "trunc_standard_normal", "complex_normal"]
 Decay = Literal["standard", "BandCdecay", "BfastandCdecay", "noBCdecay"]
@@ -55,28 +55,26 @@ class S5Config(MixerConfig):
 
     mixer: ClassVar[str] = "s5"
 
-    state_size: int = 64
-    blocks: int = 1
+    state_size: Size = 64
+    blocks: Size = 1
     c_init: CInit = "lecun_normal"
     discretization: Discretization = "zoh"
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
+    dt_min: Positive = 1e-3
+    dt_max: Positive = 1e-1
     bidirectional: bool = False
     clip_eigs: bool = False
     dt_global: bool = False
     decay: Decay = "standard"
-    step_rescale: float = 1.0
+    step_rescale: Positive = 1.0
 
     def __post_init__(self) -> None:
-        if self.blocks < 1 or self.state_size < 2 or self.state_size % (2 * self.blocks):
+        super().__post_init__()
+        if self.state_size % (2 * self.blocks):
             raise ValueError(
                 f"S5Config: state_size={self.state_size} must be a positive multiple of "
                 f"2 * blocks = {2 * self.blocks}"
             )
-        check_choices(self)
         check_step_range("S5Config", self.dt_min, self.dt_max)
-        if self.step_rescale <= 0:
-            raise ValueError(f"S5Config: step_rescale={self.step_rescale} must be positive")
 
     @property
     def causal(self) -> bool:

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import GatedNorm
-from seqmodels.mixers.base import Mark, MixerConfig, RecurrentState, Segments
+from seqmodels.mixers.base import Implementation, Mark, MixerConfig, RecurrentState, Segments
 from seqmodels.mixers.checkpoints import attend_checkpoints, beyond, empty_checkpoints
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.softmax import SoftmaxConfig, SoftmaxMixer, overflow, require_positive
+from seqmodels.mixers.softmax import SoftmaxConfig, SoftmaxMixer, overflow
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,13 @@ class SCOUTConfig(SoftmaxConfig):
 
     mixer: ClassVar[str] = "scout"
 
-    rotary_base: float | None = 1e6
-    interval: int = 10
+    rotary_base: Positive | None = 1e6
+    interval: Size = 10
     local: MixerConfig | None = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "interval")
         if self.local is not None and not (self.local.causal and self.local.streams):
             raise ValueError(
                 f"SCOUTConfig: local={self.local} must be causal and carry a state; "

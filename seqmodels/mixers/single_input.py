@@ -17,10 +17,10 @@ from seqmodels.mixers.base import (
     MixerConfig,
     RecurrentState,
     Segments,
-    check_choices,
     mask_padding,
 )
 from seqmodels.mixers.ssm import check_step_range, constant, log_uniform
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +38,22 @@ class SingleInputConfig(MixerConfig):
       c_ssm: trains C at the ssm rate instead of the main rate.
     """
 
-    state_size: int = 64
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
-    n_ssm: int | None = None
+    state_size: Size = 64
+    dt_min: Positive = 1e-3
+    dt_max: Positive = 1e-1
+    n_ssm: Size | None = None
     bidirectional: bool = False
     dt_global: bool = False
     c_ssm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        if self.state_size < 2 or self.state_size % 2:
+        if self.state_size % 2:
             raise ValueError(
                 f"{name}: state_size={self.state_size} must be an even number >= 2: states come "
                 "in conjugate pairs"
             )
-        if self.n_ssm is not None and self.n_ssm < 1:
-            raise ValueError(f"{name}: n_ssm={self.n_ssm} must be positive or None")
-        check_choices(self)
         check_step_range(name, self.dt_min, self.dt_max)
 
     @property

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels.layers.attention import attend
+from seqmodels.layers.positions import clipped
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.softmax import (
     SoftmaxConfig,
@@ -18,10 +19,10 @@ from seqmodels.mixers.softmax import (
     held,
     last_document,
     renewed,
-    require_positive,
     runs_of,
     write,
 )
+from seqmodels.ranges import Count, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,8 @@ class SlidingWindowConfig(SoftmaxConfig):
 
     mixer: ClassVar[str] = "sliding_window"
 
-    window: int = 2048
-    sinks: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "window")
-        if self.sinks < 0:
-            raise ValueError(f"{type(self).__name__}: sinks={self.sinks} must not be negative")
+    window: Size = 2048
+    sinks: Count = 0
 
 
 SAMBA = SlidingWindowConfig(heads=12, window=2048)
@@ -64,6 +59,8 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
 
     The state holds rotated keys and values of the last ``window`` tokens, ``{"k", "v"}``, the
     newest last, and of the first ``sinks``, if any, ``{"sink_k", "sink_v"}``: it does not grow.
+    A document may have any number of tokens. From 2^31 on the rotary angles between its tokens are
+    as exact as ``layers.rotary`` says, but for those to sinks, which begin to repeat there.
     """
 
     def mix(
@@ -76,13 +73,14 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
         config = self.config
         positions = state.positions(segments, x.shape[1])
         q, k, v = self.tokens(x, positions)
+        positions = clipped(positions)
         runs = None if segments is None else segments.runs
         key_runs, key_positions, all_k, all_v = runs, positions, k, v
         if state.hidden is None:
             state = dataclasses.replace(state, hidden=self.empty(x.shape[0], None, x.dtype))
         else:
             runs = runs_of(x, segments)
-            past_runs, past_positions = self._past(held(state, segments))
+            past_runs, past_positions = self._past(clipped(held(state, segments)))
             key_runs = jnp.concatenate([past_runs, runs], axis=1)
             key_positions = jnp.concatenate([past_positions, positions], axis=1)
             past = {name: part.astype(x.dtype) for name, part in state.hidden.items()}
@@ -126,7 +124,7 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
             count, chosen = segments.lengths, last_document(segments)
         window = jnp.arange(config.window, dtype=jnp.int32)[None]
         place = (count[:, None] + window)[:, :, None, None]
-        valid = (config.window - window <= after.position[:, None])[:, :, None, None]
+        valid = (config.window - window <= clipped(after.position)[:, None])[:, :, None, None]
         fresh = renewed(state, segments)[:, None, None, None]
         kept = {}
         for name, new in (("k", k), ("v", v)):

@@ -12,6 +12,7 @@ from seqmodels.layers.heads import GatedNorm, merge_heads, split_heads
 from seqmodels.layers.projections import dense
 from seqmodels.layers.rotary import rotary
 from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.ranges import Portion, Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,42 +32,28 @@ class SoftmaxConfig(MixerConfig):
       use_out_bias: bias of the output's projection; None for as the others.
     """
 
-    heads: int = 16
-    kv_heads: int | None = None
-    head_size: int | None = None
-    rotary_base: float | None = 1e4
-    rotary_fraction: float = 1.0
+    heads: Size = 16
+    kv_heads: Size | None = None
+    head_size: Size | None = None
+    rotary_base: Positive | None = 1e4
+    rotary_fraction: Portion = 1.0
     qk_norm: bool = False
-    norm_epsilon: float = 1e-6
-    init_std: float = 0.02
+    norm_epsilon: Positive = 1e-6
+    init_std: Positive = 0.02
     use_bias: bool = False
     use_out_bias: bool | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "heads", "kv_heads", "head_size", "rotary_base", "init_std", "norm_epsilon"
-        )
+        super().__post_init__()
         if self.heads % self.groups:
             raise ValueError(
                 f"{type(self).__name__}: kv_heads={self.kv_heads} must divide heads={self.heads}"
-            )
-        if not 0 < self.rotary_fraction <= 1:
-            raise ValueError(
-                f"{type(self).__name__}: rotary_fraction={self.rotary_fraction} must be in (0, 1]"
             )
 
     @property
     def groups(self) -> int:
         """G."""
         return self.heads if self.kv_heads is None else self.kv_heads
-
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raises ValueError unless the fields called ``names`` are None or positive."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{type(config).__name__}: {name}={value} must be positive")
 
 
 Config = TypeVar("Config", bound=MixerConfig)
@@ -132,6 +119,11 @@ class CachingMixer(Mixer[Config]):
             raise ValueError(
                 f"{self.config.mixer} mixer: max_length={max_length} must be positive, the cache "
                 "has room for so many tokens of a document"
+            )
+        if max_length >= 2**31:
+            raise ValueError(
+                f"{self.config.mixer} mixer: max_length={max_length} must be below 2**31, so many "
+                "tokens of a document can be counted"
             )
         return max_length
 
@@ -238,5 +230,8 @@ def write(
 
 
 def overflow(y: Array, full: Bool[Array, "b l"]) -> Array:
-    """NaN, rather than a wrong answer, for tokens behind what a cache has room for."""
-    return jnp.where(full[:, :, None], jnp.full_like(y, jnp.nan), y)
+    """NaN, rather than a wrong answer, for tokens behind what a cache has room for.
+
+    Without any there is no NaN at all: `jax.debug_nans` stops at such tokens and nowhere else.
+    """
+    return jnp.where(full[:, :, None], jnp.nan, y)

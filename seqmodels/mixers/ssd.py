@@ -5,16 +5,19 @@ State Space Duality", ICML 2024 (arXiv:2405.21060), sections 5 to 7.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import linear_attention
-from seqmodels.mixers.base import Mark, MixerConfig
-from seqmodels.mixers.ssm import SYSTEM, check_positive, check_step_range
+from seqmodels.mixers.base import Implementation, Mark, MixerConfig
+from seqmodels.mixers.ssm import SYSTEM, check_step_range
 from seqmodels.parallel.rows import over_rows
+from seqmodels.ranges import Positive, Range, Size
+
+Limit = Annotated[float, Range("at least 0", 0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +39,23 @@ class SSDConfig(MixerConfig):
         "reference" for forward mode and second derivatives.
     """
 
-    state_size: int = 128
-    expand: int = 2
-    head_size: int = 64
-    groups: int = 1
-    conv_size: int = 4
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
+    state_size: Size = 128
+    expand: Size = 2
+    head_size: Size = 64
+    groups: Size = 1
+    conv_size: Size = 4
+    dt_min: Positive = 1e-3
+    dt_max: Positive = 1e-1
     use_bias: bool = False
     use_conv_bias: bool = True
-    time_step_limit: tuple[float, float] = (0.0, float("inf"))
-    norm_epsilon: float = 1e-5
-    implementation: str | None = None
+    time_step_limit: tuple[Limit, Limit] = (0.0, float("inf"))
+    norm_epsilon: Positive = 1e-5
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
-        check_positive(
-            self, "state_size", "expand", "head_size", "groups", "conv_size", "norm_epsilon"
-        )
+        super().__post_init__()
         low, high = self.time_step_limit
-        if not 0 <= low < high:
+        if not low < high:
             raise ValueError(
                 f"{type(self).__name__}: time_step_limit={self.time_step_limit} must be a range "
                 "(low, high) with 0 <= low < high"

@@ -46,15 +46,6 @@ def constant(values: np.ndarray) -> Any:
 
 
 def check_step_range(owner: str, dt_min: float, dt_max: float) -> None:
-    """Raises ValueError unless ``0 < dt_min <= dt_max``."""
-    if not 0 < dt_min <= dt_max:
+    """Raises ValueError unless ``dt_min <= dt_max``."""
+    if dt_min > dt_max:
         raise ValueError(f"{owner}: need 0 < dt_min <= dt_max, got {dt_min=} and {dt_max=}")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError unless the named fields of a config are positive."""
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(
-                f"{type(config).__name__}: {name}={getattr(config, name)} must be positive"
-            )

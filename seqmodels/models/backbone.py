@@ -14,14 +14,14 @@ from seqmodels.layers.dropout import tied_dropout
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
 from seqmodels.mixers import Mark, MixerConfig, Segments, State, build
-from seqmodels.mixers.base import check_choices
+from seqmodels.ranges import Checked, Positive, Share, Size
 
 Remat = Literal["none", "dots", "full"]
 MLPKind = Literal["gelu", "swiglu", "geglu"]
 
 
 @dataclasses.dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Checked):
     """Configuration of a backbone.
 
     Attributes:
@@ -48,48 +48,35 @@ class BackboneConfig:
 
     layout: tuple[str, ...]
     mixers: tuple[MixerConfig, ...]
-    width: int
+    width: Size
     norm: NormKind = "layer"
-    norm_epsilon: float | None = None
+    norm_epsilon: Positive | None = None
     prenorm: bool = True
     float32_residual: bool = False
     final_norm: bool = False
     gate: GateKind | None = None
-    dropout: float = 0.0
-    mlp: int | None = None
+    dropout: Share = 0.0
+    mlp: Size | None = None
     mlp_kind: MLPKind = "gelu"
     mlp_bias: bool = True
-    batchnorm_momentum: float = 0.95
+    batchnorm_momentum: Share = 0.95
     decay_vectors: bool = True
     remat: Remat = "none"
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = [config.mixer for config in self.mixers]
         if not self.layout or set(self.layout) != set(names) or len(names) != len(set(names)):
             raise ValueError(
                 f"BackboneConfig: layout={self.layout} must name every config in mixers exactly, "
                 f"one config a name; mixers has {names}"
             )
-        if self.width < 1:
-            raise ValueError(f"BackboneConfig: width={self.width} must be positive")
-        if self.mlp is not None and self.mlp < 1:
-            raise ValueError(f"BackboneConfig: mlp={self.mlp} must be None or positive")
-        if self.norm_epsilon is not None and self.norm_epsilon <= 0:
-            raise ValueError(
-                f"BackboneConfig: norm_epsilon={self.norm_epsilon} must be None or positive"
-            )
         if self.float32_residual and not self.prenorm:
             raise ValueError(
                 "BackboneConfig: float32_residual=True needs prenorm=True: a norm after the sum "
                 "leaves no sum to keep"
             )
-        for argument in ("dropout", "batchnorm_momentum"):
-            if not 0.0 <= getattr(self, argument) < 1.0:
-                raise ValueError(
-                    f"BackboneConfig: {argument}={getattr(self, argument)} must be in [0, 1)"
-                )
-        check_choices(self)
 
     def mixer(self, layer: int) -> MixerConfig:
         """The config of block ``layer``, told its depth."""

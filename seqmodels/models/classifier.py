@@ -14,15 +14,16 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from seqmodels.layers.embedding import Embedding
 from seqmodels.mixers import Segments
-from seqmodels.mixers.base import check_choices
 from seqmodels.models.backbone import Backbone, BackboneConfig
+from seqmodels.models.ids import check_ids
+from seqmodels.ranges import Checked, Positive, Size
 
 Pooling = Literal["mean", "last", "class"]
 Interaction = Literal["concat", "nli"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(Checked):
     """Configuration of a classifier.
 
     Attributes:
@@ -36,19 +37,15 @@ class ClassifierConfig:
     """
 
     backbone: BackboneConfig
-    num_classes: int
-    vocabulary_size: int | None = None
-    embedding_std: float | None = None
+    num_classes: Size
+    vocabulary_size: Size | None = None
+    embedding_std: Positive | None = None
     pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_classes < 2:
             raise ValueError(f"ClassifierConfig: num_classes={self.num_classes} must be at least 2")
-        if self.vocabulary_size is not None and self.vocabulary_size < 1:
-            raise ValueError(
-                f"ClassifierConfig: vocabulary_size={self.vocabulary_size} must be positive or None"
-            )
-        check_choices(self)
         if self.pooling == "class" and all(mixer.causal for mixer in self.backbone.mixers):
             raise ValueError(
                 f"ClassifierConfig: pooling='class' reads the first token, which sees nothing "
@@ -83,7 +80,7 @@ class Classifier(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class MatcherConfig:
+class MatcherConfig(Checked):
     """Configuration of a matcher.
 
     Attributes:
@@ -95,12 +92,7 @@ class MatcherConfig:
 
     tower: ClassifierConfig
     interaction: Interaction = "nli"
-    hidden: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"MatcherConfig: hidden={self.hidden} must be positive or None")
-        check_choices(self)
+    hidden: Size | None = None
 
     @property
     def backbone(self) -> BackboneConfig:
@@ -155,7 +147,7 @@ def encode(
     """The pooled float32 encoding of each row; parameters are those of ``module``.
 
     Raises:
-      ValueError: ``inputs`` do not fit the configured vocabulary.
+      ValueError: ``inputs`` do not fit the configured vocabulary (of ids, see ``check_ids``).
     """
     width = config.backbone.width
     expected = 3 if config.vocabulary_size is None else 2
@@ -168,6 +160,7 @@ def encode(
     if config.vocabulary_size is None:
         x = nn.Dense(width, name="encoder")(inputs)
     else:
+        check_ids("inputs", inputs, config.vocabulary_size)
         std = config.embedding_std or config.vocabulary_size**-0.5
         x = Embedding(config.vocabulary_size, width, std, name="encoder")(inputs)
     if config.pooling == "class":

@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Shaped
 
 from seqmodels.layers.embedding import Embedding
 from seqmodels.mixers import Segments, State
-from seqmodels.mixers.base import check_choices
 from seqmodels.models.backbone import Backbone, BackboneConfig
+from seqmodels.models.ids import check_ids
+from seqmodels.ranges import Checked, Positive, Size
 
 Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
+class LanguageModelConfig(Checked):
     """Configuration of a language model.
 
     Attributes:
@@ -31,28 +32,19 @@ class LanguageModelConfig:
     """
 
     backbone: BackboneConfig
-    vocabulary_size: int
+    vocabulary_size: Size
     tie_embeddings: bool = True
-    embedding_std: float = 0.02
-    embedding_scale: float = 1.0
-    logit_cap: float | None = None
+    embedding_std: Positive = 0.02
+    embedding_scale: Positive = 1.0
+    logit_cap: Positive | None = None
     dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.vocabulary_size < 2:
             raise ValueError(
                 f"LanguageModelConfig: vocabulary_size={self.vocabulary_size} must be at least 2"
             )
-        for argument in ("embedding_std", "embedding_scale"):
-            if getattr(self, argument) <= 0:
-                raise ValueError(
-                    f"LanguageModelConfig: {argument}={getattr(self, argument)} must be positive"
-                )
-        if self.logit_cap is not None and self.logit_cap <= 0:
-            raise ValueError(
-                f"LanguageModelConfig: logit_cap={self.logit_cap} must be None or positive"
-            )
-        check_choices(self)
 
 
 class LanguageModel(nn.Module):
@@ -84,7 +76,8 @@ class LanguageModel(nn.Module):
         """Ids ``(B, L)`` -> float32 logits ``(B, L, V)`` and one state for each block.
 
         Raises:
-          ValueError: tokens that are not integers ``(B, L)``, or bad arguments of a mixer.
+          ValueError: tokens that are not integers ``(B, L)``, that are known now and outside the
+            vocabulary (see ``check_ids``), or bad arguments of a mixer.
         """
         x, state = self.hidden(tokens, segments=segments, state=state, deterministic=deterministic)
         return self.logits(x), state
@@ -103,6 +96,7 @@ class LanguageModel(nn.Module):
                 f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; a language model "
                 "takes integer ids (B, L)"
             )
+        check_ids("tokens", tokens, self.config.vocabulary_size)
         x = self.embedding(tokens) * self.config.embedding_scale
         x = x.astype(self.config.dtype)
         return self.backbone(x, segments=segments, state=state, deterministic=deterministic)

@@ -39,14 +39,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What keeps a checkpoint of config ``saved`` from being continued with ``wanted``.
 
-    Fields named in ``RESUMABLE`` may differ.
+    Fields whose paths are in ``RESUMABLE`` may differ.
     """
     # Through JSON, so that a tuple equals the list it was stored as.
     old, new = flatten(json.loads(json.dumps(saved))), flatten(json.loads(json.dumps(wanted)))
     return [
         f"{name}={new.get(name)!r} (saved: {old.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.rsplit(".", 1)[-1] not in RESUMABLE
+        if old.get(name) != new.get(name) and name not in RESUMABLE
     ]
 
 
@@ -68,13 +68,13 @@ class Checkpoints:
     def __init__(
         self,
         directory: Path,
-        config: Mapping[str, Any],
+        config_dict: Mapping[str, Any],
         *,
         keep: int = 2,
         read_only: bool = False,
     ) -> None:
         self.directory = Path(directory).absolute()
-        self.config = config
+        self.config_dict = config_dict
         # Orbax logs every phase of every save, and failures that are raised here anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         preserve: Any = policies.AnyPreservationPolicy(
@@ -147,7 +147,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(copy),
                     position=ocp.args.JsonSave(dict(position)),
-                    config=ocp.args.JsonSave(dict(self.config)),
+                    config=ocp.args.JsonSave(dict(self.config_dict)),
                 ),
                 metrics=None if score is None else {METRIC: score},
                 force=True,
@@ -234,7 +234,7 @@ class Checkpoints:
         return state, restored.position
 
     def _check(self, saved: Mapping[str, Any]) -> None:
-        different = differences(saved, self.config)
+        different = differences(saved, self.config_dict)
         if different:
             raise CheckpointError(
                 f"the checkpoints in {self.directory} belong to another config: "

@@ -25,7 +25,7 @@ from seqmodels.training.errors import Interrupted, NonFiniteError
 from seqmodels.training.evaluation import Evaluation, PerShape, evaluate
 from seqmodels.training.metrics import JsonLines, MetricsWriter, truncate_jsonl
 from seqmodels.training.optimizer import schedule
-from seqmodels.training.run_directory import check, prepare
+from seqmodels.training.run_directory import Run
 from seqmodels.training.state import TrainState, abstract_state, create_state, optimizer_of
 from seqmodels.training.step import StepMetrics, make_eval_step, make_train_step
 from seqmodels.training.task import Batch, Task
@@ -120,16 +120,14 @@ def fit(
     task: Task,
     batches: Iterable[Batch],
     config: TrainConfig,
-    run_dir: Path,
+    run: Run,
     *,
-    identity: Mapping[str, Any],
     validation: Iterable[Batch] | None = None,
-    resume: bool = False,
     mesh: Mesh | None = None,
     show_progress: bool = True,
     on_event: OnEvent | None = None,
 ) -> Outcome:
-    """Trains and leaves everything in ``run_dir`` (see ``run_directory``).
+    """Trains and leaves everything in the run's directory (see ``run_directory``).
 
     A run that was killed at any moment and resumed gives the same parameters and metrics, bit for
     bit, as one that was not; only the fields in ``metrics.TIMING_FIELDS`` differ.
@@ -140,30 +138,32 @@ def fit(
         with "index" ``(B,)`` (which examples) and what the task needs; "segment_ids", where there
         is one, counts the real tokens.
       config: how to train.
-      run_dir: a new directory, or with ``resume`` that of an earlier run.
-      identity: the whole experiment as JSON-able data; a run resumes only under the same one
-        (fields in ``config.RESUMABLE`` may differ).
-      validation: batches evaluated every ``eval_every`` steps and at the end.
-      resume: continue from the latest checkpoint, or from the start if there is none.
+      run: its directory, its config, and whether it goes on; see ``open_run``.
+      validation: batches evaluated every ``eval_every`` steps and at the end; may be None where
+        the last checkpoint is selected.
       mesh: default: made from ``config.mesh``.
       show_progress: whether to draw a progress bar.
       on_event: called with ``(what, step)`` in the thread of the loop.
 
     Raises:
-      RunDirectoryError, CheckpointError: see there.
+      CheckpointError: see there.
       NonFiniteError: a loss or gradient was not finite and ``config.on_nan`` is "stop".
       Interrupted: SIGTERM or SIGINT; the step was finished and saved.
-      ValueError: the config does not fit the model or the devices.
+      ValueError: the config does not fit the model or the devices, or selects by a validation that
+        is not there.
     """
+    if validation is None and config.select != "last":
+        raise ValueError(
+            f"select={config.select!r} needs validation batches; give some, or take select='last'"
+        )
     if mesh is None:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    run_dir = Path(run_dir)
-    check(run_dir, identity, resume=resume)
-    prepare(run_dir, identity)
+    run_dir, resume = run.directory, run.resume
+    run.prepare()
     tell = on_event or (lambda what, step: None)
     tell("prepared", 0)
     iterator: Any = iter(batches)
-    with Checkpoints(run_dir / "checkpoints", identity, keep=config.keep) as checkpoints:
+    with Checkpoints(run_dir / "checkpoints", run.config_dict, keep=config.keep) as checkpoints:
         progress = Progress()
         if resume and checkpoints.steps():
             template = abstract_state(task, config, mesh)
@@ -195,7 +195,7 @@ def fit(
                 mininterval=0.1 if sys.stderr.isatty() else 30,
             ) as bar,
         ):
-            run = _Run(
+            loop = _Loop(
                 task=task,
                 config=config,
                 run_dir=run_dir,
@@ -212,11 +212,11 @@ def fit(
                 stop=stop,
                 on_event=tell,
             )
-            return run.run()
+            return loop.run()
 
 
 @dataclasses.dataclass
-class _Run:
+class _Loop:
     """The loop's moving parts; ``state`` may be one step ahead of ``progress``."""
 
     task: Task
@@ -290,6 +290,8 @@ class _Run:
             f"accuracy {result.accuracy:.4f}"
         )
         self.on_event("eval", progress.step)
+        if self.config.select == "last":
+            return None
         score = result.score(self.config.select)
         if progress.best_score is not None and score <= progress.best_score:
             return None

@@ -8,6 +8,7 @@ tensorboard/        the same metrics as event files
 checkpoints/<step>/ state, data position, config
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -37,43 +38,74 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise RunDirectoryError(f"{run_dir} is not a run directory: no config.json") from None
     except ValueError as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise RunDirectoryError(f"{path} is damaged: it is not a JSON object")
+    return config
 
 
-def check(run_dir: Path, config: Mapping[str, Any], *, resume: bool) -> None:
-    """Checks that a run with ``config`` can begin, or with ``resume`` go on, in ``run_dir``.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that may begin, or go on, in its directory; made by ``open_run``.
+
+    Attributes:
+      directory: where everything goes.
+      config_dict: the whole experiment as JSON, which the run is known by.
+      resume: go on from the latest checkpoint, or from the start if there is none.
+    """
+
+    directory: Path
+    config_dict: Mapping[str, Any]
+    resume: bool = False
+
+    def prepare(self) -> None:
+        """Makes the directory if it is not there; writes the config and notes this start."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config_dict, indent=2) + "\n"
+        write_atomically(self.directory / "config.json", text)
+        _append_environment(self.directory / "environment.json")
+
+
+def open_run(directory: Path, config_dict: Mapping[str, Any], *, resume: bool = False) -> Run:
+    """The run, checked: nothing is written yet.
 
     Raises:
       RunDirectoryError: a new run in the directory of another; or a resumed one whose directory
-        is not a run or has another config.
+        is not a run or has another config (fields in ``RESUMABLE`` may differ).
     """
     if resume:
-        different = differences(read_config(run_dir), config)
+        different = differences(read_config(directory), config_dict)
         if different:
             raise RunDirectoryError(
-                f"{run_dir} belongs to another config: {'; '.join(different)}. "
+                f"{directory} belongs to another config: {'; '.join(different)}. "
                 "Use the saved values, or start in another run directory"
             )
-    elif (run_dir / "config.json").exists():
+    elif (directory / "config.json").exists():
         raise RunDirectoryError(
-            f"{run_dir} already holds a run: continue it with --resume, or choose another --run-dir"
+            f"{directory} already holds a run: continue it with --resume, or choose another "
+            "--run-dir"
         )
-
-
-def prepare(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Makes the directory if it is not there; writes the config and notes this start."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
-    _append_environment(run_dir / "environment.json")
+    return Run(directory, config_dict, resume)
 
 
 def _append_environment(path: Path) -> None:
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    starts = read_starts(path) if path.exists() else []
     write_atomically(path, json.dumps([*starts, environment()], indent=2) + "\n")
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The entries of environment.json, one a start; RunDirectoryError if it is damaged."""
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunDirectoryError(f"{path} is damaged: {error}") from None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise RunDirectoryError(f"{path} is damaged: it is not a list of starts")
+    return starts
 
 
 def environment() -> dict[str, Any]:

@@ -107,6 +107,16 @@ def test_resuming_on_another_text_is_refused(carrying, tmp_path, capsys):
     assert "is not the text that the run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "saved"),
+    [("mixer", "gla", "s5"), ("preset", "cpu", "tiny"), ("seed", "1", "0")],
+)
+def test_resuming_under_another_name_is_refused(carrying, name, other, saved, capsys):
+    arguments = ["--resume", "--run-dir", str(carrying), f"--{name}", other]
+    assert lm_train.main(arguments) == 2
+    assert f"--{name} {other}: the run in {carrying} has {saved}" in capsys.readouterr().err
+
+
 def evaluate(checkpoint, data, *more):
     arguments = ["--checkpoint", str(checkpoint), "--data", str(data), "--no-progress", *more]
     return lm_eval.main(arguments)
@@ -213,12 +223,11 @@ def test_escapes_mean_the_same_in_stops_and_separators(carrying, tmp_path, monke
     monkeypatch.setattr(lm_generate, "until", lambda pieces, stops: seen.append(stops) or iter(()))
     texts = [r"\n\n", r"a\tb", r"\\n", r"\d", "\n"]
     assert generate(carrying, *(part for text in texts for part in ("--stop", text))) == 0
-    separators = [
-        lm_train.changes_of(lm_train.Arguments(separator=text))["data.separator"] for text in texts
-    ]
+    options = [lm_train.options_of(lm_train.Arguments(separator=text)) for text in texts]
+    separators = [option.removeprefix("--data.separator=") for (option,) in options]
     assert separators == ["\n\n", "a\tb", r"\n", r"\d", "\n"]
     assert seen == [[separator.encode() for separator in separators]]
-    assert "data.separator" not in lm_train.changes_of(lm_train.Arguments())
+    assert lm_train.options_of(lm_train.Arguments()) == []
     for command, option in ((lm_generate, "--stop"), (lm_train, "--separator")):
         with pytest.raises(SystemExit):
             command.main(["--help"])
@@ -296,10 +305,12 @@ def test_a_cache_that_is_too_small_is_named(attending, carrying, capsys):
         (["--mixer", "hydra"], "mixer='hydra' is bidirectional"),
         (["--mixer", "s5", "--preset", "x"], "choose one of tiny, cpu, small"),
         ([], "needs --data and --mixer"),
-        (["--mixer", "s5", "--set", "train.x=1"], "no field 'train.x'"),
+        (["--mixer", "s5", "--set", "train.x=1"], "--train.x=1"),
         (["--mixer", "s5", "--steps", "0"], "steps=0"),
         (["--mixer", "s5", "--ema-decay", "1"], "ema_decay=1.0 must be in (0, 1)"),
-        (["--mixer", "s5", "--set", "data.validation=2"], "data.validation=2"),
+        (["--mixer", "s5", "--set", "data.validation=2"], "validation=2.0 must be in (0, 1)"),
+        (["--mixer", "s5", "--model.vocabulary-size", "256"], "vocabulary_size=256 is too small"),
+        (["--mixer", "s5", "--set", "mixer=gla"], "--mixer"),
         (["--resume"], "--resume needs the --run-dir"),
         (["--resume", "--run-dir", "nowhere"], "not a run directory"),
     ],

@@ -58,7 +58,7 @@ def test_listops_is_hardly_more_than_its_first_operator(tmp_path):
 def test_command_line(tmp_path, capsys):
     options = ["--min-length", "8", "--max-length", "40", "--max-depth", "5"]
     counts = ["--train", "60", "--validation", "0", "--test", "30"]
-    module.main(module.parse(["--cache-dir", str(tmp_path), "listops", *options, *counts]))
+    assert module.main(["--cache-dir", str(tmp_path), "listops", *options, *counts]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["name"] == "listops"
     assert report["config"]["max_length"] == 40

@@ -123,7 +123,7 @@ def test_resuming_needs_only_the_run_directory(trained, tmp_path):
         (["--task", "listops", "--model", "s6"], "choose one of s4d, s5"),
         (["--task", "listops", "--model", "s5", "--preset", "x"], "choose one of paper, cpu"),
         (["--task", "listops"], "needs --task and --model"),
-        (["--task", "listops", "--model", "s5", "--set", "train.x=1"], "no field 'train.x'"),
+        (["--task", "listops", "--model", "s5", "--set", "train.x=1"], "--train.x=1"),
         (["--task", "listops", "--model", "s5", "--steps", "0"], "steps=0"),
         (["--resume", "--run-dir", "nowhere"], "not a run directory"),
     ],
@@ -159,9 +159,32 @@ def test_a_result_is_not_replaced_by_that_of_another_config(trained, capsys):
 
 
 def test_resuming_with_another_config_names_the_field(trained, capsys):
-    arguments = ["--resume", "--run-dir", str(trained / "run"), "--set", "train.weight_decay=0.5"]
+    arguments = ["--resume", "--run-dir", str(trained / "run"), "--train.weight-decay", "0.5"]
     assert lra_train.main(arguments) == 2
     assert "train.weight_decay=0.5 (saved: 0.04)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "saved"),
+    [("task", "text", "listops"), ("model", "s4d", "s5"), ("preset", "paper", "cpu"),
+     ("seed", "1", "0")],
+)  # fmt: skip
+def test_resuming_under_another_name_is_refused(trained, name, other, saved, capsys):
+    arguments = ["--resume", "--run-dir", str(trained / "run"), f"--{name}", other]
+    assert lra_train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"--{name} {other}: the run in {trained / 'run'} has {saved}" in error
+
+
+def test_a_run_is_found_by_what_it_was_and_filed_under_what_it_is(trained, monkeypatch):
+    monkeypatch.setattr(lra_train, "RUNS", trained)
+    shutil.copytree(trained / "run", trained / "listops-s5-cpu-seed0")
+    names = lra_train.Arguments(task="listops", model="s5", resume=True)
+    config, run_dir = lra_train.resolve(names)
+    assert (run_dir.name, config.lengths) == ("listops-s5-cpu-seed0", (24,))
+    fresh = lra_train.Arguments(task="listops", model="s5")
+    config, run_dir = lra_train.resolve(fresh, ["--train.seed", "3"])
+    assert run_dir.name == config.name == "listops-s5-cpu-seed3"
 
 
 def test_help_teaches(capsys):
@@ -171,6 +194,15 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     assert "--task listops --model s5 --preset cpu" in text
     assert "--resume" in text
+
+
+def test_the_fields_of_a_config_are_shown_on_request(capsys):
+    with pytest.raises(SystemExit) as caught:
+        lra_train.main(["--task", "listops", "--model", "s5", "--help-fields"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--train.learning-rate" in text
+    assert "--classifier.backbone.mixers.0.state-size" in text
 
 
 def test_the_traceback_is_shown_on_request(capsys):

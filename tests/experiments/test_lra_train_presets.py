@@ -1,17 +1,14 @@
 """The published settings, what the CPU preset changes, and changes by path."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from experiments.lra.presets import (
-    CPU_CHANGES,
-    PAPER,
-    ExperimentConfig,
-    experiment,
-)
-from experiments.run import UsageError, parse_changes, result_path, with_changes
+from experiments.command_line import UsageError, as_options, changed
+from experiments.lra.presets import PAPER, ExperimentConfig, experiment
+from experiments.run import result_path
 from seqmodels.config import from_dict, to_dict
 
 
@@ -26,11 +23,25 @@ def flat(value, prefix=""):
     return {k: v for key, item in pairs for k, v in flat(item, f"{prefix}{key}.").items()}
 
 
+SHORTER = {
+    "preset", "lengths", "classifier.backbone.width", "classifier.backbone.layout",
+    "data.max_length", "train.steps", "train.warmup_steps", "train.eval_every",
+    "train.checkpoint_every",
+}  # fmt: skip
+STATES = "classifier.backbone.mixers.0.state_size"
+CPU_CHANGES = {
+    ("listops", "s5"): SHORTER | {"data.min_length"},
+    ("listops", "s4d"): SHORTER | {"data.min_length"},
+    ("text", "s5"): SHORTER | {"train.batch_size", STATES, "classifier.backbone.mixers.0.blocks"},
+    ("text", "s4d"): SHORTER | {STATES},
+}
+
+
 @pytest.mark.parametrize(("task", "model"), PAPER)
 def test_cpu_differs_from_paper_in_the_listed_fields_only(task, model):
     paper, cpu = (flat(to_dict(experiment(task, model, preset))) for preset in ("paper", "cpu"))
     different = {path for path in paper.keys() | cpu.keys() if paper.get(path) != cpu.get(path)}
-    assert different - {"preset"} == set(CPU_CHANGES[task, model])
+    assert different == CPU_CHANGES[task, model]
 
 
 @pytest.mark.parametrize(("task", "model"), PAPER)
@@ -67,36 +78,92 @@ def test_unknown_names_list_the_known_ones(arguments, message):
         experiment(*arguments)
 
 
-def test_changes_by_path():
-    config = with_changes(
+@pytest.mark.parametrize("form", ["options", "settings"])
+def test_any_field_is_an_option_and_set_is_the_same(form):
+    options = [
+        "--train.learning-rate", "1", "--classifier.backbone.mixers.0.blocks", "2",
+        "--train.group-learning-rates.ssm", "0.5", "--train.schedule", "linear",
+        "--lengths", "50", "200", "--train.clip-norm", "3",
+        "--classifier.backbone.prenorm", "False", "--train.mesh.data", "-1",
+        "--train.warmup-steps", "3000", "--train.steps", "4000",
+    ]  # fmt: skip
+    settings = [
+        "train.learning_rate=1", "classifier.backbone.mixers.0.blocks=2",
+        "train.group_learning_rates.ssm=0.5", "train.schedule=linear", "lengths=[50, 200]",
+        "train.clip_norm=3.0", "classifier.backbone.prenorm=false", "train.mesh.data=-1",
+        "train.warmup_steps=3000", "train.steps=4000",
+    ]  # fmt: skip
+    config = changed(
         experiment("listops", "s5", "cpu"),
-        parse_changes(
-            ["train.learning_rate=1", "classifier.backbone.mixers.0.blocks=2",
-             "train.group_learning_rates.main=0.5", "train.schedule=linear", "lengths=[50, 200]"]
-        ),
-    )  # fmt: skip
+        options if form == "options" else as_options(settings),
+    )
     assert config.train.learning_rate == 1.0
     assert config.classifier.backbone.mixers[0].blocks == 2
-    assert config.train.group_learning_rates == {"ssm": 1e-3, "main": 0.5}
-    assert config.train.schedule == "linear"
+    assert config.classifier.backbone.prenorm is False
+    assert config.train.group_learning_rates == {"ssm": 0.5}
+    assert (config.train.schedule, config.train.clip_norm) == ("linear", 3.0)
+    assert (config.train.warmup_steps, config.train.steps) == (3000, 4000)
     assert config.lengths == (50, 200)
+    again = changed(config, as_options(["train.clip_norm=null", 'train.schedule="cosine"']))
+    assert (again.train.clip_norm, again.train.schedule) == (None, "cosine")
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.lr=1", "no field 'train.lr'.*learning_rate"),
-        ("trian.steps=1", "no field 'trian'.*train"),
-        ("lengths.9=1", "no field 'lengths.9'.*0 to 1"),
-        ("train.steps.x=1", "no field 'train.steps.x'"),
-        ("train.steps=many", "train.steps='many'"),
-        ("train.steps=0", "steps=0"),
+        ("train.lr=1", "Unrecognized options: --train.lr=1; see --help-fields"),
+        ("train.learning_rat=1", "Perhaps you meant --train.learning-rate"),
+        ("trian.steps=1", "Unrecognized options: --trian.steps=1"),
+        ("train.steps=many", "--train.steps: invalid literal.*many"),
+        ("train.steps=0", "steps=0 must be positive"),
+        ("train.steps=null", "train.steps.*None"),
+        ("train.learning_rate=NaN", "learning_rate=nan must be positive and finite"),
+        ("train.seed=99999999999999999999", r"seed=9+ must be in \[0, 2\*\*32\)"),
+        ("train.mesh.data=0", "data=0 must be positive, or -1"),
+        ("train.mesh={}", "set each field of it"),
         ("train.steps", "must look like"),
+        ("lengths=[]", "lengths.* must be increasing, and at least one"),
+        ("lengths=[5]", r"lengths=\(5,\) would cut rows of up to 199 tokens"),
+        ("lengths=[300, 200]", "must be increasing"),
+        ("data.validation=0", "leaves nothing for train.select='accuracy'"),
+        ("data.test=0", "leaves nothing to test on"),
+        ("data.train=3", "train.batch_size=50 is more than data.train=3"),
+        ("classifier.vocabulary_size=15", "vocabulary_size=15 is too small"),
+        ("classifier.vocabulary_size=null", "vocabulary_size=None is too small"),
+        ("classifier.num_classes=9", "num_classes=9 is too small"),
+        ('classifier.backbone.layout=["s4d"]', "must name every config in mixers"),
     ],
 )
 def test_bad_changes_name_the_field(setting, message):
-    with pytest.raises(UsageError, match=message):
-        with_changes(experiment("listops", "s5", "cpu"), parse_changes([setting]))
+    with pytest.raises(UsageError, match=message) as caught:
+        changed(experiment("listops", "s5", "cpu"), as_options([setting]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["task=text", "model=s4d", "preset=foo", "preset=../../x"])
+def test_names_are_not_fields_to_change(setting):
+    with pytest.raises(UsageError, match=setting.split("=")[0]):
+        changed(experiment("listops", "s5", "cpu"), as_options([setting]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "text"}, "task='text' does not have data=ListOpsConfig"),
+        ({"task": "../x"}, "task='../x' is not one of 'listops', 'text'"),
+        ({"model": "s4d"}, "model='s4d' is not what layout="),
+        ({"preset": "../x"}, "preset='../x' is not one of 'paper', 'cpu'"),
+    ],
+)
+def test_a_config_whose_names_are_false_cannot_be_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(experiment("listops", "s5", "cpu"), **change)
+
+
+def test_the_last_checkpoint_needs_no_validation():
+    options = as_options(["data.validation=0", "train.select=last"])
+    config = changed(experiment("listops", "s5", "cpu"), options)
+    assert (config.data.validation, config.train.select) == (0, "last")
 
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "lra"

@@ -21,11 +21,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
 from seqmodels.data.examples import Examples, TaskData, offsets_of
+from seqmodels.ranges import Checked, Count, Range, Seed, Size
 
 SYMBOLS = ("<pad>", "[MIN", "[MAX", "[MED", "[SM", "]", *"0123456789")
 MIN, MAX, MED, SM, CLOSE, DIGIT_0 = 1, 2, 3, 4, 5, 6
@@ -37,7 +39,7 @@ _BARREN_BLOCKS = 200
 
 
 @dataclass(frozen=True)
-class ListOpsConfig:
+class ListOpsConfig(Checked):
     """What to generate; the defaults are Long Range Arena's.
 
     Both length limits are strict and count tokens: `min_length < tokens < max_length`.
@@ -47,28 +49,18 @@ class ListOpsConfig:
       ValueError: a value is out of range, or no tree can satisfy the limits.
     """
 
-    min_length: int = 500
-    max_length: int = 2000
-    max_depth: int = 10
-    max_arguments: int = 10
-    train: int = 96_000
-    validation: int = 2_000
-    test: int = 2_000
-    seed: int = 0
+    min_length: Size = 500
+    max_length: Size = 2000
+    max_depth: Annotated[int, Range("in [2, 100]", 2, 100)] = 10
+    max_arguments: Annotated[int, Range("in [2, 1000]", 2, 1_000)] = 10
+    train: Size = 96_000
+    validation: Count = 2_000
+    test: Count = 2_000
+    seed: Seed = 0
     allow_partial: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("min_length", 1),
-            ("max_depth", 2),
-            ("max_arguments", 2),
-            ("train", 1),
-            ("validation", 0),
-            ("test", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        super().__post_init__()
         if self.max_length < self.min_length + 2:
             raise ValueError(
                 f"min_length={self.min_length} and max_length={self.max_length} are both "

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from seqmodels.data import archive
 from seqmodels.data.cache import fingerprint
 from seqmodels.data.examples import Examples, TaskData, offsets_of
+from seqmodels.ranges import Checked, Count, Seed, Size
 
 WHERE = (
     "get aclImdb_v1.tar.gz, the Large Movie Review Dataset v1.0 (Maas et al. 2011), from "
@@ -48,7 +49,7 @@ Reviews = dict[tuple[str, str], dict[str, bytes]]  # by split and class: file na
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """How to read the reviews.
 
     Attributes:
@@ -62,15 +63,10 @@ class TextConfig:
       ValueError: a value is out of range.
     """
 
-    max_length: int = 4096
-    validation: int = 2_500
-    seed: int = 0
+    max_length: Size = 4096
+    validation: Count = 2_500
+    seed: Seed = 0
     allow_partial: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_length", 1), ("validation", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
 def read(

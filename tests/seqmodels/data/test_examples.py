@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqmodels.data.examples import Examples
+from seqmodels.data.examples import Examples, TaskData
 
 ROWS = [[5], [1, 2, 3], [9, 9], [4, 4, 4, 4]]
 
@@ -48,3 +48,19 @@ def test_select(rows):
 def test_arrays_that_do_not_fit(tokens, offsets, labels, problem):
     with pytest.raises(ValueError, match=problem):
         Examples(np.array(tokens), np.array(offsets), np.array(labels))
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "problem"),
+    [
+        ([[1, 5]], [0], r"toy: token ids of the train split are in \[1, 5\].*\[1, 5\)"),
+        ([[0, 4]], [0], r"token ids of the train split are in \[0, 4\]"),
+        ([[1]], [2], r"labels of the train split are in \[2, 2\], they must be in \[0, 2\)"),
+        ([[1]], [-1], r"labels of the train split are in \[-1, -1\]"),
+    ],
+)
+def test_ids_and_labels_out_of_range_are_refused(rows, labels, problem):
+    train = Examples.from_sequences([np.array(row) for row in rows], labels)
+    empty = Examples.from_sequences([], [])
+    with pytest.raises(ValueError, match=problem):
+        TaskData("toy", train, empty, empty, vocabulary_size=5, num_classes=2)

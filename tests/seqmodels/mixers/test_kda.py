@@ -56,5 +56,5 @@ def test_published_size():
 
 
 def test_bad_bounds_are_refused():
-    with pytest.raises(ValueError, match=r"log_decay_bound=5\.0 must be None or negative"):
+    with pytest.raises(ValueError, match=r"log_decay_bound=5\.0 must be negative"):
         KDAConfig(log_decay_bound=5.0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, Segments, build
-from seqmodels.mixers.base import RecurrentState, check_choices
+from seqmodels.mixers.base import RecurrentState
 from tests.seqmodels.mixers.cases import CASES, FLAGS, GROWING
 
 WIDTH = 4
@@ -323,21 +322,6 @@ def test_bidirectional_mixers_refuse_a_state(case):
 def test_bad_configs_are_refused(config, change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config(), **change)
-
-
-def test_literal_fields_are_checked():
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        rule: Literal["zoh", "bilinear"]
-        gate: Literal["glu"] | None = None
-        size: int | None = 3
-
-    check_choices(Config("zoh"))
-    check_choices(Config("bilinear", "glu"))
-    with pytest.raises(ValueError, match="Config: rule='euler' is not one of 'zoh', 'bilinear'"):
-        check_choices(Config("euler"))
-    with pytest.raises(ValueError, match="Config: gate='relu' is not one of 'glu'"):
-        check_choices(Config("zoh", "relu"))
 
 
 def test_unregistered_names_and_indivisible_widths_are_refused():

@@ -149,7 +149,8 @@ def test_published_sizes():
     [
         ({"heads": 0}, "RGLRUConfig: heads=0 must be positive"),
         ({"lru_width": -1}, "lru_width=-1 must be positive"),
-        ({"r_max": 1.0}, "0 < r_min < r_max < 1, got r_min=0.9 and r_max=1.0"),
+        ({"r_max": 1.0}, r"r_max=1.0 must be in \(0, 1\)"),
+        ({"r_max": 0.8}, "0 < r_min < r_max < 1, got r_min=0.9 and r_max=0.8"),
     ],
 )
 def test_bad_configs_are_refused(change, message):

@@ -205,7 +205,7 @@ def test_a_sliding_window_does_not_grow():
         (AttentionConfig, {"heads": 0}, "heads=0 must be positive"),
         (AttentionConfig, {"rotary_fraction": 0.0}, r"rotary_fraction=0.0 must be in \(0, 1\]"),
         (SlidingWindowConfig, {"window": 0}, "window=0 must be positive"),
-        (SlidingWindowConfig, {"sinks": -1}, "sinks=-1 must not be negative"),
+        (SlidingWindowConfig, {"sinks": -1}, "sinks=-1 must be at least 0"),
         (RATConfig, {"chunk": 0}, "chunk=0 must be positive"),
         (RATConfig, {"groups": 3}, "groups=3 must divide heads=16"),
         (SCOUTConfig, {"interval": 0}, "interval=0 must be positive"),

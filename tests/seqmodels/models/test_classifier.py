@@ -173,8 +173,8 @@ def test_absent_keys_take_their_defaults_and_integers_become_floats():
             {"wdth": 4},
             "BackboneConfig: unknown key 'wdth'; BackboneConfig has layout, mixers, width",
         ),
-        ({"width": "4"}, "BackboneConfig.width='4' must be of type int"),
-        ({"width": True}, "BackboneConfig.width=True must be of type int"),
+        ({"width": "4"}, "BackboneConfig.width='4' must be an integer"),
+        ({"width": True}, "BackboneConfig.width=True must be an integer"),
         ({"norm": "group"}, "BackboneConfig.norm='group' is not one of 'batch', 'layer', 'rms'"),
         ({"layout": "s5"}, "BackboneConfig.layout='s5' must be a list"),
         (
@@ -256,5 +256,14 @@ def test_matcher_encodes_both_inputs_with_one_tower(interaction):
 def test_matcher_names_bad_input():
     with pytest.raises(ValueError, match=r"two sequences a row, \(B, 2, L\)"):
         Matcher(MatcherConfig(CONFIG)).init(jax.random.key(0), TOKENS)
-    with pytest.raises(ValueError, match="hidden=0 must be positive or None"):
+    with pytest.raises(ValueError, match="hidden=0 must be positive"):
         MatcherConfig(CONFIG, hidden=0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_known_ids_outside_of_the_vocabulary_are_refused(wrong):
+    tokens = np.full((1, 2, 3), wrong, np.int32)
+    models = (Classifier(CONFIG), tokens[0]), (Matcher(MatcherConfig(CONFIG)), tokens)
+    for model, inputs in models:
+        with pytest.raises(ValueError, match=rf"inputs hold the id {wrong}.*vocabulary_size=11"):
+            jax.eval_shape(lambda m=model, x=inputs: m.init(jax.random.key(0), x))

@@ -89,7 +89,7 @@ def test_config_round_trip_and_marks():
     [
         ({"vocabulary_size": 1}, "vocabulary_size=1 must be at least 2"),
         ({"embedding_std": 0.0}, "embedding_std=0.0 must be positive"),
-        ({"logit_cap": -1.0}, "logit_cap=-1.0 must be None or positive"),
+        ({"logit_cap": -1.0}, "logit_cap=-1.0 must be positive and finite or None"),
     ],
 )
 def test_bad_configs_are_named(changed, message):
@@ -104,3 +104,12 @@ def test_bad_input_is_named():
         tiled_sums(
             lambda z: z, jnp.ones((1, 1, 1)), jnp.ones((1, 1), int), jnp.ones((1, 1)), tile=0
         )
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_known_ids_outside_of_the_vocabulary_are_refused(kind, wrong):
+    tokens = kind(np.array([[1, 2, wrong]], np.int32))
+    model = LanguageModel(CONFIG)
+    with pytest.raises(ValueError, match=rf"tokens hold the id {wrong}.*vocabulary_size=11"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))

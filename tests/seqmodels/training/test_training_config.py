@@ -1,8 +1,12 @@
 """Validation of the config."""
 
+import dataclasses
+
 import pytest
 
-from seqmodels.training.config import TrainConfig
+from seqmodels.config import from_dict
+from seqmodels.training.checkpoint import differences
+from seqmodels.training.config import RESUMABLE, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -25,13 +29,25 @@ from seqmodels.training.config import TrainConfig
         ("on_nan", "ignore"),
         ("max_minutes", 0.0),
         ("group_learning_rates", {"ssm": -1.0}),
+        ("select", "best"),
+        ("seed", 2**32),
+        ("mesh", {"data": 0}),
     ],
 )
 def test_bad_values_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
-        TrainConfig(**{field: value})
+        from_dict(TrainConfig, {field: value})
 
 
 def test_micro_batches_divide_the_batch():
     with pytest.raises(ValueError, match="accumulate=3 must divide batch_size=32"):
         TrainConfig(accumulate=3)
+
+
+def test_what_may_change_on_resuming_is_known_by_its_whole_path():
+    """Not by the last part of it, which another field may share."""
+    fields = {f"train.{field.name}" for field in dataclasses.fields(TrainConfig)}
+    assert fields >= RESUMABLE
+    saved = {"train": {"keep": 2}, "model": {"keep": 2}, "keep": 2}
+    wanted = {"train": {"keep": 3}, "model": {"keep": 3}, "keep": 3}
+    assert differences(saved, wanted) == ["keep=3 (saved: 2)", "model.keep=3 (saved: 2)"]

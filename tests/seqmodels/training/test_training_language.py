@@ -17,6 +17,7 @@ from seqmodels.training.evaluation import evaluate
 from seqmodels.training.language import language
 from seqmodels.training.loop import fit
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
+from seqmodels.training.run_directory import open_run
 from seqmodels.training.state import Average, abstract_state, create_state, optimizer_of
 from seqmodels.training.step import gradients, make_eval_step, make_train_step
 from tests.seqmodels.training.compilation import compiled_once
@@ -184,10 +185,8 @@ def train(run_dir, *, resume=False, stop_at=None):
         CARRYING,
         text.train_batches(TEXT, length=9, batch_size=8, streams=True),
         CONFIG,
-        run_dir,
-        identity={"train": dataclasses.asdict(CONFIG)},
+        open_run(run_dir, {"train": dataclasses.asdict(CONFIG)}, resume=resume),
         validation=text.eval_batches(TEXT, length=20, batch_size=3, streams=True),
-        resume=resume,
         mesh=one_device(),
         show_progress=False,
         on_event=on_event,
@@ -195,9 +194,9 @@ def train(run_dir, *, resume=False, stop_at=None):
 
 
 def saved(run_dir, step):
-    identity = {"train": dataclasses.asdict(CONFIG)}
+    config_dict = {"train": dataclasses.asdict(CONFIG)}
     template = abstract_state(CARRYING, CONFIG, one_device())
-    with Checkpoints(run_dir / "checkpoints", identity, read_only=True) as checkpoints:
+    with Checkpoints(run_dir / "checkpoints", config_dict, read_only=True) as checkpoints:
         state, position = checkpoints.restore(template, step)
     return jax.tree.map(np.asarray, state.replace(rng=0)), position["data"]
 

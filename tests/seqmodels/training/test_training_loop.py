@@ -53,9 +53,9 @@ def metrics(run_dir):
 
 def saved(run_dir, step=None, config=CONFIG):
     """A checkpoint's state, as numpy, and its data position."""
-    identity = {"train": dataclasses.asdict(config)}
+    config_dict = {"train": dataclasses.asdict(config)}
     template = abstract_state(toy_task(), config, make_mesh(devices=jax.devices()[:1]))
-    with Checkpoints(run_dir / "checkpoints", identity, read_only=True) as checkpoints:
+    with Checkpoints(run_dir / "checkpoints", config_dict, read_only=True) as checkpoints:
         state, position = checkpoints.restore(template, step or checkpoints.latest())
     state = state.replace(rng=jax.random.key_data(state.rng))
     return jax.tree.map(np.asarray, state), position["data"]

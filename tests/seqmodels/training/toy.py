@@ -15,6 +15,7 @@ from seqmodels.mixers.base import Mark
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.loop import fit
+from seqmodels.training.run_directory import open_run
 from seqmodels.training.task import Task, classification
 
 CLASSES, LENGTH, VOCABULARY, WIDTH = 3, 6, 7, 8
@@ -117,10 +118,8 @@ def run_toy(run_dir, config=CONFIG, *, poison=(), resume=False, on_event=None, *
         toy_task(**options),
         ToyBatches(config.batch_size, poison),
         config,
-        Path(run_dir),
-        identity={"train": dataclasses.asdict(config)},
+        open_run(Path(run_dir), {"train": dataclasses.asdict(config)}, resume=resume),
         validation=VALIDATION,
-        resume=resume,
         mesh=mesh,
         show_progress=False,
         on_event=on_event,

@@ -1,0 +1,109 @@
+"""Every mixer, and every family of published models, in bfloat16 on a CPU, against float32.
+
+XLA's CPU backend refuses products of bfloat16 arrays with float32 sums in layouts that depend on
+the batch and the length.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.generation import Sampling, generate
+from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, SlidingWindowConfig, build
+from seqmodels.models import LanguageModel
+from seqmodels.models.published import griffin_language_model, mamba_language_model
+from tests.seqmodels.mixers.cases import CASES
+
+WIDTH = 12  # the fewest channels that all heads divide
+SHAPES = [(1, 1), (1, 5), (2, 1), (3, 7)]
+ONE_OF_EACH = {config.mixer: case for case, config in reversed(CASES.items())}
+# Mixers that sum products of bfloat16 arrays in float32. They run by the portable implementation
+# and are differentiated in every shape; the others in the last one.
+PRODUCTS = {"attention", "sliding_window", "rat", "scout", "rg_lru"}
+
+
+def relative(found, expected):
+    found, expected = np.asarray(found, np.float32), np.asarray(expected)
+    return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+
+
+def loss_of(run):
+    """A scalar of ``run(variables, x)``, differentiated by the variables, compiled."""
+
+    def loss(variables, x):
+        wide = run(variables, x).astype(jnp.float32)
+        return jnp.mean(wide * jnp.cos(jnp.arange(wide.shape[-1], dtype=jnp.float32))[None, None])
+
+    return jax.jit(jax.grad(loss))
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH.values())
+def test_mixers(case):
+    config = CASES[case]
+    multiplies = config.mixer in PRODUCTS
+    if multiplies and hasattr(config, "implementation"):
+        config = dataclasses.replace(config, implementation=None)
+    mixer = build(config, WIDTH)
+    x = jax.random.normal(jax.random.key(1), (3, 7, WIDTH))
+    variables = jax.jit(mixer.init)(jax.random.key(0), x)
+
+    def run(variables, x):
+        state = None
+        if mixer.streams:
+            state = mixer.initial_state(x.shape[0], max_length=8, dtype=x.dtype)
+        return mixer.apply(variables, x, state=state)[0]
+
+    jitted, gradients = jax.jit(run), loss_of(run)
+    whole = jitted(variables, x)
+    for batch, length in SHAPES:
+        part = x[:batch, :length]
+        expected = whole[:batch, :length] if mixer.causal else jitted(variables, part)
+        narrow = part.astype(jnp.bfloat16)
+        y = jitted(variables, narrow)
+        assert y.dtype == jnp.bfloat16
+        assert relative(y, expected) <= 2e-2
+        if config.mixer == "rg_lru":
+            assert relative(run(variables, narrow), expected) <= 2e-2
+        if multiplies or (batch, length) == SHAPES[-1]:
+            tree = gradients(variables, narrow)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+    found, wanted = (
+        np.concatenate([g.ravel() for g in jax.tree.leaves(t)])
+        for t in (tree, gradients(variables, x))
+    )
+    assert relative(found, wanted) <= 2e-2
+
+
+ENDS = {
+    "mamba": mamba_language_model(12, 1, MambaConfig(state_size=2), 11),
+    "mamba2": mamba_language_model(12, 1, Mamba2Config(state_size=2, head_size=4), 11),
+    "griffin": griffin_language_model(
+        ("rg_lru", "sliding_window"),
+        (RGLRUConfig(heads=2), SlidingWindowConfig(heads=2, kv_heads=1, window=3)),
+        12, 12, 11,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_published_families(family):
+    wide = LanguageModel(ENDS[family])
+    narrow = LanguageModel(dataclasses.replace(ENDS[family], dtype="bfloat16"))
+    tokens = jax.random.randint(jax.random.key(1), (3, 7), 0, 11)
+    variables = jax.jit(wide.init)(jax.random.key(0), tokens)
+    gradients = loss_of(lambda variables, ids: narrow.apply(variables, ids)[0])
+    expected = jax.jit(wide.apply)(variables, tokens)[0]
+    for batch, length in SHAPES:
+        logits = jax.jit(narrow.apply)(variables, tokens[:batch, :length])[0]
+        assert relative(logits, expected[:batch, :length]) <= 2e-2
+    tree = gradients(variables, tokens)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+    continued = functools.partial(
+        generate, narrow, variables, max_new_tokens=2, sampling=Sampling(temperature=0)
+    )
+    new = continued([[1, 2, 3], [4]])
+    assert [len(row) for row in new] == [2, 2]

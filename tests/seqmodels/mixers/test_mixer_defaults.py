@@ -1,0 +1,24 @@
+"""Every mixer's default configuration fits the widths that people take."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seqmodels.mixers import REGISTRY, BidirectionalConfig, HGRN2Config, MambaConfig, build
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_defaults_fit_common_widths(name):
+    config = BidirectionalConfig(MambaConfig()) if name == "bidirectional" else REGISTRY[name][0]()
+    for width in (64, 128, 256, 512, 768):
+        mixer, x = build(config, width), jax.ShapeDtypeStruct((1, 3, width), jnp.float32)
+        variables = jax.eval_shape(mixer.init, jax.random.key(0), x)
+        y, _ = jax.eval_shape(mixer.apply, variables, x)
+        assert (y.shape, y.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize(("width", "heads", "size"), [(64, 1, 64), (768, 6, 128), (96, 3, 32)])
+def test_hgrn2_chooses_its_heads(width, heads, size):
+    assert build(HGRN2Config(), width).sizes == (heads, heads, size, size)
+    with pytest.raises(ValueError, match="head_size=80 must divide the width"):
+        _ = build(HGRN2Config(head_size=80), width).sizes
