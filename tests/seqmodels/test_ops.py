@@ -5,17 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import linear_scan
 from pallas_kernels.tools import aot, testing
-from seqmodels.parallel import batch_sharding, make_mesh, replicated
-from seqmodels.parallel.rows import on_mesh, over_rows
+from seqmodels import ops
+from seqmodels.parallel import batch_sharding, make_mesh, on_mesh, replicated
+from seqmodels.segments import Segments
 
 
 def loss(a, b, initial, ids):
-    def scan(a, b, initial, ids):
-        return linear_scan(a, b, initial_state=initial, segment_ids=ids)
-
-    h, final = over_rows(scan, [a], [b, initial, ids])
+    segments = None if ids is None else Segments.from_ids(ids)
+    h, final = ops.linear_scan(a, b, initial_state=initial, segments=segments)
     return jnp.sum(h * h) + jnp.sum(final)
 
 
