@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import products
 from seqmodels.layers.splash import splash
-from seqmodels.parallel.rows import over_rows
 
 _SCORES = 2**24
 """Scores that are held at a time: 64 MB."""
+
+SPLASH_FROM = 128
+"""Queries from which on a TPU takes splash."""
 
 _LEAST_BLOCK = 64
 """Queries of the smallest block; a narrower window leaves too little work for one product."""
@@ -83,14 +85,10 @@ def attend(
     rule = _Rule(causal, window, sinks, float(q.shape[-1] ** -0.5 if scale is None else scale))
     arrays = (q, k, v, q_segments, k_segments, k_positions)
     portable = functools.partial(_portable, rule)
-    if q.shape[1] < 128:
-        return over_rows(portable, [], arrays)
-
-    def op(*arrays: Any) -> Array:
-        on_tpu = functools.partial(splash, **rule._asdict())
-        return jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=portable)
-
-    return over_rows(op, [], arrays, check_vma=False)
+    if q.shape[1] < SPLASH_FROM:
+        return portable(*arrays)
+    on_tpu = functools.partial(splash, **rule._asdict())
+    return jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=portable)
 
 
 def _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions) -> None:

@@ -29,10 +29,10 @@ def test_mixers(case):
     """Outside of `jax.jit` every step is checked, inside what comes out."""
     mixer = build(CASES[case], WIDTH)
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
-    packed = mixer.packs
+    packed = mixer.supports_packing
     segments = Segments.from_ids(IDS if packed else ALONE, single=not packed)
     state = None
-    if mixer.streams:
+    if mixer.stateful:
         state = mixer.initial_state(2, max_length=2 * LENGTH, dtype=x.dtype)
     variables = jax.jit(mixer.init)(jax.random.key(1), x)
     if mixer.config.mixer in STEP_BY_STEP:
@@ -42,7 +42,7 @@ def test_mixers(case):
     @jax.grad
     def gradients(variables, segments, state):
         y, after = mixer.apply(variables, x, segments=segments, state=state)
-        if mixer.streams:
+        if mixer.stateful:
             y = y + mixer.apply(variables, x[:, :1], state=after)[0]
         return jnp.sum(jnp.sin(y))
 

@@ -53,7 +53,7 @@ def test_mixers(case):
 
     def run(variables, x):
         state = None
-        if mixer.streams:
+        if mixer.stateful:
             state = mixer.initial_state(x.shape[0], max_length=8, dtype=x.dtype)
         return mixer.apply(variables, x, state=state)[0]
 
