@@ -3,6 +3,8 @@
     python -m experiments.kernels.aot                         all that is not yet known
     python -m experiments.kernels.aot --family causal_conv1d --chip v5e    only these
     python -m experiments.kernels.aot --chip v5e --no-estimate    whether they compile
+    python -m experiments.kernels.aot --representatives     one shape of each kind
+    python -m experiments.kernels.aot --check     what is stale, failed or missing; 1 if anything is
     python -m experiments.kernels.aot --readme README.md    rewrite the support matrix
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
@@ -10,13 +12,13 @@ whether it compiles; on v5e the compiler's static time and its multiple of the f
 and output once), but for families whose loops it would simulate for hours or in more memory than
 there is (their benchmark has it for a part of the length); on a GPU what ptxas says of registers
 and spills. On "cpu" the portable path runs, on zeros and at most 512 tokens. Compiled ahead of time
-is not run: no cell here needs a TPU or a GPU. Cells are written as they come and kept; a cell is
-done again when the sources of its family have changed, or when it did not pass.
+is not run: no cell here needs a TPU or a GPU. Cells are written as they come and kept. A cell is
+stale when its shape, or code that its op imports, has changed since in more than words; it is done
+again then, or when it did not pass.
 """
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import re
 import sys
@@ -34,36 +36,21 @@ import rich.table
 from experiments import terminal
 from experiments.command_line import run_command
 from pallas_kernels.tools import aot
+from pallas_kernels.tools import sources as code
+from pallas_kernels.tools.families import FAMILIES
 from pallas_kernels.tools.programs import MODES
 from seqmodels.ranges import Checked
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment, source_version
 
-FAMILIES = (
-    "linear_scan",
-    "selective_scan",
-    "diagonal_ssm",
-    "causal_conv1d",
-    "linear_attention",
-    "delta_rule",
-    "checkpoint_attention",
-    "long_conv",
-)
 CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to
-SLOW_TO_ESTIMATE = (
-    "selective_scan",
-    "diagonal_ssm",
-    "linear_attention",
-    "delta_rule",
-    "checkpoint_attention",
-)
-WITHOUT_KERNELS = ("long_conv",)  # XLA compiles them for every chip
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "experiments" / "results" / "kernels" / "aot.json"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+STALE, MISSING = "stale", "missing"  # what a cell may be besides its own outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +65,16 @@ class AotConfig(Checked):
     """Named shapes."""
     mode: tuple[str, ...] = ()
     """forward, forward+backward."""
+    representatives: bool = False
+    """Only one shape of each kind of program."""
     estimate: bool = True
     """On v5e read the static cost too; without, only whether it compiles, which takes seconds."""
     again: bool = False
     """Do cells again that are known for these sources."""
     output: Path = RESULTS
     """The JSON file; cells are merged into it."""
+    check: bool = False
+    """Only name the cells that are stale, failed or missing; exits with 1 if there are any."""
     readme: Path | None = None
     """Only rewrite the support matrix of this file from the JSON."""
 
@@ -92,7 +83,7 @@ class AotConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"family": FAMILIES, "chip": CHIPS, "mode": MODES}
+        known = {"family": tuple(FAMILIES), "chip": CHIPS, "mode": MODES}
         for name, allowed in known.items():
             for value in getattr(self, name):
                 if value not in allowed:
@@ -105,7 +96,8 @@ class AotConfig(Checked):
     @property
     def shapes(self) -> dict[str, tuple[str, ...]]:
         """The named shapes of each family that is asked for."""
-        return {family: tuple(_shapes(family).SHAPES) for family in self.family or FAMILIES}
+        chosen = [FAMILIES[name] for name in self.family or FAMILIES]
+        return {f.name: f.representatives if self.representatives else (*f.shapes,) for f in chosen}
 
 
 class Key(NamedTuple):
@@ -125,7 +117,7 @@ class Cell(Checked):
       outcome: PASSED, FAILED or NOT_RUN (its compiler is not installed).
       figures: of a TPU the static cost, of a GPU registers and spilled bytes, by name; if there are
         none, `reason` says why.
-      sources: digest of the family's files.
+      sources: digest of what decided it, as `digests` gives it.
       commit: of the checkout; `dirty` if it had changes.
       seconds: wall time.
     """
@@ -176,45 +168,49 @@ def save(path: Path, cells: Cells, config: AotConfig, wall_s: float) -> None:
     write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
-def sources(family: str) -> str:
-    """A digest of the family's files."""
-    files = sorted((REPOSITORY / "pallas_kernels" / family).glob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+def digests(families: Iterable[str] = tuple(FAMILIES)) -> dict[tuple[str, str], str]:
+    """For each family and shape a digest of the program: the op's arguments, and all code of
+    `pallas_kernels` that it imports, at any depth."""
+    found = {}
+    for name in families:
+        family = FAMILIES[name]
+        program = code.digest([family.op.__module__, "pallas_kernels.tools.programs"])
+        for shape in family.shapes.values():
+            arrays = [(n, x.shape, x.dtype.name) for n, x in shape.operands().items()]
+            text = repr((program, arrays, shape.options()))
+            found[name, shape.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
 
 
-def wanted(config: AotConfig, known: Cells) -> list[Key]:
-    """The cells to do, those of one family and chip together."""
-    shapes = config.shapes
-    keys = [
+def state(key: Key, cells: Cells, now: dict[tuple[str, str], str]) -> str:
+    """PASSED, FAILED, NOT_RUN, STALE or MISSING; `now` is what `digests` gives."""
+    if key not in cells:
+        return MISSING
+    return cells[key].outcome if cells[key].sources == now[key.family, key.shape] else STALE
+
+
+def asked(config: AotConfig) -> list[Key]:
+    """All cells that the settings name, those of one family and chip together."""
+    return [
         Key(family, shape, mode, chip)
-        for family, names in shapes.items()
+        for family, names in config.shapes.items()
         for chip in config.chip or CHIPS
         for shape in names
         if not config.shape or shape in config.shape
         for mode in modes(chip)
         if not config.mode or mode in config.mode
     ]
-    digests = {family: sources(family) for family in shapes}
-    return [
-        key
-        for key in keys
-        if config.again
-        or key not in known
-        or known[key].outcome != PASSED
-        or known[key].sources != digests[key.family]
-    ]
+
+
+def wanted(config: AotConfig, known: Cells) -> list[Key]:
+    """The cells to do, in the order of `asked`."""
+    now = digests(config.family or FAMILIES)
+    return [key for key in asked(config) if config.again or state(key, known, now) != PASSED]
 
 
 def modes(chip: str) -> tuple[str, ...]:
     """What is compiled for a chip; the program with the backward pass holds all kernels."""
     return MODES if chip == ESTIMATED else MODES[-1:]
-
-
-def _shapes(family: str) -> Any:
-    return importlib.import_module(f"pallas_kernels.{family}.shapes")
 
 
 def measure(keys: Iterable[Key], *, estimate: bool = True) -> Iterator[Cell]:
@@ -224,12 +220,13 @@ def measure(keys: Iterable[Key], *, estimate: bool = True) -> Iterator[Cell]:
     for key in keys:
         groups.setdefault((key.family, key.chip), []).append(key)
     for (family, chip), group in groups.items():
-        digest = sources(family)
+        now = digests([family])
         start = time.perf_counter()
         answers = _answers(family, chip, group, estimate)
         for key, answer in zip(group, answers, strict=True):
             outcome, figures, reason = judge(answer)
             seconds, start = time.perf_counter() - start, time.perf_counter()
+            digest = now[family, key.shape]
             yield Cell(*key, outcome, figures, reason, digest, **version, seconds=seconds)
 
 
@@ -239,12 +236,13 @@ def _answers(family: str, chip: str, keys: list[Key], estimate: bool) -> Iterato
         return (_run_here(family, key) for key in keys)
     if reason := aot.missing(chip):
         return (ImportError(reason) for _ in keys)
+    known = FAMILIES[family]
     implementation = "tpu" if chip in aot.TPUS else "gpu"
     if chip in aot.TPUS:
-        unread = chip != ESTIMATED or not estimate or family in SLOW_TO_ESTIMATE
+        unread = chip != ESTIMATED or not estimate or known.slow_to_estimate
     else:
-        unread = family in WITHOUT_KERNELS
-    if family in WITHOUT_KERNELS:
+        unread = not known.has_kernels
+    if not known.has_kernels:
         implementation = "xla"
     if unread:
         return (_compile_here(family, key, implementation) for key in keys)
@@ -263,7 +261,7 @@ def _compile_here(family: str, key: Key, implementation: str) -> Exception:
     """Whether it compiles: a static cost takes the compiler minutes, and XLA's kernels are not ours
     to count registers of."""
     try:
-        aot.compile_for(key.chip, *_shapes(family).case(key.shape, implementation, key.mode))
+        aot.compile_for(key.chip, *FAMILIES[family].case(key.shape, implementation, key.mode))
     except Exception as error:
         return RuntimeError(str(error))
     return ValueError("compiled; its cost is not read here")
@@ -271,10 +269,10 @@ def _compile_here(family: str, key: Key, implementation: str) -> Exception:
 
 def _run_here(family: str, key: Key) -> Exception | None:
     """Runs the portable path on zeros, at no more than 512 tokens."""
-    module = _shapes(family)
-    scale = min(1.0, 512 / module.SHAPES[key.shape].length)
+    known = FAMILIES[family]
+    scale = min(1.0, 512 / known.shapes[key.shape].length)
     try:
-        fn, *operands = module.case(key.shape, "xla", key.mode, repr(scale))
+        fn, *operands = known.case(key.shape, "xla", key.mode, repr(scale))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operands)
         jax.block_until_ready(jax.jit(fn)(*zeros))
     except Exception as error:
@@ -315,7 +313,9 @@ def _spilled(kernels: Iterable[aot.Kernel]) -> int:
 
 def run(config: AotConfig, console: rich.console.Console) -> Cells:
     """Does what is missing, writing after each cell; returns all cells of the file."""
-    cells, start = load(config.output), time.perf_counter()
+    exist = {*asked(AotConfig())}
+    cells = {key: cell for key, cell in load(config.output).items() if key in exist}
+    start = time.perf_counter()
     keys = wanted(config, cells)
     for cell in rich.progress.track(
         measure(keys, estimate=config.estimate),
@@ -328,12 +328,14 @@ def run(config: AotConfig, console: rich.console.Console) -> Cells:
     return cells
 
 
-def table(cells: Iterable[Cell]) -> rich.console.Group:
+def table(cells: Cells) -> rich.console.Group:
     """A table of each family: what is known of a shape and mode, and on which chips."""
+    now = digests()
     rows: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-    for cell in sorted(cells, key=lambda cell: (cell.key[:3], CHIPS.index(cell.chip))):
-        row = rows.setdefault(cell.key[:3], {})
-        row.setdefault(describe(cell), []).append(cell.chip)
+    for key, cell in sorted(cells.items(), key=lambda item: (item[0][:3], _place(item[0]))):
+        stale = state(key, cells, now) == STALE
+        row = rows.setdefault(key[:3], {})
+        row.setdefault(STALE if stale else describe(cell), []).append(cell.chip)
     views: dict[str, rich.table.Table] = {}
     for (family, shape, mode), known in rows.items():
         if family not in views:
@@ -342,6 +344,10 @@ def table(cells: Iterable[Cell]) -> rich.console.Group:
         chips = (f"{', '.join(names)}: {what}" for what, names in known.items())
         views[family].add_row(f"{shape}\n  {mode}", "; ".join(chips))
     return rich.console.Group(*views.values())
+
+
+def _place(key: Key) -> int:
+    return CHIPS.index(key.chip)
 
 
 def describe(cell: Cell) -> str:
@@ -360,15 +366,16 @@ def describe(cell: Cell) -> str:
     )
 
 
-def matrix(cells: Iterable[Cell]) -> str:
+def matrix(cells: Cells) -> str:
     """The support matrix in Markdown: for each family and chip, what became of its named shapes."""
-    known = {cell.key: cell.outcome for cell in cells}
+    now = digests()
 
     def count(family: str, chip: str) -> str:
-        shapes = _shapes(family).SHAPES
+        shapes = FAMILIES[family].shapes
         keys = [Key(family, shape, mode, chip) for shape in shapes for mode in modes(chip)]
-        outcomes = [known.get(key, NOT_RUN) for key in keys]
-        present = [o for o in (PASSED, FAILED, NOT_RUN) if o in outcomes]
+        states = [state(key, cells, now) for key in keys]
+        outcomes = [NOT_RUN if s == MISSING else s for s in states]
+        present = [o for o in (PASSED, STALE, FAILED, NOT_RUN) if o in outcomes]
         if present == [NOT_RUN]:
             return NOT_RUN
         return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in present)
@@ -381,7 +388,7 @@ def matrix(cells: Iterable[Cell]) -> str:
     return "\n".join(lines)
 
 
-def with_matrix(text: str, cells: Iterable[Cell]) -> str:
+def with_matrix(text: str, cells: Cells) -> str:
     """`text` with what stands between its two markers replaced.
 
     Raises:
@@ -394,19 +401,55 @@ def with_matrix(text: str, cells: Iterable[Cell]) -> str:
     return f"{head}{BEGIN}\n{matrix(cells)}\n{END}{tail}"
 
 
+def check(config: AotConfig) -> list[str]:
+    """Lines that name the cells asked for which are stale, failed, not run or missing."""
+    now, cells = digests(), load(config.output)
+    found: dict[str, list[Key]] = {}
+    for key in asked(config):
+        found.setdefault(state(key, cells, now), []).append(key)
+    lines = []
+    for what in (STALE, FAILED, NOT_RUN, MISSING):
+        if what in found:
+            lines += [f"{what}: {len(found[what])} cells", *_grouped(found[what])]
+    return lines
+
+
+def _grouped(keys: Iterable[Key]) -> Iterator[str]:
+    """The keys, in a line those of a family that are wanting on the same chips."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        label = f"{key.chip} {MODES[0]}" if key.mode == MODES[0] else key.chip
+        places.setdefault((key.family, key.shape), []).append(label)
+    shapes: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (family, shape), labels in places.items():
+        shapes.setdefault((family, tuple(labels)), []).append(shape)
+    everywhere = sum(len(modes(chip)) for chip in CHIPS)
+    for (family, chips), names in shapes.items():
+        where = "every chip" if len(chips) == everywhere else ", ".join(chips)
+        every = len(names) == len(FAMILIES[family].shapes)
+        yield f"  {family} on {where}: {'all shapes' if every else ', '.join(names)}"
+
+
 def tabulate(config: AotConfig) -> None:
-    """Compiles what is missing, prints and writes; or rewrites the support matrix.
+    """Compiles what is missing, prints and writes; or checks, or rewrites the support matrix.
 
     Raises:
+      SystemExit: with 1, where `check` finds a problem.
       ValueError, OSError: with a message for the user.
     """
     if config.readme:
         text = config.readme.read_text(encoding="utf-8")
-        write_atomically(config.readme, with_matrix(text, load(config.output).values()))
+        write_atomically(config.readme, with_matrix(text, load(config.output)))
+        return
+    if config.check:
+        if problems := check(config):
+            for line in problems:
+                terminal.say(line)
+            raise SystemExit(1)
+        terminal.say(f"{config.output} is complete: all cells passed with the sources as they are")
         return
     console = terminal.console()
-    cells = run(config, console)
-    console.print(table(cells.values()))
+    console.print(table(run(config, console)))
     terminal.say(f"written to {config.output}")
 
 

@@ -1,55 +1,37 @@
-"""Times the kernels against plain JAX; every ratio is of one run.
+"""Times the kernels of a family against plain JAX; every ratio is of one run.
 
-python -m experiments.kernels.bench               all that this machine can measure
+python -m experiments.kernels.bench               linear_scan: all that this machine can measure
+python -m experiments.kernels.bench --family delta_rule    another family
 python -m experiments.kernels.bench --only cpu    wall times on this machine's CPU
 python -m experiments.kernels.bench --only tpu    static estimates for absent TPUs
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import rich.console
 import rich.table
 
 from experiments import terminal
 from experiments.command_line import run_command
-from experiments.kernels import (
-    causal_conv1d,
-    checkpoint_attention,
-    delta_rule,
-    diagonal_ssm,
-    linear_attention,
-    linear_scan,
-    long_conv,
-    results,
-    s5_step,
-    selective_scan,
-)
+from experiments.kernels import results, s5_step
 from experiments.kernels.results import Result, Target
+from pallas_kernels.tools.families import FAMILIES
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment
 
-FAMILIES = {
-    "causal_conv1d": causal_conv1d,
-    "checkpoint_attention": checkpoint_attention,
-    "delta_rule": delta_rule,
-    "diagonal_ssm": diagonal_ssm,
-    "linear_attention": linear_attention,
-    "linear_scan": linear_scan,
-    "long_conv": long_conv,
-    "selective_scan": selective_scan,
-}
-Family = Literal[
-    "causal_conv1d", "checkpoint_attention", "delta_rule", "diagonal_ssm", "linear_attention",
-    "linear_scan", "long_conv", "selective_scan",
-]  # fmt: skip
+if TYPE_CHECKING:
+    Family = str
+else:
+    Family = Literal[tuple(FAMILIES)]  # the choices of the command line
 Tpu = Literal["v5e", "v5p", "v6e", "tpu7x"]
 Gpu = Literal["a100", "h100", "h200", "b200"]
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
@@ -90,7 +72,7 @@ class BenchConfig(Checked):
 
 def measure(config: BenchConfig) -> Iterator[Result]:
     """The rows, each as soon as it is known."""
-    family = FAMILIES[config.family]
+    family = importlib.import_module(f"experiments.kernels.{config.family}")
     parts = {
         "cpu": lambda: family.cpu(config.repetitions),
         "tpu": lambda: family.tpu(config.tpu_chips),

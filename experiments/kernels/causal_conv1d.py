@@ -14,7 +14,8 @@ from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians
 from pallas_kernels import causal_conv1d
-from pallas_kernels.causal_conv1d.shapes import Shape, named, program
+from pallas_kernels.causal_conv1d.shapes import Shape, named
+from pallas_kernels.tools.programs import program
 
 FASTER = {"depthwise_conv": Target("at least", 2.0)}
 STATIC_TARGETS = {

@@ -16,8 +16,8 @@ from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import check_equal, milliseconds
 from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import shapes
-from pallas_kernels.checkpoint_attention.shapes import Shape, named, program
-from pallas_kernels.tools.programs import MODES
+from pallas_kernels.checkpoint_attention.shapes import Shape, named
+from pallas_kernels.tools.programs import MODES, program
 
 BOTH = "forward+backward"
 CASE = "pallas_kernels.checkpoint_attention.shapes:case"

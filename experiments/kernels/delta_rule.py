@@ -14,8 +14,8 @@ from experiments.kernels.baselines import delta_rule as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from pallas_kernels import delta_rule
-from pallas_kernels.delta_rule.shapes import SHAPES, Shape, program
-from pallas_kernels.tools.programs import MODES, named
+from pallas_kernels.delta_rule.shapes import Shape, named
+from pallas_kernels.tools.programs import MODES, program
 
 BOTH = "forward+backward"
 CPU_TARGETS = {"scan": Target("at least", 10.0)}
@@ -80,7 +80,7 @@ def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
 
 def cpu(repetitions: int) -> Iterator[Result]:
     """At half the length, at it, at twice; other decays; equal tokens from 256 to 16k long."""
-    shape = SHAPES["cpu"]
+    shape = named("cpu")
     for scale in (0.5, 1.0, 2.0):
         yield timed(shape.scaled(scale), repetitions, CPU_TARGETS)
     for decay in (None, "key"):
@@ -91,10 +91,10 @@ def cpu(repetitions: int) -> Iterator[Result]:
 
 def static(shape: str, mode: str, scale: float, chip: str) -> Result:
     """Static cost on an absent TPU; with documents and a state 1.3 times the cost is allowed."""
-    row = Result(mode, chip, results.STATIC, describe(named(SHAPES, shape).scaled(scale)))
+    row = Result(mode, chip, results.STATIC, describe(named(shape).scaled(scale)))
     targets: dict[str, Target] = {}
     if shape.startswith("gated-delta-bench"):
-        more = 1.3 if SHAPES[shape].segmented else 1.0
+        more = 1.3 if named(shape).segmented else 1.0
         targets = {
             of: Target(target.bound, more * target.value)
             for of, target in STATIC_TARGETS[mode].items()
@@ -119,11 +119,11 @@ GPU_SHAPES = ("gated-delta-bench", "gated-delta-bench-packed", "kda-bench")
 def gpu(repetitions: int, chips: tuple[str, ...]) -> Iterator[Result]:
     """Times on the GPU that is here; what ptxas says for those that are not."""
     if jax.default_backend() == "gpu":
-        yield timed(SHAPES["gated-delta-bench"], repetitions)
+        yield timed(named("gated-delta-bench"), repetitions)
     else:
-        yield results.no_gpu(BOTH, describe(SHAPES["gated-delta-bench"]))
+        yield results.no_gpu(BOTH, describe(named("gated-delta-bench")))
     for chip in chips:
         for mode in MODES:
             for name in GPU_SHAPES:
-                row = Result(mode, chip, results.PTXAS, describe(SHAPES[name]))
+                row = Result(mode, chip, results.PTXAS, describe(named(name)))
                 yield results.registers(row, CASE, name, mode)

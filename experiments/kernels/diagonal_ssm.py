@@ -14,7 +14,8 @@ from experiments.kernels.baselines import diagonal_ssm as baselines
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians, milliseconds
 from pallas_kernels import diagonal_ssm
-from pallas_kernels.diagonal_ssm.shapes import Shape, named, program
+from pallas_kernels.diagonal_ssm.shapes import Shape, named
+from pallas_kernels.tools.programs import program
 
 METHODS = ("chunked", "fft", "scan")
 CASE = "pallas_kernels.diagonal_ssm.shapes:case"
@@ -62,9 +63,9 @@ def models(shape: Shape) -> dict[str, Callable[..., Any]]:
 def timed(shape: Shape, mode: str, repetitions: int, *, only: Any = None) -> Iterator[Result]:
     """Every method and baseline here and now, in time and in memory."""
     named_models = {k: v for k, v in models(shape).items() if only is None or k in only}
-    args = inputs(shape.operands())
+    args = inputs(shape.operands().values())
     if mode == "forward+backward":
-        args = (*args, inputs(shape.operands(), seed=1)[0])
+        args = (*args, inputs(shape.operands().values(), seed=1)[0])
     chosen = {name: program(model, shape, mode)[0] for name, model in named_models.items()}
     figures = medians(chosen, args, repetitions)
     row = Result(mode, jax.devices()[0].device_kind, results.TIMED, describe(shape))
@@ -100,9 +101,9 @@ def flat(mode: str, repetitions: int, width: int = 16, states: int = 32) -> Resu
     for length in (1024, 4096, 16384, 65536):
         shape = Shape("flat", "S4D", TOKENS // length, length, width, states)
         fn = jax.jit(program(diagonal_ssm, shape, mode)[0])
-        args = inputs(shape.operands())
+        args = inputs(shape.operands().values())
         if mode == "forward+backward":
-            args = (*args, inputs(shape.operands(), seed=1)[0])
+            args = (*args, inputs(shape.operands().values(), seed=1)[0])
         runs[f"L={length}"] = functools.partial(fn, *args)
     figures = milliseconds(runs, (), repetitions)
     first = figures["L=1024"]
@@ -165,9 +166,9 @@ def gpu_timed(shape: Shape, repetitions: int) -> Iterator[Result]:
     rows = {"kernel": diagonal_ssm, **models(shape)}
     wanted = {"kernel", "chunked", "fft", "vandermonde fft"}
     for mode in BOTH:
-        args = inputs(shape.operands())
+        args = inputs(shape.operands().values())
         if mode == "forward+backward":
-            args = (*args, inputs(shape.operands(), seed=1)[0])
+            args = (*args, inputs(shape.operands().values(), seed=1)[0])
         programs = {k: program(v, shape, mode)[0] for k, v in rows.items() if k in wanted}
         figures = medians(programs, args, repetitions)
         ours = figures["kernel"]

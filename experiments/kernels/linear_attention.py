@@ -14,8 +14,8 @@ from experiments.kernels.baselines import linear_attention as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from pallas_kernels import linear_attention
-from pallas_kernels.linear_attention.shapes import Shape, named, program
-from pallas_kernels.tools.programs import MODES
+from pallas_kernels.linear_attention.shapes import Shape, named
+from pallas_kernels.tools.programs import MODES, program
 
 BOTH = "forward+backward"
 CASE = "pallas_kernels.linear_attention.shapes:case"

@@ -13,7 +13,8 @@ from experiments.kernels.baselines import linear_scan as baselines
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians
 from pallas_kernels import linear_scan
-from pallas_kernels.linear_scan.shapes import Shape, named, program
+from pallas_kernels.linear_scan.shapes import Shape, named
+from pallas_kernels.tools.programs import program
 
 TWICE = {"associative_scan": Target("at least", 2.0)}
 STATIC_TARGETS = {
@@ -63,7 +64,7 @@ def without_state(scan: Callable[..., Any]) -> Callable[..., Any]:
 def timed(shape: Shape, repetitions: int, *, with_state: bool = False, targets: Any = None):
     """Forward and backward here and now, against the baselines that take the same arguments."""
     scans = {"linear_scan": linear_scan, **baselines.SCANS}
-    a, b, state = inputs(shape.operands())
+    a, b, state = inputs(shape.operands().values())
     cotangent = inputs((b, b), seed=1)[1]
     if with_state:
         del scans["associative_scan"]  # as published it takes none

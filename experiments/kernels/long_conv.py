@@ -14,7 +14,8 @@ from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians
 from pallas_kernels import long_conv
 from pallas_kernels.long_conv.api import METHODS
-from pallas_kernels.long_conv.shapes import Shape, named, program
+from pallas_kernels.long_conv.shapes import Shape, named
+from pallas_kernels.tools.programs import program
 from seqmodels.mixers import hippo
 from seqmodels.mixers.s4_kernel import s4_kernel
 
@@ -131,7 +132,7 @@ def tpu(chips: tuple[str, ...]) -> Iterator[Result]:
             for name in TPU_SHAPES:
                 for method in METHODS:
                     row = Result(f"{mode}, {method}", chip, results.STATIC, describe(named(name)))
-                    yield results.estimated(row, CASE, name, "xla", mode, "1", method)
+                    yield results.estimated(row, CASE, name, "xla", mode, "1", f"method={method}")
             row = Result(
                 f"{mode}, published fft", chip, results.STATIC, describe(named("s4-listops"))
             )

@@ -15,8 +15,8 @@ from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import check_equal, medians, milliseconds
 from pallas_kernels import selective_scan
-from pallas_kernels.selective_scan.shapes import SHAPES, Shape, case, program
-from pallas_kernels.tools.programs import MODES, named
+from pallas_kernels.selective_scan.shapes import Shape, case, named
+from pallas_kernels.tools.programs import MODES, program
 
 BOTH = "forward+backward"
 MEMORY = "associative_scan's memory"
@@ -126,7 +126,7 @@ def against_torch(shape: Shape, repetitions: int) -> Result:
 
 def cpu(repetitions: int) -> Iterator[Result]:
     """At half the length, at it, at twice; PyTorch; equal tokens from 1k to 64k long."""
-    shape = SHAPES["cpu"]
+    shape = named("cpu")
     for scale in (0.5, 1.0, 2.0):
         yield timed(shape.scaled(scale), repetitions, CPU_TARGETS)
     yield against_torch(shape, min(repetitions, 3))
@@ -136,13 +136,13 @@ def cpu(repetitions: int) -> Iterator[Result]:
 
 def part(length: str, width: str, name: str, implementation: str, mode: str) -> tuple[Any, ...]:
     """A case for `pallas_kernels.tools.aot`: a named shape with fewer tokens and channels."""
-    chosen = dataclasses.replace(named(SHAPES, name), length=int(length), width=int(width))
+    chosen = dataclasses.replace(named(name), length=int(length), width=int(width))
     return case(chosen, implementation, mode)
 
 
 def static(shape: str, length: int, width: int, mode: str, chip: str) -> Result:
     """Static cost on an absent TPU."""
-    chosen = dataclasses.replace(named(SHAPES, shape), length=length, width=width)
+    chosen = dataclasses.replace(named(shape), length=length, width=width)
     row = Result(mode, chip, results.STATIC, describe(chosen))
     targets = STATIC_TARGETS[mode] if shape == "bench" else {}
     arguments = f"{length}", f"{width}", shape, "tpu", mode
@@ -161,7 +161,7 @@ def tpu(chips: tuple[str, ...]) -> Iterator[Result]:
         for length in (2048, 4096, 8192):
             yield static("bench", length, 2048, "forward", chip)
         for name in ("mamba-130m", "mamba-2.8b", "mamba-790m-packed"):
-            shape = SHAPES[name]
+            shape = named(name)
             yield static(name, shape.length, shape.width, "forward", chip)
         yield static("bench", 512, 1024, BOTH, chip)
 
@@ -172,11 +172,11 @@ GPU_SHAPES = ("bench", "mamba-790m", "mamba-790m-packed")
 def gpu(repetitions: int, chips: tuple[str, ...]) -> Iterator[Result]:
     """Times on the GPU that is here; what ptxas says for those that are not."""
     if jax.default_backend() == "gpu":
-        yield timed(SHAPES["bench"], repetitions)
+        yield timed(named("bench"), repetitions)
     else:
-        yield results.no_gpu(BOTH, describe(SHAPES["bench"]))
+        yield results.no_gpu(BOTH, describe(named("bench")))
     for chip in chips:
         for mode in MODES:
             for name in GPU_SHAPES:
-                row = Result(mode, chip, results.PTXAS, describe(SHAPES[name]))
+                row = Result(mode, chip, results.PTXAS, describe(named(name)))
                 yield results.registers(row, CASE, name, mode)

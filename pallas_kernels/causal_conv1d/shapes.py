@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.api import causal_conv1d
+from pallas_kernels.causal_conv1d.api import OP, causal_conv1d
 from pallas_kernels.causal_conv1d.tile import Activation
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
+from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the convolution.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, width: B, L, D of `x (B, L, D)`.
       taps: W.
       dtype: "float32" or "bfloat16", of `x`; the weights are float32.
@@ -30,10 +27,6 @@ class Shape:
       segmented: rows hold several documents.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     width: int
     taps: int = 4
     dtype: str = "bfloat16"
@@ -41,24 +34,23 @@ class Shape:
     bias: bool = True
     segmented: bool = False
 
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
-
-    def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def operands(self) -> dict[str, Struct]:
         """`x (B, L, D)`, `weight (W, D)`, `initial_state (B, W-1, D)`, then `bias (D,)` if there
         is one and `segment_ids (B, L)` int32 if segmented."""
-        structs = [
-            jax.ShapeDtypeStruct((self.batch, self.length, self.width), self.dtype),
-            jax.ShapeDtypeStruct((self.taps, self.width), jnp.float32),
-            jax.ShapeDtypeStruct((self.batch, self.taps - 1, self.width), self.dtype),
-        ]
+        operands = {
+            "x": Struct((self.batch, self.length, self.width), self.dtype),
+            "weight": Struct((self.taps, self.width), jnp.float32),
+            "initial_state": Struct((self.batch, self.taps - 1, self.width), self.dtype),
+        }
         if self.bias:
-            structs.append(jax.ShapeDtypeStruct((self.width,), jnp.float32))
+            operands["bias"] = Struct((self.width,), jnp.float32)
         if self.segmented:
-            structs.append(jax.ShapeDtypeStruct((self.batch, self.length), jnp.int32))
-        return tuple(structs)
+            operands["segment_ids"] = Struct((self.batch, self.length), jnp.int32)
+        return operands
+
+    def options(self) -> dict[str, Any]:
+        """`activation`."""
+        return {"activation": self.activation}
 
 
 _MAMBA = "Mamba, Gu and Dao 2023, arXiv:2312.00752"
@@ -90,47 +82,11 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-
-def named(name: str) -> Shape:
-    """The entry of `SHAPES`; ValueError if there is none."""
-    return programs.named(SHAPES, name)
-
-
-def program(conv: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """A convolution with `causal_conv1d`'s signature as a program of `shape.operands()`; see
-    `programs.program`."""
-
-    def forward(x, weight, initial_state, *rest):
-        options = iter(rest)
-        bias = next(options) if shape.bias else None
-        segment_ids = next(options) if shape.segmented else None
-        return conv(
-            x,
-            weight,
-            bias,
-            activation=shape.activation,
-            initial_state=initial_state,
-            segment_ids=segment_ids,
-        )
-
-    return programs.program(forward, shape.operands(), mode)
-
-
-def case(
-    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `causal_conv1d`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `causal_conv1d` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    conv = functools.partial(causal_conv1d, implementation=implementation)
-    fn, operands = program(conv, chosen, mode)
-    return fn, *operands
+FAMILY = Family(
+    causal_conv1d,
+    OP,
+    SHAPES,
+    # With activation and documents, and without.
+    representatives=("mamba-2.8b-packed", "recurrentgemma-2b"),
+)
+case, named = FAMILY.case, FAMILY.named

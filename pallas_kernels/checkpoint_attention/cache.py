@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.common import segments, validate
+from pallas_kernels.common import dispatch, segments, validate
 
 _OP = "Cache.extend"
 _MOST = 2**31 - 1
@@ -127,9 +127,15 @@ def _one_a_row(held, x, slot):
 
 
 def _written(held, x, slot):
-    if x.shape[1] > 1 or held.dtype != jnp.bfloat16:
-        return _scattered(held, x, slot)
-    return jax.lax.platform_dependent(held, x, slot, cpu=_one_a_row, default=_scattered)
+    unsupported = {}
+    if x.shape[1] > 1:
+        unsupported["one a row"] = f"there are {x.shape[1]} tokens"
+    elif held.dtype != jnp.bfloat16:
+        unsupported["one a row"] = f"a scatter of {held.dtype} is in place"
+    ways = {"scatter": _scattered, "one a row": _one_a_row}
+    return dispatch.choose(
+        _OP, ways, held, x, slot, default="scatter", cpu="one a row", unsupported=unsupported
+    )
 
 
 def _gradients(slot, dheld):

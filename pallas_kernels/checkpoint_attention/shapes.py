@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.checkpoint_attention.api import checkpoint_attention
+from pallas_kernels.checkpoint_attention.api import OP, checkpoint_attention
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
 from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the op.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, groups, heads, key_size, value_size: B, L, G, H, K, V.
       interval: tokens from one checkpoint to the next.
       dtype: of all arrays of floats.
@@ -28,10 +25,6 @@ class Shape:
       past: checkpoints of earlier calls.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     groups: int
     heads: int
     key_size: int
@@ -41,27 +34,32 @@ class Shape:
     segmented: bool = False
     past: int = 0
 
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
-
-    def operands(self) -> tuple[Struct, ...]:
+    def operands(self) -> dict[str, Struct]:
         """`q, k, v`, then `past_k, past_v, past_length, offset` and `segment_ids` if there are."""
-        rows = (self.batch, self.length)
 
         def floats(length: int, heads: int, width: int) -> Struct:
             return Struct((self.batch, length, heads, width), self.dtype)
 
-        q = floats(self.length, self.heads, self.key_size)
-        widths = self.key_size, self.value_size
-        operands = [q, *(floats(self.length, self.groups, width) for width in widths)]
+        operands = {
+            "q": floats(self.length, self.heads, self.key_size),
+            "k": floats(self.length, self.groups, self.key_size),
+            "v": floats(self.length, self.groups, self.value_size),
+        }
         if self.past:
-            operands += [floats(self.past, self.groups, width) for width in widths]
-            operands += [Struct((self.batch,), jnp.int32)] * 2
+            count = Struct((self.batch,), jnp.int32)
+            operands |= {
+                "past_k": floats(self.past, self.groups, self.key_size),
+                "past_v": floats(self.past, self.groups, self.value_size),
+                "past_length": count,
+                "offset": count,
+            }
         if self.segmented:
-            operands.append(Struct(rows, jnp.int32))
-        return tuple(operands)
+            operands["segment_ids"] = Struct((self.batch, self.length), jnp.int32)
+        return operands
+
+    def options(self) -> dict[str, Any]:
+        """`interval`."""
+        return {"interval": self.interval}
 
 
 _RAT = "RAT, Wei et al. 2025, arXiv:2507.04416: 16 heads, chunks of 16"
@@ -85,42 +83,12 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-
-def named(name: str) -> Shape:
-    """The entry of `SHAPES`; ValueError if there is none."""
-    return programs.named(SHAPES, name)
-
-
-def program(op: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """An op with `checkpoint_attention`'s signature as a program; see `programs.program`."""
-
-    def forward(q, k, v, *more):
-        rest, options = iter(more), {}
-        if shape.past:
-            for name in ("past_k", "past_v", "past_length", "offset"):
-                options[name] = next(rest)
-        if shape.segmented:
-            options["segment_ids"] = next(rest)
-        return (op(q, k, v, interval=shape.interval, **options),)
-
-    return programs.program(forward, shape.operands(), mode)
-
-
-def case(
-    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `checkpoint_attention`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `checkpoint_attention` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    op = functools.partial(checkpoint_attention, implementation=implementation)
-    fn, operands = program(op, chosen, mode)
-    return fn, *operands
+FAMILY = Family(
+    checkpoint_attention,
+    OP,
+    SHAPES,
+    # With documents, and with checkpoints of earlier calls.
+    representatives=("bench-packed", "rat-1.3b-prefill"),
+    slow_to_estimate=True,
+)
+case, named = FAMILY.case, FAMILY.named

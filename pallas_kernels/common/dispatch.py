@@ -5,16 +5,21 @@ Every op offers some of the implementations `reference` (one token at a time), `
 one traced program lowers for any one platform, also on a machine without it. Lowered for several at
 once (`jax.export` with more than one platform), every branch is lowered for all of them, which
 Pallas refuses: such a program takes `implementation="xla"`.
+
+One thing is looked up where a program is traced, because lowering does not know it: whether the GPU
+of this machine is too old for the kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 _RUNS_ON = {
@@ -69,19 +74,60 @@ def run(
     """
     names = _names(op, implementations, requested)
     choices = [_choose(op, platform, names, unsupported, requested) for platform in PLATFORMS]
+    if all(choice.implementation is None for choice in choices):
+        reasons = "; ".join(f"{name}: {unsupported.get(name) or _old_gpu()}" for name in names)
+        raise NotImplementedError(f"{op}: implementation={requested!r} cannot run here: {reasons}")
+    # Outermost, around complete custom VJPs: inside one, branches would have to share residuals.
+    on_cpu = next(c.implementation for c in choices if c.platform == "cpu")
+    return _lower(choices, on_cpu, implementations, args)
+
+
+def choose(
+    op: str,
+    ways: Mapping[str, Callable[..., Any]],
+    *args: Any,
+    default: str,
+    unsupported: Mapping[str, str] | None = None,
+    **preferred: str,
+) -> Any:
+    """Call one of several ways to compute the same: the platform's, unless something forbids it.
+
+    For what is chosen inside an implementation, or above all ops; `explain` lists it.
+
+    Args:
+      op: what is computed, for `explain`.
+      ways: functions of `*args` by name, each with a derivative of its own where one is needed.
+      default: the name of the way that serves all arguments on all platforms.
+      unsupported: why another way does not serve these arguments, such as their size, by name.
+      **preferred: by platform, the name of the way that is better there than the default.
+    """
+    unsupported = unsupported or {}
+    choices = []
+    for platform in PLATFORMS:
+        name = preferred.get(platform, default)
+        skipped = {name: unsupported[name]} if name in unsupported else {}
+        choices.append(Choice(op, platform, default if skipped else name, skipped))
+    return _lower(choices, default, ways, args)
+
+
+def _lower(
+    choices: list[Choice],
+    default: str | None,
+    functions: Mapping[str, Callable[..., Any]],
+    args: tuple[Any, ...],
+) -> Any:
+    """What each platform has chosen, as one program; `explain` is told of it.
+
+    Platforms that are not ours take `default`; None where there is nothing for them.
+    """
     if (record := _record.get()) is not None:
         record.extend(choices)
     by_platform = {c.platform: c.implementation for c in choices if c.implementation}
-    if not by_platform:
-        reasons = "; ".join(f"{name}: {unsupported[name]}" for name in names)
-        raise NotImplementedError(f"{op}: implementation={requested!r} cannot run here: {reasons}")
     if len(set(by_platform.values())) == 1:
-        return implementations[next(iter(by_platform.values()))](*args)
-    branches = {platform: implementations[name] for platform, name in by_platform.items()}
-    default = branches.pop("cpu", None)
-    special = {p: f for p, f in branches.items() if f is not default}
-    # Outermost, around complete custom VJPs: inside one, branches would have to share residuals.
-    return jax.lax.platform_dependent(*args, default=default, **special)
+        return functions[next(iter(by_platform.values()))](*args)
+    special = {p: functions[name] for p, name in by_platform.items() if name != default}
+    otherwise = None if default is None else functions[default]
+    return jax.lax.platform_dependent(*args, default=otherwise, **special)
 
 
 def _names(op: str, implementations: Mapping[str, Any], requested: Implementation) -> list[str]:
@@ -113,20 +159,23 @@ def _choose(op, platform, names, unsupported, requested) -> Choice:
 
 
 def _old_gpu() -> str | None:
-    """Why the GPU of this machine, if it has one, does not run our kernels."""
+    """Why the GPU of this machine, if it has one, does not run our kernels.
+
+    A program that is lowered here for a newer GPU elsewhere takes `xla` for the same reason.
+    """
     if jax.default_backend() != "gpu":
         return None
     capability = getattr(jax.devices()[0], "compute_capability", None)
     if capability is None or float(capability) >= 8.0:
         return None
-    return f"the GPU has compute capability {capability}, the kernels need 8.0"
+    return f"the GPU of this machine has compute capability {capability}, the kernels need 8.0"
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
     """What `op(*args, **kwargs)` runs on each platform and why; nothing is computed.
 
-    Works for any function that calls our ops, such as a model's `apply`. Arguments may be
-    `jax.ShapeDtypeStruct`.
+    Works for any function that calls our ops, such as a model's `apply`, and lists what is chosen
+    inside them too. Arguments may be `jax.ShapeDtypeStruct`.
 
     >>> for choice in explain(linear_scan, a, b):
     ...     print(choice)
@@ -151,6 +200,8 @@ def _recording() -> Iterator[list[Choice]]:
     choices: list[Choice] = []
     token = _record.set(choices)
     try:
-        yield choices
+        # What `jax.jit` has traced before would not be traced again: here it is, under a new name.
+        with set_xla_metadata(explained=uuid.uuid4().hex):
+            yield choices
     finally:
         _record.reset(token)

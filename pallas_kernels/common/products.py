@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import dispatch
+
 
 def widened_on_cpu(product: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """`product(*arrays)`; where it is compiled for a CPU, of float32 copies of bfloat16 arrays.
@@ -24,7 +26,8 @@ def widened_on_cpu(product: Callable[..., jax.Array], *arrays: jax.Array) -> jax
     def widened(*arrays: jax.Array) -> jax.Array:
         return product(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays))
 
-    return jax.lax.platform_dependent(*arrays, cpu=widened, default=product)
+    ways = {"bfloat16": product, "float32 copies": widened}
+    return dispatch.choose("product", ways, *arrays, default="bfloat16", cpu="float32 copies")
 
 
 # Compiled, for outside of `jax.jit` JAX would compile a choice of platforms at every call.

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels.delta_rule.api import delta_rule
+from pallas_kernels.delta_rule.api import OP, delta_rule
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
 from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the op.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, groups, heads, key_size, value_size: B, L, G, H, K, V.
       decay: None, "head" `(B, L, H)` or "key" `(B, L, H, K)`.
       dtype: of q, k, v and beta.
@@ -29,10 +26,6 @@ class Shape:
       state: a state is carried in.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     groups: int
     heads: int
     key_size: int
@@ -42,11 +35,6 @@ class Shape:
     decay_dtype: str = "float32"
     segmented: bool = False
     state: bool = False
-
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
 
     def operands(self) -> dict[str, Struct]:
         """Arguments of `delta_rule` by name, in its order."""
@@ -100,36 +88,12 @@ SHAPES: dict[str, Shape] = {
     )
 }  # fmt: skip
 
-
-def program(op: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """`programs.program` of an op with `delta_rule`'s signature, on `shape.operands()`.
-
-    Raises:
-      ValueError: unknown mode.
-    """
-    operands = shape.operands()
-
-    def forward(*args):
-        return op(**dict(zip(operands, args, strict=True)))
-
-    return programs.program(forward, tuple(operands.values()), mode)
-
-
-def case(
-    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `delta_rule`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `delta_rule` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    op = functools.partial(delta_rule, implementation=implementation)
-    fn, operands = program(op, chosen, mode)
-    return fn, *operands
+FAMILY = Family(
+    delta_rule,
+    OP,
+    SHAPES,
+    # A decay for each head, for each key, none.
+    representatives=("gated-delta-bench-packed", "kda-bench-packed", "odd-plain"),
+    slow_to_estimate=True,
+)
+case, named = FAMILY.case, FAMILY.named

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.diagonal_ssm.api import diagonal_ssm
+from pallas_kernels.diagonal_ssm.api import OP, diagonal_ssm
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
+from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the model.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, width: B, L, H of `u (B, L, H)`.
       states: N, half the real state size.
       dtype: "float32" or "bfloat16", of the input.
@@ -28,31 +25,30 @@ class Shape:
       reverse: from the last token to the first.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     width: int
     states: int
     dtype: str = "float32"
     segmented: bool = False
     reverse: bool = False
 
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
-
-    def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def operands(self) -> dict[str, Struct]:
         """`u (B, L, H)`, `log_a` and `c (H, N)`, `initial_state (B, H, N)` and, if segmented,
         `segment_ids (B, L)` int32."""
         rows = (self.batch, self.length)
-        u = jax.ShapeDtypeStruct((*rows, self.width), self.dtype)
-        parameter = jax.ShapeDtypeStruct((self.width, self.states), jnp.complex64)
-        state = jax.ShapeDtypeStruct((self.batch, *parameter.shape), jnp.complex64)
-        segment_ids = jax.ShapeDtypeStruct(rows, jnp.int32)
-        operands = (u, parameter, parameter, state)
-        return (*operands, segment_ids) if self.segmented else operands
+        parameter = Struct((self.width, self.states), jnp.complex64)
+        operands = {
+            "u": Struct((*rows, self.width), self.dtype),
+            "log_a": parameter,
+            "c": parameter,
+            "initial_state": Struct((self.batch, *parameter.shape), jnp.complex64),
+        }
+        if self.segmented:
+            operands["segment_ids"] = Struct(rows, jnp.int32)
+        return operands
+
+    def options(self) -> dict[str, Any]:
+        """`reverse`."""
+        return {"reverse": self.reverse}
 
 
 _S4D = "S4D, Gu et al. 2022, arXiv:2206.11893: 64 real states"
@@ -77,43 +73,11 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-
-def named(name: str) -> Shape:
-    """The entry of `SHAPES`; ValueError if there is none."""
-    return programs.named(SHAPES, name)
-
-
-def program(op: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """An op with `diagonal_ssm`'s signature as a program of
-    `(u, log_a, c, initial_state[, segment_ids])`; see `programs.program`."""
-
-    def forward(u, log_a, c, initial_state, segment_ids=None):
-        return op(
-            u,
-            log_a,
-            c,
-            initial_state=initial_state,
-            segment_ids=segment_ids,
-            reverse=shape.reverse,
-        )
-
-    return programs.program(forward, shape.operands(), mode)
-
-
-def case(
-    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, complex arrays as pairs, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `diagonal_ssm`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `diagonal_ssm` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    op = functools.partial(diagonal_ssm, implementation=implementation)
-    return programs.as_pairs(*program(op, chosen, mode))
+FAMILY = Family(
+    diagonal_ssm,
+    OP,
+    SHAPES,
+    representatives=("s4d-text-packed", "short"),
+    slow_to_estimate=True,
+)
+case, named = FAMILY.case, FAMILY.named

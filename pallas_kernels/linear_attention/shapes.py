@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.api import linear_attention
+from pallas_kernels.linear_attention.api import OP, linear_attention
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
 from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the op.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, groups, heads, key_size, value_size: B, L, G, H, K, V.
       decay: None, "constant" `(H,)`, "head" `(B, L, H)` or "key" `(B, L, H, K)`.
       dtype: of q, k and v.
@@ -29,10 +26,6 @@ class Shape:
       state: a state is carried in.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     groups: int
     heads: int
     key_size: int
@@ -43,25 +36,20 @@ class Shape:
     segmented: bool = False
     state: bool = False
 
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
-
-    def operands(self) -> tuple[Struct, ...]:
+    def operands(self) -> dict[str, Struct]:
         """`q, k, v`, then `log_decay`, `initial_state` and `segment_ids` as far as there are."""
         rows, heads = (self.batch, self.length), (self.heads,)
         q = Struct((*rows, self.groups, self.key_size), self.dtype)
-        v = Struct((*rows, *heads, self.value_size), self.dtype)
+        operands = {"q": q, "k": q, "v": Struct((*rows, *heads, self.value_size), self.dtype)}
         decays = {"constant": heads, "head": rows + heads, "key": (*rows, *heads, self.key_size)}
-        more = []
         if self.decay is not None:
-            more.append(Struct(decays[self.decay], self.decay_dtype))
+            operands["log_decay"] = Struct(decays[self.decay], self.decay_dtype)
         if self.state:
-            more.append(Struct((self.batch, *heads, self.key_size, self.value_size), "float32"))
+            state = (self.batch, *heads, self.key_size, self.value_size)
+            operands["initial_state"] = Struct(state, "float32")
         if self.segmented:
-            more.append(Struct(rows, jnp.int32))
-        return (q, q, v, *more)
+            operands["segment_ids"] = Struct(rows, jnp.int32)
+        return operands
 
 
 _SSD = "Mamba-2, Dao & Gu 2024, arXiv:2405.21060"
@@ -94,40 +82,12 @@ SHAPES: dict[str, Shape] = {
     )
 }  # fmt: skip
 
-
-def named(name: str) -> Shape:
-    """The entry of `SHAPES`; ValueError if there is none."""
-    return programs.named(SHAPES, name)
-
-
-def program(op: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """An op with `linear_attention`'s signature as a program; see `programs.program`."""
-
-    def forward(q, k, v, *more):
-        rest = iter(more)
-        log_decay = next(rest) if shape.decay else None
-        initial_state = next(rest) if shape.state else None
-        segment_ids = next(rest) if shape.segmented else None
-        return op(q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids)
-
-    return programs.program(forward, shape.operands(), mode)
-
-
-def case(
-    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `linear_attention`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `linear_attention` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    op = functools.partial(linear_attention, implementation=implementation)
-    fn, operands = program(op, chosen, mode)
-    return fn, *operands
+FAMILY = Family(
+    linear_attention,
+    OP,
+    SHAPES,
+    # A decay for each head, for each key, a constant one, none.
+    representatives=("head-bench-packed", "key-bench-packed", "retnet-1.3b", "plain"),
+    slow_to_estimate=True,
+)
+case, named = FAMILY.case, FAMILY.named

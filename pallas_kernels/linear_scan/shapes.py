@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_scan.api import linear_scan
+from pallas_kernels.linear_scan.api import OP, linear_scan
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
+from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the scan.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, width: B, L, D of `b (B, L, D)`.
       dtype: "float32", "bfloat16" or "complex64", of the input.
       constant: the decay is one `(D,)` for all steps, as in S5 and LRU.
@@ -29,10 +26,6 @@ class Shape:
       decay_dtype: where it is not `dtype`.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     width: int
     dtype: str = "float32"
     constant: bool = False
@@ -48,21 +41,22 @@ class Shape:
     def state_dtype(self) -> str:
         return "complex64" if self.is_complex else "float32"
 
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
-
-    def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def operands(self) -> dict[str, Struct]:
         """`a (B, L, D)` or `(D,)`, `b (B, L, D)`, `initial_state (B, D)` and, if segmented,
         `segment_ids (B, L)` int32."""
         block = (self.batch, self.length, self.width)
-        decay_dtype = self.decay_dtype or self.dtype
-        a = jax.ShapeDtypeStruct(block[2:] if self.constant else block, decay_dtype)
-        b = jax.ShapeDtypeStruct(block, self.dtype)
-        state = jax.ShapeDtypeStruct((self.batch, self.width), self.state_dtype)
-        segment_ids = jax.ShapeDtypeStruct(block[:2], jnp.int32)
-        return (a, b, state, segment_ids) if self.segmented else (a, b, state)
+        operands = {
+            "a": Struct(block[2:] if self.constant else block, self.decay_dtype or self.dtype),
+            "b": Struct(block, self.dtype),
+            "initial_state": Struct((self.batch, self.width), self.state_dtype),
+        }
+        if self.segmented:
+            operands["segment_ids"] = Struct(block[:2], jnp.int32)
+        return operands
+
+    def options(self) -> dict[str, Any]:
+        """`reverse`."""
+        return {"reverse": self.reverse}
 
 
 _GRIFFIN = "Griffin, De et al. 2024, arXiv:2402.19427: width 4096"
@@ -100,38 +94,11 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-
-def named(name: str) -> Shape:
-    """The entry of `SHAPES`; ValueError if there is none."""
-    return programs.named(SHAPES, name)
-
-
-def program(scan: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """A scan with `linear_scan`'s signature as a program of `(a, b, initial_state[, segment_ids])`;
-    see `programs.program`."""
-
-    def forward(a, b, initial_state, segment_ids=None):
-        return scan(
-            a, b, initial_state=initial_state, segment_ids=segment_ids, reverse=shape.reverse
-        )
-
-    return programs.program(forward, shape.operands(), mode)
-
-
-def case(
-    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, complex arrays as pairs, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `linear_scan`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `linear_scan` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    scan = functools.partial(linear_scan, implementation=implementation)
-    return programs.as_pairs(*program(scan, chosen, mode))
+FAMILY = Family(
+    linear_scan,
+    OP,
+    SHAPES,
+    # A decay for each step and a constant one, real and complex.
+    representatives=("recurrentgemma-2b-packed", "s5-listops"),
+)
+case, named = FAMILY.case, FAMILY.named

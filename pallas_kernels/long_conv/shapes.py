@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.long_conv.api import long_conv
+from pallas_kernels.long_conv.api import OP, long_conv
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
+from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the convolution.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, width: B, L, H of `u (B, L, H)`.
       taps: Lk, also Lr; None is L.
       two_sided: there is a `kernel_reverse`.
       dtype: "float32" or "bfloat16", of `u`; filters are float32.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     width: int
     taps: int | None = None
     two_sided: bool = False
     dtype: str = "float32"
 
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
-
-    def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def operands(self) -> dict[str, Struct]:
         """`u (B, L, H)`, `kernel (H, Lk)` and, if two-sided, `kernel_reverse (H, Lk)`."""
-        u = jax.ShapeDtypeStruct((self.batch, self.length, self.width), self.dtype)
-        kernel = jax.ShapeDtypeStruct((self.width, self.taps or self.length), jnp.float32)
-        return (u, kernel, kernel) if self.two_sided else (u, kernel)
+        kernel = Struct((self.width, self.taps or self.length), jnp.float32)
+        operands = {"u": Struct((self.batch, self.length, self.width), self.dtype)}
+        operands["kernel"] = kernel
+        if self.two_sided:
+            operands["kernel_reverse"] = kernel
+        return operands
 
 
 _S4 = "S4, Gu et al. 2022, arXiv:2111.00396, state-spaces/s4 at its head"
@@ -68,42 +58,12 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-
-def named(name: str) -> Shape:
-    """The entry of `SHAPES`; ValueError if there is none."""
-    return programs.named(SHAPES, name)
-
-
-def program(conv: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """A convolution with `long_conv`'s signature as a program of `shape.operands()`; see
-    `programs.program`."""
-
-    def forward(u, kernel, kernel_reverse=None):
-        return (conv(u, kernel, kernel_reverse=kernel_reverse),)
-
-    return programs.program(forward, shape.operands(), mode)
-
-
-def case(
-    shape: str | Shape,
-    implementation: str = "xla",
-    mode: str = "forward",
-    scale: str = "1",
-    method: str = "",
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `long_conv`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-      method: as in `long_conv`, "" for None.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `long_conv` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    conv = functools.partial(long_conv, implementation=implementation, method=method or None)
-    fn, operands = program(conv, chosen, mode)
-    return fn, *operands
+FAMILY = Family(
+    long_conv,
+    OP,
+    SHAPES,
+    # Two-sided and one-sided.
+    representatives=("s4-listops", "hyena-153m"),
+    has_kernels=False,
+)
+case, named = FAMILY.case, FAMILY.named

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-
+from pallas_kernels.common import dispatch
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.long_conv import blocked, fft
 from pallas_kernels.long_conv.spectrum import wide
@@ -26,8 +25,8 @@ def forward(config: Config, u, kernel, kernel_reverse, *, return_residuals: bool
     if config.method is not None:
         return (_METHODS[config.method](u, kernel, kernel_reverse),), None
     # Around complete custom VJPs, like the choice of an implementation.
-    y = jax.lax.platform_dependent(
-        u, kernel, kernel_reverse, tpu=_METHODS["blocked"], default=_METHODS["fft"]
+    y = dispatch.choose(
+        "long_conv method", _METHODS, u, kernel, kernel_reverse, default="fft", tpu="blocked"
     )
     return (y,), None
 

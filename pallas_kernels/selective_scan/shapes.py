@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan.api import selective_scan
+from pallas_kernels.selective_scan.api import OP, selective_scan
 from pallas_kernels.tools import programs
+from pallas_kernels.tools.family import Family
+from pallas_kernels.tools.programs import Struct
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(programs.Shape):
     """One use of the scan.
 
     Attributes:
-      name: what tests and commands call it.
-      source: the model and where its numbers are published.
       batch, length, width, states: B, L, D, N.
       dtype: "float32" or "bfloat16", of x, dt, B, C and the gate; A, D and dt_bias are float32.
       gated: a gate, a bias of dt and its softplus, as Mamba's block has them.
@@ -28,10 +25,6 @@ class Shape:
       reverse: from the last token to the first.
     """
 
-    name: str
-    source: str
-    batch: int
-    length: int
     width: int
     states: int = 16
     dtype: str = "float32"
@@ -39,31 +32,29 @@ class Shape:
     segmented: bool = False
     reverse: bool = False
 
-    def scaled(self, factor: float) -> Shape:
-        """The same with another length."""
-        length = max(1, round(self.length * factor))
-        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
-
-    def operands(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def operands(self) -> dict[str, Struct]:
         """Arguments of `selective_scan` by name, in its order."""
-        struct = jax.ShapeDtypeStruct
-        channels = struct((self.batch, self.length, self.width), self.dtype)
-        shared = struct((self.batch, self.length, self.states), self.dtype)
-        channel = struct((self.width,), jnp.float32)
+        channels = Struct((self.batch, self.length, self.width), self.dtype)
+        shared = Struct((self.batch, self.length, self.states), self.dtype)
+        channel = Struct((self.width,), jnp.float32)
         operands = {
             "x": channels,
             "dt": channels,
-            "A": struct((self.width, self.states), jnp.float32),
+            "A": Struct((self.width, self.states), jnp.float32),
             "B": shared,
             "C": shared,
             "D": channel,
         }
         if self.gated:
             operands |= {"gate": channels, "dt_bias": channel}
-        operands["initial_state"] = struct((self.batch, self.width, self.states), jnp.float32)
+        operands["initial_state"] = Struct((self.batch, self.width, self.states), jnp.float32)
         if self.segmented:
-            operands["segment_ids"] = struct((self.batch, self.length), jnp.int32)
+            operands["segment_ids"] = Struct((self.batch, self.length), jnp.int32)
         return operands
+
+    def options(self) -> dict[str, Any]:
+        """`dt_softplus` and `reverse`."""
+        return {"dt_softplus": self.gated, "reverse": self.reverse}
 
 
 _MAMBA = "Mamba, Gu and Dao 2023, arXiv:2312.00752: 2048 tokens, inner width 2 x"
@@ -86,37 +77,12 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-
-def program(scan: Callable[..., Any], shape: Shape, mode: str) -> programs.Program:
-    """`programs.program` of a scan with `selective_scan`'s signature, on `shape.operands()`.
-
-    Raises:
-      ValueError: unknown mode.
-    """
-    operands = shape.operands()
-
-    def forward(*args):
-        named = dict(zip(operands, args, strict=True))
-        return scan(**named, dt_softplus=shape.gated, reverse=shape.reverse)
-
-    return programs.program(forward, tuple(operands.values()), mode)
-
-
-def case(
-    shape: str | Shape, implementation: str = "tpu", mode: str = "forward", scale: str = "1"
-) -> tuple[Any, ...]:
-    """`(fn, *operands)` of the op's `program`, for `tools.aot`.
-
-    Args:
-      shape: a name in `SHAPES`, or a shape of your own.
-      implementation: as in `selective_scan`.
-      mode: "forward" or "forward+backward".
-      scale: factor on the length, as a string so that the command line can give it.
-
-    Raises:
-      ValueError: unknown shape or mode, or what `selective_scan` refuses.
-    """
-    chosen = programs.chosen(SHAPES, shape, scale)
-    scan = functools.partial(selective_scan, implementation=implementation)
-    fn, operands = program(scan, chosen, mode)
-    return fn, *operands
+FAMILY = Family(
+    selective_scan,
+    OP,
+    SHAPES,
+    # With gate, bias, softplus and documents, and without.
+    representatives=("mamba-790m-packed", "bench"),
+    slow_to_estimate=True,
+)
+case, named = FAMILY.case, FAMILY.named

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -11,45 +12,61 @@ import jax.numpy as jnp
 MODES = ("forward", "forward+backward")
 Struct = jax.ShapeDtypeStruct
 Program = tuple[Callable[..., Any], tuple[Struct, ...]]
-_Shape = TypeVar("_Shape")
+_Own = TypeVar("_Own", bound="Shape")  # typing.Self, which the tests' type checker refuses
 
 
-def named(shapes: Mapping[str, _Shape], name: str) -> _Shape:
-    """The entry of a family's `SHAPES`.
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One use of an op; a family adds its sizes and flags.
 
-    Raises:
-      ValueError: no such name; the message lists them.
+    Attributes:
+      name: what tests and commands call it.
+      source: the model and where its numbers are published.
+      batch, length: B and L, rows and tokens in a row.
     """
-    if name not in shapes:
-        raise ValueError(f"shape={name!r} is unknown; one of {', '.join(shapes)}")
-    return shapes[name]
+
+    name: str
+    source: str
+    batch: int
+    length: int
+
+    def operands(self) -> dict[str, Struct]:
+        """The op's arrays by the name of the argument, in the program's order."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The op's other arguments, which are static."""
+        return {}
+
+    def scaled(self: _Own, factor: float) -> _Own:
+        """The same with another length."""
+        length = max(1, round(self.length * factor))
+        return dataclasses.replace(self, name=f"{self.name} x{factor:g}", length=length)
 
 
-def chosen(shapes: Mapping[str, Any], shape: Any, scale: str) -> Any:
-    """The shape that a family's `case` is asked for: a name of `shapes`, or a shape of your own.
-
-    Its length is multiplied by `scale`, a string so that a command line can give it.
-    """
-    found = named(shapes, shape) if isinstance(shape, str) else shape
-    return found if float(scale) == 1 else found.scaled(float(scale))
-
-
-def program(forward: Callable[..., Any], operands: tuple[Struct, ...], mode: str) -> Program:
+def program(op: Callable[..., Any], shape: Shape, mode: str) -> Program:
     """`(fn, operands)`: an op as one program, to jit and measure.
 
     Args:
-      forward: a function of the operands whose first output is the one that a model goes on with;
-        the others are states.
-      operands: shapes and dtypes of its arguments.
-      mode: "forward" is `forward` itself. "forward+backward" takes the cotangent of the first
-        output as one more argument, the last, and returns that output and the gradients of all
-        operands but integers, as a layer inside a larger program does.
+      op: called with `shape.operands()` and `shape.options()` by name. Its first output, or its
+        only one, is the one that a model goes on with; the others are states.
+      shape: of the arrays.
+      mode: "forward" gives all outputs, as a tuple. "forward+backward" takes the cotangent of the
+        first output as one more argument, the last, and returns that output and the gradients of
+        all operands but integers, as a layer inside a larger program does.
 
     Raises:
       ValueError: unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; one of {', '.join(MODES)}")
+    named, options = shape.operands(), shape.options()
+    operands = tuple(named.values())
+
+    def forward(*args):
+        outputs = op(**dict(zip(named, args, strict=True)), **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
     if mode == "forward":
         return forward, operands
     wanted = [jnp.issubdtype(x.dtype, jnp.inexact) for x in operands]

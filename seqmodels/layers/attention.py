@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import products
+from pallas_kernels.common import dispatch, products
 from seqmodels.layers.splash import splash
 
 _SCORES = 2**24
@@ -84,11 +84,18 @@ def attend(
     _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions)
     rule = _Rule(causal, window, sinks, float(q.shape[-1] ** -0.5 if scale is None else scale))
     arrays = (q, k, v, q_segments, k_segments, k_positions)
-    portable = functools.partial(_portable, rule)
-    if q.shape[1] < SPLASH_FROM:
-        return portable(*arrays)
-    on_tpu = functools.partial(splash, **rule._asdict())
-    return jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=portable)
+    short = q.shape[1] < SPLASH_FROM
+    return dispatch.choose(
+        "attend",
+        {
+            "portable": functools.partial(_portable, rule),
+            "splash": functools.partial(splash, **rule._asdict()),
+        },
+        *arrays,
+        default="portable",
+        tpu="splash",
+        unsupported={"splash": f"{q.shape[1]} queries do not fill a block"} if short else {},
+    )
 
 
 def _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
+from pallas_kernels.common import dispatch, symbolic
 from seqmodels import ops
 from seqmodels.segments import Segments, mask_padding
 
@@ -41,14 +42,21 @@ def bidirectional_mimo_scan(
       output_projection: what the planes ``[re h, im h, re g, im g]`` give to the outputs.
       segments: documents, which the recurrences do not cross.
     """
-    arrays = (decay, input_projection, output_projection)
+    unsupported = {}
     if segments is not None and not segments.single:
-        return by_scans(u, *arrays, segments)
-    u = mask_padding(u, segments)
-    if u.shape[0] * u.shape[1] * decay.size < _LARGE:
-        return by_scans(u, *arrays)
-    return jax.lax.platform_dependent(
-        u, *arrays, cpu=ops.mimo_blocks, default=functools.partial(by_scans, segments=None)
+        unsupported["blocks"] = "they take one document a row"
+    else:
+        u, segments = mask_padding(u, segments), None
+        values = symbolic.known(u.shape[0] * u.shape[1] * decay.size, 0)
+        if values < _LARGE:
+            unsupported["blocks"] = f"there are {values} state values, they pay from {_LARGE} on"
+    return dispatch.choose(
+        "bidirectional_mimo_scan",
+        {"scans": functools.partial(by_scans, segments=segments), "blocks": ops.mimo_blocks},
+        *(u, decay, input_projection, output_projection),
+        default="scans",
+        cpu="blocks",
+        unsupported=unsupported,
     )
 
 

@@ -27,7 +27,7 @@ TINY = Shape("tiny", "a test", 2, 6, 4, "complex64")
 @pytest.mark.parametrize("name", baselines.SCANS)
 def test_baselines_compute_what_the_op_computes(name, constant, reverse):
     shape = dataclasses.replace(TINY, constant=constant)
-    a, b, state = cases.inputs(shape.operands())
+    a, b, state = cases.inputs(shape.operands().values())
     baseline = jax.jit(baselines.SCANS[name], static_argnames="reverse")
     for initial in (None, state):
         expected = linear_scan(a, b, initial_state=initial, reverse=reverse)
@@ -38,7 +38,7 @@ def test_baselines_compute_what_the_op_computes(name, constant, reverse):
 
 @pytest.mark.parametrize("name", baselines.SCANS)
 def test_baselines_refuse_segments(name):
-    a, b, _ = cases.inputs(TINY.operands())
+    a, b, _ = cases.inputs(TINY.operands().values())
     with pytest.raises(NotImplementedError, match="no segments"):
         baselines.SCANS[name](a, b, segment_ids=jnp.ones((2, 6), jnp.int32))
 

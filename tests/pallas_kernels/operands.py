@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from pallas_kernels.tools.families import FAMILIES
 
 LENGTH = 6
 # `B` stands for the batch: every other size is fixed. Complex operands are named.
@@ -28,7 +29,7 @@ OPS: dict[str, dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 _COMPLEX, _AT_MOST_ZERO = {"log_a", "c"}, {"log_a", "A", "log_decay"}
 OPTIONS: dict[str, dict[str, Any]] = {"checkpoint_attention": {"interval": 2}}
-KERNELS = [name for name in OPS if name != "long_conv"]  # the ops with Pallas kernels
+KERNELS = [name for name in OPS if FAMILIES[name].has_kernels]
 PACKED = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.shapes import named, program
+from pallas_kernels.causal_conv1d.shapes import named
+from pallas_kernels.tools.programs import program
 
 
 def depthwise_conv(x, weight, bias=None, *, activation=None, initial_state=None, segment_ids=None):

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import linear_scan
-from pallas_kernels.diagonal_ssm.shapes import named, program
-from pallas_kernels.tools import programs
+from pallas_kernels.diagonal_ssm.shapes import named
+from pallas_kernels.tools.programs import as_pairs, program
 
 
 def vandermonde_fft(u, log_a, c, *, initial_state=None, segment_ids=None, reverse=False):
@@ -89,4 +89,4 @@ MODELS: dict[str, Any] = {
 def case(shape: str, baseline: str, mode: str, scale: str = "1") -> tuple[Any, ...]:
     """As `pallas_kernels.diagonal_ssm.shapes.case`, of a key of `MODELS`."""
     chosen = named(shape).scaled(float(scale))
-    return programs.as_pairs(*program(MODELS[baseline], chosen, mode))
+    return as_pairs(*program(MODELS[baseline], chosen, mode))

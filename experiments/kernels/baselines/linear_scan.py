@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_scan.shapes import named, program
-from pallas_kernels.tools.programs import as_pairs
+from pallas_kernels.linear_scan.shapes import named
+from pallas_kernels.tools.programs import as_pairs, program
 
 
 def associative_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False):

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.long_conv.shapes import named, program
+from pallas_kernels.long_conv.shapes import named
+from pallas_kernels.tools.programs import program
 
 
 def published_fft(u, kernel, *, kernel_reverse=None):

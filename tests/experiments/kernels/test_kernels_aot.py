@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import types
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -11,20 +11,27 @@ import rich.console
 from experiments.kernels import aot as table
 from experiments.kernels.aot import FAILED, NOT_RUN, PASSED, AotConfig, Cell, Key
 from pallas_kernels.tools import aot
+from pallas_kernels.tools.families import FAMILIES
 
+README = (table.REPOSITORY / "README.md").read_text(encoding="utf-8")
 QUIET = rich.console.Console(quiet=True)
 CELL = Cell("linear_scan", "odd", "forward", "v5e", PASSED, {}, None, "0", "c", False, 1.0)
 
 
 def test_readme_shows_what_the_committed_results_give():
-    text = (table.REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert table.with_matrix(text, table.load(table.RESULTS).values()) == text
+    """And what is stale by now: after a change of code, `aot --readme README.md` says so there."""
+    assert table.with_matrix(README, table.load(table.RESULTS)) == README
 
 
-def test_every_family_that_exists_is_in_the_table():
-    families = table.REPOSITORY.glob("pallas_kernels/*/shapes.py")
+def test_every_family_that_exists_is_in_the_tables_and_has_a_benchmark():
+    places = ("pallas_kernels/*/shapes.py", "experiments/kernels/*.py")
+    shapes, modules = (set(table.REPOSITORY.glob(place)) for place in places)
     committed = {cell.family for cell in table.load(table.RESULTS).values()}
-    assert committed <= set(table.FAMILIES) <= {path.parent.name for path in families}
+    assert committed == set(FAMILIES) == {path.parent.name for path in shapes}
+    assert set(FAMILIES) <= {path.stem for path in modules}
+    for name, family in FAMILIES.items():
+        kernels = "TPU, GPU" if family.has_kernels else "none"
+        assert re.search(rf"^\| `{name}` \| .* \| {kernels} \|$", README, re.MULTILINE)
 
 
 def test_committed_cells_that_passed_have_figures_or_say_why_not():
@@ -35,34 +42,113 @@ def test_committed_cells_that_passed_have_figures_or_say_why_not():
             assert cell.reason or 0 < cell.figures["registers"] <= 255
 
 
-def test_matrix_counts_named_shapes_and_calls_nothing_run_that_was_compiled(monkeypatch):
-    monkeypatch.setattr(table, "FAMILIES", ("linear_scan",))
-    shapes = types.SimpleNamespace(SHAPES=("odd", "short"))
-    monkeypatch.setattr(table, "_shapes", lambda family: shapes)
-    cells = [
+@pytest.fixture
+def two_shapes(monkeypatch):
+    """The table of one family with the shapes odd and short, whose sources have digest "0"."""
+    family = FAMILIES["linear_scan"]
+    shapes = {name: family.shapes[name] for name in ("odd", "short")}
+    known = {"linear_scan": dataclasses.replace(family, shapes=shapes)}
+    monkeypatch.setattr(table, "FAMILIES", known)
+    now = dict.fromkeys((("linear_scan", name) for name in shapes), "0")
+    monkeypatch.setattr(table, "digests", lambda families=(): now)
+
+
+def at(key, **changes):
+    return dataclasses.replace(CELL, **key._asdict(), **changes)
+
+
+def by_key(*cells):
+    return {cell.key: cell for cell in cells}
+
+
+def test_matrix_counts_named_shapes_and_calls_nothing_run_that_was_compiled(two_shapes):
+    cells = by_key(
         CELL,
         dataclasses.replace(CELL, mode="forward+backward"),
         dataclasses.replace(CELL, shape="short", outcome=FAILED),
         dataclasses.replace(CELL, shape="gone", outcome=FAILED),
         dataclasses.replace(CELL, chip="cpu", mode="forward+backward"),
-    ]
+        dataclasses.replace(CELL, chip="v6e", mode="forward+backward", sources="old"),
+    )
     header, _, row = table.matrix(cells).splitlines()
     names, values = ([x.strip() for x in line.split("|")[1:-1]] for line in (header, row))
     ours = dict(zip(names, values, strict=True))
     assert ours["family"] == "`linear_scan`"
     assert ours["CPU, ran"] == "1 passed, 1 not run"
     assert ours["v5e, compiled"] == "2 passed, 1 failed, 1 not run"
+    assert ours["v6e, compiled"] == "1 stale, 1 not run"
     assert ours["h100, compiled"] == ours["TPU, ran"] == ours["GPU, ran"] == NOT_RUN
 
 
 def test_matrix_goes_between_the_markers():
     text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    new = table.with_matrix(text, [CELL])
+    cells = by_key(CELL)
+    new = table.with_matrix(text, cells)
     assert new.startswith(f"before\n{table.BEGIN}\n| family |")
     assert new.endswith(f"|\n{table.END}\nafter\n")
-    assert table.with_matrix(new, [CELL]) == new
+    assert table.with_matrix(new, cells) == new
     with pytest.raises(ValueError, match="needs the two lines"):
-        table.with_matrix("nothing here", [CELL])
+        table.with_matrix("nothing here", cells)
+
+
+def test_check_names_what_is_stale_failed_or_missing(two_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "aot.json"
+    config = AotConfig(chip=("cpu", "v5e"), output=path)
+    assert table.check(config) == [
+        "missing: 6 cells",
+        "  linear_scan on cpu, v5e forward, v5e: all shapes",
+    ]
+    cells = by_key(*map(at, table.asked(config)))
+    table.save(path, cells, config, 1.0)
+    assert table.check(config) == []
+    assert table.main(["--chip", "cpu", "v5e", "--output", str(path), "--check"]) == 0
+    bad = [
+        at(Key("linear_scan", "odd", "forward", "v5e"), sources="old"),
+        at(Key("linear_scan", "odd", "forward+backward", "v5e"), outcome=FAILED),
+        at(Key("linear_scan", "short", "forward+backward", "cpu"), outcome=NOT_RUN),
+    ]
+    table.save(path, cells | by_key(*bad), config, 1.0)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        table.main(["--chip", "cpu", "v5e", "--output", str(path), "--check"])
+    assert exit.value.code == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "stale: 1 cells",
+        "  linear_scan on v5e forward: odd",
+        "failed: 1 cells",
+        "  linear_scan on v5e: odd",
+        "not run: 1 cells",
+        "  linear_scan on cpu: short",
+    ]
+    everything = table.check(AotConfig(output=tmp_path / "none"))
+    assert everything[1:] == ["  linear_scan on every chip: all shapes"]
+
+
+def test_a_stale_cell_reads_stale_in_the_table(two_shapes):
+    cells = by_key(CELL, dataclasses.replace(CELL, shape="short", sources="old", outcome=FAILED))
+    console = rich.console.Console(record=True, width=100)
+    console.print(table.table(cells))
+    text = console.export_text()
+    assert "v5e: stale" in text
+    assert "v5e: compiled, cost unknown" in text
+    assert FAILED not in text
+
+
+def test_a_shape_has_a_digest_of_its_arguments_and_of_the_code_of_its_op(monkeypatch):
+    family = FAMILIES["linear_scan"]
+    before = table.digests(["linear_scan"])
+    shapes = dict(family.shapes)
+    shapes["odd"] = dataclasses.replace(shapes["odd"], reverse=True)
+    shapes["short"] = dataclasses.replace(shapes["short"], source="elsewhere")
+    with monkeypatch.context() as patch:
+        known = {"linear_scan": dataclasses.replace(family, shapes=shapes)}
+        patch.setattr(table, "FAMILIES", known)
+        after = table.digests(["linear_scan"])
+    assert {key for key in before if before[key] != after[key]} == {("linear_scan", "odd")}
+    monkeypatch.setattr(table.code, "digest", lambda modules: "another")
+    changed = table.digests(["linear_scan"])
+    assert not {key for key in before if before[key] == changed[key]}
 
 
 def test_answers_become_outcomes():
@@ -90,7 +176,8 @@ def test_a_run_is_merged_and_does_only_what_is_not_known(tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     assert {"config", "commit", "versions", "wall_s", "cells"} <= record.keys()
     assert len(record["cells"]) == 2
-    monkeypatch.setattr(table, "sources", lambda family: "changed")
+    changed = {("linear_scan", name): "changed" for name in FAMILIES["linear_scan"].shapes}
+    monkeypatch.setattr(table, "digests", lambda families=(): changed)
     table.run(config, QUIET)
     assert len(asked) == 3
     table.run(dataclasses.replace(config, again=True), QUIET)
@@ -108,7 +195,7 @@ def test_cells_of_three_chips(tmp_path, monkeypatch):
     assert cells["v5e"].figures["times_floor"] > 1
     assert (cells["h100"].outcome, cells["h100"].reason) == (NOT_RUN, "pip install something")
     console = rich.console.Console(record=True, width=200)
-    console.print(table.table(cells.values()))
+    console.print(table.table(by_key(*cells.values())))
     assert "one-tap" in console.export_text()
 
 

@@ -293,26 +293,6 @@ def test_bad_arguments_are_named(changed, message):
         causal_conv1d(**(good | changed))
 
 
-def test_kernels_refuse_double_precision_with_a_reason():
-    with jax.enable_x64(True):
-        x, weight = jnp.ones((2, 5, 3), jnp.float64), jnp.ones((4, 3), jnp.float64)
-        for name in ("tpu", "gpu"):
-            with pytest.raises(NotImplementedError, match="no float64; reference and xla do"):
-                causal_conv1d(x, weight, implementation=name)
-        y, _ = causal_conv1d(x, weight, implementation=("tpu", "reference"))
-        np.testing.assert_array_equal(y[0, :, 0], [1, 2, 3, 4, 4])
-
-
-def test_explain_says_what_runs_where():
-    x, weight = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 5, 3), (4, 3)))
-    choices = {c.platform: c for c in pallas_kernels.explain(causal_conv1d, x, weight)}
-    names = {p: c.implementation for p, c in choices.items()}
-    assert names == {"cpu": "xla", "tpu": "tpu", "cuda": "gpu", "rocm": "xla"}
-    token = jax.ShapeDtypeStruct((2, 1, 3), jnp.float32)
-    choices = pallas_kernels.explain(causal_conv1d, token, weight)
-    assert {c.implementation for c in choices} == {"xla"}
-
-
 def test_checked_finds_bad_ids_under_jit():
     x, weight = ONES((2, 5, 3)), ONES((4, 3))
     run = jax.jit(pallas_kernels.checked(causal_conv1d))

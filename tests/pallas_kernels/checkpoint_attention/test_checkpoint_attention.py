@@ -515,13 +515,3 @@ def test_checked_finds_bad_values_under_jit():
         run(jnp.asarray([[1, 0, 1, 1, 1]] * 2, jnp.int32), zeros).throw()
     with pytest.raises(Exception, match="offset must be at least 0"):
         run(ones, zeros - 1).throw()
-
-
-def test_one_token_takes_the_cheap_step():
-    one = {n: x[:, :1] if n != "interval" else x for n, x in GOOD.items()}
-    choices = pallas_kernels.explain(checkpoint_attention, **one)
-    assert {choice.implementation for choice in choices} == {"xla"}
-    with jax.enable_x64(True):
-        wide = {n: x.astype(jnp.float64) if n != "interval" else x for n, x in GOOD.items()}
-        choices = pallas_kernels.explain(checkpoint_attention, **wide)
-    assert {choice.implementation for choice in choices} == {"xla"}

@@ -317,7 +317,8 @@ def test_bad_arguments_are_named(changed, message):
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
 def test_residuals_are_at_most_inputs_outputs_and_one_state_a_chunk(implementation):
-    args = Shape("deep", "a test", 1, 1024, 1, 2, 128, 128, "head").operands()
+    shape = Shape("deep", "a test", 1, 1024, 1, 2, 128, 128, "head")
+    args = tuple(shape.operands().values())
     op = functools.partial(linear_attention, implementation=implementation)
     pullback = jax.eval_shape(lambda *a: jax.vjp(op, *a)[1], *args)
     held = sum(x.size for x in jax.tree.leaves(pullback))

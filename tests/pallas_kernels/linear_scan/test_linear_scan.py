@@ -200,28 +200,6 @@ def test_bad_arguments_are_named(changed, message):
         linear_scan(**(good | changed))
 
 
-def test_kernels_refuse_double_precision_with_a_reason():
-    with jax.enable_x64(True):
-        x = jnp.ones((2, 5, 3), jnp.float64)
-        for name in ("tpu", "gpu"):
-            with pytest.raises(NotImplementedError, match="no float64; reference and xla do"):
-                linear_scan(x, x, implementation=name)
-        h, _ = linear_scan(x, x, implementation=("tpu", "reference"))
-        np.testing.assert_array_equal(h[0, :, 0], [1, 2, 3, 4, 5])
-
-
-def test_explain_says_what_runs_where():
-    x = jax.ShapeDtypeStruct((2, 5, 3), jnp.float32)
-    choices = {c.platform: c for c in pallas_kernels.explain(linear_scan, x, x, reverse=True)}
-    assert {p: c.implementation for p, c in choices.items()} == {
-        "cpu": "xla",
-        "tpu": "tpu",
-        "cuda": "gpu",
-        "rocm": "xla",
-    }
-    assert "not gpu: it does not run on rocm" in str(choices["rocm"])
-
-
 def test_checked_finds_bad_ids_under_jit():
     x = jnp.ones((2, 5, 3))
     run = jax.jit(pallas_kernels.checked(linear_scan))

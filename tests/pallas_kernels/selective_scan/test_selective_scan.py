@@ -13,8 +13,9 @@ import pytest
 import pallas_kernels
 from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan import xla
-from pallas_kernels.selective_scan.shapes import Shape, program
+from pallas_kernels.selective_scan.shapes import Shape
 from pallas_kernels.tools import testing
+from pallas_kernels.tools.programs import program
 from tests.pallas_kernels.selective_scan.cases import NAMES, Case, assert_isolated
 
 
@@ -386,27 +387,6 @@ def test_bad_arguments_are_named(changed, message):
     good = {"x": x, "dt": x, "A": zeros(3, 4), "B": shared, "C": shared}
     with pytest.raises(ValueError, match=message):
         selective_scan(**(good | changed))
-
-
-def test_kernels_refuse_double_precision_with_a_reason():
-    with jax.enable_x64(True):
-        args = {n: z for n, z in Case(length=5, dtype="float64").args.items() if z is not None}
-        for name in ("tpu", "gpu"):
-            with pytest.raises(NotImplementedError, match="no float64; reference and xla do"):
-                selective_scan(**args, implementation=name)
-        y, _ = selective_scan(**args, implementation=("tpu", "reference"))
-        assert y.dtype == jnp.float64
-
-
-def test_explain_says_what_runs_where():
-    args = Case(length=5).args
-    choices = {c.platform: c for c in pallas_kernels.explain(selective_scan, **args)}
-    assert {p: c.implementation for p, c in choices.items()} == {
-        "cpu": "xla",
-        "tpu": "tpu",
-        "cuda": "gpu",
-        "rocm": "xla",
-    }
 
 
 def test_a_gpu_refuses_what_it_cannot_address():
