@@ -33,7 +33,15 @@ def kernels(compiled):
     return (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"')
 
 
-KERNELS = ("prepare", "invert", "walk", "read", "retreat", "weigh", "attribute")
+KERNELS = (
+    "chunk_scaled_dot_kkt",
+    "solve_tril",
+    "chunk_fwd_h",
+    "chunk_fwd_o",
+    "chunk_bwd_dhu",
+    "prepare_wy_repr_bwd",
+    "chunk_bwd_dqkwg",
+)
 # One of each kind: whether it compiles depends on the mode and on widths, hardly on lengths.
 GPU_SHAPES = ["gated-delta-bench-packed", "kda-bench-packed", "gated-deltanet-1.3b", "cpu"]
 SPILL_SHAPES = ["gated-delta-bench", "kda-bench-packed", "deltanet-1.3b"]
@@ -51,4 +59,4 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 def test_forward_spills_no_registers(chip):
-    assert_forward_spills_nothing(chip, CASE, SPILL_SHAPES, "delta_rule_walk")
+    assert_forward_spills_nothing(chip, CASE, SPILL_SHAPES, "delta_rule_chunk_fwd_h")

@@ -12,13 +12,13 @@ import pallas_kernels
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule import gpu, gpu_forward, gpu_tile
 from pallas_kernels.delta_rule.shapes import SHAPES
-from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state import masks
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
 CHOOSE_TILES = gpu.choose_tiles
 # Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
-TILES = gpu_tile.Tiles(chunk=16, keys=16, values=16, walked=16)
+TILES = gpu_tile.Tiles(chunk=16, keys=16, values=16, state_values=16)
 WIDE = {"size": (20, 18), "heads": 2}
 
 
@@ -84,7 +84,7 @@ def test_extreme_gates_and_a_row_of_padding():
 
 def documents_run_on(monkeypatch):
     """The state is carried over a document's end."""
-    monkeypatch.setattr(gpu_forward, "kept", lambda state, keep, _: state * keep)
+    monkeypatch.setattr(gpu_forward, "decayed_state", lambda state, keep, _: state * keep)
 
 
 def states_shifted(monkeypatch):
@@ -130,16 +130,16 @@ def test_inverse(size, repeated):
 
 def test_inverse_in_blocks():
     """A chunk of 64 tokens, which the kernel takes in two blocks of 32."""
-    job = gpu._job(gpu.Config(1.0, 64), *(jnp.zeros((1, 64, 1, 8)),) * 2, None, None)
+    dims = gpu._kernel_shape(gpu.Config(1.0, 64), *(jnp.zeros((1, 64, 1, 8)),) * 2, None, None)
     keys = lower_triangular(64, repeated=False)
     beta = np.random.default_rng(1).uniform(0, 1, (64, 1))
     with testing.interpret():
         made = gpu._call(
-            gpu_forward.invert,
-            job,
+            gpu_forward.solve_tril,
+            dims,
             (1, 1, 1),
             {
-                "keys": jnp.asarray(keys, jnp.float32)[None, None, None],
+                "A_kk": jnp.asarray(keys, jnp.float32)[None, None, None],
                 "beta": jnp.asarray(beta, jnp.float32)[None],
             },
             {"inverse": ((1, 1, 1, 64, 64), jnp.float32)},
@@ -164,7 +164,7 @@ def test_factors_of_levels():
     rng = np.random.default_rng(0)
     g, other = -rng.exponential(1, (2, 32, 16))
     token = np.arange(32)
-    for at in chunks.sizes(32):
+    for at in masks.level_sizes(32):
         second = (token & at != 0)[:, None]
         near = (token[:, None] // at) == (token // at)
         marks = near & np.where(second, token <= token[:, None], token > token[:, None])

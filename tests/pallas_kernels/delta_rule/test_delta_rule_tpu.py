@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.delta_rule import tpu, tpu_head, tpu_inverse
+from pallas_kernels.delta_rule import tpu, tpu_inverse, tpu_scalar_decay
 from pallas_kernels.delta_rule.shapes import SHAPES
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
@@ -38,7 +38,7 @@ def small(monkeypatch):
     monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
     monkeypatch.setattr(tpu_inverse, "BLOCK", CHUNK // 2)
     monkeypatch.setattr(tpu, "_HEADS", 1)
-    monkeypatch.setattr(tpu, "_HEADS_BY_KEY", 1)
+    monkeypatch.setattr(tpu, "_HEADS_VECTOR_DECAY", 1)
 
 
 def interpreted(case, **options):
@@ -136,18 +136,18 @@ def test_one_token_needs_no_kernel():
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu_head, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
+    monkeypatch.setattr(tpu_scalar_decay, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
-    own = tpu_head.own
+    own = tpu_scalar_decay.own
 
-    def shifted(job):
-        heads = job.parts * job.tiles.heads
-        start = jax.lax.rem(own(job).start + 1, heads)
-        return compat.pl.ds(start, job.tiles.heads)
+    def shifted(dims):
+        heads = dims.steps_per_group * dims.tiles.heads
+        start = jax.lax.rem(own(dims).start + 1, heads)
+        return compat.pl.ds(start, dims.tiles.heads)
 
-    monkeypatch.setattr(tpu_head, "own", shifted)
+    monkeypatch.setattr(tpu_scalar_decay, "own", shifted)
 
 
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
@@ -204,33 +204,35 @@ def test_inverse_of_documents_that_overflow():
 # Memory.
 
 
-def job_of(shape):
+def kernel_shape(shape):
     keys, values = (-(-size // 128) * 128 for size in (shape.key_size, shape.value_size))
     length = -(-shape.length // 128) * 128
     sizes = (shape.batch, length, shape.groups, shape.heads, keys, values)
-    return tpu.Job(*sizes, shape.decay, True, 1.0, jnp.dtype(shape.dtype), tpu.Tiles(128, 1))
+    return tpu.KernelShape(
+        *sizes, shape.decay, True, 1.0, jnp.dtype(shape.dtype), tpu.Tiles(128, 1)
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tiles_fit_every_generation(chip, name):
-    job = job_of(SHAPES[name])
-    tiles = tpu.choose_tiles(job)
-    job = job._replace(tiles=tiles)
+    dims = kernel_shape(SHAPES[name])
+    tiles = tpu.choose_tiles(dims)
+    dims = dims._replace(tiles=tiles)
     capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
-    assert tpu.vmem_bytes(job) <= capacity // 2
-    assert job.grid[1] * job.parts * tiles.heads == job.heads
+    assert tpu.vmem_bytes(dims) <= capacity // 2
+    assert dims.grid[1] * dims.steps_per_group * tiles.heads == dims.heads
 
 
 def test_the_chooser_obeys_the_estimator(monkeypatch):
-    job = job_of(SHAPES["gated-delta-bench"])
-    roomy = tpu.choose_tiles(job)
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(job._replace(tiles=roomy)) - 1)
-    tight = tpu.choose_tiles(job)
+    dims = kernel_shape(SHAPES["gated-delta-bench"])
+    roomy = tpu.choose_tiles(dims)
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(dims._replace(tiles=roomy)) - 1)
+    tight = tpu.choose_tiles(dims)
     assert tight.heads < roomy.heads
-    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= tpu._VMEM_BUDGET
+    assert tpu.vmem_bytes(dims._replace(tiles=tight)) <= tpu._VMEM_BUDGET
     monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**20)
-    assert tpu.choose_tiles(job) is None
+    assert tpu.choose_tiles(dims) is None
 
 
 def test_a_group_too_large_for_vmem_is_split(monkeypatch, small):
@@ -239,8 +241,8 @@ def test_a_group_too_large_for_vmem_is_split(monkeypatch, small):
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-def only_one_head_a_group(job):
-    return tpu.Tiles(CHUNK, 1) if job.heads == job.groups else None
+def only_one_head_a_group(dims):
+    return tpu.Tiles(CHUNK, 1) if dims.heads == dims.groups else None
 
 
 def test_a_head_too_large_for_vmem_is_refused(monkeypatch):

@@ -127,7 +127,7 @@ def test_a_row_of_padding_returns_its_initial_state():
 
 
 def broken_carry_not_handed_on(monkeypatch):
-    monkeypatch.setattr(gpu_kernels.tile, "kept", lambda state, *_: state * 0)
+    monkeypatch.setattr(gpu_kernels.tile, "decayed_state", lambda state, *_: state * 0)
 
 
 def broken_states_shifted_by_one_chunk(monkeypatch):
@@ -158,11 +158,11 @@ def test_mutants_are_caught(mutant, monkeypatch):
 # Tiles.
 
 
-def job_of(shape, **changes):
+def kernel_shape(shape, **changes):
     decay = {"constant": "head"}.get(shape.decay, shape.decay)
     sizes = shape.batch, shape.length, shape.groups, shape.heads, shape.key_size, shape.value_size
-    job = gpu_kernels.Job(*sizes, decay, jnp.dtype(shape.dtype), 1.0, TILES)
-    return job._replace(**changes)
+    dims = gpu_kernels.KernelShape(*sizes, decay, jnp.dtype(shape.dtype), 1.0, TILES)
+    return dims._replace(**changes)
 
 
 CHOOSE_TILES = gpu.choose_tiles
@@ -170,23 +170,23 @@ CHOOSE_TILES = gpu.choose_tiles
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_tiles_cover_the_arrays(name):
-    job = job_of(SHAPES[name])
-    job = job._replace(tiles=CHOOSE_TILES(job))
-    tiles = job.tiles
-    assert job.heads // job.groups % tiles.heads == 0
+    dims = kernel_shape(SHAPES[name])
+    dims = dims._replace(tiles=CHOOSE_TILES(dims))
+    tiles = dims.tiles
+    assert dims.heads // dims.groups % tiles.heads == 0
     for size in (*tiles[:5], tiles.warps):
         assert size & (size - 1) == 0
-    assert job.value_grid[1] * tiles.values >= job.value_size
-    assert job.key_grid[1] * tiles.keys >= job.key_size
-    assert (job.chunks - 1) * tiles.chunk < job.length <= job.chunks * tiles.chunk
+    assert dims.value_grid[1] * tiles.values >= dims.value_size
+    assert dims.key_grid[1] * tiles.keys >= dims.key_size
+    assert (dims.chunks - 1) * tiles.chunk < dims.length <= dims.chunks * tiles.chunk
 
 
 def test_as_many_heads_a_program_as_leave_the_gpu_full():
     shape = SHAPES["mamba2-2.7b"]
-    long, short = (CHOOSE_TILES(job_of(shape, length=n)) for n in (2**16, 2**8))
+    long, short = (CHOOSE_TILES(kernel_shape(shape, length=n)) for n in (2**16, 2**8))
     assert long.heads > short.heads >= 1
-    job = job_of(shape, length=2**16)._replace(tiles=long)
-    assert np.prod(job.key_grid) >= gpu._ENOUGH_PROGRAMS
+    dims = kernel_shape(shape, length=2**16)._replace(tiles=long)
+    assert np.prod(dims.key_grid) >= gpu._PROGRAMS_THAT_FILL_A_GPU
 
 
 def test_arrays_of_two_billion_elements_are_refused():

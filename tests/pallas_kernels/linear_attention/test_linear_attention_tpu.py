@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.linear_attention import tpu, tpu_head, tpu_key
+from pallas_kernels.linear_attention import tpu, tpu_scalar_decay
 from pallas_kernels.linear_attention.shapes import SHAPES
+from pallas_kernels.matrix_state import decay_sums, tpu_vector_decay
 from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.matrix_state.tpu_scalar_decay import slab_sums
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
@@ -34,7 +36,7 @@ def small(monkeypatch):
     """Three chunks and two blocks of heads where there are 37 tokens and two or more heads."""
     monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
     monkeypatch.setattr(tpu, "_HEADS", 1)
-    monkeypatch.setattr(tpu, "_HEADS_BY_KEY", 1)
+    monkeypatch.setattr(tpu, "_HEADS_VECTOR_DECAY", 1)
 
 
 def interpreted(case, **options):
@@ -122,18 +124,18 @@ def test_any_segmentation(lengths, padding):
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu_head, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
+    monkeypatch.setattr(tpu_scalar_decay, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
-    own = tpu_head.own
+    own = tpu_scalar_decay.own
 
-    def shifted(job):
-        heads = job.parts * job.tiles.heads
-        start = jax.lax.rem(own(job).start + 1, heads)
-        return compat.pl.ds(start, job.tiles.heads)
+    def shifted(dims):
+        heads = dims.steps_per_group * dims.tiles.heads
+        start = jax.lax.rem(own(dims).start + 1, heads)
+        return compat.pl.ds(start, dims.tiles.heads)
 
-    monkeypatch.setattr(tpu_head, "own", shifted)
+    monkeypatch.setattr(tpu_scalar_decay, "own", shifted)
 
 
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
@@ -155,7 +157,7 @@ def test_mutants_are_caught(mutant, monkeypatch, small):
 
 def test_sums_between_slabs():
     g = -np.random.default_rng(0).uniform(0, 3, (2, 32)).astype(np.float32)
-    before, inside, prefix, start = tpu_head.slab_sums(jnp.asarray(g), jnp.roll)
+    before, inside, prefix, start = slab_sums(jnp.asarray(g), jnp.roll)
     for j in range(32):
         slab, place = divmod(j, 8)
         np.testing.assert_allclose(prefix[:, j], g[:, slab * 8 : j + 1].sum(1), rtol=1e-6)
@@ -169,54 +171,56 @@ def test_sums_between_slabs():
 
 def test_products_up_the_tree_are_exponentials_of_sums():
     g = -np.random.default_rng(0).uniform(0, 0.5, (64, 3)).astype(np.float32)
-    actual = tpu_key.factors(jnp.exp(jnp.asarray(g)), 0.5, jnp.roll)
-    sums = tpu_key.chunks.BY_HALVES.up(jnp.asarray(g))
-    testing.assert_close(actual.levels, [np.exp(x) for x in sums.levels], 1e-6)
-    testing.assert_close(actual.into, 0.5 * np.exp(sums.into), 1e-6)
-    testing.assert_close((actual.out, actual.keep), (np.exp(sums.out), np.exp(sums.total)), 1e-6)
+    actual = tpu_vector_decay.factors(jnp.exp(jnp.asarray(g)), 0.5, jnp.roll)
+    sums = decay_sums.BY_HALVES.cumsum(jnp.asarray(g))
+    testing.assert_close(actual.level_factors, [np.exp(x) for x in sums.level_sums], 1e-6)
+    testing.assert_close(actual.from_start, 0.5 * np.exp(sums.g_cumsum), 1e-6)
+    testing.assert_close(
+        (actual.to_end, actual.chunk_decay), (np.exp(sums.g_to_end), np.exp(sums.g_last)), 1e-6
+    )
 
 
 def test_log_gradient_is_the_transpose_of_the_sums():
     rng = np.random.default_rng(0)
-    summation = tpu_key.chunks.BY_HALVES
+    summation = decay_sums.BY_HALVES
     levels = [jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(6)]
     into, out = (jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(2))
     zero = jnp.zeros((1, 3), jnp.float32)
-    expected = summation.down(tpu_key.chunks.Sums(levels, into, out, zero))
-    testing.assert_close(tpu_key.log_gradient(levels, into, out, jnp.roll), expected, 1e-6)
+    expected = summation.cumsum_vjp(decay_sums.DecaySums(levels, into, out, zero))
+    testing.assert_close(tpu_vector_decay.log_gradient(levels, into, out, jnp.roll), expected, 1e-6)
 
 
 # Memory.
 
 
-def job_of(shape):
+def kernel_shape(shape):
     decay = {"constant": "head"}.get(shape.decay, shape.decay)
     keys, values = (-(-size // 128) * 128 for size in (shape.key_size, shape.value_size))
     length = -(-shape.length // 128) * 128
     sizes = (shape.batch, length, shape.groups, shape.heads, keys, values)
-    return tpu.Job(*sizes, decay, True, 1.0, jnp.dtype(shape.dtype), tpu.Tiles(128, 1))
+    return tpu.KernelShape(*sizes, decay, True, 1.0, jnp.dtype(shape.dtype), tpu.Tiles(128, 1))
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tiles_fit_every_generation(chip, name):
-    job = job_of(SHAPES[name])
-    tiles = tpu.choose_tiles(job)
-    job = job._replace(tiles=tiles)
+    dims = kernel_shape(SHAPES[name])
+    tiles = tpu.choose_tiles(dims)
+    dims = dims._replace(tiles=tiles)
     capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
-    assert tpu.vmem_bytes(job) <= capacity // 2
-    assert job.grid[1] * job.parts * tiles.heads == job.heads
+    assert tpu.vmem_bytes(dims) <= capacity // 2
+    assert dims.grid[1] * dims.steps_per_group * tiles.heads == dims.heads
 
 
 def test_the_chooser_obeys_the_estimator(monkeypatch):
-    job = job_of(SHAPES["head-bench"])
-    roomy = tpu.choose_tiles(job)
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(job._replace(tiles=roomy)) - 1)
-    tight = tpu.choose_tiles(job)
+    dims = kernel_shape(SHAPES["head-bench"])
+    roomy = tpu.choose_tiles(dims)
+    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(dims._replace(tiles=roomy)) - 1)
+    tight = tpu.choose_tiles(dims)
     assert tight.heads < roomy.heads
-    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= tpu._VMEM_BUDGET
+    assert tpu.vmem_bytes(dims._replace(tiles=tight)) <= tpu._VMEM_BUDGET
     monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**20)
-    assert tpu.choose_tiles(job) is None
+    assert tpu.choose_tiles(dims) is None
 
 
 def test_a_group_too_large_for_vmem_is_split(monkeypatch, small):
@@ -225,8 +229,8 @@ def test_a_group_too_large_for_vmem_is_split(monkeypatch, small):
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-def only_one_head_a_group(job):
-    return tpu.Tiles(CHUNK, 1) if job.heads == job.groups else None
+def only_one_head_a_group(dims):
+    return tpu.Tiles(CHUNK, 1) if dims.heads == dims.groups else None
 
 
 def test_a_head_too_large_for_vmem_is_refused(monkeypatch):

@@ -9,7 +9,8 @@ their heads in front.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import pl
-from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state import masks
 
 LANES, SUBLANES = 128, 8
 SLAB = SUBLANES  # tokens: the rows of a register
@@ -31,7 +32,7 @@ class Tiles(NamedTuple):
     heads: int
 
 
-class Job(NamedTuple):
+class KernelShape(NamedTuple):
     """What is static about one call, widths in whole tiles of lanes."""
 
     batch: int
@@ -52,18 +53,18 @@ class Job(NamedTuple):
         return self.length // self.tiles.chunk
 
     @property
-    def parts(self) -> int:
+    def steps_per_group(self) -> int:
         """Steps that the heads of one group take."""
         return max(1, self.heads // self.groups // self.tiles.heads)
 
     @property
-    def step_groups(self) -> int:
+    def groups_per_step(self) -> int:
         """Groups of one step."""
         return max(1, self.tiles.heads * self.groups // self.heads)
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        return self.batch, self.groups // self.step_groups, self.chunks, self.parts
+        return self.batch, self.groups // self.groups_per_step, self.chunks, self.steps_per_group
 
     @property
     def state(self) -> tuple[int, int]:
@@ -72,35 +73,35 @@ class Job(NamedTuple):
         return sizes[::-1] if self.decay == "key" else sizes
 
 
-def job_of(q, v, log_decay, runs, scale: float, chunk: int) -> Job:
-    """Of padded arguments, one head a step."""
+def kernel_shape(q, v, log_decay, runs, scale: float, chunk: int) -> KernelShape:
+    """`KernelShape` of padded arguments, one head a step."""
     groups, key_size = q.shape[2:]
     decay: Literal["head", "key"] | None = None
     if log_decay is not None:
         decay = "key" if log_decay.ndim == 4 else "head"
     batch, length, heads, value_size = v.shape
-    return Job(
+    return KernelShape(
         batch, length, groups, heads, key_size, value_size, decay, runs is not None,
         scale, v.dtype, Tiles(chunk, 1),
     )  # fmt: skip
 
 
-def choose_tiles(job: Job, most: int, fits: Callable[[Job], bool]) -> Tiles | None:
+def choose_tiles(dims: KernelShape, most: int, fits: Callable[[KernelShape], bool]) -> Tiles | None:
     """The most heads that fit, up to `most`, and are a part of a group or whole groups.
 
     None if a group has more heads than fit.
     """
-    group = job.heads // job.groups
+    group = dims.heads // dims.groups
     counts = [n for n in range(1, group) if group % n == 0]
-    counts += [n * group for n in range(1, job.groups + 1) if job.groups % n == 0]
+    counts += [n * group for n in range(1, dims.groups + 1) if dims.groups % n == 0]
     for heads in reversed([n for n in counts if n <= most]):
-        tiles = Tiles(job.tiles.chunk, heads)
-        if fits(job._replace(tiles=tiles)):
+        tiles = Tiles(dims.tiles.chunk, heads)
+        if fits(dims._replace(tiles=tiles)):
             return tiles
     return None
 
 
-def copies(op: str, q, v, tiles_of: Callable[[Any], Tiles | None]) -> int:
+def groups_repeated(op: str, q, v, tiles_of: Callable[[Any], Tiles | None]) -> int:
     """How often to repeat each group's queries and keys so that its heads fit.
 
     Args:
@@ -122,9 +123,9 @@ def copies(op: str, q, v, tiles_of: Callable[[Any], Tiles | None]) -> int:
 
 
 def padding(chunk: int, length: int, key_size: int, value_size: int) -> Callable[..., Any]:
-    """`pad(x, *kinds)`: zeros behind the axes after the first, to whole chunks and tiles of lanes.
+    """`pad(x, *kinds)`: zeros at the end of axes, to whole chunks and tiles of lanes.
 
-    A kind is "tokens", "keys", "values" or None; kinds of axes that `x` has not are ignored, and
+    Kinds are those of the axes after the first. A kind is "tokens", "keys", "values" or None; kinds of axes that `x` has not are ignored, and
     so is an `x` of None.
     """
     widths = {
@@ -147,69 +148,69 @@ def padding(chunk: int, length: int, key_size: int, value_size: int) -> Callable
 # Tile bookkeeping: which block of which array a grid step sees.
 
 
-def rows_shape(job: Job) -> tuple[int, int]:
+def rows_shape(dims: KernelShape) -> tuple[int, int]:
     """One number a token and head of a step, heads in whole tiles of sublanes."""
-    return round_up(job.tiles.heads, SUBLANES), job.tiles.chunk
+    return round_up(dims.tiles.heads, SUBLANES), dims.tiles.chunk
 
 
-def spec(job: Job, shape, index: Callable[..., Any]) -> pl.BlockSpec:
+def spec(dims: KernelShape, shape, index: Callable[..., Any]) -> pl.BlockSpec:
     """`index(b, chunk, place)` with the place of the step's heads among those of other steps."""
 
     def index_map(b, s, n, p):
-        return index(b, job.chunks - 1 - n if job.backward else n, s * job.parts + p)
+        return index(b, dims.chunks - 1 - n if dims.backward else n, s * dims.steps_per_group + p)
 
     return pl.BlockSpec(block_shape=shape, index_map=index_map)
 
 
-def tokens(job: Job, width: int) -> pl.BlockSpec:
-    """Of `(B, L, H * width)`."""
-    shape = (None, job.tiles.chunk, job.tiles.heads * width)
-    return spec(job, shape, lambda b, n, place: (b, n, place))
+def tokens(dims: KernelShape, width: int) -> pl.BlockSpec:
+    """Blocks of `(B, L, H * width)`."""
+    shape = (None, dims.tiles.chunk, dims.tiles.heads * width)
+    return spec(dims, shape, lambda b, n, place: (b, n, place))
 
 
-def group_tokens(job: Job) -> pl.BlockSpec:
-    """Of `(B, L, G * K)`; the same for all parts of a group."""
-    shape = (None, job.tiles.chunk, job.step_groups * job.key_size)
-    return spec(job, shape, lambda b, n, place: (b, n, jax.lax.div(place, job.parts)))
+def group_tokens(dims: KernelShape) -> pl.BlockSpec:
+    """Blocks of `(B, L, G * K)`; the same for all parts of a group."""
+    shape = (None, dims.tiles.chunk, dims.groups_per_step * dims.key_size)
+    return spec(dims, shape, lambda b, n, place: (b, n, jax.lax.div(place, dims.steps_per_group)))
 
 
-def decays(job: Job) -> pl.BlockSpec:
-    return tokens(job, job.key_size) if job.decay == "key" else rows(job)
+def decays(dims: KernelShape) -> pl.BlockSpec:
+    return tokens(dims, dims.key_size) if dims.decay == "key" else rows(dims)
 
 
-def rows(job: Job) -> pl.BlockSpec:
-    """Of `to_rows`."""
-    return spec(job, (None, None, *rows_shape(job)), lambda b, n, place: (b, place, 0, n))
+def rows(dims: KernelShape) -> pl.BlockSpec:
+    """Blocks of what `to_rows` makes."""
+    return spec(dims, (None, None, *rows_shape(dims)), lambda b, n, place: (b, place, 0, n))
 
 
-def states(job: Job) -> pl.BlockSpec:
+def states(dims: KernelShape) -> pl.BlockSpec:
     """The state that enters each chunk, of `(B, chunks, H, ...)`."""
-    shape = (None, None, job.tiles.heads, *job.state)
-    return spec(job, shape, lambda b, n, place: (b, n, place, 0, 0))
+    shape = (None, None, dims.tiles.heads, *dims.state)
+    return spec(dims, shape, lambda b, n, place: (b, n, place, 0, 0))
 
 
-def end(job: Job, *, last: bool) -> pl.BlockSpec:
+def end(dims: KernelShape, *, last: bool) -> pl.BlockSpec:
     """States before the first or after the last chunk travelled through, `(B, H, ...)`.
 
     All chunks but that one stay at the block of their group's first or last part: nothing moves
     for them.
     """
-    rest = 0 if last else job.parts - 1
-    at = job.chunks - 1 if last else 0
+    rest = 0 if last else dims.steps_per_group - 1
+    at = dims.chunks - 1 if last else 0
 
     def index(b, s, n, p):
-        return b, s * job.parts + jnp.where(n == at, p, rest), 0, 0
+        return b, s * dims.steps_per_group + jnp.where(n == at, p, rest), 0, 0
 
-    return pl.BlockSpec(block_shape=(None, job.tiles.heads, *job.state), index_map=index)
+    return pl.BlockSpec(block_shape=(None, dims.tiles.heads, *dims.state), index_map=index)
 
 
-def run_operands(job: Job, runs) -> dict[str, tuple[Any, pl.BlockSpec]]:
-    """The operands that `chunks.documents` needs."""
-    size = job.tiles.chunk
-    entering = chunks.entering_runs(runs, size)
-    column = spec(job, (None, size, 1), lambda b, n, _: (b, n, 0))
-    row = spec(job, (None, 1, size), lambda b, n, _: (b, 0, n))
-    one = spec(job, (None, None, 1, 1), lambda b, n, _: (b, n, 0, 0))
+def run_operands(dims: KernelShape, runs) -> dict[str, tuple[Any, pl.BlockSpec]]:
+    """The operands that `masks.segment_masks` needs."""
+    size = dims.tiles.chunk
+    entering = masks.entering_runs(runs, size)
+    column = spec(dims, (None, size, 1), lambda b, n, _: (b, n, 0))
+    row = spec(dims, (None, 1, size), lambda b, n, _: (b, 0, n))
+    one = spec(dims, (None, None, 1, 1), lambda b, n, _: (b, n, 0, 0))
     return {
         "column": (runs[:, :, None], column),
         "row": (runs[:, None], row),
@@ -225,26 +226,26 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def call(
-    kernel, job: Job, name: str, operands, out, scratch, more_flops: int = 0
+    kernel, dims: KernelShape, name: str, operands, out, scratch, more_flops: int = 0
 ) -> dict[str, jax.Array]:
     """Run a kernel of named operands `{name: (array, spec)}`, outputs `{name: (struct, spec)}`
-    and float32 scratch `{name: shape}`; it is called with the job and a dictionary of all
+    and float32 scratch `{name: shape}`; it is called with the dims and a dictionary of all
     references. `more_flops` are those of a token and head beyond linear attention's.
     """
     names = [*operands, *out, *scratch]
 
     def body(*refs):
-        kernel(job, dict(zip(names, refs, strict=True)))
+        kernel(dims, dict(zip(names, refs, strict=True)))
 
     arrays = [array for array, _ in operands.values()]
-    size = job.tiles.chunk
-    pairs = 2 * size * (job.key_size + job.value_size)
-    flops = pairs + 4 * job.key_size * job.value_size + more_flops
+    size = dims.tiles.chunk
+    pairs = 2 * size * (dims.key_size + dims.value_size)
+    flops = pairs + 4 * dims.key_size * dims.value_size + more_flops
     results = compat.pallas_call(
         body,
         backend="tpu",
         name=name,
-        grid=job.grid,
+        grid=dims.grid,
         in_specs=[spec for _, spec in operands.values()],
         out_specs=[spec for _, spec in out.values()],
         out_shape=[
@@ -255,7 +256,7 @@ def call(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_VMEM_LIMIT,
         ),
-        flops=flops * (3 if job.backward else 1) * job.batch * job.length * job.heads,
+        flops=flops * (3 if dims.backward else 1) * dims.batch * dims.length * dims.heads,
     )(*arrays)
     return dict(zip(out, results, strict=True))
 
@@ -264,35 +265,85 @@ def to_lanes(x):
     return x.reshape(*x.shape[:2], -1)
 
 
-def to_rows(job: Job, x):
+def to_rows(dims: KernelShape, x):
     """`(B, L, H) -> (B, steps, heads of a step, L)`, the heads of a step padded."""
-    heads = job.tiles.heads
-    rows = x.astype(jnp.float32).swapaxes(1, 2).reshape(job.batch, -1, heads, job.length)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, rows_shape(job)[0] - heads), (0, 0)))
+    heads = dims.tiles.heads
+    rows = x.astype(jnp.float32).swapaxes(1, 2).reshape(dims.batch, -1, heads, dims.length)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, rows_shape(dims)[0] - heads), (0, 0)))
 
 
-def of_rows(job: Job, rows):
+def of_rows(dims: KernelShape, rows):
     """The inverse of `to_rows`."""
-    rows = rows[:, :, : job.tiles.heads].reshape(job.batch, job.heads, job.length)
+    rows = rows[:, :, : dims.tiles.heads].reshape(dims.batch, dims.heads, dims.length)
     return rows.swapaxes(1, 2)
 
 
-def inside(job: Job, state):
+def inside(dims: KernelShape, state):
     """A state `(B, H, K, V)` as kernels hold it, and back."""
-    return state.swapaxes(2, 3) if job.decay == "key" else state
+    return state.swapaxes(2, 3) if dims.decay == "key" else state
 
 
-def between(job: Job) -> dict[str, tuple[int, ...]]:
-    """Scratch for the decays between tokens, see `linear_attention.tpu_head.slab_sums`."""
-    if job.decay != "head":
+def pair_decay_scratch(dims: KernelShape) -> dict[str, tuple[int, ...]]:
+    """Scratch for the decays between tokens, see `linear_attention.tpu_scalar_decay.slab_sums`."""
+    if dims.decay != "head":
         return {}
-    heads, size = rows_shape(job)
+    heads, size = rows_shape(dims)
     return {
         "before": (size // SLAB, heads, size),
         "inside": (SLAB, heads, size),
-        "start": (size // SLAB, heads, job.value_size),
+        "start": (size // SLAB, heads, dims.value_size),
     }
 
 
 def struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# Inside a kernel.
+
+
+def chunk_begins():
+    """True in the first chunk that is travelled through."""
+    return pl.program_id(2) == 0
+
+
+def chunk_ends(dims):
+    return pl.program_id(2) == dims.chunks - 1
+
+
+def own(dims):
+    """The states of a step's heads among those in scratch."""
+    return pl.ds(pl.program_id(3) * dims.tiles.heads, dims.tiles.heads)
+
+
+def lanes(ref, i: int, width: int):
+    """The i-th block of lanes."""
+    return ref.at[:, i * width : (i + 1) * width]
+
+
+def heads_of(dims, group: int) -> range:
+    count = dims.tiles.heads // dims.groups_per_step
+    return range(group * count, (group + 1) * count)
+
+
+def add_up(dims, refs, name: str, group: int, x) -> None:
+    """The gradient of a group's queries or keys, over the parts of its heads."""
+    out = lanes(refs[name], group, dims.key_size)
+    if dims.steps_per_group == 1:
+        out[...] = x.astype(out.dtype)
+        return
+    part, sums = pl.program_id(3), refs[f"{name}_sum"]
+    x = x + jnp.where(part == 0, 0.0, sums[...])
+    sums[...] = x
+
+    @pl.when(part == dims.steps_per_group - 1)
+    def _():
+        out[...] = x.astype(out.dtype)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32).T.astype(x.dtype)
+
+
+def total(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)

@@ -1,8 +1,9 @@
 """Chunks of time in GPU kernels (Triton lowering): their sums of log decays, and what they load.
 
-The maths of `chunks`, said with what Triton has: tiles of powers of two, products of at least 16 by
-16 by 16, reductions, reshapes and prefix sums; no rolls, slices or concatenations. All functions
-are plain JAX as well.
+Triton has tiles of powers of two, products of at least 16 by 16 by 16, reductions, reshapes and
+prefix sums; no rolls, slices or concatenations. So `decay_sums.scan` runs with an exchange of
+halves by reductions, and one decay of all keys has sums of its own, `pair_sums`: a prefix sum for
+each pair of tokens, in place of log C such exchanges. All functions are plain JAX as well.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import pl
-from pallas_kernels.matrix_state import chunks
-from pallas_kernels.matrix_state.chunks import Documents, Sums
+from pallas_kernels.matrix_state import decay_sums, masks
+from pallas_kernels.matrix_state.masks import SegmentMasks
 
 SMALLEST = 16  # side of a tile that Triton multiplies
 
@@ -29,66 +30,38 @@ def block_size(width: int, most: int) -> int:
 # Sums of log decays.
 
 
-def _halves(size: int, s: int) -> jax.Array:
-    """`(C / 2s, 2, s, 1)` bool: the token is in the second half of its block of 2s."""
-    shape = (size // (2 * s), 2, s, 1)
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) == 1
-
-
-def _of_other_half(x: jax.Array, s: int) -> jax.Array:
-    """Each token's value of the token s before it or behind it, in the other half of its block."""
+def _other_half(x: jax.Array, y: jax.Array, s: int) -> tuple[jax.Array, jax.Array]:
+    """`decay_sums.Exchange.other_half`, where the halves of a block are an axis of two."""
     size, width = x.shape
+    if x is not y:
+        later = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & s != 0
+        x = jnp.where(later, y, x)
     x = x.reshape(size // (2 * s), 2, s, width)
-    second = jnp.broadcast_to(_halves(size, s), x.shape)
+    second = jax.lax.broadcasted_iota(jnp.int32, (size // (2 * s), 2, s, 1), 1) == 1
+    second = jnp.broadcast_to(second, x.shape)
     zero = jnp.zeros_like(x)
     earlier = jnp.where(second, zero, x).sum(1, keepdims=True)
     later = jnp.where(second, x, zero).sum(1, keepdims=True)
     other = jnp.where(second, jnp.broadcast_to(earlier, x.shape), jnp.broadcast_to(later, x.shape))
-    return other.reshape(size, width)
+    other = other.reshape(size, width)
+    return other, other
 
 
-def _second(x: jax.Array, s: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & s != 0
-
-
-def _up(g: jax.Array) -> Sums:
-    levels, prefix, suffix = [], g, jnp.zeros_like(g)
-    for s in chunks.sizes(g.shape[0]):
-        later, other = _second(g, s), _of_other_half(prefix + suffix, s)
-        levels.append(jnp.where(later, prefix, suffix))
-        prefix = prefix + jnp.where(later, other, jnp.zeros_like(g))
-        suffix = suffix + jnp.where(later, jnp.zeros_like(g), other)
-    return Sums(levels, prefix, suffix, g.sum(0, keepdims=True))
-
-
-def _down(sums: Sums) -> jax.Array:
-    zero = jnp.zeros_like(sums.into)
-    dprefix, dsuffix = sums.into, sums.out
-    for s, level in zip(reversed(chunks.sizes(zero.shape[0])), reversed(sums.levels), strict=True):
-        later = _second(zero, s)
-        # A token's prefix is in the prefixes of the later half, its suffix in the earlier's.
-        dtotal = _of_other_half(jnp.where(later, dprefix, dsuffix), s)
-        dprefix = dprefix + dtotal + jnp.where(later, level, zero)
-        dsuffix = dsuffix + dtotal + jnp.where(later, zero, level)
-    return dprefix + jnp.broadcast_to(sums.total, zero.shape)
-
-
-BY_HALVES = chunks.Summation(_up, _down)
-"""`chunks.by_tree` where the halves of a block are an axis of two."""
+SUMMATION = decay_sums.summation(decay_sums.Exchange(_other_half))
 
 
 class PairSums(NamedTuple):
     """Sums of one log decay a token, for pairs of tokens.
 
     Attributes:
-      between: `(C, C)`, of the tokens behind j up to i and with it; 0 where j >= i.
-      into, out: `(C, 1)`, and `total (1, 1)`, as in `chunks.Sums`.
+      g_between: `(C, C)`, of the tokens after j up to i, inclusive; 0 where j >= i.
+      g_cumsum, g_to_end: `(C, 1)`, and `g_last (1, 1)`, as in `decay_sums.DecaySums`.
     """
 
-    between: jax.Array
-    into: jax.Array
-    out: jax.Array
-    total: jax.Array
+    g_between: jax.Array
+    g_cumsum: jax.Array
+    g_to_end: jax.Array
+    g_last: jax.Array
 
 
 def pair_sums(column: jax.Array, row: jax.Array) -> PairSums:
@@ -96,7 +69,7 @@ def pair_sums(column: jax.Array, row: jax.Array) -> PairSums:
 
     A sum between two tokens runs over nothing else: each column is summed for itself.
     """
-    i, j = chunks.order(column.shape[0])
+    i, j = masks.token_indices(column.shape[0])
     total = column.sum(0, keepdims=True)
     column, row = jnp.broadcast_to(column, i.shape), jnp.broadcast_to(row, i.shape)
     zero = jnp.zeros_like(column)
@@ -108,17 +81,17 @@ def pair_sums(column: jax.Array, row: jax.Array) -> PairSums:
     )
 
 
-def pair_sums_transpose(sums: PairSums) -> jax.Array:
+def pair_sums_vjp(sums: PairSums) -> jax.Array:
     """`(1, C)`: the gradient of the log decays from that of their `PairSums`.
 
-    That of `between` is 0 where j >= i.
+    That of `g_between` is 0 where j >= i.
     """
-    i, j = chunks.order(sums.between.shape[0])
-    # Of token t: all pairs with j < t <= i.
-    earlier = jnp.cumsum(sums.between, axis=1) - sums.between
-    up_to = jnp.where(i >= j, earlier + sums.into, jnp.zeros_like(earlier))
-    behind = jnp.where(i < j, jnp.broadcast_to(sums.out, i.shape), jnp.zeros_like(earlier))
-    return (up_to + behind).sum(0, keepdims=True) + sums.total
+    i, j = masks.token_indices(sums.g_between.shape[0])
+    # Token t is in the sums of all pairs with j < t <= i.
+    earlier = jnp.cumsum(sums.g_between, axis=1) - sums.g_between
+    up_to = jnp.where(i >= j, earlier + sums.g_cumsum, jnp.zeros_like(earlier))
+    after = jnp.where(i < j, jnp.broadcast_to(sums.g_to_end, i.shape), jnp.zeros_like(earlier))
+    return (up_to + after).sum(0, keepdims=True) + sums.g_last
 
 
 # Loads and stores.
@@ -177,10 +150,10 @@ class Row(NamedTuple):
         places = [next(rest) if isinstance(x, Span) else x for x in index]
         return ref.at[(self.row, *places)], mask
 
-    def documents(self, tokens: Span, chunk: Any) -> Documents | None:
-        """Of `runs (B, L)` and `entering_run (B, chunks)`; None if rows are one document."""
+    def documents(self, tokens: Span, chunk: Any) -> SegmentMasks | None:
+        """The masks by `runs (B, L)` and `entering_run (B, chunks)`; None without segments."""
         if "runs" not in self.refs:
             return None
         runs = self.load("runs", tokens)
         entering = self.load("entering_run", Span(chunk, 1))
-        return chunks.documents(runs[:, None], runs[None, :], entering[:, None])
+        return masks.segment_masks(runs[:, None], runs[None, :], entering[:, None])
