@@ -1,185 +1,32 @@
 """TPU kernels: heads as blocks of lanes, a chunk of time at once, states in VMEM.
 
-What the two families share is in `matrix_state.tpu`; what happens inside a chunk is in
+Grid, operands and calls are those of `matrix_state.tpu`; what happens inside a chunk is in
 `tpu_scalar_decay` and `tpu_vector_decay`.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import jax.numpy as jnp
-
-from pallas_kernels.common.backend import Backend, no_wide_numbers
-from pallas_kernels.common.compat import pl
 from pallas_kernels.delta_rule import tpu_scalar_decay, tpu_vector_decay
-from pallas_kernels.matrix_state import tpu as layout
-from pallas_kernels.matrix_state.config import Config
-from pallas_kernels.matrix_state.tpu import KernelShape, Tiles
-
-_CHUNK = 128
-_HEADS, _HEADS_VECTOR_DECAY = 16, 4  # unrolled in a step
-_VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
-
-
-def vmem_bytes(dims: KernelShape) -> int:
-    """Bytes of VMEM of the backward kernel, the larger one, with segments.
-
-    Blocks count twice, so that the next is fetched while one is worked on; scratch counts once.
-    """
-    size, heads = dims.tiles
-    width, groups = jnp.dtype(dims.dtype).itemsize, dims.groups_per_step
-    tokens = 4 * groups * dims.key_size + 3 * heads * dims.value_size  # with gradients
-    blocks = size * tokens * width
-    rows = 4 * math.prod(layout.rows_shape(dims))
-    blocks += 2 * rows  # beta
-    if dims.decay == "head":
-        blocks += 2 * rows
-    if dims.decay == "key":
-        blocks += 2 * 4 * size * heads * dims.key_size
-    state = 4 * math.prod(dims.state)
-    blocks += 3 * heads * state  # entering, and the gradients at both ends
-    blocks += 4 * size * layout.LANES  # runs
-    scratch = dims.steps_per_group * heads * state + 2 * 4 * size * groups * dims.key_size
-    scratch += sum(4 * math.prod(shape) for shape in layout.pair_decay_scratch(dims).values())
-    scratch += sum(4 * math.prod(shape) for shape in _score_scratch(dims).values())
-    working = 12 * 4 * size * max(size, dims.key_size, dims.value_size)  # what one head works on
-    return 2 * blocks + scratch + working
-
-
-def choose_tiles(dims: KernelShape) -> Tiles | None:
-    """As many heads as are worth unrolling and fit; None if a group has more heads than fit."""
-    most = _HEADS_VECTOR_DECAY if dims.decay == "key" else _HEADS
-    return layout.choose_tiles(dims, most, lambda dims: vmem_bytes(dims) <= _VMEM_BUDGET)
-
-
-def _kernel_shape(config: Config, q, v, log_decay, runs) -> KernelShape:
-    dims = layout.kernel_shape(q, v, log_decay, runs, config.scale, config.chunk or _CHUNK)
-    return dims._replace(tiles=choose_tiles(dims) or dims.tiles)
+from pallas_kernels.matrix_state.tpu import Kernels, KernelShape, backend
 
 
 def _score_scratch(dims: KernelShape) -> dict[str, tuple[int, ...]]:
-    """Scratch for the pairs of tokens of every head of a step."""
+    """Scratch for the scores of every head of a step."""
     shape = (dims.tiles.heads, dims.tiles.chunk, dims.tiles.chunk)
     return dict.fromkeys(("A_qk", "A_kk", "inverse"), shape)
 
 
-def _operands(
-    dims: KernelShape, q, k, v, beta, log_decay, runs
-) -> dict[str, tuple[Any, pl.BlockSpec]]:
-    operands = {
-        "q": (layout.to_lanes(q), layout.group_tokens(dims)),
-        "k": (layout.to_lanes(k), layout.group_tokens(dims)),
-        "v": (layout.to_lanes(v), layout.tokens(dims, dims.value_size)),
-        "beta": (layout.to_rows(dims, beta), layout.rows(dims)),
-    }
-    if dims.decay == "key":
-        operands["g"] = (layout.to_lanes(log_decay), layout.decays(dims))
-    if dims.decay == "head":
-        operands["g"] = (layout.to_rows(dims, log_decay), layout.decays(dims))
-    return operands | (layout.run_operands(dims, runs) if dims.segmented else {})
+def _solve_flops(dims: KernelShape) -> int:
+    """Of a token and head."""
+    return 2 * dims.tiles.chunk * (dims.key_size + 2 * dims.value_size + dims.tiles.chunk)
 
 
-def _call(kernel, dims: KernelShape, name: str, operands, out, scratch):
-    size = dims.tiles.chunk
-    solving = 2 * size * (dims.key_size + 2 * dims.value_size + size)
-    scratch = scratch | layout.pair_decay_scratch(dims) | _score_scratch(dims)
-    return layout.call(kernel, dims, f"delta_rule_{name}", operands, out, scratch, solving)
-
-
-def forward(
-    config: Config, q, k, v, beta, log_decay, initial_state, runs, *, return_residuals: bool
-):
-    """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
-    dims = _kernel_shape(config, q, v, log_decay, runs)
-    operands = _operands(dims, q, k, v, beta, log_decay, runs)
-    operands["initial"] = (layout.inside(dims, initial_state), layout.end(dims, last=False))
-    ends = (dims.batch, dims.heads, *dims.state)
-    values = layout.struct(layout.to_lanes(v).shape, v.dtype)
-    out = {
-        "o": (values, layout.tokens(dims, dims.value_size)),
-        "final": (layout.struct(ends), layout.end(dims, last=True)),
-    }
-    if return_residuals:
-        kept = layout.struct((dims.batch, dims.chunks, dims.heads, *dims.state), v.dtype)
-        out["states"] = (kept, layout.states(dims))
-    scratch = {"state": (dims.steps_per_group * dims.tiles.heads, *dims.state)}
-    kernel = tpu_vector_decay.forward if dims.decay == "key" else tpu_scalar_decay.forward
-    result = _call(kernel, dims, "forward", operands, out, scratch)
-    outputs = result["o"].reshape(v.shape), layout.inside(dims, result["final"])
-    if not return_residuals:
-        return outputs, None
-    return outputs, (q, k, v, beta, log_decay, runs, result["states"])
-
-
-def backward(config: Config, residuals, cotangents):
-    """The gradients of all arguments."""
-    q, k, v, beta, log_decay, runs, states = residuals
-    do, dfinal = cotangents
-    dims = _kernel_shape(config, q, v, log_decay, runs)._replace(backward=True)
-    operands = _operands(dims, q, k, v, beta, log_decay, runs)
-    operands["do"] = (layout.to_lanes(do), layout.tokens(dims, dims.value_size))
-    operands["states"] = (states, layout.states(dims))
-    operands["dfinal"] = (layout.inside(dims, dfinal), layout.end(dims, last=False))
-    queries = layout.struct(layout.to_lanes(q).shape, q.dtype)
-    values = layout.struct(layout.to_lanes(v).shape, v.dtype)
-    out = {
-        "dq": (queries, layout.group_tokens(dims)),
-        "dk": (queries, layout.group_tokens(dims)),
-        "dv": (values, layout.tokens(dims, dims.value_size)),
-        "dbeta": (layout.struct(operands["beta"][0].shape), layout.rows(dims)),
-        "dinitial": (layout.struct(dfinal.shape[:2] + dims.state), layout.end(dims, last=True)),
-    }
-    if dims.decay is not None:
-        g, _ = operands["g"]
-        out["dg"] = (layout.struct(g.shape, g.dtype), layout.decays(dims))
-    scratch: dict[str, tuple[int, ...]] = {
-        "dstate": (dims.steps_per_group * dims.tiles.heads, *dims.state)
-    }
-    if dims.steps_per_group > 1:
-        scratch |= dict.fromkeys(("dq_sum", "dk_sum"), (dims.tiles.chunk, dims.key_size))
-    kernel = tpu_vector_decay.backward if dims.decay == "key" else tpu_scalar_decay.backward
-    result = _call(kernel, dims, "backward", operands, out, scratch)
-    dlog_decay = None
-    if dims.decay == "key":
-        dlog_decay = result["dg"].reshape(log_decay.shape).astype(log_decay.dtype)
-    if dims.decay == "head":
-        dlog_decay = layout.of_rows(dims, result["dg"]).astype(log_decay.dtype)
-    dq, dk, dv = (result[n].reshape(x.shape) for n, x in (("dq", q), ("dk", k), ("dv", v)))
-    dbeta = layout.of_rows(dims, result["dbeta"]).astype(beta.dtype)
-    return dq, dk, dv, dbeta, dlog_decay, layout.inside(dims, result["dinitial"]), None
-
-
-def prepare(config: Config, q, k, v, beta, log_decay, initial_state, runs):
-    """The arguments, padded to whole tiles; `restore` cuts the outputs. See `Backend.prepare`.
-
-    Raises:
-      ValueError: one head does not fit into a TPU's memory.
-    """
-    length, key_size, value_size = v.shape[1], q.shape[3], v.shape[3]
-    pad = layout.padding(config.chunk or _CHUNK, length, key_size, value_size)
-    q, k = pad(q, "tokens", None, "keys"), pad(k, "tokens", None, "keys")
-    v, beta = pad(v, "tokens", None, "values"), pad(beta, "tokens")
-    log_decay, runs = pad(log_decay, "tokens", None, "keys"), pad(runs, "tokens")
-    # The states of a group stay in VMEM together: a group that is too large becomes several.
-    groups_repeated = layout.groups_repeated(
-        "delta_rule", q, v, lambda q: choose_tiles(_kernel_shape(config, q, v, log_decay, runs))
-    )
-    if groups_repeated > 1:
-        q, k = (jnp.repeat(x, groups_repeated, axis=2) for x in (q, k))
-    state = pad(initial_state, None, "keys", "values")
-
-    def restore(outputs):
-        o, final = outputs
-        return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]
-
-    return (q, k, v, beta, log_decay, state, runs), restore
-
-
-def unsupported(config: Config, q, k, v, *rest) -> str | None:
-    """Why the kernels cannot serve these arrays."""
-    return no_wide_numbers(v)
-
-
-BACKEND = Backend(forward, backward, prepare, unsupported)
+KERNELS = Kernels(
+    "delta_rule",
+    (tpu_scalar_decay.forward, tpu_scalar_decay.backward),
+    (tpu_vector_decay.forward, tpu_vector_decay.backward),
+    rows=("beta",),
+    scratch=_score_scratch,
+    flops=_solve_flops,
+)
+BACKEND = backend(KERNELS)

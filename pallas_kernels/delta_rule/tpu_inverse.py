@@ -1,8 +1,8 @@
 """The inverse of `I + lower` inside a TPU kernel, float32.
 
-`lower (C, C)` is strictly lower triangular. The blocks of the diagonal, of `BLOCK` tokens, are
+`lower (C, C)` is strictly lower triangular. The blocks of the diagonal, of `block` tokens, are
 inverted by forward substitution for all blocks of all heads at once: side by side in the lanes, as
-`(BLOCK, C)`, one column of every block is a gather of lanes, and one row of every inverse a row.
+`(block, C)`, one column of every block is a gather of lanes, and one row of every inverse a row.
 Blocks are then merged to twice their size by matmuls:
 
     [L1  0 ]^-1   [   L1^-1             0   ]
@@ -24,8 +24,7 @@ from pallas_kernels.matrix_state import masks
 from pallas_kernels.matrix_state.tile import dot, zero_where_not
 from pallas_kernels.matrix_state.tpu import SLAB
 
-BLOCK = 32
-_HEADS_TOGETHER = 4  # heads: enough independent work for every step of the substitution
+_HEADS_TOGETHER = 4  # enough independent work for every step of the substitution
 
 
 def finite(x: jax.Array, guarded: bool) -> jax.Array:
@@ -92,10 +91,10 @@ def merged(inverse: jax.Array, lower: jax.Array, guarded: bool) -> jax.Array:
     return inverse
 
 
-def invert(ref, guarded: bool) -> None:
+def invert(ref, block: int, guarded: bool) -> None:
     """Replaces every `lower` of `ref (heads, C, C)` by `(I + lower)^-1`."""
     heads, size, _ = ref.shape
-    block = min(BLOCK, size)
+    block = min(block, size)
     for first in range(0, heads, _HEADS_TOGETHER):
         some = range(first, min(first + _HEADS_TOGETHER, heads))
         blocks = jnp.stack([diagonal(ref[h], block) for h in some])

@@ -85,7 +85,7 @@ def _intra_chunk(dims, refs, step: _Step) -> None:
             refs["A_qk"][h] = tile.apply_decay(queries, decay)
             refs["A_kk"][h] = tile.apply_decay(keys, decay)
             refs["inverse"][h] = step.beta[:, h : h + 1] * refs["A_kk"][h]
-    tpu_inverse.invert(refs["inverse"], dims.segmented)
+    tpu_inverse.invert(refs["inverse"], dims.tiles.solve_block, dims.segmented)
 
 
 def _into(dims, refs, decay: Decays, h: int, x: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def _intra_chunk(dims, refs, step: Step, beta: jax.Array) -> None:
             keys = zero_where_not(step.level > 0, head._replace(q=head.k).A(step, dims.dtype))
             refs["A_kk"][h] = keys
             refs["inverse"][h] = beta[:, h : h + 1] * keys
-    tpu_inverse.invert(refs["inverse"], dims.segmented)
+    tpu_inverse.invert(refs["inverse"], dims.tiles.solve_block, dims.segmented)
 
 
 def _reading(head: Head, step: Step, dtype) -> jax.Array:

@@ -1,15 +1,18 @@
-"""Tile bookkeeping of TPU kernels with a matrix state a head: which block a grid step sees.
+"""TPU kernels with a matrix state a head: their grid, their calls, and what kernels share inside.
 
 Grid `(B, blocks of groups, chunks, parts of a group)`, chunks in the direction of travel. A step
 takes `Tiles.heads` heads through one chunk: the heads of several groups, or a part of one large
 group, whose parts then follow each other so that queries and keys are fetched once and their
 gradients summed in VMEM. Arrays stay `(B, L, heads * width)` as they came; only states have
 their heads in front.
+
+A family is a `Kernels`; `backend` makes its `Backend`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -17,19 +20,37 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.tpu import LANES, SUBLANES, VMEM_BUDGET, VMEM_LIMIT, round_up
 from pallas_kernels.matrix_state import masks
+from pallas_kernels.matrix_state.config import Config
 
-LANES, SUBLANES = 128, 8
 SLAB = SUBLANES  # tokens: the rows of a register
-_VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
+_CHUNK = 128  # tokens
+
+
+class Limits(NamedTuple):
+    """What a step of the grid takes at most.
+
+    Attributes:
+      heads, heads_vector_decay: unrolled in a step; the second where each key has its decay.
+      solve_block: tokens of the blocks that the delta rule inverts one token at a time.
+      vmem_bytes: of a kernel's blocks and scratch.
+    """
+
+    heads: int = 16
+    heads_vector_decay: int = 4
+    solve_block: int = 32
+    vmem_bytes: int = VMEM_BUDGET
 
 
 class Tiles(NamedTuple):
-    """`(chunk, heads)` of a step of the grid."""
+    """`(chunk, heads)` of a step of the grid; `solve_block` as in `Limits`."""
 
     chunk: int
     heads: int
+    solve_block: int = Limits().solve_block
 
 
 class KernelShape(NamedTuple):
@@ -73,40 +94,94 @@ class KernelShape(NamedTuple):
         return sizes[::-1] if self.decay == "key" else sizes
 
 
-def kernel_shape(q, v, log_decay, runs, scale: float, chunk: int) -> KernelShape:
+class Kernels(NamedTuple):
+    """What a family is made of, beside what all have: q, k, v, log decays, states and segments.
+
+    Attributes:
+      op: name of the op.
+      scalar_decay, vector_decay: `(forward, backward)`, kernels `(KernelShape, refs)` for one decay
+        of all keys, or none, and for one a key.
+      rows: names of further operands `(B, L, H)`, which stand after v in the op's order.
+      scratch: shapes of further scratch by name.
+      flops: of a token and head beyond linear attention's.
+    """
+
+    op: str
+    scalar_decay: tuple[Callable[..., None], Callable[..., None]]
+    vector_decay: tuple[Callable[..., None], Callable[..., None]]
+    rows: tuple[str, ...] = ()
+    scratch: Callable[[KernelShape], dict[str, tuple[int, ...]]] = lambda dims: {}
+    flops: Callable[[KernelShape], int] = lambda dims: 0
+
+
+# Tiles.
+
+
+def vmem_bytes(kernels: Kernels, dims: KernelShape) -> int:
+    """Bytes of VMEM of the backward kernel, the larger one, with segments.
+
+    Blocks count twice, so that the next is fetched while one is worked on; scratch counts once.
+    """
+    size, heads, _ = dims.tiles
+    width, groups = jnp.dtype(dims.dtype).itemsize, dims.groups_per_step
+    tokens = 4 * groups * dims.key_size + 3 * heads * dims.value_size  # with gradients
+    blocks = size * tokens * width
+    rows = len(kernels.rows) + (1 if dims.decay == "head" else 0)
+    blocks += 2 * 4 * rows * math.prod(rows_shape(dims))
+    if dims.decay == "key":
+        blocks += 2 * 4 * size * heads * dims.key_size
+    state = 4 * math.prod(dims.state)
+    blocks += 3 * heads * state  # entering, and the gradients at both ends
+    blocks += 4 * size * LANES  # runs
+    scratch = dims.steps_per_group * heads * state + 2 * 4 * size * groups * dims.key_size
+    more = pair_decay_scratch(dims) | kernels.scratch(dims)
+    scratch += sum(4 * math.prod(shape) for shape in more.values())
+    working = 12 * 4 * size * max(size, dims.key_size, dims.value_size)  # what one head works on
+    return 2 * blocks + scratch + working
+
+
+def choose_tiles(kernels: Kernels, dims: KernelShape, limits: Limits) -> Tiles | None:
+    """As many heads as are worth unrolling and fit, a part of a group or whole groups.
+
+    None if a group has more heads than fit.
+    """
+    most = limits.heads_vector_decay if dims.decay == "key" else limits.heads
+    group = dims.heads // dims.groups
+    counts = [n for n in range(1, group) if group % n == 0]
+    counts += [n * group for n in range(1, dims.groups + 1) if dims.groups % n == 0]
+    for heads in reversed([n for n in counts if n <= most]):
+        tiles = Tiles(dims.tiles.chunk, heads, limits.solve_block)
+        if vmem_bytes(kernels, dims._replace(tiles=tiles)) <= limits.vmem_bytes:
+            return tiles
+    return None
+
+
+def _limits(config: Config) -> Limits:
+    return config.tiles or Limits()
+
+
+def _untiled(config: Config, q, v, log_decay, runs) -> KernelShape:
     """`KernelShape` of padded arguments, one head a step."""
     groups, key_size = q.shape[2:]
     decay: Literal["head", "key"] | None = None
     if log_decay is not None:
         decay = "key" if log_decay.ndim == 4 else "head"
     batch, length, heads, value_size = v.shape
+    tiles = Tiles(config.chunk or _CHUNK, 1, _limits(config).solve_block)
     return KernelShape(
         batch, length, groups, heads, key_size, value_size, decay, runs is not None,
-        scale, v.dtype, Tiles(chunk, 1),
+        config.scale, v.dtype, tiles,
     )  # fmt: skip
 
 
-def choose_tiles(dims: KernelShape, most: int, fits: Callable[[KernelShape], bool]) -> Tiles | None:
-    """The most heads that fit, up to `most`, and are a part of a group or whole groups.
-
-    None if a group has more heads than fit.
-    """
-    group = dims.heads // dims.groups
-    counts = [n for n in range(1, group) if group % n == 0]
-    counts += [n * group for n in range(1, dims.groups + 1) if dims.groups % n == 0]
-    for heads in reversed([n for n in counts if n <= most]):
-        tiles = Tiles(dims.tiles.chunk, heads)
-        if fits(dims._replace(tiles=tiles)):
-            return tiles
-    return None
+def kernel_shape(kernels: Kernels, config: Config, q, v, log_decay, runs) -> KernelShape:
+    """`KernelShape` of padded arguments."""
+    dims = _untiled(config, q, v, log_decay, runs)
+    return dims._replace(tiles=choose_tiles(kernels, dims, _limits(config)) or dims.tiles)
 
 
-def groups_repeated(op: str, q, v, tiles_of: Callable[[Any], Tiles | None]) -> int:
+def _groups_repeated(kernels: Kernels, config: Config, q, v, log_decay, runs) -> int:
     """How often to repeat each group's queries and keys so that its heads fit.
-
-    Args:
-      op: for the message.
-      tiles_of: of a call with such queries.
 
     Raises:
       ValueError: not even one head fits.
@@ -114,19 +189,20 @@ def groups_repeated(op: str, q, v, tiles_of: Callable[[Any], Tiles | None]) -> i
     group = v.shape[2] // q.shape[2]
     for n in (n for n in range(1, group + 1) if group % n == 0):
         repeated = jax.ShapeDtypeStruct((*q.shape[:2], n * q.shape[2], q.shape[3]), q.dtype)
-        if tiles_of(repeated) is not None:
+        dims = _untiled(config, repeated, v, log_decay, runs)
+        if choose_tiles(kernels, dims, _limits(config)) is not None:
             return n
     raise ValueError(
-        f"{op}: a head of K={q.shape[3]} and V={v.shape[3]} does not fit a TPU's memory; use "
-        "implementation='xla'"
+        f"{kernels.op}: a head of K={q.shape[3]} and V={v.shape[3]} does not fit a TPU's memory; "
+        "use implementation='xla'"
     )
 
 
 def padding(chunk: int, length: int, key_size: int, value_size: int) -> Callable[..., Any]:
     """`pad(x, *kinds)`: zeros at the end of axes, to whole chunks and tiles of lanes.
 
-    Kinds are those of the axes after the first. A kind is "tokens", "keys", "values" or None; kinds of axes that `x` has not are ignored, and
-    so is an `x` of None.
+    Kinds are those of the axes after the first, each "tokens", "keys", "values" or None; kinds of
+    axes that `x` has not are ignored, and so is an `x` of None.
     """
     widths = {
         None: 0,
@@ -218,33 +294,34 @@ def run_operands(dims: KernelShape, runs) -> dict[str, tuple[Any, pl.BlockSpec]]
     }
 
 
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
 # The calls.
 
 
-def call(
-    kernel, dims: KernelShape, name: str, operands, out, scratch, more_flops: int = 0
-) -> dict[str, jax.Array]:
-    """Run a kernel of named operands `{name: (array, spec)}`, outputs `{name: (struct, spec)}`
-    and float32 scratch `{name: shape}`; it is called with the dims and a dictionary of all
-    references. `more_flops` are those of a token and head beyond linear attention's.
+def _call(kernels: Kernels, dims: KernelShape, operands, out, state: str) -> dict[str, jax.Array]:
+    """Run a kernel of named operands `{name: (array, spec)}` and outputs `{name: (struct, spec)}`.
+
+    It is called with the shape and a dictionary of all references, among them float32 scratch:
+    `state`, what is handed on from chunk to chunk, and what heads and parts of a group leave.
     """
+    scratch: dict[str, tuple[int, ...]] = {
+        state: (dims.steps_per_group * dims.tiles.heads, *dims.state)
+    }
+    if dims.backward and dims.steps_per_group > 1:
+        scratch |= dict.fromkeys(("dq_sum", "dk_sum"), (dims.tiles.chunk, dims.key_size))
+    scratch |= pair_decay_scratch(dims) | kernels.scratch(dims)
     names = [*operands, *out, *scratch]
+    kernel = (kernels.vector_decay if dims.decay == "key" else kernels.scalar_decay)[dims.backward]
 
     def body(*refs):
         kernel(dims, dict(zip(names, refs, strict=True)))
 
     arrays = [array for array, _ in operands.values()]
-    size = dims.tiles.chunk
-    pairs = 2 * size * (dims.key_size + dims.value_size)
-    flops = pairs + 4 * dims.key_size * dims.value_size + more_flops
+    pairs = 2 * dims.tiles.chunk * (dims.key_size + dims.value_size)
+    flops = pairs + 4 * dims.key_size * dims.value_size + kernels.flops(dims)
     results = compat.pallas_call(
         body,
         backend="tpu",
-        name=name,
+        name=f"{kernels.op}_{'backward' if dims.backward else 'forward'}",
         grid=dims.grid,
         in_specs=[spec for _, spec in operands.values()],
         out_specs=[spec for _, spec in out.values()],
@@ -254,11 +331,125 @@ def call(
         scratch_shapes=[compat.tpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
         compiler_params=compat.tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_VMEM_LIMIT,
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         flops=flops * (3 if dims.backward else 1) * dims.batch * dims.length * dims.heads,
     )(*arrays)
     return dict(zip(out, results, strict=True))
+
+
+def _operands(kernels: Kernels, dims: KernelShape, q, k, v, further, log_decay, runs):
+    """`{name: (array, spec)}` of what forward and backward read."""
+    operands = {
+        "q": (to_lanes(q), group_tokens(dims)),
+        "k": (to_lanes(k), group_tokens(dims)),
+        "v": (to_lanes(v), tokens(dims, dims.value_size)),
+    }
+    for name, x in zip(kernels.rows, further, strict=True):
+        operands[name] = (to_rows(dims, x), rows(dims))
+    if dims.decay == "key":
+        operands["g"] = (to_lanes(log_decay), decays(dims))
+    if dims.decay == "head":
+        operands["g"] = (to_rows(dims, log_decay), decays(dims))
+    return operands | (run_operands(dims, runs) if dims.segmented else {})
+
+
+def forward(
+    kernels: Kernels, config: Config, q, k, v, *rest, return_residuals: bool
+) -> tuple[Any, Any]:
+    """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
+    *further, log_decay, initial_state, runs = rest
+    dims = kernel_shape(kernels, config, q, v, log_decay, runs)
+    operands = _operands(kernels, dims, q, k, v, further, log_decay, runs)
+    operands["initial"] = (inside(dims, initial_state), end(dims, last=False))
+    ends = (dims.batch, dims.heads, *dims.state)
+    out = {
+        "o": (struct(to_lanes(v).shape, v.dtype), tokens(dims, dims.value_size)),
+        "final": (struct(ends), end(dims, last=True)),
+    }
+    if return_residuals:
+        entering = struct((dims.batch, dims.chunks, dims.heads, *dims.state), v.dtype)
+        out["states"] = (entering, states(dims))
+    result = _call(kernels, dims, operands, out, "state")
+    outputs = result["o"].reshape(v.shape), inside(dims, result["final"])
+    if not return_residuals:
+        return outputs, None
+    return outputs, (q, k, v, *further, log_decay, runs, result["states"])
+
+
+def backward(kernels: Kernels, config: Config, residuals, cotangents) -> tuple[Any, ...]:
+    """The gradients of all arguments."""
+    q, k, v, *further, log_decay, runs, entering = residuals
+    do, dfinal = cotangents
+    dims = kernel_shape(kernels, config, q, v, log_decay, runs)._replace(backward=True)
+    operands = _operands(kernels, dims, q, k, v, further, log_decay, runs)
+    operands["do"] = (to_lanes(do), tokens(dims, dims.value_size))
+    operands["states"] = (entering, states(dims))
+    operands["dfinal"] = (inside(dims, dfinal), end(dims, last=False))
+    queries = (struct(to_lanes(q).shape, q.dtype), group_tokens(dims))
+    out = {
+        "dq": queries,
+        "dk": queries,
+        "dv": (struct(to_lanes(v).shape, v.dtype), tokens(dims, dims.value_size)),
+    }
+    for name in kernels.rows:
+        out[f"d{name}"] = (struct(operands[name][0].shape), rows(dims))
+    out["dinitial"] = (struct(dfinal.shape[:2] + dims.state), end(dims, last=True))
+    if dims.decay is not None:
+        g, _ = operands["g"]
+        out["dg"] = (struct(g.shape, g.dtype), decays(dims))
+    result = _call(kernels, dims, operands, out, "dstate")
+    dlog_decay = None
+    if dims.decay == "key":
+        dlog_decay = result["dg"].reshape(log_decay.shape).astype(log_decay.dtype)
+    if dims.decay == "head":
+        dlog_decay = of_rows(dims, result["dg"]).astype(log_decay.dtype)
+    dq, dk, dv = (result[n].reshape(x.shape) for n, x in (("dq", q), ("dk", k), ("dv", v)))
+    dfurther = [
+        of_rows(dims, result[f"d{name}"]).astype(x.dtype)
+        for name, x in zip(kernels.rows, further, strict=True)
+    ]
+    return dq, dk, dv, *dfurther, dlog_decay, inside(dims, result["dinitial"]), None
+
+
+def prepare(kernels: Kernels, config: Config, q, k, v, *rest):
+    """The arguments, padded to whole tiles; `restore` cuts the outputs. See `Backend.prepare`.
+
+    Raises:
+      ValueError: one head does not fit into a TPU's memory.
+    """
+    *further, log_decay, initial_state, runs = rest
+    length, key_size, value_size = v.shape[1], q.shape[3], v.shape[3]
+    pad = padding(config.chunk or _CHUNK, length, key_size, value_size)
+    q, k = pad(q, "tokens", None, "keys"), pad(k, "tokens", None, "keys")
+    v, further = pad(v, "tokens", None, "values"), [pad(x, "tokens") for x in further]
+    log_decay, runs = pad(log_decay, "tokens", None, "keys"), pad(runs, "tokens")
+    # The states of a group stay in VMEM together: a group that is too large becomes several.
+    repeats = _groups_repeated(kernels, config, q, v, log_decay, runs)
+    if repeats > 1:
+        q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
+    state = pad(initial_state, None, "keys", "values")
+
+    def restore(outputs):
+        o, final = outputs
+        return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]
+
+    return (q, k, v, *further, log_decay, state, runs), restore
+
+
+def unsupported(config: Config, q, k, v, *rest) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(v)
+
+
+def backend(kernels: Kernels) -> Backend:
+    """The family's implementation; its arrays are `q, k, v, *rows, log_decay, state, runs`."""
+    return Backend(
+        functools.partial(forward, kernels),
+        functools.partial(backward, kernels),
+        functools.partial(prepare, kernels),
+        unsupported,
+    )
 
 
 def to_lanes(x):
