@@ -7,83 +7,49 @@ chunk; what else backward needs of a chunk is computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.delta_rule import gpu_backward, gpu_forward
-from pallas_kernels.delta_rule.gpu_tile import KernelShape, Tiles
-from pallas_kernels.matrix_state import decay_sums, masks
+from pallas_kernels.delta_rule.gpu_tile import Tiles, all_keys
+from pallas_kernels.matrix_state import decay_sums
+from pallas_kernels.matrix_state import gpu as matrix_gpu
 from pallas_kernels.matrix_state.config import Config
-from pallas_kernels.matrix_state.gpu import block_size
+from pallas_kernels.matrix_state.gpu import KernelShape, block_size
 
 
-def choose_tiles(
-    length: int, key_size: int, value_size: int, vector_decay: bool, narrow: bool
-) -> Tiles:
+def choose_tiles(dims: KernelShape) -> Tiles:
     """Blocks that keep the forward kernels in registers: smaller where every key has its decay,
     where numbers are float32, and where a state has many keys.
     """
-    small = vector_decay or not narrow or key_size > 128
+    vector_decay = dims.decay == "key"
+    small = vector_decay or dims.dtype != jnp.bfloat16 or dims.key_size > 128
     return Tiles(
-        chunk=block_size(length, 32 if small else 64),
-        keys=block_size(key_size, 32 if vector_decay else 64),
-        values=block_size(value_size, 64),
-        state_values=block_size(value_size, 32),
+        chunk=block_size(dims.length, 32 if small else 64),
+        keys=block_size(dims.key_size, 32 if vector_decay else 64),
+        values=block_size(dims.value_size, 64),
+        state_values=block_size(dims.value_size, 32),
     )
 
 
 def _kernel_shape(config: Config, q, v, log_decay, runs) -> KernelShape:
-    batch, length, heads, value_size = v.shape
-    decay: Literal["head", "key"] | None = None
-    if log_decay is not None:
-        decay = "key" if log_decay.ndim == 4 else "head"
-    key_size, narrow = q.shape[3], v.dtype == jnp.bfloat16
-    tiles = choose_tiles(length, key_size, value_size, decay == "key", narrow)
-    if config.chunk:
-        tiles = tiles._replace(chunk=config.chunk)
-    return KernelShape(
-        batch, length, q.shape[2], heads, key_size, value_size, decay, runs is not None,
-        config.scale, v.dtype, tiles,
-    )  # fmt: skip
+    return matrix_gpu.kernel_shape(config, q, v, log_decay, runs, choose_tiles)
 
 
-def largest_array(q: Any, v: Any, log_decay: Any) -> int:
+def largest_array(config: Config, q: Any, v: Any, log_decay: Any) -> int:
     """Elements of the largest array that a kernel addresses."""
-    dims = _kernel_shape(Config(1.0), q, v, log_decay, None)
-    tokens = dims.chunks * dims.chunk * dims.chunk
+    dims = _kernel_shape(config, q, v, log_decay, None)
+    tokens = dims.chunks * dims.tiles.chunk * dims.tiles.chunk
     states = dims.chunks * dims.key_size * dims.value_size
     heads = max(tokens, states, dims.length * max(dims.key_size, dims.value_size))
     return dims.batch * dims.heads * heads
 
 
-def _call(
-    kernel: Callable[[KernelShape, Mapping[str, Any]], None],
-    dims: KernelShape,
-    grid: tuple[int, int, int],
-    operands: Mapping[str, Any],
-    outputs: Mapping[str, tuple[tuple[int, ...], Any]],
-    *,
-    warps: int,
-    stages: int = 1,
-    flops: int,
-) -> dict[str, jax.Array]:
-    """Run a kernel on named operands, None left out; `outputs` are shapes and dtypes by name."""
-    operands = {name: x for name, x in operands.items() if x is not None}
-    names = (*operands, *outputs)
-    out = compat.pallas_call(
-        lambda *refs: kernel(dims, dict(zip(names, refs, strict=True))),
-        backend="gpu",
-        name=f"delta_rule_{kernel.__name__}",
-        grid=grid,
-        out_shape=[compat.out_struct(*s, *operands.values()) for s in outputs.values()],
-        compiler_params=compat.triton.CompilerParams(num_warps=warps, num_stages=stages),
-        flops=flops * dims.batch * dims.heads * dims.length,
-    )(*operands.values())
-    return dict(zip(outputs, out, strict=True))
+def _call(kernel: Callable[..., None], dims: KernelShape, *args, **options) -> dict[str, jax.Array]:
+    return matrix_gpu.call(kernel, dims, f"delta_rule_{kernel.__name__}", *args, **options)
 
 
 def _log_decay(log_decay, runs):
@@ -94,19 +60,12 @@ def _log_decay(log_decay, runs):
     return g if runs is None else jnp.where((runs > 0)[..., None], g, 0.0)
 
 
-def _documents(dims: KernelShape, runs) -> dict[str, Any]:
-    if runs is None:
-        return {}
-    filled = jnp.pad(runs, ((0, 0), (0, dims.chunks * dims.chunk - dims.length)))
-    return {"runs": runs, "entering_run": masks.entering_runs(filled, dims.chunk)}
-
-
 def _intra_chunk(dims: KernelShape, q, k, beta, log_decay, documents) -> dict[str, Any]:
     """What `chunk_scaled_dot_kkt`, `solve_tril` and `chunk_local_cumsum` make, for other kernels.
 
     `beta` and `documents` are passed on with it.
     """
-    squares = (dims.batch, dims.heads, dims.chunks, dims.chunk, dims.chunk)
+    squares = (dims.batch, dims.heads, dims.chunks, dims.tiles.chunk, dims.tiles.chunk)
     outputs = {"A_qk": (squares, dims.dtype), "A_kk": (squares, jnp.float32)}
     factors = {}
     if dims.decay is not None:
@@ -118,7 +77,7 @@ def _intra_chunk(dims: KernelShape, q, k, beta, log_decay, documents) -> dict[st
         {"q": q, "k": k, "g": log_decay, **documents},
         outputs | (factors if dims.decay == "head" else {}),
         warps=8 if dims.decay == "key" else 4,
-        flops=4 * dims.chunk * dims.key_size,
+        flops=4 * dims.tiles.chunk * dims.key_size,
     )
     made |= _call(
         gpu_forward.solve_tril,
@@ -127,7 +86,7 @@ def _intra_chunk(dims: KernelShape, q, k, beta, log_decay, documents) -> dict[st
         {"A_kk": made["A_kk"], "beta": beta},
         {"inverse": (squares, dims.dtype)},
         warps=2,
-        flops=dims.chunk**2,
+        flops=dims.tiles.chunk**2,
     )
     if dims.decay == "key":
         made |= _call(
@@ -137,7 +96,7 @@ def _intra_chunk(dims: KernelShape, q, k, beta, log_decay, documents) -> dict[st
             {"g": log_decay, **documents},
             factors,
             warps=4,
-            flops=4 * dims.chunk * dims.key_size,
+            flops=4 * dims.tiles.chunk * dims.key_size,
         )
     return {**made, "beta": beta, **documents}
 
@@ -152,10 +111,10 @@ def forward(
 ):
     """`((o, final_state), residuals)`; arguments as in `reference.delta_rule`."""
     dims = _kernel_shape(config, q, v, log_decay, runs)
-    documents = _documents(dims, runs)
+    documents = matrix_gpu.run_operands(dims, runs)
     made = _intra_chunk(dims, q, k, beta, _log_decay(log_decay, runs), documents)
     matrix = (dims.key_size, dims.value_size)
-    state_values = _call(
+    passed = _call(
         gpu_forward.chunk_fwd_h,
         dims,
         (-(-dims.value_size // dims.tiles.state_values), dims.batch, dims.heads),
@@ -166,23 +125,23 @@ def forward(
             "states": ((dims.batch, dims.chunks, dims.heads, *matrix), v.dtype),
             "final": (initial_state.shape, jnp.float32),
         },
-        warps=4 if dims.all_keys <= 64 else 8,
-        flops=4 * dims.key_size * dims.value_size + 2 * dims.chunk * dims.value_size,
+        warps=4 if all_keys(dims) <= 64 else 8,
+        flops=4 * dims.key_size * dims.value_size + 2 * dims.tiles.chunk * dims.value_size,
     )
     out = _call(
         gpu_forward.chunk_fwd_o,
         dims,
         (dims.chunks, dims.batch, dims.heads * dims.value_blocks),
-        {"q": q, "v_new": state_values["v_new"], "states": state_values["states"]}
+        {"q": q, "v_new": passed["v_new"], "states": passed["states"]}
         | _factors(made, "A_qk", "from_start"),
         {"o": (v.shape, v.dtype)},
         warps=4,
-        flops=2 * dims.key_size * dims.value_size + 2 * dims.chunk * dims.value_size,
+        flops=2 * dims.key_size * dims.value_size + 2 * dims.tiles.chunk * dims.value_size,
     )
-    outputs = out["o"], state_values["final"]
+    outputs = out["o"], passed["final"]
     if not return_residuals:
         return outputs, None
-    return outputs, (q, k, v, beta, log_decay, runs, state_values["states"])
+    return outputs, (q, k, v, beta, log_decay, runs, passed["states"])
 
 
 def backward(config: Config, residuals, cotangents):
@@ -191,7 +150,7 @@ def backward(config: Config, residuals, cotangents):
     do, dfinal = cotangents
     dims = _kernel_shape(config, q, v, log_decay, runs)
     g = _log_decay(log_decay, runs)
-    made = _intra_chunk(dims, q, k, beta, g, _documents(dims, runs))
+    made = _intra_chunk(dims, q, k, beta, g, matrix_gpu.run_operands(dims, runs))
     retreated = _call(
         gpu_backward.chunk_bwd_dhu,
         dims,
@@ -203,8 +162,8 @@ def backward(config: Config, residuals, cotangents):
             "dsolved": (v.shape, v.dtype),
             "dinitial": (dfinal.shape, jnp.float32),
         },
-        warps=4 if dims.all_keys <= 64 else 8,
-        flops=6 * dims.key_size * dims.value_size + 4 * dims.chunk * dims.value_size,
+        warps=4 if all_keys(dims) <= 64 else 8,
+        flops=6 * dims.key_size * dims.value_size + 4 * dims.tiles.chunk * dims.value_size,
     )
     square = (made["A_qk"].shape, v.dtype)
     by_head = {"dg": (beta.shape, jnp.float32)} if dims.decay == "head" else {}
@@ -224,13 +183,11 @@ def backward(config: Config, residuals, cotangents):
             **by_head,
         },
         warps=8,
-        flops=2 * dims.key_size * dims.value_size + 6 * dims.chunk * dims.value_size,
+        flops=2 * dims.key_size * dims.value_size + 6 * dims.tiles.chunk * dims.value_size,
     )
-    gradients = _chunk_bwd_dqkg(dims, q, k, do, g, states, retreated["dstates"], made, weighed)
-    dq, dk, dg = gradients["dq"], gradients["dk"], gradients.get("dg")
-    if dims.heads != dims.groups:
-        each_group = (*q.shape[:3], -1, dims.key_size)
-        dq, dk = (x.reshape(each_group).sum(3).astype(q.dtype) for x in (dq, dk))
+    gradients = _chunk_bwd_dqkwg(dims, q, k, do, g, states, retreated["dstates"], made, weighed)
+    dq, dk = (matrix_gpu.sum_over_group(gradients[name], q) for name in ("dq", "dk"))
+    dg = gradients.get("dg")
     if dg is not None and dims.decay == "head":
         dg = decay_sums.clamp_vjp(log_decay, dg.sum(3) + weighed["dg"], None)
         dg = dg if runs is None else jnp.where((runs > 0)[..., None], dg, 0.0)
@@ -238,7 +195,7 @@ def backward(config: Config, residuals, cotangents):
     return dq, dk, weighed["dv"], weighed["dbeta"], dg, retreated["dinitial"], None
 
 
-def _chunk_bwd_dqkg(
+def _chunk_bwd_dqkwg(
     dims: KernelShape, q, k, do, g, states, dstates, made, weighed
 ) -> dict[str, jax.Array]:
     """`dq`, `dk` of each head, and `dg`, of a decay of all keys for each block of keys."""
@@ -253,7 +210,7 @@ def _chunk_bwd_dqkg(
     if dims.decay == "key":
         outputs["dg"] = (g.shape, g.dtype)
     return _call(
-        gpu_backward.chunk_bwd_dqkg,
+        gpu_backward.chunk_bwd_dqkwg,
         dims,
         (dims.chunks, dims.batch, dims.heads * dims.key_blocks),
         {"q": q, "k": k, "do": do, "states": states, "dstates": dstates}
@@ -262,15 +219,13 @@ def _chunk_bwd_dqkg(
         | {name: weighed[name] for name in ("v_new", "dv", "dA_qk", "dA_kk")},
         outputs,
         warps=4,
-        flops=6 * dims.key_size * dims.value_size + 8 * dims.chunk * dims.key_size,
+        flops=6 * dims.key_size * dims.value_size + 8 * dims.tiles.chunk * dims.key_size,
     )
 
 
 def unsupported(config: Config, q, k, v, beta, log_decay, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    return no_wide_numbers(v) or beyond_addresses(
-        v.shape[0], lambda: largest_array(q, v, log_decay)
-    )
+    return matrix_gpu.unsupported(v.shape[0], v, lambda: largest_array(config, q, v, log_decay))
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

@@ -19,11 +19,9 @@ from pallas_kernels.common.compat import pl
 from pallas_kernels.delta_rule.gpu_forward import clamped, from_state, head_sums
 from pallas_kernels.delta_rule.gpu_tile import (
     Chunk,
-    KernelShape,
-    block,
+    all_keys,
     broken,
     dot,
-    each_block,
     each_level,
     factor_at,
     factor_at_transpose,
@@ -32,7 +30,7 @@ from pallas_kernels.delta_rule.gpu_tile import (
 )
 from pallas_kernels.delta_rule.tile import finite
 from pallas_kernels.matrix_state import decay_sums, masks
-from pallas_kernels.matrix_state.gpu import Row, Span
+from pallas_kernels.matrix_state.gpu import KernelShape, Row, Span, block, each_block, scaled
 from pallas_kernels.matrix_state.masks import SegmentMasks
 from pallas_kernels.matrix_state.tile import (
     apply_decay,
@@ -46,15 +44,13 @@ from pallas_kernels.matrix_state.tile import (
 
 
 def _cotangent(chunk: Chunk, values: Span) -> jax.Array:
-    """The cotangent of the outputs before they are scaled, an operand."""
-    do = chunk.of_head("do", values)
-    return (chunk.dims.scale * do.astype(jnp.float32)).astype(do.dtype)
+    return scaled(chunk.dims, chunk.of_head("do", values))
 
 
 def chunk_bwd_dhu(dims: KernelShape, refs: Mapping[str, Any]) -> None:
     """Some values of a head, grid `(values, B, H)`: `dstates`, `dsolved` and `dinitial`."""
     row, head = Row(refs, pl.program_id(1)), pl.program_id(2)
-    keys, values = Span(0, dims.all_keys), block(pl.program_id(0), dims.tiles.state_values)
+    keys, values = Span(0, all_keys(dims)), block(pl.program_id(0), dims.tiles.state_values)
 
     def step(back, dstate):
         chunk = Chunk(dims, row, head, dims.chunks - 1 - back)
@@ -104,10 +100,10 @@ def prepare_wy_repr_bwd(dims: KernelShape, refs: Mapping[str, Any]) -> None:
         dA_kk = dA_kk + dot(dsolved, v_new, "nt")
         return dA_qk, dA_kk, dbeta + (dsolved.astype(jnp.float32) * error).sum(1, keepdims=True)
 
-    zero = jnp.zeros((dims.chunk, dims.chunk), jnp.float32)
-    carry = zero, zero, jnp.zeros((dims.chunk, 1), jnp.float32)
+    zero = jnp.zeros((dims.tiles.chunk, dims.tiles.chunk), jnp.float32)
+    carry = zero, zero, jnp.zeros((dims.tiles.chunk, 1), jnp.float32)
     dA_qk, dA_kk, dbeta = each_block(dims.value_blocks, some_values, carry)
-    mask, earlier = causal(dims.chunk, docs), strictly_causal(dims.chunk, docs)
+    mask, earlier = causal(dims.tiles.chunk, docs), strictly_causal(dims.tiles.chunk, docs)
     keys = chunk.square("A_kk")
     dA_qk, dA_kk = zero_where_not(mask, dA_qk), zero_where_not(earlier, -dA_kk)
     chunk.put_column("dbeta", dbeta + (dA_kk * keys).sum(1, keepdims=True))
@@ -127,7 +123,7 @@ def _crossing(dlogs: jax.Array) -> jax.Array:
     return zero_where_not(column < row, sums(column >= row, dlogs)).sum(1)
 
 
-def chunk_bwd_dqkg(dims: KernelShape, refs: Mapping[str, Any]) -> None:
+def chunk_bwd_dqkwg(dims: KernelShape, refs: Mapping[str, Any]) -> None:
     """Each chunk and some keys, grid `(chunks, B, H * keys)`: `dq`, `dk` and `dg`."""
     head = jax.lax.div(pl.program_id(2), jnp.int32(dims.key_blocks))
     place = pl.program_id(2) - head * dims.key_blocks
@@ -147,7 +143,7 @@ def chunk_bwd_dqkg(dims: KernelShape, refs: Mapping[str, Any]) -> None:
             dg_last = dg_last + products.sum(1, keepdims=True)
         return dq, dk, dread, dg_last
 
-    zero = jnp.zeros((dims.chunk, keys.size), jnp.float32)
+    zero = jnp.zeros((dims.tiles.chunk, keys.size), jnp.float32)
     carry = zero, zero, zero, jnp.zeros((keys.size, 1), jnp.float32)
     dq, dk, dread, dg_last = each_block(dims.value_blocks, some_values, carry)
     from_start = chunk.factor("from_start", keys)
@@ -160,7 +156,7 @@ def chunk_bwd_dqkg(dims: KernelShape, refs: Mapping[str, Any]) -> None:
     dA_qk, dA_kk = chunk.square("dA_qk"), chunk.square("dA_kk")
     if dims.decay == "key":
         dg_cumsum, dg_to_end, dg_last = (finite(x, docs) for x in (dg_cumsum, dg_to_end, dg_last))
-        row, column = masks.token_indices(dims.chunk)
+        row, column = masks.token_indices(dims.tiles.chunk)
         dg = sums(column >= row, dg_cumsum) + sums(column < row, dg_to_end) + dg_last
         g = clamped(chunk, keys, docs)
         dq, dk, dg = _add_A_vector_decay_vjp(q, k, g, docs, dA_qk, dA_kk, (dq, dk, dg))

@@ -20,11 +20,9 @@ import jax.numpy as jnp
 from pallas_kernels.common.compat import pl
 from pallas_kernels.delta_rule.gpu_tile import (
     Chunk,
-    KernelShape,
-    block,
+    all_keys,
     broken,
     dot,
-    each_block,
     each_level,
     factor_at,
     finite_if,
@@ -34,7 +32,15 @@ from pallas_kernels.delta_rule.gpu_tile import (
 )
 from pallas_kernels.delta_rule.tile import finite
 from pallas_kernels.matrix_state import decay_sums, masks
-from pallas_kernels.matrix_state.gpu import PairSums, Row, Span, pair_sums
+from pallas_kernels.matrix_state.gpu import (
+    KernelShape,
+    PairSums,
+    Row,
+    Span,
+    block,
+    each_block,
+    pair_sums,
+)
 from pallas_kernels.matrix_state.masks import SegmentMasks
 from pallas_kernels.matrix_state.tile import (
     apply_decay,
@@ -50,7 +56,7 @@ from pallas_kernels.matrix_state.tile import (
 def head_sums(chunk: Chunk) -> PairSums:
     """`PairSums` of the log decays of a head, which are clamped already."""
     g = chunk.column("g")
-    return pair_sums(g, g.reshape(1, chunk.dims.chunk))
+    return pair_sums(g, g.reshape(1, chunk.dims.tiles.chunk))
 
 
 def clamped(chunk: Chunk, keys: Span, docs: SegmentMasks | None) -> jax.Array:
@@ -91,9 +97,9 @@ def chunk_scaled_dot_kkt(dims: KernelShape, refs: Mapping[str, Any]) -> None:
         A_qk, keys = carry
         return A_qk + dot(q, k, "nt"), keys + dot(k, k, "nt")
 
-    zero = jnp.zeros((dims.chunk, dims.chunk), jnp.float32)
+    zero = jnp.zeros((dims.tiles.chunk, dims.tiles.chunk), jnp.float32)
     A_qk, keys = each_block(dims.key_blocks, some_keys, (zero, zero))
-    mask, earlier = causal(dims.chunk, docs), strictly_causal(dims.chunk, docs)
+    mask, earlier = causal(dims.tiles.chunk, docs), strictly_causal(dims.tiles.chunk, docs)
     if dims.decay == "head":
         head = head_sums(chunk)
         chunk.put_column("from_start", jnp.exp(head.g_cumsum))
@@ -110,13 +116,13 @@ def solve_tril(dims: KernelShape, refs: Mapping[str, Any]) -> None:
     Blocks of 32 tokens one after the other: whole chunks do not fit into registers.
     """
     row, head, index = Row(refs, pl.program_id(1)), pl.program_id(2), pl.program_id(0)
-    side = min(dims.chunk, 32)
-    count = dims.chunk // side
+    side = min(dims.tiles.chunk, 32)
+    count = dims.tiles.chunk // side
     spans = [block(n, side) for n in range(count)]
     docs = dims.segmented
 
     def lower(i: int, j: int) -> jax.Array:
-        beta = row.load("beta", Span(index * dims.chunk + i * side, side), head)
+        beta = row.load("beta", Span(index * dims.tiles.chunk + i * side, side), head)
         return beta.astype(jnp.float32)[:, None] * row.load("A_kk", head, index, spans[i], spans[j])
 
     done: dict[tuple[int, int], jax.Array] = {}
@@ -139,7 +145,7 @@ def chunk_local_cumsum(dims: KernelShape, refs: Mapping[str, Any]) -> None:
     keys = block(pl.program_id(2) - head * dims.key_blocks, dims.tiles.keys)
     chunk = Chunk(dims, Row(refs, pl.program_id(1)), head, pl.program_id(0))
     g = clamped(chunk, keys, chunk.documents())
-    row, column = masks.token_indices(dims.chunk)
+    row, column = masks.token_indices(dims.tiles.chunk)
     chunk.put("from_start", jnp.exp(sums(row >= column, g)), keys)
     chunk.put("to_end", jnp.exp(sums(row < column, g)), keys)
 
@@ -147,7 +153,7 @@ def chunk_local_cumsum(dims: KernelShape, refs: Mapping[str, Any]) -> None:
 def chunk_fwd_h(dims: KernelShape, refs: Mapping[str, Any]) -> None:
     """Some values of a head, grid `(values, B, H)`: `v_new` and `states`; and `final`."""
     row, head = Row(refs, pl.program_id(1)), pl.program_id(2)
-    keys, values = Span(0, dims.all_keys), block(pl.program_id(0), dims.tiles.state_values)
+    keys, values = Span(0, all_keys(dims)), block(pl.program_id(0), dims.tiles.state_values)
 
     def step(index, state):
         chunk = Chunk(dims, row, head, index)
@@ -180,7 +186,7 @@ def from_state(chunk: Chunk, name: str, values: Span) -> jax.Array:
         x = apply_decay(x, chunk.factor("from_start", keys)).astype(x.dtype)
         return total + dot(x, chunk.state("states", keys, values))
 
-    zero = jnp.zeros((dims.chunk, values.size), jnp.float32)
+    zero = jnp.zeros((dims.tiles.chunk, values.size), jnp.float32)
     return each_block(dims.key_blocks, some_keys, zero)
 
 

@@ -7,13 +7,13 @@ and v, in which it is multiplied anyway; decays are float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.matrix_state import masks
-from pallas_kernels.matrix_state.gpu import Row, Span, block_size
+from pallas_kernels.matrix_state.gpu import KernelShape, Row, Span, block_size
 from pallas_kernels.matrix_state.masks import SegmentMasks
 from pallas_kernels.matrix_state.tile import zero_where_not
 
@@ -31,40 +31,9 @@ class Tiles(NamedTuple):
     state_values: int
 
 
-class KernelShape(NamedTuple):
-    """What is static about one call."""
-
-    batch: int
-    length: int
-    groups: int
-    heads: int
-    key_size: int
-    value_size: int
-    decay: Literal["head", "key"] | None
-    segmented: bool
-    scale: float
-    dtype: Any
-    tiles: Tiles
-
-    @property
-    def chunk(self) -> int:
-        return self.tiles.chunk
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.length // self.chunk)
-
-    @property
-    def all_keys(self) -> int:
-        return block_size(self.key_size, 256)
-
-    @property
-    def key_blocks(self) -> int:
-        return -(-self.key_size // self.tiles.keys)
-
-    @property
-    def value_blocks(self) -> int:
-        return -(-self.value_size // self.tiles.values)
+def all_keys(dims: KernelShape) -> int:
+    """Width of a block that holds all keys."""
+    return block_size(dims.key_size, 256)
 
 
 # Products.
@@ -209,7 +178,7 @@ class Chunk(NamedTuple):
 
     @property
     def span(self) -> Span:
-        return Span(self.index * self.dims.chunk, self.dims.chunk)
+        return Span(self.index * self.dims.tiles.chunk, self.dims.tiles.chunk)
 
     def of_head(self, name: str, lanes: Span) -> jax.Array:
         """`(C, lanes)`."""
@@ -228,13 +197,13 @@ class Chunk(NamedTuple):
         return self.row.load(name, self.span, self.head).astype(jnp.float32)[:, None]
 
     def put_column(self, name: str, values: jax.Array, *index: Any) -> None:
-        self.row.store(name, values.reshape(self.dims.chunk), self.span, self.head, *index)
+        self.row.store(name, values.reshape(self.dims.tiles.chunk), self.span, self.head, *index)
 
     def square(self, name: str) -> jax.Array:
-        return self.row.load(name, self.head, self.index, *[Span(0, self.dims.chunk)] * 2)
+        return self.row.load(name, self.head, self.index, *[Span(0, self.dims.tiles.chunk)] * 2)
 
     def put_square(self, name: str, values: jax.Array) -> None:
-        self.row.store(name, values, self.head, self.index, *[Span(0, self.dims.chunk)] * 2)
+        self.row.store(name, values, self.head, self.index, *[Span(0, self.dims.tiles.chunk)] * 2)
 
     def factor(self, name: str, keys: Span) -> jax.Array | None:
         """`from_start` or `to_end`, `(C, 1)` or `(C, keys)`; None where nothing decays."""
@@ -246,7 +215,7 @@ class Chunk(NamedTuple):
         """The decay of the whole chunk, `(1, 1)` or `(keys, 1)`."""
         if self.dims.decay is None:
             return None
-        last = jnp.minimum(self.span.start + self.dims.chunk, self.dims.length) - 1
+        last = jnp.minimum(self.span.start + self.dims.tiles.chunk, self.dims.length) - 1
         if self.dims.decay == "head":
             return self.row.load("from_start", last, Span(self.head, 1))[:, None]
         return self.row.load("from_start", last, self.head, keys)[:, None]
@@ -259,12 +228,3 @@ class Chunk(NamedTuple):
 
     def documents(self) -> SegmentMasks | None:
         return self.row.documents(self.span, self.index)
-
-
-def each_block(count: int, body: Callable[..., Any], carry: Any) -> Any:
-    """`body(index, carry)` for each of `count` blocks, without a loop around a single one."""
-    return body(jnp.int32(0), carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
-
-
-def block(index: Any, size: int) -> Span:
-    return Span(index * size, size)

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend
 from pallas_kernels.linear_attention import gpu_kernels
 from pallas_kernels.linear_attention.gpu_kernels import KernelShape, Tiles
 from pallas_kernels.matrix_state import gpu as matrix_gpu
-from pallas_kernels.matrix_state import masks
 from pallas_kernels.matrix_state.config import Config
 
 _PROGRAMS_THAT_FILL_A_GPU = 512  # several for each multiprocessor
@@ -32,11 +30,8 @@ _PROGRAMS_THAT_FILL_A_GPU = 512  # several for each multiprocessor
 def choose_tiles(dims: KernelShape) -> Tiles:
     """Blocks that keep the forward kernels in registers, and as many heads a program as leave the
     GPU full."""
-    size, narrow, group = (
-        matrix_gpu.block_size,
-        dims.dtype == jnp.bfloat16,
-        dims.heads // dims.groups,
-    )
+    size, narrow = matrix_gpu.block_size, dims.dtype == jnp.bfloat16
+    group = dims.heads // dims.groups
     chunk = size(dims.length, 64 if narrow and dims.decay != "key" else 32)
     tiles = Tiles(
         chunk,
@@ -56,53 +51,27 @@ def choose_tiles(dims: KernelShape) -> Tiles:
 # The calls.
 
 
-def _call(
-    kernel, dims: KernelShape, name: str, grid, operands, outputs, *, warps: int, stages: int = 1
-):
-    """Run `kernel(dims, refs)` on named operands, None left out; `outputs` are structs by name."""
-    operands = {key: x for key, x in operands.items() if x is not None}
-    names = (*operands, *outputs)
-
-    def body(*refs):
-        kernel(dims, dict(zip(names, refs, strict=True)))
-
-    flops = 2 * dims.key_size * dims.value_size + dims.tiles.chunk * (
-        dims.key_size + dims.value_size
-    )
-    out = compat.pallas_call(
-        body,
-        backend="gpu",
-        name=f"linear_attention_{name}",
-        grid=grid,
-        out_shape=[compat.out_struct(*x, *operands.values()) for x in outputs.values()],
-        compiler_params=compat.triton.CompilerParams(num_warps=warps, num_stages=stages),
-        flops=flops * dims.batch * dims.length * dims.heads,
-    )(*operands.values())
-    return dict(zip(outputs, out, strict=True))
+def _call(kernel, dims: KernelShape, name: str, *args, **options) -> dict[str, Any]:
+    sizes = dims.key_size + dims.value_size
+    flops = 2 * dims.key_size * dims.value_size + dims.tiles.chunk * sizes
+    name = f"linear_attention_{name}"
+    return matrix_gpu.call(kernel, dims, name, *args, **options, flops=flops)
 
 
-def _kernel_shape(config: Config, q, v, log_decay) -> KernelShape:
-    (batch, length, groups, key_size), (heads, value_size) = q.shape, v.shape[2:]
-    decay: Literal["head", "key"] | None = None
-    if log_decay is not None:
-        decay = "key" if log_decay.ndim == 4 else "head"
-    sizes = batch, length, groups, heads, key_size, value_size
-    dims = KernelShape(*sizes, decay, v.dtype, config.scale, Tiles(0, 0, 0, 0, 0))
-    tiles = choose_tiles(dims)
-    return dims._replace(tiles=tiles._replace(chunk=config.chunk or tiles.chunk))
+def _kernel_shape(config: Config, q, v, log_decay, runs) -> KernelShape:
+    def tiles(dims):
+        return choose_tiles(KernelShape(*dims))
+
+    return KernelShape(*matrix_gpu.kernel_shape(config, q, v, log_decay, runs, tiles))
 
 
 def _operands(dims: KernelShape, q, k, v, log_decay, runs) -> dict[str, Any]:
-    entering = None
-    if runs is not None:
-        padding = dims.chunks * dims.tiles.chunk - dims.length
-        entering = masks.entering_runs(jnp.pad(runs, ((0, 0), (0, padding))), dims.tiles.chunk)
-    return {"q": q, "k": k, "v": v, "g": log_decay, "runs": runs, "entering_run": entering}
+    return {"q": q, "k": k, "v": v, "g": log_decay, **matrix_gpu.run_operands(dims, runs)}
 
 
 def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_residuals: bool):
     """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
-    dims = _kernel_shape(config, q, v, log_decay)
+    dims = _kernel_shape(config, q, v, log_decay, runs)
     operands = _operands(dims, q, k, v, log_decay, runs)
     initial = initial_state.swapaxes(2, 3)
     passed = _call(
@@ -133,7 +102,7 @@ def backward(config: Config, residuals, cotangents):
     """The gradients of all arguments."""
     q, k, v, log_decay, runs, states = residuals
     do, dfinal = cotangents
-    dims = _kernel_shape(config, q, v, log_decay)
+    dims = _kernel_shape(config, q, v, log_decay, runs)
     operands = _operands(dims, q, k, v, log_decay, runs) | {"do": do}
     dfinal = dfinal.swapaxes(2, 3)
     passed = _call(
@@ -173,28 +142,23 @@ def backward(config: Config, residuals, cotangents):
         outputs,
         warps=dims.tiles.warps,
     )
-    dq, dk = out["dq"], out["dk"]
-    if head_blocks > dims.groups:
-        grouped = (*q.shape[:3], -1, dims.key_size)
-        dq, dk = (x.reshape(grouped).sum(3).astype(q.dtype) for x in (dq, dk))
+    dq, dk = (matrix_gpu.sum_over_group(out[name], q) for name in ("dq", "dk"))
     dlog_decay = out.get("dg")
     if dims.decay == "head":
-        dlog_decay = dlog_decay.sum(3).astype(log_decay.dtype)
+        dlog_decay = out["dg"].sum(3).astype(log_decay.dtype)
     return dq, dk, dv, dlog_decay, passed["dinitial"].swapaxes(2, 3), None
 
 
-def largest_array(q, v, log_decay) -> int:
+def largest_array(config: Config, q, v, log_decay) -> int:
     """Elements of the largest array that a kernel addresses."""
-    dims = _kernel_shape(Config(1.0), q, v, log_decay)
+    dims = _kernel_shape(config, q, v, log_decay, None)
     tokens = dims.batch * dims.length * dims.heads
     return max(tokens * max(dims.key_size, dims.value_size), math.prod(dims.states))
 
 
 def unsupported(config: Config, q, k, v, log_decay, *rest) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    return no_wide_numbers(v) or beyond_addresses(
-        v.shape[0], lambda: largest_array(q, v, log_decay)
-    )
+    return matrix_gpu.unsupported(v.shape[0], v, lambda: largest_array(config, q, v, log_decay))
 
 
 BACKEND = Backend(forward, backward, unsupported=unsupported)

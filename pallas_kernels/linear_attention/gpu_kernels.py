@@ -6,7 +6,7 @@ values; what a chunk computes is in `matrix_state.tile`.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.common.compat import pl
 from pallas_kernels.matrix_state import decay_sums, tile
 from pallas_kernels.matrix_state import gpu as matrix_gpu
-from pallas_kernels.matrix_state.gpu import SUMMATION, Row, Span
+from pallas_kernels.matrix_state.gpu import SUMMATION, Row, Span, block, each_block, scaled
 from pallas_kernels.matrix_state.masks import SegmentMasks
 
 
@@ -39,27 +39,10 @@ class Tiles(NamedTuple):
     warps: int = 4
 
 
-class KernelShape(NamedTuple):
-    """What is static about one call."""
+class KernelShape(matrix_gpu.KernelShape):
+    """What is static about one call, and the grids of its kernels."""
 
-    batch: int
-    length: int
-    groups: int
-    heads: int
-    key_size: int
-    value_size: int
-    decay: Literal["head", "key"] | None
-    dtype: Any
-    scale: float
-    tiles: Tiles
-
-    @property
-    def chunks(self) -> int:
-        return pl.cdiv(self.length, self.tiles.chunk)
-
-    @property
-    def key_blocks(self) -> int:
-        return pl.cdiv(self.key_size, self.tiles.keys)
+    __slots__ = ()
 
     @property
     def state_grid(self) -> tuple[int, int, int]:
@@ -71,8 +54,7 @@ class KernelShape(NamedTuple):
     @property
     def value_grid(self) -> tuple[int, int, int]:
         """Grid of the kernels that make a block of values."""
-        blocks = pl.cdiv(self.value_size, self.tiles.values)
-        return self.batch * self.heads, blocks, self.chunks
+        return self.batch * self.heads, self.value_blocks, self.chunks
 
     @property
     def key_grid(self) -> tuple[int, int, int]:
@@ -116,17 +98,13 @@ def _head(dims: KernelShape, refs: dict[str, Any], index) -> _Head:
     return _Head(dims, Row(refs, row), head, group)
 
 
-def _span(block, size: int) -> Span:
-    return Span(block * size, size)
-
-
 # The states, from chunk to chunk.
 
 
 def chunk_fwd_h(dims: KernelShape, refs):
     """A block of the state before each chunk, and after the last."""
     at = _head(dims, refs, pl.program_id(0))
-    keys, values = (_span(pl.program_id(n), dims.tiles.state) for n in (1, 2))
+    keys, values = (block(pl.program_id(n), dims.tiles.state) for n in (1, 2))
 
     def step(n, state):
         at.row.store("states", state, n, at.head, values, keys)
@@ -152,7 +130,7 @@ def chunk_fwd_h(dims: KernelShape, refs):
 def chunk_bwd_dh(dims: KernelShape, refs):
     """A block of the gradient of the state after each chunk, and of the one before the first."""
     at = _head(dims, refs, pl.program_id(0))
-    keys, values = (_span(pl.program_id(n), dims.tiles.state) for n in (1, 2))
+    keys, values = (block(pl.program_id(n), dims.tiles.state) for n in (1, 2))
 
     def step(i, dstate):
         n = dims.chunks - 1 - i
@@ -214,13 +192,6 @@ def _decays(at: _Head, tokens: Span, keys: Span | None, docs: SegmentMasks | Non
     return _Decays(decay, tile.zero_where_not(mask, jnp.exp(sums.g_between)))
 
 
-def _over_blocks(count: int, body, carry):
-    """A loop over blocks; none around a single one."""
-    if count == 1:
-        return body(jnp.int32(0), carry)
-    return jax.lax.fori_loop(0, count, body, carry)
-
-
 def chunk_fwd_o_or_bwd_dv(dims: KernelShape, refs, *, backward: bool):
     """The outputs of a chunk, or the gradients of its values.
 
@@ -228,16 +199,16 @@ def chunk_fwd_o_or_bwd_dv(dims: KernelShape, refs, *, backward: bool):
     reads of the state that enters, or writes to the one that leaves.
     """
     at = _head(dims, refs, pl.program_id(0))
-    values, n = _span(pl.program_id(1), dims.tiles.values), pl.program_id(2)
+    values, n = block(pl.program_id(1), dims.tiles.values), pl.program_id(2)
     tokens = at.tokens(n)
     docs = at.row.documents(tokens, n)
     size = dims.tiles.chunk
     mask = tile.causal(size, docs)
     one = _NO_DECAY if dims.decay == "key" else _decays(at, tokens, None, docs, mask)
 
-    def block(index, carry):
+    def some(index, carry):
         A, outer = carry
-        keys = _span(index, dims.tiles.inner)
+        keys = block(index, dims.tiles.inner)
         q = at.row.load("q", tokens, at.group, keys)
         k = at.row.load("k", tokens, at.group, keys)
         decay = one.decay
@@ -253,11 +224,11 @@ def chunk_fwd_o_or_bwd_dv(dims: KernelShape, refs, *, backward: bool):
         return A, outer + tile.dot(tile.apply_decay(x, factor).astype(x.dtype), state, "nt")
 
     zeros = (jnp.zeros((size, s), jnp.float32) for s in (size, dims.tiles.values))
-    A, outer = _over_blocks(pl.cdiv(dims.key_size, dims.tiles.inner), block, tuple(zeros))
+    A, outer = each_block(pl.cdiv(dims.key_size, dims.tiles.inner), some, tuple(zeros))
     if dims.decay != "key":
         A = tile.masked_A(A, one.pair_decay, mask)
     if backward:
-        do = _scaled(dims, at.row.load("do", tokens, at.head, values))
+        do = scaled(dims, at.row.load("do", tokens, at.head, values))
         dv = tile.dot(A.astype(do.dtype), do, "tn") + tile.where_leaving(outer, docs)
         at.row.store("dv", dv, tokens, at.head, values)
     else:
@@ -269,16 +240,16 @@ def chunk_fwd_o_or_bwd_dv(dims: KernelShape, refs, *, backward: bool):
 def chunk_bwd_dqkg(dims: KernelShape, refs):
     """The gradients of a block of a chunk's queries and keys, summed over some heads of a group,
     and what each head gives to its decays."""
-    part, place, n = map(pl.program_id, range(3))
-    at = _head(dims, refs, part * dims.tiles.heads)
-    keys = _span(place, dims.tiles.keys)
+    head_block, place, n = map(pl.program_id, range(3))
+    at = _head(dims, refs, head_block * dims.tiles.heads)
+    keys = block(place, dims.tiles.keys)
     tokens = at.tokens(n)
     docs = at.row.documents(tokens, n)
     q = at.row.load("q", tokens, at.group, keys)
     k = at.row.load("k", tokens, at.group, keys)
 
     def head(index, sums):
-        of_head = _head(dims, refs, part * dims.tiles.heads + index)
+        of_head = _head(dims, refs, head_block * dims.tiles.heads + index)
         *gradients, dg = _of_keys(of_head, n, tokens, keys, docs, q, k)
         if dg is not None:
             last = keys if dims.decay == "key" else place
@@ -286,7 +257,7 @@ def chunk_bwd_dqkg(dims: KernelShape, refs):
         return tuple(x + y for x, y in zip(sums, gradients, strict=True))
 
     zero = jnp.zeros(k.shape, jnp.float32)
-    dq, dk = _over_blocks(dims.tiles.heads, head, (zero, zero))
+    dq, dk = each_block(dims.tiles.heads, head, (zero, zero))
     of_row = jax.lax.div(at.head, jnp.int32(dims.tiles.heads))
     at.row.store("dq", dq, tokens, of_row, keys)
     at.row.store("dk", dk, tokens, of_row, keys)
@@ -298,11 +269,11 @@ def _of_keys(at: _Head, n, tokens: Span, keys: Span, docs: SegmentMasks | None, 
     size, width = dims.tiles.chunk, dims.tiles.keys
     mask = tile.causal(size, docs)
 
-    def block(index, carry):
+    def some(index, carry):
         dA, dq, dk, dg_last = carry
-        values = _span(index, dims.tiles.inner)
+        values = block(index, dims.tiles.inner)
         v = at.row.load("v", tokens, at.head, values)
-        do = _scaled(dims, at.row.load("do", tokens, at.head, values))
+        do = scaled(dims, at.row.load("do", tokens, at.head, values))
         state = at.row.load("states", n, at.head, values, keys)
         dstate = at.row.load("dstates", n, at.head, values, keys)
         if dims.decay is not None:
@@ -314,7 +285,7 @@ def _of_keys(at: _Head, n, tokens: Span, keys: Span, docs: SegmentMasks | None, 
 
     shapes = (size, size), (size, width), (size, width), (1, width)
     zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-    dA, dq, dk, dg_last = _over_blocks(pl.cdiv(dims.value_size, dims.tiles.inner), block, zeros)
+    dA, dq, dk, dg_last = each_block(pl.cdiv(dims.value_size, dims.tiles.inner), some, zeros)
 
     dA = tile.zero_where_not(mask, dA)
     decay, pair_decay = _decays(at, tokens, keys, docs, mask)
@@ -338,7 +309,3 @@ def _of_keys(at: _Head, n, tokens: Span, keys: Span, docs: SegmentMasks | None, 
         dg = decay_sums.clamp_vjp(at.log_decay(tokens, keys), dg, docs).reshape(size)
     dscores = tile.masked_A(dA, pair_decay, mask).astype(q.dtype)
     return dq + tile.dot(dscores, k, "nn"), dk + tile.dot(dscores, q, "tn"), dg
-
-
-def _scaled(dims: KernelShape, do: jax.Array) -> jax.Array:
-    return (dims.scale * do.astype(jnp.float32)).astype(do.dtype)

@@ -89,10 +89,6 @@ def joined(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.stack([first, second], axis=1).reshape(-1, first.shape[2])
 
 
-def _in_second_half(x: jax.Array, s: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & s != 0
-
-
 def scan(
     x: jax.Array,
     exchange: Exchange | None = None,
@@ -107,9 +103,10 @@ def scan(
       op, identity: the operation, and what changes nothing.
     """
     prefix, suffix, levels = x, jnp.full_like(x, identity), []
+    token = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     for s in level_sizes(x.shape[0]):
         if exchange is not None and exchange.serves(s):
-            later, total = _in_second_half(x, s), op(prefix, suffix)
+            later, total = token & s != 0, op(prefix, suffix)
             levels.append(jnp.where(later, prefix, suffix))
             before, after = exchange.other_half(total, total, s)
             prefix = op(prefix, jnp.where(later, before, identity))
@@ -131,9 +128,10 @@ def scan_vjp(
     exchange: Exchange | None = None,
 ) -> jax.Array:
     """The gradient of `g (C, N)` from those of its sums; of products, from their logarithms'."""
+    token = jax.lax.broadcasted_iota(jnp.int32, dprefix.shape, 0)
     for s, level in zip(reversed(level_sizes(dprefix.shape[0])), reversed(dlevels), strict=True):
         if exchange is not None and exchange.serves(s):
-            later = _in_second_half(dprefix, s)
+            later = token & s != 0
             # The sum of a half is in all prefixes of the later half, or all suffixes of the
             # earlier one; it is a token's prefix and suffix, whichever token's.
             dtotal = jnp.where(later, *exchange.other_half(dsuffix, dprefix, s))

@@ -1,4 +1,4 @@
-"""Chunks of time in GPU kernels (Triton lowering): their sums of log decays, and what they load.
+"""GPU kernels with a matrix state a head (Triton lowering): calls, sums of log decays, loads.
 
 Triton has tiles of powers of two, products of at least 16 by 16 by 16, reductions, reshapes and
 prefix sums; no rolls, slices or concatenations. So `decay_sums.scan` runs with an exchange of
@@ -8,15 +8,17 @@ each pair of tokens, in place of log C such exchanges. All functions are plain J
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat
+from pallas_kernels.common.backend import beyond_addresses, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.matrix_state import decay_sums, masks
+from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.matrix_state.masks import SegmentMasks
 
 SMALLEST = 16  # side of a tile that Triton multiplies
@@ -25,6 +27,123 @@ SMALLEST = 16  # side of a tile that Triton multiplies
 def block_size(width: int, most: int) -> int:
     """The power of two that holds `width`, between `SMALLEST` and `most`."""
     return max(SMALLEST, min(most, pl.next_power_of_2(width)))
+
+
+class KernelShape(NamedTuple):
+    """What is static about one call.
+
+    Attributes:
+      tiles: the family's, with `chunk` tokens and blocks of `keys` and `values`.
+    """
+
+    batch: int
+    length: int
+    groups: int
+    heads: int
+    key_size: int
+    value_size: int
+    decay: Literal["head", "key"] | None
+    segmented: bool
+    scale: float
+    dtype: Any
+    tiles: Any
+
+    @property
+    def chunks(self) -> int:
+        return pl.cdiv(self.length, self.tiles.chunk)
+
+    @property
+    def key_blocks(self) -> int:
+        return pl.cdiv(self.key_size, self.tiles.keys)
+
+    @property
+    def value_blocks(self) -> int:
+        return pl.cdiv(self.value_size, self.tiles.values)
+
+
+def kernel_shape(
+    config: Config, q: Any, v: Any, log_decay: Any, runs: Any, choose_tiles: Callable[..., Any]
+) -> KernelShape:
+    """`KernelShape` of a call, with tiles of `choose_tiles(shape)` where `config` has none."""
+    batch, length, heads, value_size = v.shape
+    decay: Literal["head", "key"] | None = None
+    if log_decay is not None:
+        decay = "key" if log_decay.ndim == 4 else "head"
+    dims = KernelShape(
+        batch, length, q.shape[2], heads, q.shape[3], value_size, decay, runs is not None,
+        config.scale, v.dtype, None,
+    )  # fmt: skip
+    tiles = config.tiles or choose_tiles(dims)
+    return dims._replace(tiles=tiles._replace(chunk=config.chunk) if config.chunk else tiles)
+
+
+def call(
+    kernel: Callable[[KernelShape, Mapping[str, Any]], None],
+    dims: KernelShape,
+    name: str,
+    grid: tuple[int, int, int],
+    operands: Mapping[str, Any],
+    outputs: Mapping[str, tuple[tuple[int, ...], Any]],
+    *,
+    warps: int,
+    stages: int = 1,
+    flops: int,
+) -> dict[str, jax.Array]:
+    """Run a kernel on named operands, None left out; `outputs` are shapes and dtypes by name.
+
+    `flops` are those of a token and head.
+    """
+    operands = {key: x for key, x in operands.items() if x is not None}
+    names = (*operands, *outputs)
+    out = compat.pallas_call(
+        lambda *refs: kernel(dims, dict(zip(names, refs, strict=True))),
+        backend="gpu",
+        name=name,
+        grid=grid,
+        out_shape=[compat.out_struct(*x, *operands.values()) for x in outputs.values()],
+        compiler_params=compat.triton.CompilerParams(num_warps=warps, num_stages=stages),
+        flops=flops * dims.batch * dims.length * dims.heads,
+    )(*operands.values())
+    return dict(zip(outputs, out, strict=True))
+
+
+def run_operands(dims: KernelShape, runs: jax.Array | None) -> dict[str, jax.Array]:
+    """The operands that `Row.documents` needs; none without segments."""
+    if runs is None:
+        return {}
+    size = dims.tiles.chunk
+    filled = jnp.pad(runs, ((0, 0), (0, dims.chunks * size - dims.length)))
+    return {"runs": runs, "entering_run": masks.entering_runs(filled, size)}
+
+
+def sum_over_group(dx: jax.Array, like: jax.Array) -> jax.Array:
+    """Gradients `(B, L, n G, K)` summed over the heads of a group, as `like (B, L, G, K)`."""
+    if dx.shape == like.shape:
+        return dx
+    return dx.reshape(*like.shape[:3], -1, like.shape[3]).sum(3).astype(like.dtype)
+
+
+def unsupported(batch: int, v: Any, largest_array: Callable[[], int]) -> str | None:
+    """Why the kernels cannot serve these arrays."""
+    return no_wide_numbers(v) or beyond_addresses(batch, largest_array)
+
+
+# Inside a kernel.
+
+
+def each_block(count: int, body: Callable[..., Any], carry: Any) -> Any:
+    """`body(index, carry)` for each of `count` blocks, without a loop around a single one."""
+    return body(jnp.int32(0), carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+
+
+def block(index: Any, size: int) -> Span:
+    """The index-th block of an axis."""
+    return Span(index * size, size)
+
+
+def scaled(dims: KernelShape, do: jax.Array) -> jax.Array:
+    """The cotangent of the outputs before they are scaled, an operand."""
+    return (dims.scale * do.astype(jnp.float32)).astype(do.dtype)
 
 
 # Sums of log decays.
