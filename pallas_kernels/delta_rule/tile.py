@@ -1,7 +1,11 @@
-"""The maths of one chunk of one head, on values; shared by every backend.
+"""The maths of one chunk of one head, on values: what `xla` is made of.
+
+The kernels share its ways with documents and have scores and inverses of their own: on a TPU they
+are made for all heads of a step at once (`tpu_scalar_decay`, `tpu_vector_decay`, `tpu_inverse`), on
+a GPU a chunk does not fit into the registers of one program (`gpu_tile`).
 
 A chunk of C tokens is linear attention (`pallas_kernels.matrix_state.tile`, whose shapes, names
-and decays these are) over corrected values `u (C, V)`: what each token writes, beyond what the
+and decays these are) over new values `u (C, V)`: what each token writes, beyond what the
 state already holds under its key. With `E` the decays between tokens, `from_start` those from the
 chunk's start, and a state `(V, K)` that enters:
 
@@ -58,8 +62,8 @@ class Gates(NamedTuple):
     Attributes:
       beta: `(C, 1)`, wide.
       g: log decays: None, `(C, 1)` or `(C, K)`.
-      decay: of `linear_attention.tile.decay`.
-      across: where one decay serves all keys, its `levels` as rows `(1, C)`; else None.
+      decay: of `matrix_state.tile.decay`.
+      across: where one decay serves all keys, its `level_sums` as rows `(1, C)`; else None.
     """
 
     beta: jax.Array
@@ -86,7 +90,7 @@ def gates(
 
 
 class IntraChunk(NamedTuple):
-    """What tokens have in common with earlier ones, after the decay between them, `(C, C)`.
+    """Scores of tokens with earlier ones, after the decay between them, `(C, C)`.
 
     Attributes:
       pair_decay: the decays, 0 outside of pairs; None where nothing decays or every key on its own.
@@ -195,7 +199,7 @@ class NewValues(NamedTuple):
     Attributes:
       inverse: T, `(C, C)`.
       error: values minus what the state holds under their keys, `(C, V)`.
-      u: u, `(C, V)`.
+      u: the new values, `(C, V)`, wide.
     """
 
     inverse: jax.Array
@@ -219,20 +223,20 @@ def new_values(
       A_kk: of `IntraChunk`.
       state: that enters, `(V, K)`, wide.
     """
-    retrieved = where_entering(dot(_into(k, gates.decay), state, "nt"), docs)
+    retrieved = where_entering(dot(_reading(k, gates.decay), state, "nt"), docs)
     error = v.astype(gates.beta.dtype) - retrieved
     solved = inverse(gates.beta * A_kk, docs)
     u = _unit_product(solved, gates.beta * error, docs)
     return NewValues(solved, error, u if docs is None else _broken(u, docs))
 
 
-def _into(k: jax.Array, decay: Decay) -> jax.Array:
+def _reading(k: jax.Array, decay: Decay) -> jax.Array:
     """Keys as they read the entering state, an operand."""
     return apply_decay(k, decay.from_start).astype(k.dtype)
 
 
 def _broken(u: jax.Array, docs: SegmentMasks) -> jax.Array:
-    """`values`, NaN from a document's first that is not finite on."""
+    """`u`, NaN from a document's first that is not finite on."""
     broken = ~_is_finite(u).all(1, keepdims=True)
     row, column = masks.token_indices(u.shape[0])
     reach = masks.within(row >= column, docs).astype(u.dtype)
@@ -252,7 +256,7 @@ def forward(
     state: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """`(o (C, V), state' (V, K))` of a chunk, wide; arguments as in `corrected`."""
+    """`(o (C, V), state' (V, K))` of a chunk, wide; arguments as in `new_values`."""
     decay = gates.decay
     both = intra_chunk(q, k, gates, docs)
     u = new_values(k, v, gates, both.A_kk, state, docs).u
@@ -306,7 +310,7 @@ def backward(
     dread = where_entering(apply_decay(dot(dretrieved, state, "nn"), decay.from_start), docs)
     dentering = decayed_state(dstate, decay.chunk_decay, docs)
     dentering = dentering + attention.output_vjp_state(q, do, decay, docs, scale)
-    dentering = dentering + dot(dretrieved, where_entering(_into(k, decay), docs), "tn")
+    dentering = dentering + dot(dretrieved, where_entering(_reading(k, decay), docs), "tn")
     dq, dk = outer.dq + inner.dq, outer.dk + inner.dk + dread
     if g is None:
         return Gradients(dq, dk, dv, dbeta, None, dentering)

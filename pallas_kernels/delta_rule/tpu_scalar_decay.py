@@ -88,7 +88,7 @@ def _intra_chunk(dims, refs, step: _Step) -> None:
     tpu_inverse.invert(refs["inverse"], dims.tiles.solve_block, dims.segmented)
 
 
-def _into(dims, refs, decay: Decays, h: int, x: jax.Array) -> jax.Array:
+def _from_start(dims, refs, decay: Decays, h: int, x: jax.Array) -> jax.Array:
     """`x (C, V)` times the decays from the chunk's start."""
     if decay.slab is None:
         return x
@@ -112,12 +112,11 @@ def forward(dims, refs) -> None:
         for h in heads_of(dims, group):
             v = lanes(refs["v"], h, dims.value_size)[...]
             state, decay = state_ref[first + h], step.decays.head(h)
-            retrieved = tile.where_entering(
-                _into(dims, refs, decay, h, dot(k, state, "nn")), step.down
-            )
+            retrieved = _from_start(dims, refs, decay, h, dot(k, state, "nn"))
+            retrieved = tile.where_entering(retrieved, step.down)
             beta = step.beta[:, h : h + 1]
             u = new_values(refs["inverse"][h], beta, v, retrieved, step.down).u
-            read = dims.scale * _into(dims, refs, decay, h, dot(q, state, "nn"))
+            read = dims.scale * _from_start(dims, refs, decay, h, dot(q, state, "nn"))
             v_new = finite(u, dims.segmented).astype(v.dtype)
             o = dot(refs["A_qk"][h].astype(v.dtype), v_new, "nn")
             o += tile.where_entering(read, step.down)
@@ -198,7 +197,9 @@ def _backward_head(dims, refs, step: _Step, h: int, keys, across, dstate) -> _He
     state, decay = refs["states"][h], step.decays.head(h)
     decays, beta = pair_decay(dims, refs, decay, h), step.beta[:, h : h + 1]
     inverse = refs["inverse"][h]
-    retrieved = tile.where_entering(_into(dims, refs, decay, h, dot(keys, state, "nn")), step.down)
+    retrieved = tile.where_entering(
+        _from_start(dims, refs, decay, h, dot(keys, state, "nn")), step.down
+    )
     u, error = new_values(inverse, beta, v, retrieved, step.down)
     v_new = u.astype(v.dtype)
     dA = zero_where_not(step.mask, dot(do, v_new, "nt"))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.delta_rule import tile
-from pallas_kernels.matrix_state import decay_sums, masks
+from pallas_kernels.matrix_state import decay_sums, decode, masks
 from pallas_kernels.matrix_state.config import Config
 
 # Measured on x86 with 64 and 128 keys and values: chunks of 64 tokens are slower than those of 32,
@@ -25,22 +25,13 @@ _HEADS_A_STEP = 8
 
 
 def one_token(config: Config, q, k, v, beta, log_decay, initial_state, runs):
-    """A decoding step: three products with the state, no chunks; JAX differentiates it."""
-    dtype, repeats = initial_state.dtype, v.shape[2] // q.shape[2]
-    q, k = (jnp.repeat(x[:, 0].astype(dtype), repeats, axis=1) for x in (q, k))
-    state = initial_state
-    if log_decay is not None:
-        decay = jnp.exp(log_decay[:, 0].astype(dtype))
-        state = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
-    error = v[:, 0].astype(dtype) - jnp.sum(k[..., None] * state, axis=2)
-    v_new = beta[:, 0].astype(dtype)[..., None] * error
-    state = state + k[..., None] * v_new[:, :, None]
-    o = config.scale * jnp.sum(q[..., None] * state, axis=2)
-    if runs is not None:
-        padding = (runs == 0)[..., None]
-        o = jnp.where(padding, 0.0, o)
-        state = jnp.where(padding[..., None], initial_state, state)
-    return o[:, None].astype(v.dtype), state
+    """A decoding step; see `decode.one_token`."""
+
+    def new_value(k, v, state):
+        error = v - jnp.sum(k[..., None] * state, axis=2)
+        return beta[:, 0].astype(state.dtype)[..., None] * error
+
+    return decode.one_token(config, q, k, v, log_decay, initial_state, runs, new_value)
 
 
 # How arguments are cut. Heads are (G, R): R read the same queries and keys.

@@ -10,6 +10,7 @@ from pallas_kernels.common import dispatch, segments
 from pallas_kernels.common.backend import Op, call_op
 from pallas_kernels.linear_attention import gpu, reference, tpu, xla
 from pallas_kernels.matrix_state.config import Config, row_decay, validate_arguments
+from pallas_kernels.matrix_state.decode import one_token
 
 
 def _summary(run, config: Config, q, k, v, log_decay, initial_state, runs):
@@ -27,7 +28,7 @@ OP = Op(
         "tpu": tpu.BACKEND,
         "gpu": gpu.BACKEND,
     },
-    one_token=xla.one_token,
+    one_token=one_token,
     summary=_summary,
 )
 

@@ -2,6 +2,7 @@
 
 All heads of a group share their `q k^T`; the decays are those of `matrix_state.tpu_scalar_decay`.
 States are `(K, V)`, so that no operand of a matmul is transposed a head at a time but the scores.
+So scores and gradients are not `matrix_state.tile`'s, which takes one head with states `(V, K)`.
 """
 
 from __future__ import annotations

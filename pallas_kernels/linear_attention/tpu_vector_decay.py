@@ -1,4 +1,8 @@
-"""TPU kernels where each key of a head decays for itself; see `matrix_state.tpu_vector_decay`."""
+"""TPU kernels where each key of a head decays for itself.
+
+Decays and scores are those of `matrix_state.tpu_vector_decay`, which multiplies decays instead of
+adding their logarithms; so the gradients are not `matrix_state.tile`'s.
+"""
 
 from __future__ import annotations
 

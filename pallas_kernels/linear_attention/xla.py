@@ -230,20 +230,3 @@ def backward(config: Config, residuals, cotangents):
 
 
 BACKEND = Backend(forward, backward)
-
-
-def one_token(config: Config, q, k, v, log_decay, initial_state, runs):
-    """A decoding step: two products with the state, no chunks; JAX differentiates it."""
-    dtype, group = initial_state.dtype, v.shape[2] // q.shape[2]
-    q, k = (jnp.repeat(x[:, 0].astype(dtype), group, axis=1) for x in (q, k))
-    state = initial_state
-    if log_decay is not None:
-        decay = jnp.exp(log_decay[:, 0].astype(dtype))
-        state = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
-    state = state + k[..., None] * v[:, 0].astype(dtype)[:, :, None]
-    o = config.scale * jnp.sum(q[..., None] * state, axis=2)
-    if runs is not None:
-        padding = (runs == 0)[..., None]
-        o = jnp.where(padding, 0.0, o)
-        state = jnp.where(padding[..., None], initial_state, state)
-    return o[:, None].astype(v.dtype), state

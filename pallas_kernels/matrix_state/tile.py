@@ -1,4 +1,8 @@
-"""The maths of one chunk of one head, on values; shared by every backend.
+"""The maths of linear attention in one chunk of one head, on values.
+
+`xla` and the GPU kernels of linear attention are made of it, and the delta rule's `tile`. The TPU
+kernels share its masks and states, not its scores and gradients, as `tpu_scalar_decay` and
+`tpu_vector_decay` of the families say.
 
 A chunk of C tokens has `q, k (C, K)`, `v (C, V)`, and a state `(V, K)` (transposed, so that a decay
 per key is a row) that enters and one that leaves. With `E_ij` the decay between tokens j <= i,
@@ -76,6 +80,7 @@ def apply_decay(x: jax.Array, factor: jax.Array | None) -> jax.Array:
 
 
 def zero_where_not(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` where `mask`, else 0."""
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
@@ -116,7 +121,7 @@ def pair_decay(down: list[jax.Array], across: list[jax.Array], mask: jax.Array) 
     """`E (C, C)` where `mask`, else 0.
 
     Args:
-      down, across: `decay_sums.DecaySums.levels` of `(C, 1)`, and the same as `(1, C)`.
+      down, across: `level_sums` of `(C, 1)`, and the same as `(1, C)`.
       mask: `causal`.
     """
     size = mask.shape[0]
@@ -153,7 +158,10 @@ def _levels(levels: list[jax.Array], docs: SegmentMasks | None):
 
 
 def A_vector_decay(q, k, levels: list[jax.Array], docs: SegmentMasks | None) -> jax.Array:
-    """`A (C, C)`: one matmul for each size of the blocks at which pairs part."""
+    """`A (C, C)`: one matmul for each size of the blocks at which pairs part.
+
+    Of whole chunks, for kernels that cannot cut them into halves.
+    """
     row, column = masks.token_indices(q.shape[0])
     wide = levels[0].dtype
     same_token = (q.astype(wide) * k.astype(wide)).sum(1, keepdims=True)
@@ -260,17 +268,17 @@ def A_in_blocks_vjp(
         later, earlier, (first, second) = _halves(rows, k, level, s)
         corners = jnp.concatenate([x[:, s:, :s] for x in left], axis=1)
         left = [jnp.stack([x[:, :s, :s], x[:, s:, s:]], 1).reshape(-1, s, s) for x in left]
-        into_rows = jnp.split(_dots(corners, earlier, (2, 1)), len(rows), axis=1)
-        into_rows = [second * x for x in into_rows]
-        from_q = first * _dots(corners, later, (1, 1))
+        from_keys = jnp.split(_dots(corners, earlier, (2, 1)), len(rows), axis=1)
+        from_keys = [second * x for x in from_keys]
+        from_rows = first * _dots(corners, later, (1, 1))
         drows = [
             d + decay_sums.joined(jnp.zeros_like(x), x)
-            for d, x in zip(drows, into_rows, strict=True)
+            for d, x in zip(drows, from_keys, strict=True)
         ]
-        dk = dk + decay_sums.joined(from_q, jnp.zeros_like(from_q))
-        dlater = [decay_sums.halves(row, s)[1] * x for row, x in zip(rows, into_rows, strict=True)]
+        dk = dk + decay_sums.joined(from_rows, jnp.zeros_like(from_rows))
+        dlater = [decay_sums.halves(row, s)[1] * x for row, x in zip(rows, from_keys, strict=True)]
         dlevels.append(
-            decay_sums.joined(decay_sums.halves(k, s)[0] * from_q, sum(dlater[1:], dlater[0]))
+            decay_sums.joined(decay_sums.halves(k, s)[0] * from_rows, sum(dlater[1:], dlater[0]))
         )
     own = [x.reshape(size, 1) for x in left]
     drows = [d + k * x for d, x in zip(drows, own, strict=True)]
@@ -288,7 +296,7 @@ def output(q, v, A, state, decay: Decay, docs: SegmentMasks | None, scale: float
 
 
 def state_update(k, v, decay: Decay, docs: SegmentMasks | None) -> jax.Array:
-    """`state' - keep * state`, `(V, K)`."""
+    """`state' - chunk_decay * state`, `(V, K)`."""
     return dot(v, where_leaving(apply_decay(k, decay.to_end).astype(k.dtype), docs), "tn")
 
 
