@@ -19,21 +19,8 @@ from pallas_kernels.delta_rule.tpu_inverse import finite, new_values, operand
 from pallas_kernels.matrix_state import masks, tile
 from pallas_kernels.matrix_state import tpu_scalar_decay as scalar_decay
 from pallas_kernels.matrix_state.tile import dot, zero_where_not
-from pallas_kernels.matrix_state.tpu import (
-    add_up,
-    chunk_begins,
-    chunk_ends,
-    heads_of,
-    lanes,
-    own,
-    total,
-)
-from pallas_kernels.matrix_state.tpu_scalar_decay import (
-    Decays,
-    StepMasks,
-    by_slab,
-    pair_decay,
-)
+from pallas_kernels.matrix_state.tpu import add_up, heads_of, lanes, total
+from pallas_kernels.matrix_state.tpu_scalar_decay import Decays, StepMasks, by_slab, pair_decay
 
 
 class _Step(NamedTuple):
@@ -97,13 +84,6 @@ def _from_start(dims, refs, decay: Decays, h: int, x: jax.Array) -> jax.Array:
 
 def forward(dims, refs) -> None:
     state_ref, first = refs["state"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        state_ref[own(dims)] = refs["initial"][...]
-
-    if "states" in refs:
-        refs["states"][...] = state_ref[own(dims)].astype(dims.dtype)
     step = _step(dims, refs)
     _intra_chunk(dims, refs, step)
     for group in range(dims.groups_per_step):
@@ -127,10 +107,6 @@ def forward(dims, refs) -> None:
             out = (across * decay.to_end).astype(v.dtype)
             added = dot(out, operand(leaving, u).astype(v.dtype), "nn")
             state_ref[first + h] = tile.decayed_state(state, decay.chunk_decay, step.down) + added
-
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["final"][...] = state_ref[own(dims)]
 
 
 class _HeadGradients(NamedTuple):
@@ -159,11 +135,6 @@ class _HeadGradients(NamedTuple):
 
 def backward(dims, refs) -> None:
     dstate_ref, first = refs["dstate"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        dstate_ref[own(dims)] = refs["dfinal"][...]
-
     step, each = _step(dims, refs), list[_HeadGradients]()
     _intra_chunk(dims, refs, step)
     for group in range(dims.groups_per_step):
@@ -184,10 +155,6 @@ def backward(dims, refs) -> None:
     tpu_inverse.write_columns(refs["dbeta"], [d.dbeta for d in each])
     if dims.decay is not None:
         scalar_decay.log_decay_vjp(refs, step.docs, each)
-
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["dinitial"][...] = dstate_ref[own(dims)]
 
 
 def _backward_head(dims, refs, step: _Step, h: int, keys, across, dstate) -> _HeadGradients:

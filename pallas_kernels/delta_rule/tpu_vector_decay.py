@@ -18,19 +18,8 @@ from pallas_kernels.delta_rule.tpu_inverse import finite, new_values, operand
 from pallas_kernels.matrix_state import decay_sums, tile
 from pallas_kernels.matrix_state import tpu_vector_decay as vector_decay
 from pallas_kernels.matrix_state.tile import dot, zero_where_not
-from pallas_kernels.matrix_state.tpu import (
-    add_up,
-    chunk_begins,
-    chunk_ends,
-    heads_of,
-    lanes,
-    own,
-    transposed,
-)
-from pallas_kernels.matrix_state.tpu_vector_decay import (
-    Head,
-    Step,
-)
+from pallas_kernels.matrix_state.tpu import add_up, heads_of, lanes, transposed
+from pallas_kernels.matrix_state.tpu_vector_decay import Head, Step
 
 
 def _head(dims, refs, step: Step, group: int, h: int) -> Head:
@@ -57,13 +46,6 @@ def _reading(head: Head, step: Step, dtype) -> jax.Array:
 
 def forward(dims, refs) -> None:
     state_ref, first = refs["state"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        state_ref[own(dims)] = refs["initial"][...]
-
-    if "states" in refs:
-        refs["states"][...] = state_ref[own(dims)].astype(dims.dtype)
     step, beta = vector_decay.step_of(dims, refs), refs["beta"][...].T
     _intra_chunk(dims, refs, step, beta)
     for group in range(dims.groups_per_step):
@@ -83,10 +65,6 @@ def forward(dims, refs) -> None:
             added = dot(leaving, head.to_state(step, v.dtype), "nn")
             state_ref[first + h] = tile.decayed_state(state, head.decay.chunk_decay, docs) + added
 
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["final"][...] = state_ref[own(dims)]
-
 
 class _HeadGradients(NamedTuple):
     """Gradients of one head in one chunk; `dbeta` is `(C, 1)`."""
@@ -101,11 +79,6 @@ class _HeadGradients(NamedTuple):
 
 def backward(dims, refs) -> None:
     dstate_ref, first = refs["dstate"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        dstate_ref[own(dims)] = refs["dfinal"][...]
-
     step, beta, dbeta = vector_decay.step_of(dims, refs), refs["beta"][...].T, []
     _intra_chunk(dims, refs, step, beta)
     for group in range(dims.groups_per_step):
@@ -124,10 +97,6 @@ def backward(dims, refs) -> None:
         add_up(dims, refs, "dq", group, sum(dq))
         add_up(dims, refs, "dk", group, sum(dk))
     tpu_inverse.write_columns(refs["dbeta"], dbeta)
-
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["dinitial"][...] = dstate_ref[own(dims)]
 
 
 def _backward_head(dims, refs, step: Step, head: Head, h: int, beta, dstate) -> _HeadGradients:

@@ -19,13 +19,7 @@ from pallas_kernels.common import compat, segments
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.planes import Planes, add, join, split, zeros_like
-from pallas_kernels.common.tpu import (
-    LANES,
-    SUBLANES,
-    round_up,
-    sequence_begins,
-    step_code_operands,
-)
+from pallas_kernels.common.tpu import LANES, SUBLANES, round_up, sequence_begins, step_code_operands
 from pallas_kernels.diagonal_ssm import powers, tile
 from pallas_kernels.diagonal_ssm.tile import Config
 

@@ -16,21 +16,8 @@ from pallas_kernels.common.compat import pl
 from pallas_kernels.matrix_state import masks, tile
 from pallas_kernels.matrix_state import tpu_scalar_decay as scalar_decay
 from pallas_kernels.matrix_state.tile import dot, zero_where_not
-from pallas_kernels.matrix_state.tpu import (
-    add_up,
-    chunk_begins,
-    chunk_ends,
-    heads_of,
-    lanes,
-    own,
-    total,
-)
-from pallas_kernels.matrix_state.tpu_scalar_decay import (
-    Decays,
-    StepMasks,
-    by_slab,
-    pair_decay,
-)
+from pallas_kernels.matrix_state.tpu import add_up, heads_of, lanes, total
+from pallas_kernels.matrix_state.tpu_scalar_decay import Decays, StepMasks, by_slab, pair_decay
 
 
 class _Step(NamedTuple):
@@ -53,13 +40,6 @@ def _step(dims, refs) -> _Step:
 
 def forward(dims, refs) -> None:
     state_ref, first = refs["state"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        state_ref[own(dims)] = refs["initial"][...]
-
-    if "states" in refs:
-        refs["states"][...] = state_ref[own(dims)].astype(dims.dtype)
     step = _step(dims, refs)
     for group in range(dims.groups_per_step):
         q, k = (lanes(refs[name], group, dims.key_size)[...] for name in "qk")
@@ -78,10 +58,6 @@ def forward(dims, refs) -> None:
             lanes(refs["o"], h, dims.value_size)[...] = o.astype(v.dtype)
             added = dot((keys * decay.to_end).astype(v.dtype), v, "nn")
             state_ref[first + h] = tile.decayed_state(state, decay.chunk_decay, step.down) + added
-
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["final"][...] = state_ref[own(dims)]
 
 
 class _HeadGradients(NamedTuple):
@@ -108,11 +84,6 @@ class _HeadGradients(NamedTuple):
 
 def backward(dims, refs) -> None:
     dstate_ref, first = refs["dstate"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        dstate_ref[own(dims)] = refs["dfinal"][...]
-
     step, each = _step(dims, refs), list[_HeadGradients]()
     for group in range(dims.groups_per_step):
         q, k = (lanes(refs[name], group, dims.key_size)[...] for name in "qk")
@@ -133,10 +104,6 @@ def backward(dims, refs) -> None:
         add_up(dims, refs, "dk", group, dot(dscores.T.astype(q.dtype), q, "nn") + sums[2].T)
     if dims.decay is not None:
         scalar_decay.log_decay_vjp(refs, step.docs, each)
-
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["dinitial"][...] = dstate_ref[own(dims)]
 
 
 def _backward_head(

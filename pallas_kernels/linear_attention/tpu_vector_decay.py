@@ -16,30 +16,12 @@ from pallas_kernels.common.compat import pl
 from pallas_kernels.matrix_state import decay_sums, tile
 from pallas_kernels.matrix_state import tpu_vector_decay as vector_decay
 from pallas_kernels.matrix_state.tile import dot, zero_where_not
-from pallas_kernels.matrix_state.tpu import (
-    add_up,
-    chunk_begins,
-    chunk_ends,
-    heads_of,
-    lanes,
-    own,
-    transposed,
-)
-from pallas_kernels.matrix_state.tpu_vector_decay import (
-    Head,
-    Step,
-)
+from pallas_kernels.matrix_state.tpu import add_up, heads_of, lanes, transposed
+from pallas_kernels.matrix_state.tpu_vector_decay import Head, Step
 
 
 def forward(dims, refs) -> None:
     state_ref, first = refs["state"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        state_ref[own(dims)] = refs["initial"][...]
-
-    if "states" in refs:
-        refs["states"][...] = state_ref[own(dims)].astype(dims.dtype)
     step = vector_decay.step_of(dims, refs)
     for group in range(dims.groups_per_step):
         for h in heads_of(dims, group):
@@ -55,18 +37,9 @@ def forward(dims, refs) -> None:
                 tile.decayed_state(state, head.decay.chunk_decay, step.docs) + added
             )
 
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["final"][...] = state_ref[own(dims)]
-
 
 def backward(dims, refs) -> None:
     dstate_ref, first = refs["dstate"], pl.program_id(3) * dims.tiles.heads
-
-    @pl.when(chunk_begins())
-    def _():
-        dstate_ref[own(dims)] = refs["dfinal"][...]
-
     step = vector_decay.step_of(dims, refs)
     for group in range(dims.groups_per_step):
         dq, dk = [], []
@@ -84,10 +57,6 @@ def backward(dims, refs) -> None:
             dg_ref[...] = dg.astype(dg_ref.dtype)
         add_up(dims, refs, "dq", group, sum(dq))
         add_up(dims, refs, "dk", group, sum(dk))
-
-    @pl.when(chunk_ends(dims))
-    def _():
-        refs["dinitial"][...] = dstate_ref[own(dims)]
 
 
 class _HeadGradients(NamedTuple):

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 from pallas_kernels.common import compat
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
-from pallas_kernels.common.tpu import LANES, SUBLANES, VMEM_BUDGET, VMEM_LIMIT, round_up
+from pallas_kernels.common.tpu import (
+    LANES,
+    SUBLANES,
+    VMEM_BUDGET,
+    VMEM_LIMIT,
+    round_up,
+    sequence_begins,
+)
 from pallas_kernels.matrix_state import masks
 from pallas_kernels.matrix_state.config import Config
 
@@ -297,23 +304,38 @@ def run_operands(dims: KernelShape, runs) -> dict[str, tuple[Any, pl.BlockSpec]]
 # The calls.
 
 
-def _call(kernels: Kernels, dims: KernelShape, operands, out, state: str) -> dict[str, jax.Array]:
+def _call(kernels: Kernels, dims: KernelShape, operands, out) -> dict[str, jax.Array]:
     """Run a kernel of named operands `{name: (array, spec)}` and outputs `{name: (struct, spec)}`.
 
-    It is called with the shape and a dictionary of all references, among them float32 scratch:
-    `state`, what is handed on from chunk to chunk, and what heads and parts of a group leave.
+    It is called for each step of the grid, with the shape and a dictionary of all references. Among
+    them is float32 scratch: `state`, or backward `dstate`, which is handed on from chunk to chunk
+    and is here filled, kept and written at the ends; and what heads and parts of a group leave.
     """
-    scratch: dict[str, tuple[int, ...]] = {
-        state: (dims.steps_per_group * dims.tiles.heads, *dims.state)
-    }
+    carried, first, last = "state", "initial", "final"
+    if dims.backward:
+        carried, first, last = "dstate", "dfinal", "dinitial"
+    heads = dims.steps_per_group * dims.tiles.heads
+    scratch: dict[str, tuple[int, ...]] = {carried: (heads, *dims.state)}
     if dims.backward and dims.steps_per_group > 1:
         scratch |= dict.fromkeys(("dq_sum", "dk_sum"), (dims.tiles.chunk, dims.key_size))
     scratch |= pair_decay_scratch(dims) | kernels.scratch(dims)
     names = [*operands, *out, *scratch]
     kernel = (kernels.vector_decay if dims.decay == "key" else kernels.scalar_decay)[dims.backward]
 
-    def body(*refs):
-        kernel(dims, dict(zip(names, refs, strict=True)))
+    def body(*given):
+        refs = dict(zip(names, given, strict=True))
+
+        @pl.when(sequence_begins())
+        def _():
+            refs[carried][own(dims)] = refs[first][...]
+
+        if "states" in out:
+            refs["states"][...] = refs[carried][own(dims)].astype(dims.dtype)
+        kernel(dims, refs)
+
+        @pl.when(sequence_ends(dims))
+        def _():
+            refs[last][...] = refs[carried][own(dims)]
 
     arrays = [array for array, _ in operands.values()]
     pairs = 2 * dims.tiles.chunk * (dims.key_size + dims.value_size)
@@ -370,7 +392,7 @@ def forward(
     if return_residuals:
         entering = struct((dims.batch, dims.chunks, dims.heads, *dims.state), v.dtype)
         out["states"] = (entering, states(dims))
-    result = _call(kernels, dims, operands, out, "state")
+    result = _call(kernels, dims, operands, out)
     outputs = result["o"].reshape(v.shape), inside(dims, result["final"])
     if not return_residuals:
         return outputs, None
@@ -398,7 +420,7 @@ def backward(kernels: Kernels, config: Config, residuals, cotangents) -> tuple[A
     if dims.decay is not None:
         g, _ = operands["g"]
         out["dg"] = (struct(g.shape, g.dtype), decays(dims))
-    result = _call(kernels, dims, operands, out, "dstate")
+    result = _call(kernels, dims, operands, out)
     dlog_decay = None
     if dims.decay == "key":
         dlog_decay = result["dg"].reshape(log_decay.shape).astype(log_decay.dtype)
@@ -493,12 +515,8 @@ def struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 # Inside a kernel.
 
 
-def chunk_begins():
-    """True in the first chunk that is travelled through."""
-    return pl.program_id(2) == 0
-
-
-def chunk_ends(dims):
+def sequence_ends(dims):
+    """True in the last chunk that is travelled through."""
     return pl.program_id(2) == dims.chunks - 1
 
 

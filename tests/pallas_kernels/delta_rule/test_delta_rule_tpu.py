@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.delta_rule import tpu, tpu_inverse, tpu_scalar_decay
+from pallas_kernels.delta_rule import tpu, tpu_inverse
 from pallas_kernels.delta_rule.shapes import SHAPES
+from pallas_kernels.matrix_state import tpu as matrix_tpu
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.matrix_state.tpu import KernelShape, Limits, Tiles, choose_tiles, vmem_bytes
 from pallas_kernels.tools import testing
@@ -145,18 +146,18 @@ def test_one_token_needs_no_kernel():
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu_scalar_decay, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
+    monkeypatch.setattr(matrix_tpu, "sequence_begins", lambda: compat.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
-    own = tpu_scalar_decay.own
+    own = matrix_tpu.own
 
     def shifted(dims):
         heads = dims.steps_per_group * dims.tiles.heads
         start = jax.lax.rem(own(dims).start + 1, heads)
         return compat.pl.ds(start, dims.tiles.heads)
 
-    monkeypatch.setattr(tpu_scalar_decay, "own", shifted)
+    monkeypatch.setattr(matrix_tpu, "own", shifted)
 
 
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.linear_attention import tpu, tpu_scalar_decay
+from pallas_kernels.linear_attention import tpu
 from pallas_kernels.linear_attention.shapes import SHAPES
 from pallas_kernels.matrix_state import decay_sums, tpu_vector_decay
+from pallas_kernels.matrix_state import tpu as matrix_tpu
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.matrix_state.tpu import KernelShape, Limits, Tiles, choose_tiles, vmem_bytes
 from pallas_kernels.matrix_state.tpu_scalar_decay import slab_sums
@@ -134,18 +135,18 @@ def test_any_segmentation(lengths, padding):
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu_scalar_decay, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
+    monkeypatch.setattr(matrix_tpu, "sequence_begins", lambda: compat.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
-    own = tpu_scalar_decay.own
+    own = matrix_tpu.own
 
     def shifted(dims):
         heads = dims.steps_per_group * dims.tiles.heads
         start = jax.lax.rem(own(dims).start + 1, heads)
         return compat.pl.ds(start, dims.tiles.heads)
 
-    monkeypatch.setattr(tpu_scalar_decay, "own", shifted)
+    monkeypatch.setattr(matrix_tpu, "own", shifted)
 
 
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
