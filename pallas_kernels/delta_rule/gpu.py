@@ -151,7 +151,7 @@ def backward(config: Config, residuals, cotangents):
     dims = _kernel_shape(config, q, v, log_decay, runs)
     g = _log_decay(log_decay, runs)
     made = _intra_chunk(dims, q, k, beta, g, matrix_gpu.run_operands(dims, runs))
-    retreated = _call(
+    passed = _call(
         gpu_backward.chunk_bwd_dhu,
         dims,
         (-(-dims.value_size // dims.tiles.state_values), dims.batch, dims.heads),
@@ -167,11 +167,11 @@ def backward(config: Config, residuals, cotangents):
     )
     square = (made["A_qk"].shape, v.dtype)
     by_head = {"dg": (beta.shape, jnp.float32)} if dims.decay == "head" else {}
-    weighed = _call(
+    wy_bwd = _call(
         gpu_backward.prepare_wy_repr_bwd,
         dims,
         (dims.chunks, dims.batch, dims.heads),
-        {"k": k, "v": v, "do": do, "states": states, "dsolved": retreated["dsolved"]}
+        {"k": k, "v": v, "do": do, "states": states, "dsolved": passed["dsolved"]}
         | ({"g": g} if dims.decay == "head" else {})
         | _factors(made, "A_qk", "inverse", "A_kk", "beta", "from_start"),
         {
@@ -185,18 +185,18 @@ def backward(config: Config, residuals, cotangents):
         warps=8,
         flops=2 * dims.key_size * dims.value_size + 6 * dims.tiles.chunk * dims.value_size,
     )
-    gradients = _chunk_bwd_dqkwg(dims, q, k, do, g, states, retreated["dstates"], made, weighed)
+    gradients = _chunk_bwd_dqkwg(dims, q, k, do, g, states, passed["dstates"], made, wy_bwd)
     dq, dk = (matrix_gpu.sum_over_group(gradients[name], q) for name in ("dq", "dk"))
     dg = gradients.get("dg")
     if dg is not None and dims.decay == "head":
-        dg = decay_sums.clamp_vjp(log_decay, dg.sum(3) + weighed["dg"], None)
+        dg = decay_sums.clamp_vjp(log_decay, dg.sum(3) + wy_bwd["dg"], None)
         dg = dg if runs is None else jnp.where((runs > 0)[..., None], dg, 0.0)
         dg = dg.astype(log_decay.dtype)
-    return dq, dk, weighed["dv"], weighed["dbeta"], dg, retreated["dinitial"], None
+    return dq, dk, wy_bwd["dv"], wy_bwd["dbeta"], dg, passed["dinitial"], None
 
 
 def _chunk_bwd_dqkwg(
-    dims: KernelShape, q, k, do, g, states, dstates, made, weighed
+    dims: KernelShape, q, k, do, g, states, dstates, made, wy_bwd
 ) -> dict[str, jax.Array]:
     """`dq`, `dk` of each head, and `dg`, of a decay of all keys for each block of keys."""
     queries = (*do.shape[:3], dims.key_size)
@@ -216,7 +216,7 @@ def _chunk_bwd_dqkwg(
         {"q": q, "k": k, "do": do, "states": states, "dstates": dstates}
         | ({"g": g} if dims.decay == "key" else {})
         | _factors(made, "from_start", "to_end")
-        | {name: weighed[name] for name in ("v_new", "dv", "dA_qk", "dA_kk")},
+        | {name: wy_bwd[name] for name in ("v_new", "dv", "dA_qk", "dA_kk")},
         outputs,
         warps=4,
         flops=6 * dims.key_size * dims.value_size + 8 * dims.tiles.chunk * dims.key_size,
