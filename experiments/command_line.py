@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from experiments import terminal
 from seqmodels import ranges
 from seqmodels.training.errors import TrainingError
 
@@ -57,7 +58,7 @@ def run_command(
         parsed, rest = parse(
             kind,
             arguments,
-            description=description,
+            description=description and terminal.help_text(description),
             prog=prog,
             strict=not config_fields,
             **options,

@@ -1,5 +1,6 @@
 """What the commands print, as wide as the terminal is; 80 columns where there is none."""
 
+import functools
 import shutil
 import textwrap
 
@@ -22,6 +23,31 @@ def say(text: str) -> None:
         break_on_hyphens=False,
     )
     print(wrapper.fill(text))
+
+
+def help_text(text: str) -> str:
+    """A command's description in lines as wide as the terminal; examples, which are indented, stay
+    lines of their own.
+
+    All but the first of a paragraph begin with a space: tyro joins what begins with a letter to
+    the line before.
+    """
+    wrap = functools.partial(
+        textwrap.wrap,
+        width=shutil.get_terminal_size().columns,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" ") or "\n    " in paragraph:
+            for line in paragraph.splitlines():
+                lines += wrap(line, initial_indent=" ", subsequent_indent="        ")
+        else:
+            words = " ".join(paragraph.split())
+            lines += wrap(words, subsequent_indent="  ")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def table(title: str = "", caption: str = "") -> Table:

@@ -17,12 +17,13 @@ from experiments.kernels.baselines import linear_scan as baselines
 from experiments.kernels.results import TIMED, Result, Target
 from experiments.kernels.timing import milliseconds
 from experiments.lra import presets
-from seqmodels.mixers import S5Config, base, projected
-from seqmodels.models import BackboneConfig, Classifier, ClassifierConfig, backbone, marks
+from seqmodels import ops
+from seqmodels.mixers import S5Config, mimo_scan
+from seqmodels.models import BackboneConfig, Classifier, ClassifierConfig, backbone, param_labels
 from seqmodels.training.task import classification
 
 
-def _identity_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False):
+def _identity_scan(a, b, *, initial_state=None, reverse=False):
     return b, b[:, -1]
 
 
@@ -40,16 +41,21 @@ def replaced(module: Any, name: str, by: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def scanned(by: Any) -> Iterator[None]:
     """S5 as products around scans of all of the time, with `by` in place of `linear_scan`."""
+
+    def rows_of_one_document(a, b, *, segments=None, **options: Any):
+        assert segments is None
+        return by(a, b, **options)
+
     with (
-        replaced(projected, "by_blocks", projected.by_scans),
-        replaced(base, "linear_scan", by),
+        replaced(ops, "mimo_blocks", mimo_scan.by_scans),
+        replaced(ops, "linear_scan", rows_of_one_document),
     ):
         yield
 
 
 def gradient(config: ClassifierConfig, length: int) -> Callable[..., Any]:
     """`(variables, batch, key) -> gradients` of the mean loss."""
-    task = classification(Classifier(config), lambda p: marks(config, p), length=length)
+    task = classification(Classifier(config), lambda p: param_labels(config, p), length=length)
 
     def fn(variables, batch, key):
         def loss(params):
@@ -69,7 +75,7 @@ def programs(
     "step" is the step as it is, "associative_scan" the one to compare with, "without ..." are
     ablations: the time they save is the share of what they leave out.
     """
-    task = classification(Classifier(config), lambda p: marks(config, p), length=length)
+    task = classification(Classifier(config), lambda p: param_labels(config, p), length=length)
     keys = jax.random.split(jax.random.key(0), 3)
     tokens = jax.random.randint(keys[0], (batch_size, length), 0, config.vocabulary_size or 2)
     batch = {

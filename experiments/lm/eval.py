@@ -21,7 +21,7 @@ from experiments import terminal
 from experiments.command_line import run_command
 from experiments.lm.run import Trained, bits_per_byte, load_trained
 from seqmodels.data import text
-from seqmodels.models import marks
+from seqmodels.models import param_labels
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.evaluation import evaluate
@@ -73,7 +73,7 @@ def evaluate_text(trained: Trained, data: text.Text, arguments: Arguments) -> di
     )
     task = language(
         trained.model,
-        lambda params: marks(trained.config.model, params),
+        lambda params: param_labels(trained.config.model, params),
         packed=data.documents > 1,
         carry_state=carried,
     )

@@ -159,7 +159,7 @@ PRESETS = {
 SIZES = {name: recipe.size for name, recipe in PRESETS.items()}
 MIXERS = tuple(REGISTRY)
 SSM_RATE = 1e-3
-"""Peak learning rate of parameters that mixers mark as "ssm"."""
+"""Peak learning rate of parameters that mixers label "ssm"."""
 
 
 def experiment(mixer: str, preset: str, seed: int = 0) -> ExperimentConfig:
@@ -248,9 +248,9 @@ def mixer_config(name: str, size: ModelSize) -> MixerConfig:
 
 
 def group_rates(mixer: str, size: ModelSize) -> dict[str, float]:
-    """A lower rate for the state-space parameters of mixers that mark them, as S4 and S5 do."""
-    marks = mixer_config(mixer, size).marks().values()
-    return {"ssm": SSM_RATE} if any(mark.group == "ssm" for mark in marks) else {}
+    """A lower rate for the state-space parameters of mixers that label them, as S4 and S5 do."""
+    labels = mixer_config(mixer, size).param_labels().values()
+    return {"ssm": SSM_RATE} if any(label.group == "ssm" for label in labels) else {}
 
 
 def parameters(config: LanguageModelConfig) -> int:

@@ -9,7 +9,7 @@ from experiments.run import chosen_step, locate, restore
 from seqmodels.config import from_dict
 from seqmodels.data import text
 from seqmodels.data.text import Text
-from seqmodels.models import LanguageModel, marks
+from seqmodels.models import LanguageModel, param_labels
 from seqmodels.training.language import language
 from seqmodels.training.run_directory import read_config
 from seqmodels.training.task import Task, Variables
@@ -48,7 +48,7 @@ def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
     """The config's model, for training; raises as ``language`` does."""
     return language(
         LanguageModel(config.model),
-        lambda params: marks(config.model, params),
+        lambda params: param_labels(config.model, params),
         packed=packed or config.carry_state,
         carry_state=config.carry_state,
     )

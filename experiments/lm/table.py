@@ -150,7 +150,7 @@ def state_bytes(config: ExperimentConfig, length: int) -> int:
     """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16."""
     stack = config.model.backbone
     blocks = (stack.mixer(layer) for layer in range(len(stack.layout)))
-    return sum(build(mixer, stack.width, parent=None).state_size(length) for mixer in blocks)
+    return sum(build(mixer, stack.width, parent=None).state_bytes(length) for mixer in blocks)
 
 
 def settings_of(arguments: Arguments, digest: str) -> dict[str, Any]:

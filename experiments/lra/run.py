@@ -12,7 +12,7 @@ from experiments.run import restore
 from seqmodels.data import batches
 from seqmodels.data.examples import Examples, TaskData
 from seqmodels.data.lra import load
-from seqmodels.models import Classifier, marks
+from seqmodels.models import Classifier, param_labels
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.step import make_eval_step
@@ -53,7 +53,7 @@ def make_task(config: "ExperimentConfig") -> Task:
     """The config's model, for training."""
     return classification(
         Classifier(config.classifier),
-        lambda params: marks(config.classifier, params),
+        lambda params: param_labels(config.classifier, params),
         length=config.lengths[0],
     )
 

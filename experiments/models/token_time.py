@@ -29,7 +29,7 @@ def mixers(size: presets.ModelSize) -> list[str]:
 
     def streams(name: str) -> bool:
         try:
-            return presets.mixer_config(name, size).streams
+            return presets.mixer_config(name, size).stateful
         except UsageError:  # no causal mode
             return False
 

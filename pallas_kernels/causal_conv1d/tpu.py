@@ -20,11 +20,16 @@ from pallas_kernels.causal_conv1d.tile import Activation, Config
 from pallas_kernels.common import compat
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.tpu import (
+    LANES,
+    SMALL_VMEM_BUDGET,
+    SUBLANES,
+    over_lanes,
+    round_up,
+    sequence_begins,
+)
 
-_LANES, _SUBLANES = 128, 8
 _SLAB = 64  # rows between two turns of the loop: enough independent work to hide latencies
-# Of the 16 MiB that a kernel may take on the smallest TPU without asking for more.
-_VMEM_BUDGET = 12 * 2**20
 
 Groups = list[jax.Array]  # (8, width) float32 each
 
@@ -37,38 +42,34 @@ class Tiles(NamedTuple):
     slab: int = _SLAB
 
 
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
 def _groups_of(taps: int) -> int:
     """Groups of 8 rows that hold the tokens which a group's taps read before it."""
-    return max(1, -(-(taps - 1) // _SUBLANES))
+    return max(1, -(-(taps - 1) // SUBLANES))
 
 
 def vmem_bytes(tiles: Tiles, taps: int) -> int:
     """Bytes of VMEM that the blocks of the backward kernel, the larger one, take: each twice, so
     that the next is fetched while one is worked on; float32 throughout."""
     block = tiles.steps * tiles.width * 4
-    codes = tiles.steps * _LANES * 4
-    edges = 3 * _groups_of(taps) * _SUBLANES * tiles.width * 4
-    weights = 2 * _round_up(taps + 1, _SUBLANES) * tiles.width * 4
+    codes = tiles.steps * LANES * 4
+    edges = 3 * _groups_of(taps) * SUBLANES * tiles.width * 4
+    weights = 2 * round_up(taps + 1, SUBLANES) * tiles.width * 4
     return 2 * (3 * block + codes + edges + weights)
 
 
-def choose_tiles(length: int, width: int, taps: int) -> Tiles:
+def choose_tiles(length: int, width: int, taps: int, budget: int = SMALL_VMEM_BUDGET) -> Tiles:
     """The widest block that fits, keeps its sums in registers and wastes the fewest channels.
 
     Raises:
       ValueError: so many taps that no block fits.
     """
     unit = _SLAB * _groups_of(taps)
-    steps = min(_round_up(512, unit), _round_up(length, unit))
-    tiles = [Tiles(steps, w) for w in range(_LANES, min(512, _round_up(width, _LANES)) + 1, _LANES)]
-    fitting = [t for t in tiles if vmem_bytes(t, taps) <= _VMEM_BUDGET]
+    steps = min(round_up(512, unit), round_up(length, unit))
+    tiles = [Tiles(steps, w) for w in range(LANES, min(512, round_up(width, LANES)) + 1, LANES)]
+    fitting = [t for t in tiles if vmem_bytes(t, taps) <= budget]
     if not fitting:
         raise ValueError(f"weight has {taps} taps, more than the TPU kernel's memory holds")
-    return min(fitting, key=lambda t: (_round_up(width, t.width), -t.width))
+    return min(fitting, key=lambda t: (round_up(width, t.width), -t.width))
 
 
 class _Job(NamedTuple):
@@ -99,7 +100,7 @@ class _Job(NamedTuple):
     @property
     def edge(self) -> int:
         """Rows of an edge block."""
-        return self.before * _SUBLANES
+        return self.before * SUBLANES
 
     @property
     def ragged(self) -> bool:
@@ -150,7 +151,7 @@ def _sums(job: _Job) -> pl.BlockSpec:
 
 def _codes_block(job: _Job) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, _LANES),
+        block_shape=(None, job.tiles.steps, LANES),
         index_map=lambda b, d, i: (b, job.time(i), 0),
     )
 
@@ -164,20 +165,20 @@ def _index(like: jax.Array) -> jax.Array:
 
 def lag(groups: Groups, by: int) -> jax.Array:
     """The rows `by` before those of `groups[0]`; `groups[k]` is the k-th group before it."""
-    q, r = divmod(by, _SUBLANES)
+    q, r = divmod(by, SUBLANES)
     if r == 0:
         return groups[q]
-    mixed = jnp.where(_index(groups[q]) < _SUBLANES - r, groups[q], groups[q + 1])
+    mixed = jnp.where(_index(groups[q]) < SUBLANES - r, groups[q], groups[q + 1])
     return compat.tpu.roll(mixed, r, 0)
 
 
 def lead(groups: Groups, by: int) -> jax.Array:
     """The rows `by` after those of `groups[0]`; `groups[k]` is the k-th group after it."""
-    q, r = divmod(by, _SUBLANES)
+    q, r = divmod(by, SUBLANES)
     if r == 0:
         return groups[q]
     mixed = jnp.where(_index(groups[q]) >= r, groups[q], groups[q + 1])
-    return compat.tpu.roll(mixed, _SUBLANES - r, 0)
+    return compat.tpu.roll(mixed, SUBLANES - r, 0)
 
 
 # Loads and stores.
@@ -185,16 +186,16 @@ def lead(groups: Groups, by: int) -> jax.Array:
 
 def _split(rows: jax.Array) -> Groups:
     rows = rows.astype(jnp.float32)
-    return [rows[i : i + _SUBLANES] for i in range(0, rows.shape[0], _SUBLANES)]
+    return [rows[i : i + SUBLANES] for i in range(0, rows.shape[0], SUBLANES)]
 
 
 def _rows(start, count: int) -> slice | pl.Slice:
-    return pl.ds(pl.multiple_of(start, _SUBLANES), count)
+    return pl.ds(pl.multiple_of(start, SUBLANES), count)
 
 
 def _weight_rows(ref, job: _Job) -> tuple[Groups, jax.Array]:
     """Weights by distance and the bias, each over 8 rows."""
-    shape = (_SUBLANES, job.tiles.width)
+    shape = (SUBLANES, job.tiles.width)
     *weights, bias = (jnp.broadcast_to(ref[i : i + 1, :], shape) for i in range(job.taps + 1))
     return weights[::-1], bias
 
@@ -210,7 +211,7 @@ def _limits(job: _Job, codes_ref, start, like: jax.Array):
     """`(reach, ahead)` of a group, each `(8, width)` or None, as `_codes` packs them."""
     limit = following = None
     if job.segmented:
-        code = jnp.tile(codes_ref[_rows(start, _SUBLANES), :], (1, job.tiles.width // _LANES))
+        code = jnp.tile(codes_ref[_rows(start, SUBLANES), :], (1, job.tiles.width // LANES))
         limit = jnp.where(code < 0, code, code & 0xFFFF)
         following = code >> 16
     if job.ragged and job.reverse:
@@ -231,7 +232,7 @@ def _forward_kernel(*refs, job: _Job):
         out = []
         for k, group in enumerate(_split(x_ref[_rows(i * job.tiles.slab, job.tiles.slab), :])):
             groups = [group, *before]
-            limit, _ = _limits(job, codes_ref, i * job.tiles.slab + k * _SUBLANES, group)
+            limit, _ = _limits(job, codes_ref, i * job.tiles.slab + k * SUBLANES, group)
             seen = [lag(groups, d) for d in range(job.taps)]
             out.append(tile.output(seen, weights, bias, limit, job.activation))
             before = groups[:-1]
@@ -242,11 +243,6 @@ def _forward_kernel(*refs, job: _Job):
 
     before = _before_block(job, edge_ref, initial_ref)
     jax.lax.fori_loop(0, job.tiles.steps // job.tiles.slab, slab, before)
-
-
-def _sequence_begins():
-    """True in the first block of a walk over a strip of channels of a sequence."""
-    return pl.program_id(2) == 0
 
 
 def _leaving(groups: Groups) -> Groups:
@@ -261,17 +257,17 @@ def _backward_kernel(*refs, job: _Job):
     before_block = _before_block(job, edge_ref, initial_ref)
     slabs = job.tiles.steps // job.tiles.slab
 
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         sums_ref[...] = jnp.zeros_like(sums_ref)
         after_ref[...] = jnp.zeros_like(after_ref)
 
     def group_before(start, k: int) -> jax.Array:
         """The k-th group before row `start` of the block; that row may lie `k` before its first."""
-        place = start - k * _SUBLANES
-        inside = x_ref[_rows(jnp.maximum(place, 0), _SUBLANES), :].astype(jnp.float32)
+        place = start - k * SUBLANES
+        inside = x_ref[_rows(jnp.maximum(place, 0), SUBLANES), :].astype(jnp.float32)
         for j, group in enumerate(before_block):
-            inside = jnp.where(place == -(j + 1) * _SUBLANES, group, inside)
+            inside = jnp.where(place == -(j + 1) * SUBLANES, group, inside)
         return inside
 
     def slab(i, carry):
@@ -282,7 +278,7 @@ def _backward_kernel(*refs, job: _Job):
         cotangents = _split(dy_ref[_rows(start, job.tiles.slab), :])[::-1]
         out = []
         for k, dy in enumerate(cotangents):
-            row = start + job.tiles.slab - (k + 1) * _SUBLANES
+            row = start + job.tiles.slab - (k + 1) * SUBLANES
             limit, following = _limits(job, codes_ref, row, dy)
             taps = [tile.keep(lag(groups[k:], d), limit, d) for d in range(job.taps)]
             g = tile.cotangent(taps, weights, bias, dy, limit, job.activation)
@@ -294,7 +290,7 @@ def _backward_kernel(*refs, job: _Job):
         dx_ref[_rows(start, job.tiles.slab), :] = jnp.concatenate(out[::-1]).astype(dx_ref.dtype)
         return after, sums
 
-    zero = jnp.zeros((_SUBLANES, job.tiles.width), jnp.float32)
+    zero = jnp.zeros((SUBLANES, job.tiles.width), jnp.float32)
     carry = _split(after_ref[...]), [zero] * (job.taps + 1)
     after, sums = jax.lax.fori_loop(0, slabs, slab, carry)
     after_ref[...] = jnp.concatenate(after)
@@ -317,7 +313,7 @@ def _codes(runs, taps: int) -> list[jax.Array]:
         return []
     codes = (tile.ahead(runs, taps) << 16) | (tile.reach(runs, taps) & 0xFFFF)
     codes = jnp.where(runs == 0, -1, codes)
-    return [jnp.broadcast_to(codes[:, :, None], (*codes.shape, _LANES))]
+    return [over_lanes(codes)]
 
 
 def _small_operands(job: _Job, weight, bias, initial_state) -> tuple[jax.Array, jax.Array]:

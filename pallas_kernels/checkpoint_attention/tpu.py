@@ -25,12 +25,10 @@ from pallas_kernels.checkpoint_attention.slots import slots as find_slots
 from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.tpu import LANES, SUBLANES, VMEM_BUDGET, VMEM_LIMIT, round_up
 
-_LANES, _SUBLANES = 128, 8
 _TOKENS, _SLOTS = 1024, 512  # of a step at most
 _PARTS = 4  # how finely a block of slots is cut off behind the last visible one
-_VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
-_VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
 
 
 class Tiles(NamedTuple):
@@ -116,15 +114,15 @@ def vmem_bytes(job: Job) -> int:
     keys, values = job.key_size, job.value_size
     summed = 4 if job.strips > 1 else width
     tokens = job.tiles.tokens * ((2 * keys + 3 * values) * width + (2 * keys + values) * summed)
-    tokens += 4 * job.tiles.tokens * 4 * _SUBLANES  # first, last, lse and its cotangent
+    tokens += 4 * job.tiles.tokens * 4 * SUBLANES  # first, last, lse and its cotangent
     strip = job.tiles.strip * (3 * keys + 2 * values) * width
     scratch = 4 * job.tiles.strip * (keys + values)
-    scratch += 4 * job.tiles.tokens * (2 * keys + values + 2 * _SUBLANES)
+    scratch += 4 * job.tiles.tokens * (2 * keys + values + 2 * SUBLANES)
     between = 5 * 4 * job.tiles.tokens * job.tiles.slots  # scores and what is made of them
     return 2 * (tokens + strip) + scratch + between
 
 
-def choose_tiles(job: Job) -> Tiles:
+def choose_tiles(job: Job, budget: int = VMEM_BUDGET) -> Tiles:
     """The longest strip that fits, of all slots if they do.
 
     Raises:
@@ -134,7 +132,7 @@ def choose_tiles(job: Job) -> Tiles:
         if job.slots % 2**halvings or job.slots >> halvings < job.tiles.slots:
             break
         tiles = job.tiles._replace(strip=job.slots >> halvings)
-        if vmem_bytes(job._replace(tiles=tiles)) <= _VMEM_BUDGET:
+        if vmem_bytes(job._replace(tiles=tiles)) <= budget:
             return tiles
     raise ValueError(
         f"checkpoint_attention: a head of K={job.key_size} and V={job.value_size} does not fit a "
@@ -250,7 +248,7 @@ def visible(job: Job, step: Step, count: int):
 def for_visible(job: Job, refs, step: Step, meet: Callable[[int], None]) -> None:
     """`meet(count)` with as many of the block's slots as its last token sees, in whole parts."""
     size = job.tiles.slots
-    part = max(_LANES, size // _PARTS)
+    part = max(LANES, size // _PARTS)
     if job.plain:
         last_token = (step.at.block + 1) * job.tiles.tokens - 1
 
@@ -278,7 +276,7 @@ def across(x):
 
 def down(row):
     """A row `(1, T)` as a column `(T, 1)`."""
-    return jnp.broadcast_to(row, (_SUBLANES, row.shape[1])).T[:, :1]
+    return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]
 
 
 def only(mask, x, otherwise=0.0):
@@ -309,7 +307,7 @@ def forward_kernel(job: Job, refs) -> None:
             refs["total"][...] = jnp.zeros_like(refs["total"])
 
     def meet(count: int):
-        slots = pl.ds(pl.multiple_of(step.at.step * job.tiles.slots, _LANES), count)
+        slots = pl.ds(pl.multiple_of(step.at.step * job.tiles.slots, LANES), count)
         scores = job.scale * tile.dot(refs["slot_k"][slots], refs["q"][...], "nt")
         maximum, total, factor, p = tile.block(
             refs["maximum"][...], refs["total"][...], scores, visible(job, step, count), 0
@@ -352,7 +350,7 @@ def backward_kernel(job: Job, refs) -> None:
             refs[name][...] = jnp.zeros_like(refs[name])
 
     def meet(count: int):
-        slots = pl.ds(pl.multiple_of(at.step * job.tiles.slots, _LANES), count)
+        slots = pl.ds(pl.multiple_of(at.step * job.tiles.slots, LANES), count)
         q, do, mask = refs["q"][...], refs["do"][...], visible(job, step, count)
         scores = job.scale * tile.dot(refs["slot_k"][slots], q, "nt")
         p = tile.probabilities(scores, mask, refs["lse"][...])
@@ -428,7 +426,7 @@ def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> di
         compiler_params=compat.tpu.CompilerParams(
             # Rows and groups of heads; along all other axes something is summed.
             dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 4,
-            vmem_limit_bytes=_VMEM_LIMIT,
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         flops=flops * job.batch * job.length * job.heads * job.slots,
     )(*arrays)
@@ -541,16 +539,16 @@ def prepare(config: Config, q, k, v, *rest):
     slots = find_slots(config, q, k, v, *rest)
     length, count, value_size = q.shape[1], slots.k.shape[1], slots.v.shape[3]
     size = config.tiles or (_TOKENS, _SLOTS)
-    tokens = -length % min(size[0], -(-length // _LANES) * _LANES)
+    tokens = -length % min(size[0], round_up(length, LANES))
     # Whole blocks, and a power of two of them, so that strips can be halved.
-    block = min(size[1], -(-count // _LANES) * _LANES)
+    block = min(size[1], round_up(count, LANES))
     blocks = 1 << (-(-count // block) - 1).bit_length()
 
     def pad(x, rows: int, value=0):
         """More rows, and whole tiles of lanes."""
         if x is None:
             return None
-        widths = [(0, 0), (0, rows), *([(0, 0), (0, -x.shape[-1] % _LANES)] if x.ndim > 2 else ())]
+        widths = [(0, 0), (0, rows), *([(0, 0), (0, -x.shape[-1] % LANES)] if x.ndim > 2 else ())]
         return jnp.pad(x, widths, constant_values=value)
 
     arrays = (

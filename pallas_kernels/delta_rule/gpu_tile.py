@@ -7,64 +7,33 @@ and v, in which it is multiplied anyway; decays are float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.tile import only
-from pallas_kernels.matrix_state import chunks
-from pallas_kernels.matrix_state.chunks import Documents
-from pallas_kernels.matrix_state.chunks_gpu import Row, Span, block_size
+from pallas_kernels.matrix_state import masks
+from pallas_kernels.matrix_state.gpu import KernelShape, Row, Span, block_size
+from pallas_kernels.matrix_state.masks import SegmentMasks
+from pallas_kernels.matrix_state.tile import zero_where_not
 
-_ELIMINATED = 16  # tokens of a block whose inverse is found one token at a time
+_ELIMINATION_TOKENS = 16  # tokens of a block whose inverse is found one token at a time
 
 
 class Tiles(NamedTuple):
     """`chunk` tokens meet pairwise; sides of blocks of a state: `keys`, `values` and, in a program
-    that walks from chunk to chunk with all keys, `walked` values.
+    that walks from chunk to chunk with all keys, `state_values` values.
     """
 
     chunk: int
     keys: int
     values: int
-    walked: int
+    state_values: int
 
 
-class Job(NamedTuple):
-    """What is static about one call."""
-
-    batch: int
-    length: int
-    groups: int
-    heads: int
-    key_size: int
-    value_size: int
-    decay: Literal["head", "key"] | None
-    segmented: bool
-    scale: float
-    dtype: Any
-    tiles: Tiles
-
-    @property
-    def chunk(self) -> int:
-        return self.tiles.chunk
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.length // self.chunk)
-
-    @property
-    def all_keys(self) -> int:
-        return block_size(self.key_size, 256)
-
-    @property
-    def key_blocks(self) -> int:
-        return -(-self.key_size // self.tiles.keys)
-
-    @property
-    def value_blocks(self) -> int:
-        return -(-self.value_size // self.tiles.values)
+def all_keys(dims: KernelShape) -> int:
+    """Width of a block that holds all keys."""
+    return block_size(dims.key_size, 256)
 
 
 # Products.
@@ -103,7 +72,7 @@ def _pieces(x: jax.Array) -> list[jax.Array]:
 
 def finite_if(x: jax.Array, segmented: bool) -> jax.Array:
     """`tile.finite`: what a matmul over tokens of several documents may multiply by zero."""
-    return only(jnp.abs(x) < jnp.inf, x) if segmented else x
+    return zero_where_not(jnp.abs(x) < jnp.inf, x) if segmented else x
 
 
 def unit_product(unit: jax.Array, x: jax.Array, segmented: bool) -> jax.Array:
@@ -116,37 +85,39 @@ def unit_product(unit: jax.Array, x: jax.Array, segmented: bool) -> jax.Array:
 def inverse(lower: jax.Array, segmented: bool) -> jax.Array:
     """`tile.inverse`, with the blocks of 16 tokens on the diagonal by elimination."""
     size = lower.shape[0]
-    row, column = chunks.order(size)
-    near = (row ^ column) < _ELIMINATED
-    inside = only(near, lower)
+    row, column = masks.token_indices(size)
+    near = (row ^ column) < _ELIMINATION_TOKENS
+    inside = zero_where_not(near, lower)
 
     def eliminate(place, unit):
         """Take from each block's rows what they hold of its row at `place`, which is done."""
-        at = _ELIMINATED - 1
-        factors = only((column & at) == place, inside).sum(1, keepdims=True)
-        done = only((row & at) == place, unit).sum(0, keepdims=True)
-        return unit - only(near & (factors != 0), factors * done)
+        at = _ELIMINATION_TOKENS - 1
+        factors = zero_where_not((column & at) == place, inside).sum(1, keepdims=True)
+        done = zero_where_not((row & at) == place, unit).sum(0, keepdims=True)
+        return unit - zero_where_not(near & (factors != 0), factors * done)
 
     unit = (row == column).astype(lower.dtype)
-    unit = jax.lax.fori_loop(0, _ELIMINATED - 1, eliminate, unit)
-    for s in chunks.sizes(size):
-        if s >= _ELIMINATED:
-            corner = dot(only(chunks.parted(size, s), lower), finite_if(unit, segmented))
+    unit = jax.lax.fori_loop(0, _ELIMINATION_TOKENS - 1, eliminate, unit)
+    for s in masks.level_sizes(size):
+        if s >= _ELIMINATION_TOKENS:
+            corner = dot(zero_where_not(masks.parted(size, s), lower), finite_if(unit, segmented))
             unit = unit - unit_product(unit, corner, segmented)
     return unit
 
 
-def broken(values: jax.Array, docs: Documents | None) -> jax.Array:
+def broken(values: jax.Array, docs: SegmentMasks | None) -> jax.Array:
     """`values`, NaN from a document's first that is not finite on."""
     if docs is None:
         return values
-    row, column = chunks.order(values.shape[0])
-    reach = chunks.within(row >= column, docs).astype(jnp.bfloat16)
+    row, column = masks.token_indices(values.shape[0])
+    reach = masks.within(row >= column, docs).astype(jnp.bfloat16)
     first = (~(jnp.abs(values) < jnp.inf)).astype(jnp.bfloat16)
     return jnp.where(dot(reach, first) > 0, jnp.nan, values)
 
 
-# One decay a key: a loop over the sizes of blocks at which pairs part, see `chunks.Sums`.
+# One decay a key: a loop over the sizes of blocks at which pairs part. Not `decay_sums.scan`, whose
+# log C sums of a block of keys would all be live beside the two `(C, C)` scores that they enter:
+# here one level is made at a time, by a product with a mask, so that a loop has one body.
 
 
 def sums(which: jax.Array, x: jax.Array) -> jax.Array:
@@ -163,8 +134,8 @@ def _marks(token: jax.Array, other: jax.Array, at: Any) -> jax.Array:
     """The tokens whose decays a level sums for a token, if pairs part at blocks of `at`."""
     second = (token & at) != 0
     # As one mask and another: Triton does not select between masks.
-    behind = second & (other <= token) | ~second & (other > token)
-    return ((token ^ other) < at) & behind
+    summed = second & (other <= token) | ~second & (other > token)
+    return ((token ^ other) < at) & summed
 
 
 def each_level(size: int, body: Callable[..., Any], carry: Any) -> Any:
@@ -173,17 +144,17 @@ def each_level(size: int, body: Callable[..., Any], carry: Any) -> Any:
     def level(n, carry):
         return body(jax.lax.shift_left(jnp.int32(1), n), carry)
 
-    return jax.lax.fori_loop(0, len(chunks.sizes(size)), level, carry)
+    return jax.lax.fori_loop(0, len(masks.level_sizes(size)), level, carry)
 
 
 def factor_at(g: jax.Array, at: Any) -> jax.Array:
     """Each token's factor in the decay of the pairs that part at blocks of `at`, `(C, N)`."""
-    return jnp.exp(sums(_marks(*chunks.order(g.shape[0]), at), g))
+    return jnp.exp(sums(_marks(*masks.token_indices(g.shape[0]), at), g))
 
 
 def factor_at_transpose(dlogs: jax.Array, at: Any) -> jax.Array:
     """The gradient of `g` from that of the logarithms of `factor_at(g, at)`."""
-    token, other = chunks.order(dlogs.shape[0])
+    token, other = masks.token_indices(dlogs.shape[0])
     return sums(_marks(other, token, at), dlogs)
 
 
@@ -194,20 +165,20 @@ class Chunk(NamedTuple):
     """One chunk of one head.
 
     Attributes:
-      job: what is static.
+      dims: what is static.
       row: its arrays are of tokens `(B, L, heads[, width])`, of squares `(B, H, chunks, C, C)`, of
         states `(B, chunks, H, K, V)` and of a row's ends `(B, H, K, V)`.
       head, index: which.
     """
 
-    job: Job
+    dims: KernelShape
     row: Row
     head: Any
     index: Any
 
     @property
     def span(self) -> Span:
-        return Span(self.index * self.job.chunk, self.job.chunk)
+        return Span(self.index * self.dims.tiles.chunk, self.dims.tiles.chunk)
 
     def of_head(self, name: str, lanes: Span) -> jax.Array:
         """`(C, lanes)`."""
@@ -215,7 +186,7 @@ class Chunk(NamedTuple):
 
     def of_group(self, name: str, lanes: Span) -> jax.Array:
         """`(C, lanes)`: queries or keys."""
-        group = jax.lax.div(self.head, jnp.int32(self.job.heads // self.job.groups))
+        group = jax.lax.div(self.head, jnp.int32(self.dims.heads // self.dims.groups))
         return self.row.load(name, self.span, group, lanes)
 
     def put(self, name: str, values: jax.Array, lanes: Span) -> None:
@@ -226,28 +197,28 @@ class Chunk(NamedTuple):
         return self.row.load(name, self.span, self.head).astype(jnp.float32)[:, None]
 
     def put_column(self, name: str, values: jax.Array, *index: Any) -> None:
-        self.row.store(name, values.reshape(self.job.chunk), self.span, self.head, *index)
+        self.row.store(name, values.reshape(self.dims.tiles.chunk), self.span, self.head, *index)
 
     def square(self, name: str) -> jax.Array:
-        return self.row.load(name, self.head, self.index, *[Span(0, self.job.chunk)] * 2)
+        return self.row.load(name, self.head, self.index, *[Span(0, self.dims.tiles.chunk)] * 2)
 
     def put_square(self, name: str, values: jax.Array) -> None:
-        self.row.store(name, values, self.head, self.index, *[Span(0, self.job.chunk)] * 2)
+        self.row.store(name, values, self.head, self.index, *[Span(0, self.dims.tiles.chunk)] * 2)
 
     def factor(self, name: str, keys: Span) -> jax.Array | None:
-        """`into` or `out`, `(C, 1)` or `(C, keys)`; None where nothing decays."""
-        if self.job.decay == "key":
+        """`from_start` or `to_end`, `(C, 1)` or `(C, keys)`; None where nothing decays."""
+        if self.dims.decay == "key":
             return self.of_head(name, keys)
-        return self.column(name) if self.job.decay else None
+        return self.column(name) if self.dims.decay else None
 
-    def keep(self, keys: Span) -> jax.Array | None:
+    def chunk_decay(self, keys: Span) -> jax.Array | None:
         """The decay of the whole chunk, `(1, 1)` or `(keys, 1)`."""
-        if self.job.decay is None:
+        if self.dims.decay is None:
             return None
-        last = jnp.minimum(self.span.start + self.job.chunk, self.job.length) - 1
-        if self.job.decay == "head":
-            return self.row.load("into", last, Span(self.head, 1))[:, None]
-        return self.row.load("into", last, self.head, keys)[:, None]
+        last = jnp.minimum(self.span.start + self.dims.tiles.chunk, self.dims.length) - 1
+        if self.dims.decay == "head":
+            return self.row.load("from_start", last, Span(self.head, 1))[:, None]
+        return self.row.load("from_start", last, self.head, keys)[:, None]
 
     def state(self, name: str, keys: Span, values: Span) -> jax.Array:
         return self.row.load(name, self.index, self.head, keys, values)
@@ -255,14 +226,5 @@ class Chunk(NamedTuple):
     def put_state(self, name: str, state: jax.Array, keys: Span, values: Span) -> None:
         self.row.store(name, state, self.index, self.head, keys, values)
 
-    def documents(self) -> Documents | None:
+    def documents(self) -> SegmentMasks | None:
         return self.row.documents(self.span, self.index)
-
-
-def each_block(count: int, body: Callable[..., Any], carry: Any) -> Any:
-    """`body(index, carry)` for each of `count` blocks, without a loop around a single one."""
-    return body(jnp.int32(0), carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
-
-
-def block(index: Any, size: int) -> Span:
-    return Span(index * size, size)

@@ -43,9 +43,9 @@ def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
             before = jnp.where(code == segments.RESET, jnp.zeros_like(state), state)
         if g is not None:
             before = jnp.exp(g.astype(dtype))[..., None] * before
-        held = jnp.einsum("bhk,bhkv->bhv", k, before, precision=_HIGHEST)
-        written = beta.astype(dtype)[..., None] * (v.astype(dtype) - held)
-        after = before + k[..., None] * written[:, :, None]
+        retrieved = jnp.einsum("bhk,bhkv->bhv", k, before, precision=_HIGHEST)
+        v_new = beta.astype(dtype)[..., None] * (v.astype(dtype) - retrieved)
+        after = before + k[..., None] * v_new[:, :, None]
         out = config.scale * jnp.einsum("bhk,bhkv->bhv", q, after, precision=_HIGHEST)
         if code is not None:
             after = jnp.where(code == segments.SKIP, state, after)

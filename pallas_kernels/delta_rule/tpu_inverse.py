@@ -1,8 +1,8 @@
 """The inverse of `I + lower` inside a TPU kernel, float32.
 
-`lower (C, C)` is strictly lower triangular. The blocks of the diagonal, of `BLOCK` tokens, are
+`lower (C, C)` is strictly lower triangular. The blocks of the diagonal, of `block` tokens, are
 inverted by forward substitution for all blocks of all heads at once: side by side in the lanes, as
-`(BLOCK, C)`, one column of every block is a gather of lanes, and one row of every inverse a row.
+`(block, C)`, one column of every block is a gather of lanes, and one row of every inverse a row.
 Blocks are then merged to twice their size by matmuls:
 
     [L1  0 ]^-1   [   L1^-1             0   ]
@@ -20,12 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.tile import dot, only
-from pallas_kernels.matrix_state import chunks
-from pallas_kernels.matrix_state.tpu_heads import SLAB
+from pallas_kernels.matrix_state import masks
+from pallas_kernels.matrix_state.tile import dot, zero_where_not
+from pallas_kernels.matrix_state.tpu import SLAB
 
-BLOCK = 32
-_TOGETHER = 4  # heads: enough independent work for every step of the substitution
+_HEADS_TOGETHER = 4  # enough independent work for every step of the substitution
 
 
 def finite(x: jax.Array, guarded: bool) -> jax.Array:
@@ -44,8 +43,8 @@ def operand(mask: jax.Array | None, x: jax.Array) -> jax.Array:
 def diagonal(lower: jax.Array, block: int) -> jax.Array:
     """The blocks of the diagonal side by side, `(C, C) -> (block, C)`."""
     size = lower.shape[0]
-    row, column = chunks.order(size)
-    return only((row ^ column) < block, lower).reshape(-1, block, size).sum(0)
+    row, column = masks.token_indices(size)
+    return zero_where_not((row ^ column) < block, lower).reshape(-1, block, size).sum(0)
 
 
 def substituted(blocks: jax.Array, guarded: bool) -> jax.Array:
@@ -67,8 +66,8 @@ def substituted(blocks: jax.Array, guarded: bool) -> jax.Array:
 def spread(blocks: jax.Array) -> jax.Array:
     """The inverse of `diagonal`, `(block, C) -> (C, C)` with zeros elsewhere."""
     block, size = blocks.shape
-    row, column = chunks.order(size)
-    return only((row ^ column) < block, _repeated(blocks))
+    row, column = masks.token_indices(size)
+    return zero_where_not((row ^ column) < block, _repeated(blocks))
 
 
 def _repeated(rows: jax.Array) -> jax.Array:
@@ -82,59 +81,59 @@ def merged(inverse: jax.Array, lower: jax.Array, guarded: bool) -> jax.Array:
     s, size = inverse.shape
     while s < size:
         lane = jax.lax.broadcasted_iota(jnp.int32, inverse.shape, 1)
-        later, parted = lane & s != 0, chunks.parted(size, s)
-        corner = only(parted, lower).reshape(-1, s, size).sum(0)
+        later, parted = lane & s != 0, masks.parted(size, s)
+        corner = zero_where_not(parted, lower).reshape(-1, s, size).sum(0)
         joined = dot(corner, finite(spread(inverse), guarded), "nn")
-        behind = only(parted, _repeated(finite(joined, guarded)))
-        second = dot(only(later, inverse), behind, "nn")
+        right = zero_where_not(parted, _repeated(finite(joined, guarded)))
+        second = dot(zero_where_not(later, inverse), right, "nn")
         below = jnp.where(later, inverse, -second)
-        inverse, s = jnp.concatenate([only(~later, inverse), below]), 2 * s
+        inverse, s = jnp.concatenate([zero_where_not(~later, inverse), below]), 2 * s
     return inverse
 
 
-def invert(ref, guarded: bool) -> None:
+def invert(ref, block: int, guarded: bool) -> None:
     """Replaces every `lower` of `ref (heads, C, C)` by `(I + lower)^-1`."""
     heads, size, _ = ref.shape
-    block = min(BLOCK, size)
-    for first in range(0, heads, _TOGETHER):
-        some = range(first, min(first + _TOGETHER, heads))
+    block = min(block, size)
+    for first in range(0, heads, _HEADS_TOGETHER):
+        some = range(first, min(first + _HEADS_TOGETHER, heads))
         blocks = jnp.stack([diagonal(ref[h], block) for h in some])
         blocks = substituted(blocks, guarded)
         for n, h in enumerate(some):
             ref[h] = merged(blocks[n], ref[h], guarded)
 
 
-class Corrected(NamedTuple):
+class NewValues(NamedTuple):
     """What a chunk's tokens write.
 
     Attributes:
-      values: `(C, V)`; NaN from a document's first that is not finite on.
+      u: `(C, V)`; NaN from a document's first that is not finite on.
       error: values minus what the entering state holds under their keys, `(C, V)`.
     """
 
-    values: jax.Array
+    u: jax.Array
     error: jax.Array
 
 
-def corrected(inverse, beta, v, held, docs: chunks.Documents | None) -> Corrected:
-    """`Corrected` of one head.
+def new_values(inverse, beta, v, retrieved, docs: masks.SegmentMasks | None) -> NewValues:
+    """`NewValues` of one head.
 
     Args:
       inverse: `(C, C)`.
       beta: `(C, 1)`.
-      v, held: `(C, V)`, the values and what the entering state holds under their keys.
+      v, retrieved: `(C, V)`, the values and what the entering state holds under their keys.
       docs: as everywhere.
     """
-    guarded, error = docs is not None, v.astype(jnp.float32) - held
+    guarded, error = docs is not None, v.astype(jnp.float32) - retrieved
     right = beta * error
     values = dot(inverse, finite(right, guarded), "nn")
     if docs is None:
-        return Corrected(values, error)
+        return NewValues(values, error)
     bad = jnp.where(jnp.maximum(jnp.abs(right), jnp.abs(values)) < 1e38, 0.0, 1.0)
     bad = jnp.broadcast_to(bad.max(1, keepdims=True), values.shape).astype(jnp.bfloat16)
-    row, column = chunks.order(values.shape[0])
+    row, column = masks.token_indices(values.shape[0])
     reach = (docs.same & (row >= column)).astype(jnp.float32).astype(jnp.bfloat16)
-    return Corrected(jnp.where(dot(reach, bad, "nn") > 0, jnp.nan, values), error)
+    return NewValues(jnp.where(dot(reach, bad, "nn") > 0, jnp.nan, values), error)
 
 
 def write_columns(ref, columns: Sequence[jax.Array]) -> None:

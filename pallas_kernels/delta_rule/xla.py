@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.delta_rule import tile
-from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state import decay_sums, decode, masks
 from pallas_kernels.matrix_state.config import Config
 
 # Measured on x86 with 64 and 128 keys and values: chunks of 64 tokens are slower than those of 32,
@@ -25,22 +25,13 @@ _HEADS_A_STEP = 8
 
 
 def one_token(config: Config, q, k, v, beta, log_decay, initial_state, runs):
-    """A decoding step: three products with the state, no chunks; JAX differentiates it."""
-    dtype, repeats = initial_state.dtype, v.shape[2] // q.shape[2]
-    q, k = (jnp.repeat(x[:, 0].astype(dtype), repeats, axis=1) for x in (q, k))
-    state = initial_state
-    if log_decay is not None:
-        decay = jnp.exp(log_decay[:, 0].astype(dtype))
-        state = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
-    error = v[:, 0].astype(dtype) - jnp.sum(k[..., None] * state, axis=2)
-    written = beta[:, 0].astype(dtype)[..., None] * error
-    state = state + k[..., None] * written[:, :, None]
-    o = config.scale * jnp.sum(q[..., None] * state, axis=2)
-    if runs is not None:
-        padding = (runs == 0)[..., None]
-        o = jnp.where(padding, 0.0, o)
-        state = jnp.where(padding[..., None], initial_state, state)
-    return o[:, None].astype(v.dtype), state
+    """A decoding step; see `decode.one_token`."""
+
+    def new_value(k, v, state):
+        error = v - jnp.sum(k[..., None] * state, axis=2)
+        return beta[:, 0].astype(state.dtype)[..., None] * error
+
+    return decode.one_token(config, q, k, v, log_decay, initial_state, runs, new_value)
 
 
 # How arguments are cut. Heads are (G, R): R read the same queries and keys.
@@ -117,7 +108,7 @@ def _arguments(config: Config, q, k, v, beta, log_decay, runs):
     entering = None
     if runs is not None:
         runs = jnp.moveaxis(tokens.runs, 1, 2).reshape(sizes.blocks * sizes.rows, -1)
-        entering = chunks.entering_runs(runs, sizes.size)
+        entering = masks.entering_runs(runs, sizes.size)
         entering = jnp.moveaxis(entering.reshape(sizes.blocks, sizes.rows, -1), 2, 1)
     return sizes, tokens, entering
 
@@ -131,13 +122,13 @@ def _every_head(fn, tokens: _Tokens, entering, dtype, *more):
     q, k, v, beta, g, _ = jax.tree.map(lambda x: x.astype(dtype), wide)
 
     def head(q, k, v, beta, g, docs, *more):
-        gates = tile.gates(beta[:, None], g, docs, chunks.BY_HALVES)
+        gates = tile.gates(beta[:, None], g, docs, decay_sums.BY_HALVES)
         return fn(q, k, v, gates, docs, *more)
 
     def row(q, k, v, beta, g, runs, entering, *more):
         docs = None
         if runs is not None:
-            docs = chunks.documents(runs[:, None], runs[None], entering[None, None])
+            docs = masks.segment_masks(runs[:, None], runs[None], entering[None, None])
         decays = None if g is None else 1
         inner = jax.vmap(head, in_axes=(None, None, 1, 1, decays, None, *[0] * len(more)))
         outer = jax.vmap(inner, in_axes=(1, 1, 1, 1, decays, None, *[0] * len(more)))
@@ -160,7 +151,7 @@ def _backward_step(config: Config, tokens: _Tokens, entering, state, do, dstate)
     """`(gradients of the tokens, dstate)`."""
 
     def head(q, k, v, gates, docs, state, do, dstate):
-        summation = chunks.BY_HALVES
+        summation = decay_sums.BY_HALVES
         return tile.backward(q, k, v, gates, docs, state, do, dstate, config.scale, summation)
 
     do = jnp.moveaxis(do, 1, 3).astype(state.dtype)

@@ -19,10 +19,10 @@ from pallas_kernels.common import compat, segments
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.planes import Planes, add, join, split, zeros_like
+from pallas_kernels.common.tpu import LANES, SUBLANES, round_up, sequence_begins, step_code_operands
 from pallas_kernels.diagonal_ssm import powers, tile
 from pallas_kernels.diagonal_ssm.tile import Config
 
-_LANES, _SUBLANES = 128, 8
 _VMEM = 8 * 2**20  # half of what a kernel may take on the smallest TPU without asking for more
 _ROWS = {"forward": 2, "adjoint": 2, "gradient": 2}  # arrays (B, L, H) that a kernel moves
 _STATES = {"forward": 10, "adjoint": 10, "gradient": 14}  # planes (N, 128) that it sees
@@ -41,8 +41,8 @@ def vmem_bytes(tiles: Tiles, states: int, *, kernel: str = "gradient") -> int:
       states: N.
       kernel: "forward", "adjoint" (`du`) or "gradient" (of the parameters).
     """
-    rows = _round_up(tiles.steps, 16) * _LANES * 4 * (_ROWS[kernel] + 1)
-    return 2 * (rows + _STATES[kernel] * _round_up(states, _SUBLANES) * _LANES * 4)
+    rows = round_up(tiles.steps, 16) * LANES * 4 * (_ROWS[kernel] + 1)
+    return 2 * (rows + _STATES[kernel] * round_up(states, SUBLANES) * LANES * 4)
 
 
 def choose_tiles(length: int, states: int) -> Tiles:
@@ -58,10 +58,6 @@ def refusal(states: int) -> str | None:
     if needed <= _VMEM:
         return None
     return f"{states} states a channel take {needed} bytes of VMEM, it has {_VMEM}"
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 class _Job(NamedTuple):
@@ -82,7 +78,7 @@ class _Job(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return self.batch, -(-self.width // _LANES), self.blocks
+        return self.batch, -(-self.width // LANES), self.blocks
 
     @property
     def ragged(self) -> bool:
@@ -98,24 +94,24 @@ class _Job(NamedTuple):
 
 def _block(job: _Job) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, _LANES),
+        block_shape=(None, job.tiles.steps, LANES),
         index_map=lambda b, h, i: (b, job.time(i), h),
     )
 
 
 def _codes_block(job: _Job) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, _LANES),
+        block_shape=(None, job.tiles.steps, LANES),
         index_map=lambda b, h, i: (b, job.time(i), 0),
     )
 
 
 def _parameters(job: _Job) -> pl.BlockSpec:
-    return pl.BlockSpec(block_shape=(job.states, _LANES), index_map=lambda b, h, i: (0, h))
+    return pl.BlockSpec(block_shape=(job.states, LANES), index_map=lambda b, h, i: (0, h))
 
 
 def _state(job: _Job) -> pl.BlockSpec:
-    return pl.BlockSpec(block_shape=(None, job.states, _LANES), index_map=lambda b, h, i: (b, 0, h))
+    return pl.BlockSpec(block_shape=(None, job.states, LANES), index_map=lambda b, h, i: (b, 0, h))
 
 
 # Loads and stores.
@@ -145,13 +141,13 @@ class _Group(NamedTuple):
 
 def _group(job: _Job, i, refs, codes_ref) -> _Group:
     """The i-th group of the block in the direction of travel."""
-    groups = job.tiles.steps // _SUBLANES
-    start = (groups - 1 - i if job.reverse else i) * _SUBLANES
-    rows = pl.ds(pl.multiple_of(start, _SUBLANES), _SUBLANES)
+    groups = job.tiles.steps // SUBLANES
+    start = (groups - 1 - i if job.reverse else i) * SUBLANES
+    rows = pl.ds(pl.multiple_of(start, SUBLANES), SUBLANES)
     inputs = tuple(ref[rows, :].astype(jnp.float32) for ref in refs)
     code = codes_ref[rows, :] if job.segmented else None
     if job.ragged:
-        place = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
+        place = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
         place = place + start + job.time(pl.program_id(2)) * job.tiles.steps
         if code is None:
             first = job.length - 1 if job.forward_reverse else 0
@@ -168,16 +164,16 @@ def _walk(job: _Job, refs, codes_ref, lacking_refs, body, carry, out_ref=None):
 
     What the rounded decay lacks is made good once in a group, for eight steps.
     """
-    row = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
-    order = range(_SUBLANES - 1, -1, -1) if job.reverse else range(_SUBLANES)
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    order = range(SUBLANES - 1, -1, -1) if job.reverse else range(SUBLANES)
 
     def group(i, carry):
         now = _group(job, i, refs, codes_ref)
-        out = jnp.zeros((_SUBLANES, _LANES), jnp.float32)
+        out = jnp.zeros((SUBLANES, LANES), jnp.float32)
         for k, j in enumerate(order):
             lacking = None
-            if k == _SUBLANES - 1:
-                lacking = tuple(_SUBLANES * p for p in _load(lacking_refs))
+            if k == SUBLANES - 1:
+                lacking = tuple(SUBLANES * p for p in _load(lacking_refs))
             terms, carry = body(now.step(j), lacking, carry)
             if out_ref is not None:
                 out = jnp.where(row == j, terms.sum(0, keepdims=True), out)
@@ -187,15 +183,10 @@ def _walk(job: _Job, refs, codes_ref, lacking_refs, body, carry, out_ref=None):
             out_ref[now.rows, :] = out.astype(out_ref.dtype)
         return carry
 
-    return jax.lax.fori_loop(0, job.tiles.steps // _SUBLANES, group, carry)
+    return jax.lax.fori_loop(0, job.tiles.steps // SUBLANES, group, carry)
 
 
 # The kernels: maths on values between a load and a store.
-
-
-def _sequence_begins():
-    """True in the first block of a strip of channels of a sequence."""
-    return pl.program_id(2) == 0
 
 
 def _take(refs: list, count: int) -> list:
@@ -212,7 +203,7 @@ def _forward_kernel(*all_refs, job: _Job):
     codes_ref = refs.pop(0) if job.segmented else None
     (y_ref,), final_refs = _take(refs, 1), _take(refs, 2)
 
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         _store(final_refs, _load(initial_refs))
 
@@ -236,7 +227,7 @@ def _adjoint_kernel(*all_refs, job: _Job):
     codes_ref = refs.pop(0) if job.segmented else None
     (du_ref,), dinitial_refs = _take(refs, 1), _take(refs, 2)
 
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         _store(dinitial_refs, _load(dfinal_refs))
 
@@ -258,7 +249,7 @@ def _gradient_kernel(*all_refs, job: _Job):
     codes_ref = refs.pop(0) if job.segmented else None
     h_sum_refs, p_sum_refs, h_refs, p_refs = (_take(refs, 2) for _ in range(4))
 
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         initial = _load(initial_refs)
         _store(h_refs, initial)
@@ -286,7 +277,7 @@ def _gradient_kernel(*all_refs, job: _Job):
 
 def _job(config: Config, u, log_a, runs, *, reverse: bool) -> _Job:
     batch, length, width = u.shape
-    states = _round_up(log_a.shape[1], _SUBLANES)
+    states = round_up(log_a.shape[1], SUBLANES)
     tiles = config.tiles or choose_tiles(length, states)
     return _Job(batch, length, width, states, tiles, runs is not None, config.reverse, reverse)
 
@@ -305,14 +296,6 @@ def _state_planes(job: _Job, x) -> Planes:
 def _from_planes(x, states: int):
     """`(B, N, H) -> (B, H, N)`, complex."""
     return join(tuple(x))[:, :states].swapaxes(1, 2)
-
-
-def _codes(runs, *, reverse: bool) -> list[jax.Array]:
-    """Step codes over a row of lanes, `(B, L, 128)`, as a list of at most one operand."""
-    if runs is None:
-        return []
-    codes = segments.step_codes(runs, reverse=reverse)
-    return [jnp.broadcast_to(codes[:, :, None], (*codes.shape, _LANES))]
 
 
 def _call(kernel, job: _Job, name: str, rows, parameters, states, codes, outputs, flops: int):
@@ -353,7 +336,7 @@ def forward(config: Config, u, log_a, c, initial_state, runs, *, return_residual
         [u],
         parameters,
         _state_planes(job, initial_state),
-        _codes(runs, reverse=config.reverse),
+        step_code_operands(runs, reverse=config.reverse),
         [u.dtype, None, None],
         flops=12,
     )
@@ -365,7 +348,7 @@ def backward(config: Config, residuals, cotangents):
     """`(du, dlog_a, dc, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
     (u, log_a, c, initial_state, runs), (dy, dfinal_state) = residuals, cotangents
     job = _job(config, u, log_a, runs, reverse=config.reverse)
-    codes = _codes(runs, reverse=config.reverse)
+    codes = step_code_operands(runs, reverse=config.reverse)
     decays = [p for x in powers.decay(log_a) for p in _parameter_planes(job, x)]
     du, *dinitial = _call(
         _adjoint_kernel,

@@ -8,8 +8,16 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.common import dispatch, segments
 from pallas_kernels.common.backend import Op, call_op
-from pallas_kernels.linear_attention import gpu, reference, tile, tpu, xla
-from pallas_kernels.matrix_state.config import Config, validate_arguments
+from pallas_kernels.linear_attention import gpu, reference, tpu, xla
+from pallas_kernels.matrix_state.config import Config, row_decay, validate_arguments
+from pallas_kernels.matrix_state.decode import one_token
+
+
+def _summary(run, config: Config, q, k, v, log_decay, initial_state, runs):
+    """`(decay, state)`, `(B, H, K or 1, 1)` and `(B, H, K, V)`; see `backend.summarize`."""
+    _, state = run(config, q, k, v, log_decay, initial_state, runs)
+    return row_decay(log_decay, runs, state), state
+
 
 _OP = "linear_attention"
 OP = Op(
@@ -20,8 +28,8 @@ OP = Op(
         "tpu": tpu.BACKEND,
         "gpu": gpu.BACKEND,
     },
-    one_token=xla.one_token,
-    summary=tile.summary,
+    one_token=one_token,
+    summary=_summary,
 )
 
 

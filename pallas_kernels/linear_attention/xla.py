@@ -15,13 +15,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import symbolic
 from pallas_kernels.common.backend import Backend
-from pallas_kernels.linear_attention import tile
-from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state import decay_sums, masks, tile
 from pallas_kernels.matrix_state.config import Config
 
 # Measured on x86: tokens of a chunk, and numbers in the pairs of the chunks worked on together.
-_CHUNK, _CHUNK_BY_KEY = 64, 32
-_AT_ONCE = 2**16
+_CHUNK, _CHUNK_VECTOR_DECAY = 64, 32
+_SCORES_AT_ONCE = 2**16
 
 
 class _Rows(NamedTuple):
@@ -38,8 +37,8 @@ class _Rows(NamedTuple):
 def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
     """Chunks of the arguments, padded with tokens that change nothing."""
     length = v.shape[1]
-    by_key = log_decay is not None and log_decay.ndim == 4
-    size = config.chunk or (_CHUNK_BY_KEY if by_key else _CHUNK)
+    vector_decay = log_decay is not None and log_decay.ndim == 4
+    size = config.chunk or (_CHUNK_VECTOR_DECAY if vector_decay else _CHUNK)
     size = min(size, 1 << (length - 1).bit_length())
     padding = -length % size
     heads = (q.shape[2], v.shape[2] // q.shape[2])
@@ -57,7 +56,7 @@ def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
         g = cut(log_decay.astype(wide), *heads, width)
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, padding)))
-        entering = chunks.entering_runs(runs, size).reshape(-1)
+        entering = masks.entering_runs(runs, size).reshape(-1)
         runs = runs.reshape(-1, size)
     q, k = (cut(x, *x.shape[2:]) for x in (q, k))
     return _Rows(q, k, cut(v, *heads, v.shape[3]), g, runs, entering)
@@ -69,18 +68,18 @@ def _uncut(x, like):
     return x[:, : like.shape[1]].astype(like.dtype)
 
 
-def _documents(rows: _Rows) -> chunks.Documents | None:
-    """Of one chunk."""
+def _documents(rows: _Rows) -> masks.SegmentMasks | None:
+    """The masks of one chunk."""
     if rows.runs is None:
         return None
     run = rows.entering_run[None, None]
-    return chunks.documents(rows.runs[:, None], rows.runs[None], run)
+    return masks.segment_masks(rows.runs[:, None], rows.runs[None], run)
 
 
 def _each(fn, rows: _Rows, *more):
     """`fn` of every chunk, some at a time."""
     heads = rows.v.shape[2] * rows.v.shape[3]
-    at_once = max(1, _AT_ONCE // (heads * rows.v.shape[1] ** 2))
+    at_once = max(1, _SCORES_AT_ONCE // (heads * rows.v.shape[1] ** 2))
     # A loop over a symbolic number of chunks cannot be cut into batches and a rest.
     batch_size = at_once if symbolic.known(rows.v.shape[0], 0) else None
     return jax.lax.map(lambda xs: fn(*xs), (rows, *more), batch_size=batch_size)
@@ -93,27 +92,27 @@ def _heads(fn, rows: _Rows, *more):
     return outer(rows.q, rows.k, rows.v, rows.g, *more)
 
 
-def _by_key(g) -> bool:
+def _vector_decay(g) -> bool:
     return g is not None and g.shape[-1] > 1
 
 
-def _between(decay: tile.Decay, mask):
+def _pair_decay(decay: tile.Decay, mask):
     """The decays between tokens, `(C, C)`, or None."""
-    if decay.levels is None:
+    if decay.level_sums is None:
         return None
-    return tile.pair_decay(decay.levels, [x.T for x in decay.levels], mask)
+    return tile.pair_decay(decay.level_sums, [x.T for x in decay.level_sums], mask)
 
 
-def _added(rows: _Rows):
+def _state_maps(rows: _Rows):
     """`(keep, keeps, added)` of a chunk: what its state's map is."""
     docs = _documents(rows)
 
     def head(q, k, v, g):
-        decay = tile.decay(g, docs, chunks.BY_HALVES)
-        return decay.keep, tile.added(k, v, decay, docs)
+        decay = tile.decay(g, docs, decay_sums.BY_HALVES)
+        return decay.chunk_decay, tile.state_update(k, v, decay, docs)
 
-    keep, added = _heads(head, rows)
-    return keep, None if docs is None else docs.keeps, added
+    chunk_decay, added = _heads(head, rows)
+    return chunk_decay, None if docs is None else docs.carried, added
 
 
 def _output(config: Config, rows: _Rows, state):
@@ -122,12 +121,12 @@ def _output(config: Config, rows: _Rows, state):
     mask = tile.causal(rows.q.shape[0], docs)
 
     def head(q, k, v, g, state):
-        decay = tile.decay(g, docs, chunks.BY_HALVES)
-        if _by_key(g):
-            (pairs,) = tile.pairs_in_blocks((q,), k, decay.levels, mask)
+        decay = tile.decay(g, docs, decay_sums.BY_HALVES)
+        if _vector_decay(g):
+            (A,) = tile.A_in_blocks((q,), k, decay.level_sums, mask)
         else:
-            pairs = tile.pairs_of(tile.dot(q, k, "nt"), _between(decay, mask), mask)
-        return tile.output(q, v, pairs, state, decay, docs, config.scale)
+            A = tile.masked_A(tile.dot(q, k, "nt"), _pair_decay(decay, mask), mask)
+        return tile.output(q, v, A, state, decay, docs, config.scale)
 
     o = _heads(head, rows, state)
     return o.astype(rows.v.dtype)
@@ -139,11 +138,11 @@ def _state_gradient(config: Config, rows: _Rows, do):
     docs = _documents(rows)
 
     def head(q, k, v, g, do):
-        decay = tile.decay(g, docs, chunks.BY_HALVES)
-        return decay.keep, tile.state_gradient(q, do, decay, docs, config.scale)
+        decay = tile.decay(g, docs, decay_sums.BY_HALVES)
+        return decay.chunk_decay, tile.output_vjp_state(q, do, decay, docs, config.scale)
 
-    keep, gradient = _heads(head, rows, jnp.moveaxis(do, 0, 2))
-    return keep, None if docs is None else docs.keeps, gradient
+    chunk_decay, gradient = _heads(head, rows, jnp.moveaxis(do, 0, 2))
+    return chunk_decay, None if docs is None else docs.carried, gradient
 
 
 def _gradients(config: Config, rows: _Rows, do, state, dstate):
@@ -151,30 +150,32 @@ def _gradients(config: Config, rows: _Rows, do, state, dstate):
     docs = _documents(rows)
     mask = tile.causal(rows.q.shape[0], docs)
 
-    summation = chunks.BY_HALVES
+    summation = decay_sums.BY_HALVES
 
     def head(q, k, v, g, do, state, dstate):
         decay = tile.decay(g, docs, summation)
-        if _by_key(g):
-            (pairs,) = tile.pairs_in_blocks((q,), k, decay.levels, mask)
+        if _vector_decay(g):
+            (A,) = tile.A_in_blocks((q,), k, decay.level_sums, mask)
         else:
-            scores, between = tile.dot(q, k, "nt"), _between(decay, mask)
-            pairs = tile.pairs_of(scores, between, mask)
-        d = tile.gradients(q, k, v, pairs, state, decay, docs, config.scale, do, dstate)
-        if _by_key(g):
-            (dq,), dk, dlevels = tile.pairs_in_blocks_gradients(
-                (q,), k, decay.levels, mask, (d.dpairs,)
+            scores, pair_decay = tile.dot(q, k, "nt"), _pair_decay(decay, mask)
+            A = tile.masked_A(scores, pair_decay, mask)
+        d = tile.gradients(q, k, v, A, state, decay, docs, config.scale, do, dstate)
+        if _vector_decay(g):
+            (dq,), dk, dlevels = tile.A_in_blocks_vjp((q,), k, decay.level_sums, mask, (d.dA,))
+            dg = tile.log_decay_vjp(
+                g, dlevels, d.dg_cumsum, d.dg_to_end, d.dg_last, docs, summation
             )
-            dg = tile.decay_gradient(g, dlevels, d.dinto, d.dout, d.dkeep, docs, summation)
             return d.dq + dq, d.dk + dk, d.dv, dg
-        dscores = tile.pairs_of(d.dpairs, between, mask).astype(q.dtype)
+        dscores = tile.masked_A(d.dA, pair_decay, mask).astype(q.dtype)
         dq = d.dq + tile.dot(dscores, k, "nn")
         dk = d.dk + tile.dot(dscores, q, "tn")
         if g is None:
             return dq, dk, d.dv, None
-        more = tile.pairs_gradient(d.dpairs, pairs)
-        dinto, dout, dkeep = (x.sum(1, keepdims=True) for x in (d.dinto, d.dout, d.dkeep))
-        dg = tile.decay_gradient(g, None, dinto, dout, dkeep, docs, summation, more)
+        more = tile.pair_log_decay_vjp(decay_sums.finite_or_large(d.dA * A))
+        dg_cumsum, dg_to_end, dg_last = (
+            x.sum(1, keepdims=True) for x in (d.dg_cumsum, d.dg_to_end, d.dg_last)
+        )
+        dg = tile.log_decay_vjp(g, None, dg_cumsum, dg_to_end, dg_last, docs, summation, more)
         return dq, dk, d.dv, dg
 
     dq, dk, dv, dg = _heads(head, rows, jnp.moveaxis(do, 0, 2), state, dstate)
@@ -182,7 +183,7 @@ def _gradients(config: Config, rows: _Rows, do, state, dstate):
     return dq, dk, dv.astype(rows.v.dtype), dg
 
 
-def _chain(first, keep, keeps, added, *, reverse: bool):
+def _chain(first, chunk_decay, carried, added, *, reverse: bool):
     """The state at the near end of every chunk `(N, G, R, V, K)`, and the one after the last."""
     batch = first.shape[0]
 
@@ -190,13 +191,13 @@ def _chain(first, keep, keeps, added, *, reverse: bool):
         return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 0)
 
     def step(state, chunk):
-        keep, keeps, added = chunk
-        after = state if keep is None else keep * state
-        if keeps is not None:
-            after = tile.only(keeps[..., None, None, :, :], after)
+        chunk_decay, carried, added = chunk
+        after = state if chunk_decay is None else chunk_decay * state
+        if carried is not None:
+            after = tile.zero_where_not(carried[..., None, None, :, :], after)
         return after + added, state
 
-    xs = jax.tree.map(by_time, (keep, keeps, added))
+    xs = jax.tree.map(by_time, (chunk_decay, carried, added))
     last, near = jax.lax.scan(step, first, xs, reverse=reverse)
     return jnp.moveaxis(near, 0, 1).reshape(-1, *near.shape[2:]), last
 
@@ -206,7 +207,7 @@ def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_r
     rows = _cut(config, q, k, v, log_decay, runs)
     grouped = (v.shape[0], *rows.v.shape[2:4], *initial_state.shape[2:])
     first = initial_state.reshape(grouped).swapaxes(-1, -2)
-    states, last = _chain(first, *_each(_added, rows), reverse=False)
+    states, last = _chain(first, *_each(_state_maps, rows), reverse=False)
     o = _each(functools.partial(_output, config), rows, states)
     outputs = _uncut(o, v), last.swapaxes(-1, -2).reshape(initial_state.shape)
     return outputs, (q, k, v, log_decay, runs, states) if return_residuals else None
@@ -229,20 +230,3 @@ def backward(config: Config, residuals, cotangents):
 
 
 BACKEND = Backend(forward, backward)
-
-
-def one_token(config: Config, q, k, v, log_decay, initial_state, runs):
-    """A decoding step: two products with the state, no chunks; JAX differentiates it."""
-    dtype, group = initial_state.dtype, v.shape[2] // q.shape[2]
-    q, k = (jnp.repeat(x[:, 0].astype(dtype), group, axis=1) for x in (q, k))
-    state = initial_state
-    if log_decay is not None:
-        decay = jnp.exp(log_decay[:, 0].astype(dtype))
-        state = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
-    state = state + k[..., None] * v[:, 0].astype(dtype)[:, :, None]
-    o = config.scale * jnp.sum(q[..., None] * state, axis=2)
-    if runs is not None:
-        padding = (runs == 0)[..., None]
-        o = jnp.where(padding, 0.0, o)
-        state = jnp.where(padding[..., None], initial_state, state)
-    return o[:, None].astype(v.dtype), state

@@ -19,12 +19,16 @@ from pallas_kernels.common import compat, planes, segments
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.planes import Planes
+from pallas_kernels.common.tpu import (
+    LANES,
+    SMALL_VMEM_BUDGET,
+    SUBLANES,
+    round_up,
+    sequence_begins,
+    step_code_operands,
+)
 from pallas_kernels.linear_scan import tile
 from pallas_kernels.linear_scan.tile import Config
-
-_LANES, _SUBLANES = 128, 8
-# Of the 16 MiB that a kernel may take on the smallest TPU without asking for more.
-_VMEM_BUDGET = 12 * 2**20
 
 
 class Tiles(NamedTuple):
@@ -38,21 +42,17 @@ def vmem_bytes(tiles: Tiles, planes: int) -> int:
     """Bytes of VMEM that the blocks of the backward kernel, the larger one, take: each twice, so
     that the next is fetched while one is worked on."""
     block = tiles.steps * tiles.width * 4 * planes
-    codes = tiles.steps * _LANES * 4
-    rows = 6 * _SUBLANES * tiles.width * 4 * planes
+    codes = tiles.steps * LANES * 4
+    rows = 6 * SUBLANES * tiles.width * 4 * planes
     return 2 * (5 * block + codes + rows)
 
 
-def choose_tiles(length: int, width: int, planes: int) -> Tiles:
+def choose_tiles(length: int, width: int, planes: int, budget: int = SMALL_VMEM_BUDGET) -> Tiles:
     """The widest block that fits and wastes the fewest channels."""
-    steps = min(256, _round_up(length, 16))
-    tiles = [Tiles(steps, w) for w in range(_LANES, _round_up(width, _LANES) + 1, _LANES)]
-    fitting = [t for t in tiles if vmem_bytes(t, planes) <= _VMEM_BUDGET]
-    return min(fitting, key=lambda t: (_round_up(width, t.width), -t.width))
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+    steps = min(256, round_up(length, 16))
+    tiles = [Tiles(steps, w) for w in range(LANES, round_up(width, LANES) + 1, LANES)]
+    fitting = [t for t in tiles if vmem_bytes(t, planes) <= budget]
+    return min(fitting, key=lambda t: (round_up(width, t.width), -t.width))
 
 
 class _Job(NamedTuple):
@@ -107,22 +107,22 @@ def _decay_block(job: _Job) -> pl.BlockSpec:
 
 def _codes_block(job: _Job) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, _LANES),
+        block_shape=(None, job.tiles.steps, LANES),
         index_map=lambda b, d, i: (b, job.time(i), 0),
     )
 
 
 def _edge(job: _Job) -> pl.BlockSpec:
     """The 8 rows that come before a block in the direction of the forward pass."""
-    per_block = job.tiles.steps // _SUBLANES
-    last = -(-job.length // _SUBLANES) - 1
+    per_block = job.tiles.steps // SUBLANES
+    last = -(-job.length // SUBLANES) - 1
 
     def index(b, d, i):
         first = job.time(i) * per_block
         neighbour = first - 1 if job.reverse else first + per_block
         return b, jnp.clip(neighbour, 0, last), d
 
-    return pl.BlockSpec(block_shape=(None, _SUBLANES, job.tiles.width), index_map=index)
+    return pl.BlockSpec(block_shape=(None, SUBLANES, job.tiles.width), index_map=index)
 
 
 # Loads and stores.
@@ -154,7 +154,7 @@ class _Group:
 
     def shift(self, x: jax.Array, by: int) -> jax.Array:
         """Rows moved by `by` in the direction of travel; the first `by` are arbitrary."""
-        return compat.tpu.roll(x, _SUBLANES - by if self.job.reverse else by, 0)
+        return compat.tpu.roll(x, SUBLANES - by if self.job.reverse else by, 0)
 
     def back(self, x: Planes, before: Planes) -> Planes:
         """Each row replaced by the one before it in the direction of travel."""
@@ -162,7 +162,7 @@ class _Group:
         return planes.where(self.index >= 1, shifted, before)
 
     def last(self, x: Planes) -> Planes:
-        row = 0 if self.job.reverse else _SUBLANES - 1
+        row = 0 if self.job.reverse else SUBLANES - 1
         return tuple(p[row : row + 1] for p in x)
 
     def broadcast(self, row: Planes) -> Planes:
@@ -171,29 +171,24 @@ class _Group:
 
 def _group(job: _Job, i, codes_ref, *, forward_reverse: bool) -> _Group:
     """The i-th group of the block in the direction of travel."""
-    groups = job.tiles.steps // _SUBLANES
-    start = (groups - 1 - i if job.reverse else i) * _SUBLANES
-    rows = pl.ds(pl.multiple_of(start, _SUBLANES), _SUBLANES)
-    shape = (_SUBLANES, job.tiles.width)
+    groups = job.tiles.steps // SUBLANES
+    start = (groups - 1 - i if job.reverse else i) * SUBLANES
+    rows = pl.ds(pl.multiple_of(start, SUBLANES), SUBLANES)
+    shape = (SUBLANES, job.tiles.width)
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     code = None
     if job.segmented:
-        code = jnp.tile(codes_ref[rows, :], (1, job.tiles.width // _LANES))
+        code = jnp.tile(codes_ref[rows, :], (1, job.tiles.width // LANES))
     if job.ragged:
         place = row + start + job.time(pl.program_id(2)) * job.tiles.steps
         if code is None:
             first = job.length - 1 if forward_reverse else 0
             code = jnp.where(place == first, segments.ENTER, segments.KEEP)
         code = jnp.where(place < job.length, code, segments.SKIP)
-    return _Group(rows, code, _SUBLANES - 1 - row if job.reverse else row, job)
+    return _Group(rows, code, SUBLANES - 1 - row if job.reverse else row, job)
 
 
 # The kernels: maths on values between a load and a store.
-
-
-def _sequence_begins():
-    """True in the first block of a strip of channels of a sequence."""
-    return pl.program_id(2) == 0
 
 
 def _forward_kernel(*all_refs, job: _Job):
@@ -202,7 +197,7 @@ def _forward_kernel(*all_refs, job: _Job):
     codes_ref = refs.pop(0) if job.segmented else None
     h_refs, final_refs = (_take(refs, n) for _ in range(2))
 
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         _store(final_refs, _load(initial_refs))
 
@@ -214,7 +209,7 @@ def _forward_kernel(*all_refs, job: _Job):
         if group.code is not None:
             value = planes.where(group.code == segments.SKIP, planes.zeros_like(value), value)
         maps = tile.prefix(
-            decay, value, group.shift, group.index, _SUBLANES, segmented=job.segmented
+            decay, value, group.shift, group.index, SUBLANES, segmented=job.segmented
         )
         after = tile.apply(*maps, group.broadcast(h), segmented=job.segmented)
         visible = after
@@ -225,7 +220,7 @@ def _forward_kernel(*all_refs, job: _Job):
 
     # The final state's block stays in VMEM over all of a sequence: it is the carry too.
     h = _load(final_refs)
-    h = jax.lax.fori_loop(0, job.tiles.steps // _SUBLANES, scan_group, h)
+    h = jax.lax.fori_loop(0, job.tiles.steps // SUBLANES, scan_group, h)
     _store(final_refs, h)
 
 
@@ -235,9 +230,9 @@ def _backward_kernel(*all_refs, job: _Job):
     dh_refs, dfinal_refs = (_take(refs, n) for _ in range(2))
     codes_ref = refs.pop(0) if job.segmented else None
     da_refs, db_refs, dinitial_refs = (_take(refs, n) for _ in range(3))
-    groups = job.tiles.steps // _SUBLANES
+    groups = job.tiles.steps // SUBLANES
 
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         _store(dinitial_refs, _load(dfinal_refs))
         if job.constant:
@@ -245,7 +240,7 @@ def _backward_kernel(*all_refs, job: _Job):
                 ref[...] = jnp.zeros_like(ref)
 
     initial = _load(initial_refs)
-    edge_row = _SUBLANES - 1 if job.reverse else 0
+    edge_row = SUBLANES - 1 if job.reverse else 0
     edge = tuple(p[edge_row : edge_row + 1] for p in _load(edge_refs))
     edge = planes.where(pl.program_id(2) == job.blocks - 1, initial, edge)
 
@@ -263,7 +258,7 @@ def _backward_kernel(*all_refs, job: _Job):
             planes.mul(decay, dh),
             group.shift,
             group.index,
-            _SUBLANES,
+            SUBLANES,
             segmented=job.segmented,
         )
         c_rows = tile.apply(*maps, group.broadcast(c), segmented=job.segmented)
@@ -284,7 +279,7 @@ def _backward_kernel(*all_refs, job: _Job):
             _store(da_refs, da, group.rows)
         return group.last(c_rows), da_sum
 
-    zero = jnp.zeros((_SUBLANES, job.tiles.width), jnp.float32)
+    zero = jnp.zeros((SUBLANES, job.tiles.width), jnp.float32)
     da_sum = (zero,) * n if job.constant else ()
     c, da_sum = jax.lax.fori_loop(0, groups, scan_group, (_load(dinitial_refs), da_sum))
     _store(dinitial_refs, c)
@@ -295,16 +290,16 @@ def _backward_kernel(*all_refs, job: _Job):
 
 def _states_before(job: _Job, group: _Group, i, h_refs, edge: Planes) -> Planes:
     """`h_{t-1}` of each row: the group's own rows moved by one, and one row of its neighbour."""
-    groups = job.tiles.steps // _SUBLANES
+    groups = job.tiles.steps // SUBLANES
     neighbour = jnp.minimum(i + 1, groups - 1)
-    start = (groups - 1 - neighbour if job.reverse else neighbour) * _SUBLANES
-    rows = _load(h_refs, pl.ds(pl.multiple_of(start, _SUBLANES), _SUBLANES))
+    start = (groups - 1 - neighbour if job.reverse else neighbour) * SUBLANES
+    rows = _load(h_refs, pl.ds(pl.multiple_of(start, SUBLANES), SUBLANES))
     # Against the direction of travel: backward travels from the last step to the first.
-    row = _SUBLANES - 1 if job.reverse else 0
+    row = SUBLANES - 1 if job.reverse else 0
     before = planes.where(i == groups - 1, edge, tuple(p[row : row + 1] for p in rows))
     own = _load(h_refs, group.rows)
-    shifted = tuple(compat.tpu.roll(p, 1 if job.reverse else _SUBLANES - 1, 0) for p in own)
-    return planes.where(group.index == _SUBLANES - 1, group.broadcast(before), shifted)
+    shifted = tuple(compat.tpu.roll(p, 1 if job.reverse else SUBLANES - 1, 0) for p in own)
+    return planes.where(group.index == SUBLANES - 1, group.broadcast(before), shifted)
 
 
 # The calls.
@@ -319,14 +314,6 @@ def _job(a, b, runs, tiles: Tiles | None, *, reverse: bool) -> _Job:
 
 def _decay_planes(a) -> Planes:
     return planes.split(a[None] if a.ndim == 1 else a)
-
-
-def _codes(runs, *, reverse: bool) -> list[jax.Array]:
-    """Step codes over a row of lanes, `(B, L, 128)`, as a list of at most one operand."""
-    if runs is None:
-        return []
-    codes = segments.step_codes(runs, reverse=reverse)
-    return [jnp.broadcast_to(codes[:, :, None], (*codes.shape, _LANES))]
 
 
 def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, flops: int):
@@ -352,7 +339,7 @@ def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool
     n = job.planes
     b_planes = planes.split(b)
     initial = planes.split(initial_state[:, None])
-    operands = [*_decay_planes(a), *b_planes, *initial, *_codes(runs, reverse=reverse)]
+    operands = [*_decay_planes(a), *b_planes, *initial, *step_code_operands(runs, reverse=reverse)]
     in_specs = [_decay_block(job)] * n + [_block(job)] * n + [_row(job)] * n
     in_specs += [_codes_block(job)] * job.segmented
     block = compat.out_struct(b.shape, b_planes[0].dtype, *operands)
@@ -379,7 +366,7 @@ def backward(config: Config, residuals, cotangents):
     h_planes, dh_planes = planes.split(h), planes.split(dh)
     initial, dfinal = planes.split(initial_state[:, None]), planes.split(dfinal_state[:, None])
     operands = [*_decay_planes(a), *h_planes, *h_planes, *initial, *dh_planes, *dfinal]
-    operands += _codes(runs, reverse=reverse)
+    operands += step_code_operands(runs, reverse=reverse)
     in_specs = [_decay_block(job)] * n + [_block(job)] * n + [_edge(job)] * n + [_row(job)] * n
     in_specs += [_block(job)] * n + [_row(job)] * n + [_codes_block(job)] * job.segmented
     block = compat.out_struct(h.shape, h_planes[0].dtype, *operands)

@@ -15,10 +15,12 @@ class Config(NamedTuple):
     Attributes:
       scale: factor on the outputs.
       chunk: tokens that meet pairwise; None for what suits the backend.
+      tiles: `matrix_state.tpu.Limits` on a TPU, the family's `Tiles` on a GPU; None for what suits.
     """
 
     scale: float
     chunk: int | None = None
+    tiles: Any = None
 
 
 def validate_arguments(

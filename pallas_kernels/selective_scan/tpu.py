@@ -26,11 +26,17 @@ import jax.numpy as jnp
 from pallas_kernels.common import compat
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.tpu import (
+    LANES,
+    SUBLANES,
+    VMEM_BUDGET,
+    VMEM_LIMIT,
+    round_up,
+    sequence_begins,
+)
 from pallas_kernels.selective_scan import tile
 from pallas_kernels.selective_scan.tile import Config
 from pallas_kernels.selective_scan.tpu_layout import (
-    LANES,
-    SUBLANES,
     Job,
     Specs,
     Spread,
@@ -40,15 +46,12 @@ from pallas_kernels.selective_scan.tpu_layout import (
     Tokens,
     group_tokens,
     pack_shared,
-    round_up,
     tiled,
     unpack_shared,
     untiled,
 )
 
 _FORWARD_GROUP, _BACKWARD_GROUP = 16, 8  # steps unrolled at a time
-_VMEM_BUDGET = 2**25  # half of the smallest memory, 64 MiB on tpu7x
-_VMEM_LIMIT = 3 * 2**24  # what the compiler may take, its own temporaries included
 
 
 def vmem_bytes(tiles: Tiles, states: int) -> int:
@@ -69,14 +72,14 @@ def vmem_bytes(tiles: Tiles, states: int) -> int:
     return 2 * (tokens + shared + per_state + per_channel) + kept + spread + staged + sums
 
 
-def choose_tiles(length: int, width: int, states: int) -> Tiles:
+def choose_tiles(length: int, width: int, states: int, budget: int = VMEM_BUDGET) -> Tiles:
     """As many steps as fit, up to a register's lanes; then the fewest, narrowest tiles."""
     for steps in (128, 64, 32, 16):
         steps = min(steps, round_up(length, 16))  # a tile of bfloat16 is 16 rows high
         for widest in (1024, 512, 256, 128):
             count = -(-width // widest)
             tiles = Tiles(steps, round_up(-(-width // count), LANES))
-            if vmem_bytes(tiles, states) <= _VMEM_BUDGET:
+            if vmem_bytes(tiles, states) <= budget:
                 return tiles
     raise ValueError(
         f"selective_scan: N={states} states a channel do not fit a TPU's memory; "
@@ -87,18 +90,13 @@ def choose_tiles(length: int, width: int, states: int) -> Tiles:
 # The kernels: maths on values between a load and a store.
 
 
-def _sequence_begins():
-    """True in the first block of a strip of channels of a sequence."""
-    return pl.program_id(2) == 0
-
-
 def _forward_kernel(refs: dict[str, Any], job: Job):
     spread = Spread(refs["spread"], job)
     dt_area, flow_area, y_area = (
         Staged(refs[name], job) for name in ("dt_area", "flow_area", "area0")
     )
 
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         refs["final"][...] = refs["initial"][...]
 
@@ -162,7 +160,7 @@ def _skip(at: Tokens, y: jax.Array) -> jax.Array:
 
 
 def _backward_kernel(refs: dict[str, Any], job: Job):
-    @pl.when(_sequence_begins())
+    @pl.when(sequence_begins())
     def _():
         refs["dinitial"][...] = refs["dfinal"][...]
         for name in ("dA", "dD", "dbias"):
@@ -365,7 +363,7 @@ def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> di
         scratch_shapes=[compat.tpu.VMEM((rows, LANES), jnp.float32) for rows in scratch.values()],
         compiler_params=compat.tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_LIMIT,
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         flops=flops * job.batch * job.length * job.width * job.states,
     )(*(array for array, _ in operands.values()))

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.tpu import LANES, SUBLANES, round_up
 from pallas_kernels.selective_scan import tile
 
-LANES, SUBLANES, _HALF = 128, 8, 4
+_HALF = SUBLANES // 2
 
 
 class Tiles(NamedTuple):
@@ -73,10 +74,6 @@ class Job(NamedTuple):
     def place(self, i):
         """The group of a block that is the i-th in the direction of travel."""
         return self.groups - 1 - i if self.reverse else i
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 # Tile bookkeeping: the shape of an array, and which block of it a grid step sees.

@@ -15,13 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch, products
 from seqmodels.layers.splash import splash
-from seqmodels.parallel.rows import over_rows
 
 _SCORES = 2**24
 """Scores that are held at a time: 64 MB."""
 
-_SPLASH_BLOCK = 128
-"""Queries of the smallest block of splash attention."""
+SPLASH_FROM = 128
+"""Queries from which on a TPU takes splash."""
 
 _LEAST_BLOCK = 64
 """Queries of the smallest block; a narrower window leaves too little work for one product."""
@@ -85,19 +84,18 @@ def attend(
     _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions)
     rule = _Rule(causal, window, sinks, float(q.shape[-1] ** -0.5 if scale is None else scale))
     arrays = (q, k, v, q_segments, k_segments, k_positions)
-    short = q.shape[1] < _SPLASH_BLOCK
-    op = functools.partial(
-        dispatch.choose,
+    short = q.shape[1] < SPLASH_FROM
+    return dispatch.choose(
         "attend",
         {
             "portable": functools.partial(_portable, rule),
             "splash": functools.partial(splash, **rule._asdict()),
         },
+        *arrays,
         default="portable",
         tpu="splash",
         unsupported={"splash": f"{q.shape[1]} queries do not fill a block"} if short else {},
     )
-    return over_rows(op, [], arrays, check_vma=short)
 
 
 def _check(q, k, v, causal, window, sinks, q_segments, k_segments, k_positions) -> None:

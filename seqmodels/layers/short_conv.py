@@ -5,10 +5,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels import causal_conv1d
-from seqmodels.parallel.rows import over_rows
+from seqmodels import ops
+from seqmodels.segments import Segments
 
 
 def uniform_taps(taps: int) -> Any:
@@ -46,40 +46,34 @@ class ShortConv(nn.Module):
         x: Float[Array, "b l d"],
         window: Float[Array, "b w d"] | None = None,
         *,
-        runs: Int[Array, "b l"] | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
         """Outputs, zero on padding, and the window after each row's last real token.
 
         Args:
           x: float32 or bfloat16.
           window: the ``W - 1`` tokens before ``x``, all of the row's first document: a mixer takes
-            it from ``RecurrentState.resume``, which zeroes it at a new document. Zeros if None;
-            cast to ``x``'s dtype, in which the new window comes back.
-          runs: document of each token, ``Segments.runs``; 0 is padding. None: one document.
+            it from ``RecurrentState.reset_at_document_start``, which zeroes it at a new document.
+            Zeros if None; cast to ``x``'s dtype, in which the new window comes back.
+          segments: documents; None: one in each row, and no padding.
 
         Raises:
-          ValueError: ``window`` or ``runs`` of a wrong shape.
+          ValueError: ``window`` or ``segments`` of a wrong shape.
         """
         width = x.shape[-1]
         init, taps = uniform_taps(self.taps), (self.taps, width)
         kernel = self.param("kernel", self.kernel_init or init, taps, jnp.float32)
-        shared: list[Any] = [kernel]
+        bias = None
         if self.use_bias:
-            shared.append(self.param("bias", self.bias_init or init, (width,), jnp.float32))
-        if window is not None:
-            window = window.astype(x.dtype)
-
-        def op(*arrays: Any) -> tuple[Array, Array]:
-            *parameters, x, window, runs = arrays
-            return causal_conv1d(
-                x,
-                *parameters,
-                activation=self.activation,
-                initial_state=window,
-                segment_ids=runs,
-            )
-
-        return over_rows(op, shared, [x, window, runs])
+            bias = self.param("bias", self.bias_init or init, (width,), jnp.float32)
+        return ops.causal_conv1d(
+            x,
+            kernel,
+            bias,
+            activation=self.activation,
+            initial_state=None if window is None else window.astype(x.dtype),
+            segments=segments,
+        )
 
 
 def start_window(batch_size: int, taps: int, width: int, dtype: Any) -> Float[Array, "b w d"]:

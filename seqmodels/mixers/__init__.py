@@ -3,7 +3,7 @@
 from typing import Any
 
 from seqmodels.mixers.attention import Attention, AttentionConfig
-from seqmodels.mixers.base import Mark, Mixer, MixerConfig, RecurrentState, Segments, State
+from seqmodels.mixers.base import Mixer, MixerConfig, ParamLabel, RecurrentState, Segments, State
 from seqmodels.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from seqmodels.mixers.deltanet import DeltaNet, DeltaNetConfig
 from seqmodels.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
@@ -92,9 +92,9 @@ __all__ = [
     "Mamba2",
     "Mamba2Config",
     "MambaConfig",
-    "Mark",
     "Mixer",
     "MixerConfig",
+    "ParamLabel",
     "RATConfig",
     "RGLRUConfig",
     "RecurrentState",

@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqmodels.layers.attention import attend
-from seqmodels.mixers.base import RecurrentState, Segments
+from seqmodels import ops
+from seqmodels.mixers.base import RecurrentState, Segments, runs_of
 from seqmodels.mixers.softmax import (
     SoftmaxConfig,
     SoftmaxMixer,
+    all_runs,
     cleared,
     held,
     last_document,
     overflow,
     renewed,
-    runs_of,
     write,
 )
 
@@ -43,7 +43,7 @@ class AttentionConfig(SoftmaxConfig):
         return not self.bidirectional
 
     @property
-    def streams(self) -> bool:
+    def stateful(self) -> bool:
         return not self.bidirectional
 
 
@@ -63,36 +63,34 @@ class Attention(SoftmaxMixer[AttentionConfig]):
     ) -> tuple[Float[Array, "b l d"], Any]:
         positions = state.positions(segments, x.shape[1])
         q, k, v = self.tokens(x, positions)
-        runs = None if segments is None else segments.runs
-        if state.hidden is None:
-            o = attend(q, k, v, causal=self.causal, q_segments=runs, k_segments=runs)
-            return self.readout(o), None
+        runs = runs_of(segments)
+        if state.state is None:
+            o = ops.attention(q, k, v, causal=self.causal, q_segments=runs, k_segments=runs)
+            return self.output_projection(o), None
         before = held(state, segments)
-        runs = runs_of(x, segments)
+        runs = all_runs(x, segments)
         chosen = runs == 1 if segments is None else last_document(segments)
-        clean = (
-            state.hidden if segments is None else cleared(renewed(state, segments), state.hidden)
-        )
-        hidden = {
+        clean = state.state if segments is None else cleared(renewed(state, segments), state.state)
+        kept = {
             name: write(clean[name], new, positions, chosen) for name, new in (("k", k), ("v", v))
         }
-        capacity = hidden["k"].shape[1]
+        capacity = kept["k"].shape[1]
         slots = jnp.arange(capacity, dtype=jnp.int32)[None]
         if x.shape[1] == 1:
             # One token has only its own document to see: that in the cache, itself included.
             seen = jnp.where(slots <= before[:, None], jnp.int32(1), -1)
-            past_k, past_v = (hidden[name].astype(x.dtype) for name in ("k", "v"))
+            past_k, past_v = (kept[name].astype(x.dtype) for name in ("k", "v"))
             ones = jnp.ones_like(runs)
-            o = attend(q, past_k, past_v, causal=False, q_segments=ones, k_segments=seen)
+            o = ops.attention(q, past_k, past_v, causal=False, q_segments=ones, k_segments=seen)
         else:
             seen = jnp.where(slots < before[:, None], jnp.int32(1), -1)
             all_k, all_v = (
-                jnp.concatenate([state.hidden[name].astype(x.dtype), new], axis=1)
+                jnp.concatenate([state.state[name].astype(x.dtype), new], axis=1)
                 for name, new in (("k", k), ("v", v))
             )
             keys = jnp.concatenate([seen, runs], axis=1)
-            o = attend(q, all_k, all_v, q_segments=runs, k_segments=keys)
-        return overflow(self.readout(o), (positions < 0) | (positions >= capacity)), hidden
+            o = ops.attention(q, all_k, all_v, q_segments=runs, k_segments=keys)
+        return overflow(self.output_projection(o), (positions < 0) | (positions >= capacity)), kept
 
     def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
         shape = (batch_size, self.require_length(max_length), self.config.groups, self.head_size)

@@ -1,4 +1,4 @@
-"""The mixer contract: segments, carried state, parameter marks, the base classes."""
+"""The mixer contract: carried state, labels of parameters, the base classes."""
 
 import dataclasses
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -7,65 +7,22 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import linear_scan
-from pallas_kernels.common import segments as segment_ops
 from seqmodels.arguments import segment_order
 from seqmodels.layers.positions import further
-from seqmodels.parallel.rows import over_rows
 from seqmodels.ranges import Checked
+from seqmodels.segments import Segments as Segments
+from seqmodels.segments import mask_padding as mask_padding
+from seqmodels.segments import runs_of as runs_of
 
 State = Any
-"""What a mixer carries from call to call: a pytree; ``None`` where a mixer does not stream."""
-
-
-@flax.struct.dataclass
-class Segments:
-    """Which document each token of a batch belongs to; built once per batch.
-
-    Attributes:
-      ids: ``(B, L)`` int32, the caller's document ids; 0 is padding, only at the end of a row.
-      runs: ``(B, L)`` int32, documents numbered 1.. along each row; 0 on padding.
-      positions: ``(B, L)`` int32, from the start of the document within this row.
-      single: static promise that every row is *one* document followed by padding. Mixers then
-        take paths that need no resets.
-    """
-
-    ids: Any
-    runs: Any
-    positions: Any
-    single: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @classmethod
-    def from_ids(cls, ids: Shaped[Array | np.ndarray, "..."], single: bool = False) -> "Segments":
-        """Derives runs and positions from ``ids``, integers ``(B, L)``.
-
-        Raises:
-          ValueError: no integers ``(B, L)``; and where the values can be read (numpy, or JAX
-            outside of jit), a negative id, padding before a real token, or several documents in a
-            row that is ``single``.
-        """
-        segment_order(ids, single)
-        ids = jnp.asarray(ids, jnp.int32)
-        runs = segment_ops.runs(ids)
-        return cls(ids=ids, runs=runs, positions=segment_ops.positions(runs), single=single)
-
-    @property
-    def mask(self) -> Bool[Array, "b l"]:
-        """True on real tokens."""
-        return self.ids != 0
-
-    @property
-    def lengths(self) -> Int[Array, " b"]:
-        """Real tokens in each row."""
-        return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
+"""What a mixer carries from call to call: a pytree; ``None`` where a mixer is not stateful."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Mark:
-    """How the optimizer treats one parameter.
+class ParamLabel:
+    """How the optimizer treats one parameter; a tree of them is optax's ``param_labels``.
 
     Attributes:
       group: name of the learning-rate group; "main" follows the global rate, "ssm" has its own.
@@ -78,7 +35,11 @@ class Mark:
     float32: bool = False
 
 
-SSM = Mark(group="ssm", weight_decay=False, float32=True)
+SSM_LABEL = ParamLabel(group="ssm", weight_decay=False, float32=True)
+"""State-space parameters: their own learning rate, no weight decay."""
+
+NO_DECAY_LABEL = ParamLabel(weight_decay=False, float32=True)
+"""Decays, biases of steps and skip connections of selective and gated layers."""
 
 
 @flax.struct.dataclass
@@ -86,43 +47,43 @@ class RecurrentState:
     """State of a recurrent mixer.
 
     Attributes:
-      hidden: pytree of ``(B, ...)`` arrays, the recurrent state after the last real token.
+      state: pytree of ``(B, ...)`` arrays, the recurrent state after the last real token.
       position: ``(B,)`` int32, tokens seen of the current document; from 2^31 on a negative
         number, see ``seqmodels.layers.positions``.
       segment: ``(B,)`` int32, id of the current document; 0 before the first token.
     """
 
-    hidden: Any
+    state: Any
     position: Any
     segment: Any
 
     @classmethod
-    def start(cls, hidden: Any, batch_size: int) -> "RecurrentState":
-        """The state before the first token, around an all-zero ``hidden``."""
+    def start(cls, state: Any, batch_size: int) -> "RecurrentState":
+        """The state before the first token, around an all-zero ``state``."""
         # Two arrays: one could not be donated twice.
         position, segment = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
-        return cls(hidden=hidden, position=position, segment=segment)
+        return cls(state=state, position=position, segment=segment)
 
-    def resume(self, segments: Segments | None) -> Any:
-        """``hidden``, zeroed in the rows where a new document begins at the first token."""
+    def reset_at_document_start(self, segments: Segments | None) -> Any:
+        """``state``, zeroed in the rows where a new document begins at the first token."""
         if segments is None:
-            return self.hidden
+            return self.state
         keep = ~self._starts(segments)
 
         def zero(part: Array) -> Array:
             return jnp.where(keep.reshape(-1, *(1,) * (part.ndim - 1)), part, jnp.zeros_like(part))
 
-        return jax.tree.map(zero, self.hidden)
+        return jax.tree.map(zero, self.state)
 
-    def advance(self, hidden: Any, segments: Segments | None, length: int) -> "RecurrentState":
-        """The state after ``length`` more tokens that led to ``hidden``.
+    def update(self, state: Any, segments: Segments | None, length: int) -> "RecurrentState":
+        """The state after ``length`` more tokens that led to ``state``.
 
         Without segments the tokens continue the current document. A row of padding leaves
-        position and segment as they are; the caller sees to ``hidden``.
+        position and segment as they are; the caller sees to ``state``.
         """
         if segments is None:
             position = further(self.position, jnp.full_like(self.position, length))
-            return RecurrentState(hidden, position, jnp.maximum(self.segment, 1))
+            return RecurrentState(state, position, jnp.maximum(self.segment, 1))
         lengths = segments.lengths
         last = jnp.maximum(lengths - 1, 0)[:, None]
         run, place, name = (
@@ -132,7 +93,7 @@ class RecurrentState:
         before = jnp.where(run == 1, self._continued(segments), 0)
         some = lengths > 0
         return RecurrentState(
-            hidden,
+            state,
             jnp.where(some, further(before, place + 1), self.position),
             jnp.where(some, name, self.segment),
         )
@@ -154,45 +115,6 @@ class RecurrentState:
         return (first != 0) & (first != self.segment)
 
 
-def recurrence(
-    a: Inexact[Array, " d"],
-    b: Inexact[Array, "b l d"],
-    *,
-    segments: Segments | None = None,
-    hidden: Inexact[Array, "b d"] | None = None,
-    reverse: bool = False,
-) -> tuple[Inexact[Array, "b l d"], Inexact[Array, "b d"]]:
-    """``linear_scan`` that uses the promise of ``segments.single``.
-
-    One document followed by padding needs no resets: with ``b`` zeroed on padding the reverse scan
-    enters the document with a zero state, and the forward scan runs past its end, where outputs
-    are *unspecified* (mixers mask theirs). The final state is that of the last real token.
-    """
-
-    def scan(a: Array, b: Array, hidden: Array | None, runs: Array | None) -> tuple[Array, Array]:
-        return linear_scan(a, b, initial_state=hidden, segment_ids=runs, reverse=reverse)
-
-    if segments is None or not segments.single:
-        runs = None if segments is None else segments.runs
-        return over_rows(scan, [a], [b, hidden, runs])
-    h, final = over_rows(scan, [a], [mask_padding(b, segments), hidden, None])
-    if reverse:
-        return h, final
-    lengths = segments.lengths
-    last = jnp.maximum(lengths - 1, 0)
-    final = jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
-    empty = jnp.zeros_like(final) if hidden is None else hidden
-    return h, jnp.where(lengths[:, None] > 0, final, empty)
-
-
-def mask_padding(x: Inexact[Array, "b l *d"], segments: Segments | None) -> Any:
-    """``x`` with zeros on padding."""
-    if segments is None:
-        return x
-    mask = segments.mask.reshape(*segments.ids.shape, *(1,) * (x.ndim - 2))
-    return jnp.where(mask, x, jnp.zeros_like(x))
-
-
 Implementation = Literal["reference", "xla", "tpu", "gpu"]
 """Of a kernel, see ``pallas_kernels.common.dispatch``."""
 
@@ -209,12 +131,12 @@ class MixerConfig(Checked):
         return True
 
     @property
-    def streams(self) -> bool:
+    def stateful(self) -> bool:
         """Whether the mixer takes and returns a state."""
         return True
 
     @property
-    def packs(self) -> bool:
+    def supports_packing(self) -> bool:
         """Whether a row may hold several documents."""
         return True
 
@@ -223,7 +145,7 @@ class MixerConfig(Checked):
         del layer, layers
         return self
 
-    def marks(self) -> dict[str, Mark]:
+    def param_labels(self) -> dict[str, ParamLabel]:
         """Parameters (by name within the mixer) that the optimizer must treat specially."""
         return {}
 
@@ -250,7 +172,7 @@ class Mixer(nn.Module, Generic[Config]):
         state: State = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], State]:
-        """Returns outputs and the state after the last real token (None if it does not stream).
+        """Returns outputs and the state after the last real token (None if it is not stateful).
 
         Raises:
           ValueError: ``x``, ``segments`` or ``state`` of a wrong shape, or a feature that this
@@ -264,7 +186,7 @@ class Mixer(nn.Module, Generic[Config]):
         """The state before the first token; ``dtype`` is that of cached activations, if any."""
         raise NotImplementedError
 
-    def state_size(self, length: int) -> int:
+    def state_bytes(self, length: int) -> int:
         """Bytes of state that one row holds after ``length`` tokens."""
         state = jax.eval_shape(lambda: self.initial_state(1, max_length=length))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -274,12 +196,12 @@ class Mixer(nn.Module, Generic[Config]):
         return self.config.causal
 
     @property
-    def streams(self) -> bool:
-        return self.config.streams
+    def stateful(self) -> bool:
+        return self.config.stateful
 
     @property
-    def packs(self) -> bool:
-        return self.config.packs
+    def supports_packing(self) -> bool:
+        return self.config.supports_packing
 
     def check(self, x: Array, segments: Segments | None, state: State) -> None:
         """Refuses bad arguments at trace time; see ``__call__``."""
@@ -296,22 +218,22 @@ class Mixer(nn.Module, Generic[Config]):
             )
         if segments is not None:
             segment_order(segments.ids, segments.single)
-        if segments is not None and not self.packs and not segments.single:
+        if segments is not None and not self.supports_packing and not segments.single:
             raise ValueError(
                 f"{name}: segments with several documents a row are not supported; put one "
                 "document in a row and build Segments.from_ids(ids, single=True)"
             )
         if state is not None:
-            self.require_streams("state")
+            self.require_stateful("state")
             if state.segment.shape != x.shape[:1]:
                 raise ValueError(
                     f"{name}: state is for a batch of {state.segment.shape[0]}, x has "
                     f"{x.shape[0]} rows; take initial_state({x.shape[0]})"
                 )
 
-    def require_streams(self, argument: str) -> None:
+    def require_stateful(self, argument: str) -> None:
         """Refuses ``argument`` where the configuration carries no state."""
-        if not self.streams:
+        if not self.stateful:
             raise ValueError(
                 f"{self.config.mixer} mixer: {argument} is refused, a bidirectional mixer sees the "
                 "whole sequence and carries no state; set bidirectional=False to stream"

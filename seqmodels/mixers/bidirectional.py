@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqmodels.mixers.base import Mark, Mixer, MixerConfig, Segments, State
+from seqmodels.mixers.base import Mixer, MixerConfig, ParamLabel, Segments, State
 from seqmodels.mixers.mamba import MambaConfig
 
 
@@ -38,19 +38,19 @@ class BidirectionalConfig(MixerConfig):
         return False
 
     @property
-    def streams(self) -> bool:
+    def stateful(self) -> bool:
         return False
 
     @property
-    def packs(self) -> bool:
-        return self.local.packs
+    def supports_packing(self) -> bool:
+        return self.local.supports_packing
 
     def at(self, layer: int, layers: int) -> "BidirectionalConfig":
         return dataclasses.replace(self, local=self.local.at(layer, layers))
 
-    def marks(self) -> dict[str, Mark]:
-        marks = self.local.marks()
-        return {f"{side}/{name}": mark for side in _sides(self) for name, mark in marks.items()}
+    def param_labels(self) -> dict[str, ParamLabel]:
+        labels = self.local.param_labels()
+        return {f"{side}/{name}": label for side in _sides(self) for name, label in labels.items()}
 
 
 def _sides(config: BidirectionalConfig) -> tuple[str, ...]:
@@ -87,9 +87,9 @@ class Bidirectional(Mixer[BidirectionalConfig]):
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> NoReturn:
         """Raises ValueError: there is none."""
-        self.require_streams("initial_state")
+        self.require_stateful("initial_state")
 
-    def require_streams(self, argument: str) -> NoReturn:
+    def require_stateful(self, argument: str) -> NoReturn:
         name = self.config.local.mixer
         raise ValueError(
             f"bidirectional mixer: {argument} is refused, a bidirectional mixer sees the whole "

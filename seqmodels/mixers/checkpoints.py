@@ -5,12 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import Cache
+from seqmodels import ops
 from seqmodels.layers.positions import clipped
 from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.softmax import cleared, held, renewed
-from seqmodels.parallel.rows import over_rows
 
 
 def attend_checkpoints(
@@ -30,28 +29,15 @@ def attend_checkpoints(
     none are kept and nothing precedes. A token costs the update of one checkpoint, in place where
     the state is donated, and what it reads of them.
     """
-    runs = None if segments is None else segments.runs
-    options: dict[str, Any] = {"interval": interval, "implementation": implementation}
+    options: dict[str, Any] = {"interval": interval, "segments": segments}
     if caches is None:
-
-        def whole(q: Array, k: Array, v: Array, runs: Any) -> Array:
-            return checkpoint_attention(q, k, v, segment_ids=runs, **options)
-
-        return over_rows(whole, [], [q, k, v, runs]), None
-
-    def continued(q: Array, k: Array, v: Array, cache: Cache, runs: Any) -> Array:
-        past: dict[str, Any] = cache.past(interval)
-        past |= {name: past[name].astype(q.dtype) for name in ("past_k", "past_v")}
-        return checkpoint_attention(q, k, v, segment_ids=runs, **past, **options)
-
+        return ops.checkpoint_attention(q, k, v, implementation=implementation, **options), None
     before = clipped(held(state, segments))
-    o = over_rows(continued, [], [q, k, v, Cache(caches["k"], caches["v"], before), runs])
+    cache = Cache(caches["k"], caches["v"], before)
+    o = ops.checkpoint_attention(q, k, v, cache=cache, implementation=implementation, **options)
     if segments is not None:
         caches = cleared(renewed(state, segments), caches)
-    dtype = caches["k"].dtype
-    after = Cache(caches["k"], caches["v"], before).extend(
-        k.astype(dtype), v.astype(dtype), interval=interval, segment_ids=runs
-    )
+    after = ops.extend_cache(Cache(caches["k"], caches["v"], before), k, v, **options)
     return o, {"k": after.k, "v": after.v}
 
 

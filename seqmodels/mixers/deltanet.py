@@ -53,7 +53,7 @@ class DeltaNet(DeltaMixer[DeltaNetConfig]):
     def mix(
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
-        hidden = state.resume(segments)
-        tokens, windows = self.convolved(x, hidden, segments)
-        o, memory = self.correct(tokens, self.beta(x), None, hidden["memory"], segments)
-        return self.readout(o), {"memory": memory, **windows}
+        entering = state.reset_at_document_start(segments)
+        tokens, windows = self.convolved(x, entering, segments)
+        o, final_state = self.delta_rule(tokens, self.beta(x), None, entering["state"], segments)
+        return self.output_projection(o), {"state": final_state, **windows}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import log_of_uniform, step_bias
-from seqmodels.mixers.base import Mark, RecurrentState, Segments
+from seqmodels.mixers.base import NO_DECAY_LABEL, ParamLabel, RecurrentState, Segments
 from seqmodels.mixers.matrix import DeltaConfig, DeltaMixer, Sizes
 from seqmodels.mixers.published import Published
 from seqmodels.ranges import Positive, Size
@@ -43,8 +43,8 @@ class GatedDeltaNetConfig(DeltaConfig):
                 f"GatedDeltaNetConfig: key_heads={self.key_heads} must divide heads={self.heads}"
             )
 
-    def marks(self) -> dict[str, Mark]:
-        return dict.fromkeys(("A_log", "dt_bias"), Mark(weight_decay=False, float32=True))
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return dict.fromkeys(("A_log", "dt_bias"), NO_DECAY_LABEL)
 
 
 GATED_DELTANET_1_3B = Published(width=2048, layers=21, config=GatedDeltaNetConfig())
@@ -81,12 +81,12 @@ class GatedDeltaNet(DeltaMixer[GatedDeltaNetConfig]):
     def mix(
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
-        hidden, sizes = state.resume(segments), self.sizes
-        tokens, windows = self.convolved(x, hidden, segments)
-        decay, memory = self._log_decay(x), hidden["memory"]
-        o, memory = self.correct(tokens, self.beta(x), decay, memory, segments)
+        entering, sizes = state.reset_at_document_start(segments), self.sizes
+        tokens, windows = self.convolved(x, entering, segments)
+        decay, initial_state = self._log_decay(x), entering["state"]
+        o, final_state = self.delta_rule(tokens, self.beta(x), decay, initial_state, segments)
         gate = self.project(x, sizes.heads * sizes.value, "g_proj")
-        return self.readout(o, gate), {"memory": memory, **windows}
+        return self.output_projection(o, gate), {"state": final_state, **windows}
 
     def _log_decay(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h"]:
         heads = self.config.heads

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import split_heads
-from seqmodels.mixers.base import Mark, RecurrentState, Segments
+from seqmodels.mixers.base import NO_DECAY_LABEL, ParamLabel, RecurrentState, Segments
 from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
 from seqmodels.mixers.published import Published
 from seqmodels.ranges import Count, Size
@@ -43,9 +43,8 @@ class HGRN2Config(MatrixConfig):
     def at(self, layer: int, layers: int) -> "HGRN2Config":
         return dataclasses.replace(self, layer=layer, layers=layers)
 
-    def marks(self) -> dict[str, Mark]:
-        bound = Mark(weight_decay=False, float32=True)
-        return {"lower_bound": bound} if self.layer else {}
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return {"lower_bound": NO_DECAY_LABEL} if self.layer else {}
 
 
 HGRN2_1_3B = Published(width=2048, layers=24, config=HGRN2Config(layers=24))
@@ -80,10 +79,11 @@ class HGRN2(MatrixMixer[HGRN2Config]):
         v = self.project(x, self.width, "i_proj")
         logits = self.project(x, self.width, "f_proj").astype(jnp.float32)
         decay, k = self._gate(logits)
-        parts = (split_heads(part, size) for part in (q, k.astype(x.dtype), v))
-        memory = state.resume(segments)["memory"]
-        o, memory = self.attend(Tokens(*parts), split_heads(decay, size), memory, segments)
-        return self.readout(o, per_head=False), {"memory": memory}
+        tokens = Tokens(*(split_heads(part, size) for part in (q, k.astype(x.dtype), v)))
+        decay = split_heads(decay, size)
+        initial_state = state.reset_at_document_start(segments)["state"]
+        o, final_state = self.linear_attention(tokens, decay, initial_state, segments)
+        return self.output_projection(o, per_head=False), {"state": final_state}
 
     def _gate(
         self, logits: Float[Array, "b l d"]

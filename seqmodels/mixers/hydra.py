@@ -16,7 +16,7 @@ from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.mixers.base import Mixer, RecurrentState, Segments, State, mask_padding
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.ssd import SSDConfig, dual, steps
+from seqmodels.mixers.ssd import SSDConfig, ssd, steps
 from seqmodels.ranges import Size
 
 
@@ -42,11 +42,11 @@ class HydraConfig(SSDConfig):
         return False
 
     @property
-    def streams(self) -> bool:
+    def stateful(self) -> bool:
         return False
 
     @property
-    def packs(self) -> bool:
+    def supports_packing(self) -> bool:
         return False
 
 
@@ -95,9 +95,9 @@ class Hydra(Mixer[HydraConfig]):
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
         """Raises ValueError: there is none."""
-        self.require_streams("initial_state")
+        self.require_stateful("initial_state")
 
-    def require_streams(self, argument: str) -> NoReturn:
+    def require_stateful(self, argument: str) -> NoReturn:
         raise ValueError(
             f"hydra mixer: {argument} is refused, a bidirectional mixer sees the whole sequence "
             "and carries no state; take mamba2 to stream"
@@ -131,7 +131,7 @@ class Hydra(Mixer[HydraConfig]):
         step = steps(turned(dt), jnp.tile(bias, 2), config.time_step_limit)
         shape = (x.shape[0], 2 * heads, config.state_size, config.head_size)
         values = jnp.concatenate([x, x[:, ::-1]], axis=2)
-        y, _ = dual(
+        y, _ = ssd(
             values,
             step,
             jnp.tile(a_log, 2),

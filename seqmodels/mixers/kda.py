@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import LowRank, log_of_uniform, split_heads, step_bias
-from seqmodels.mixers.base import Mark, RecurrentState, Segments
+from seqmodels.mixers.base import NO_DECAY_LABEL, ParamLabel, RecurrentState, Segments
 from seqmodels.mixers.matrix import DeltaConfig, DeltaMixer, Sizes
 from seqmodels.mixers.published import Published
 from seqmodels.ranges import Negative, Size
@@ -37,8 +37,8 @@ class KDAConfig(DeltaConfig):
     gate_bias: bool = True
     log_decay_bound: Negative | None = None
 
-    def marks(self) -> dict[str, Mark]:
-        return dict.fromkeys(("A_log", "dt_bias"), Mark(weight_decay=False, float32=True))
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return dict.fromkeys(("A_log", "dt_bias"), NO_DECAY_LABEL)
 
 
 KIMI_LINEAR = Published(width=2304, layers=20, config=KDAConfig(heads=32, gate_bias=False))
@@ -64,12 +64,12 @@ class KDA(DeltaMixer[KDAConfig]):
     def mix(
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
-        hidden = state.resume(segments)
-        tokens, windows = self.convolved(x, hidden, segments)
-        decay, memory = self._log_decay(x), hidden["memory"]
-        o, memory = self.correct(tokens, self.beta(x), decay, memory, segments)
+        entering = state.reset_at_document_start(segments)
+        tokens, windows = self.convolved(x, entering, segments)
+        decay, initial_state = self._log_decay(x), entering["state"]
+        o, final_state = self.delta_rule(tokens, self.beta(x), decay, initial_state, segments)
         gate = self._low_rank("g_proj", use_bias=self.config.gate_bias)(x)
-        return self.readout(o, gate, jax.nn.sigmoid), {"memory": memory, **windows}
+        return self.output_projection(o, gate, jax.nn.sigmoid), {"state": final_state, **windows}
 
     def _low_rank(self, name: str, *, use_bias: bool = False, dtype: Any = None) -> LowRank:
         config = self.config

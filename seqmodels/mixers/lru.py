@@ -15,15 +15,15 @@ from jax.nn import initializers
 from jaxtyping import Array, Complex, Float
 
 from seqmodels.mixers.base import (
-    SSM,
-    Mark,
+    SSM_LABEL,
     Mixer,
     MixerConfig,
+    ParamLabel,
     RecurrentState,
     Segments,
     mask_padding,
 )
-from seqmodels.mixers.projected import both_ways, from_left
+from seqmodels.mixers.mimo_scan import bidirectional_mimo_scan, mimo_scan
 from seqmodels.mixers.published import Published
 from seqmodels.ranges import Portion, Range, Share, Size
 
@@ -61,12 +61,12 @@ class LRUConfig(MixerConfig):
         return not self.bidirectional
 
     @property
-    def streams(self) -> bool:
+    def stateful(self) -> bool:
         return not self.bidirectional
 
-    def marks(self) -> dict[str, Mark]:
-        system = dict.fromkeys(("nu_log", "theta_log", "gamma_log", "B_re", "B_im"), SSM)
-        return system | dict.fromkeys(("C_re", "C_im", "D"), Mark(float32=True))
+    def param_labels(self) -> dict[str, ParamLabel]:
+        system = dict.fromkeys(("nu_log", "theta_log", "gamma_log", "B_re", "B_im"), SSM_LABEL)
+        return system | dict.fromkeys(("C_re", "C_im", "D"), ParamLabel(float32=True))
 
 
 LRU_LRA = {
@@ -99,27 +99,28 @@ class LRU(Mixer[LRUConfig]):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], RecurrentState | None]:
         self.check(x, segments, state)
-        if state is None and self.streams:
+        if state is None and self.stateful:
             state = self.initial_state(x.shape[0])
         u = x.astype(jnp.float32)
-        decay, into = self._system()
-        readout, final = self._readout(), None
+        decay, input_projection = self._system()
+        output_projection, final = self._output_projection(), None
         if state is None:
-            y = both_ways(u, decay, into, readout, segments)
+            y = bidirectional_mimo_scan(u, decay, input_projection, output_projection, segments)
         else:
-            y, final = from_left(u, decay, into, readout, segments, state.resume(segments))
+            entering = state.reset_at_document_start(segments)
+            y, final = mimo_scan(u, decay, input_projection, output_projection, segments, entering)
         skip = self.param("D", initializers.normal(1.0), (self.width,), jnp.float32)
         y = y + jnp.broadcast_to(skip, u.shape) * u  # not skip[None, None], as in S5
         y = mask_padding(y, segments).astype(x.dtype)
-        return y, None if state is None else state.advance(final, segments, x.shape[1])
+        return y, None if state is None else state.update(final, segments, x.shape[1])
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``hidden`` is complex64 ``(B, N)``; ``dtype`` and ``max_length`` are unused."""
-        self.require_streams("initial_state")
-        hidden = jnp.zeros((batch_size, self.config.state_size), jnp.complex64)
-        return RecurrentState.start(hidden, batch_size)
+        """Zeros: ``state`` is complex64 ``(B, N)``; ``dtype`` and ``max_length`` are unused."""
+        self.require_stateful("initial_state")
+        zeros = jnp.zeros((batch_size, self.config.state_size), jnp.complex64)
+        return RecurrentState.start(zeros, batch_size)
 
     def _system(self) -> tuple[Complex[Array, " n"], Float[Array, "h 2*n"]]:
         """λ, and ``γ B`` transposed, as planes ``[re, im]``."""
@@ -134,7 +135,7 @@ class LRU(Mixer[LRUConfig]):
         gain = jnp.tile(jnp.exp(gamma_log), 2)
         return decay, jnp.concatenate(b).T * jnp.broadcast_to(gain, (self.width, gain.size))
 
-    def _readout(self) -> Float[Array, "planes h"]:
+    def _output_projection(self) -> Float[Array, "planes h"]:
         """C laid out for the planes [re, im] of each direction's states."""
         states, directions = self.config.state_size, 2 if self.config.bidirectional else 1
         init = initializers.normal(states**-0.5)

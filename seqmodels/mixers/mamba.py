@@ -12,22 +12,22 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import selective_scan
+from seqmodels import ops
 from seqmodels.layers.heads import step_bias
 from seqmodels.layers.projections import dense, rms_normalise, uniform_fan_in
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import (
+    NO_DECAY_LABEL,
     Implementation,
-    Mark,
     Mixer,
     MixerConfig,
+    ParamLabel,
     RecurrentState,
     Segments,
     mask_padding,
 )
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.ssm import SYSTEM, check_step_range
-from seqmodels.parallel.rows import over_rows
+from seqmodels.mixers.ssm import check_step_range
 from seqmodels.ranges import Positive, Size
 
 
@@ -68,8 +68,8 @@ class MambaConfig(MixerConfig):
         super().__post_init__()
         check_step_range("MambaConfig", self.dt_min, self.dt_max)
 
-    def marks(self) -> dict[str, Mark]:
-        return dict.fromkeys(("A_log", "D", "dt_proj/bias"), SYSTEM)
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return dict.fromkeys(("A_log", "D", "dt_proj/bias"), NO_DECAY_LABEL)
 
 
 MAMBA_130M = Published(768, 24, MambaConfig(layers=24))
@@ -104,54 +104,46 @@ class Mamba(Mixer[MambaConfig]):
         config = self.config
         if state is None:
             state = self.initial_state(x.shape[0], dtype=x.dtype)
-        hidden = state.resume(segments)
-        runs = None if segments is None else segments.runs
+        entering = state.reset_at_document_start(segments)
         both = dense(x, 2 * self.inner, "in_proj", use_bias=config.use_bias)
         inner, gate = jnp.split(both, 2, axis=-1)
         conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")
-        inner, window = conv(inner, hidden["conv"], runs=runs)
-        shared, rows = self._selection(inner)
-
-        def op(a: Any, skip: Any, bias: Any, *rows: Any) -> tuple[Array, Array]:
-            x, dt, b, c, gate, memory, runs = rows
-            return selective_scan(
-                x,
-                dt,
-                a,
-                b,
-                c,
-                skip,
-                gate=gate,
-                dt_bias=bias,
-                dt_softplus=True,
-                initial_state=memory,
-                segment_ids=runs,
-                implementation=config.implementation,
-            )
-
-        y, memory = over_rows(op, shared, [inner, *rows, gate, hidden["ssm"], runs])
+        inner, window = conv(inner, entering["conv"], segments=segments)
+        parameters, (dt, b, c) = self._selection(inner)
+        y, final_state = ops.selective_scan(
+            inner,
+            dt,
+            B=b,
+            C=c,
+            gate=gate,
+            dt_softplus=True,
+            initial_state=entering["state"],
+            segments=segments,
+            implementation=config.implementation,
+            **parameters,
+        )
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
-        state = state.advance({"conv": window, "ssm": memory}, segments, x.shape[1])
+        state = state.update({"conv": window, "state": final_state}, segments, x.shape[1])
         return mask_padding(y, segments), state
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``hidden`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"ssm"``
+        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"state"``
         float32 ``(B, E, N)``."""
-        memory = jnp.zeros((batch_size, self.inner, self.config.state_size), jnp.float32)
+        zeros = jnp.zeros((batch_size, self.inner, self.config.state_size), jnp.float32)
         window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
-        return RecurrentState.start({"conv": window, "ssm": memory}, batch_size)
+        return RecurrentState.start({"conv": window, "state": zeros}, batch_size)
 
     @property
     def inner(self) -> int:
         """E, the channels of the recurrence."""
         return self.config.expand * self.width
 
-    def _selection(self, x: Float[Array, "b l e"]) -> tuple[list[Array], list[Array]]:
-        """``A (E, N)``, ``D (E,)``, the steps' bias ``(E,)``; and what each token says: its step
-        before bias and softplus ``(B, L, E)``, B and C ``(B, L, N)``."""
+    def _selection(self, x: Float[Array, "b l e"]) -> tuple[dict[str, Array], list[Array]]:
+        """``A (E, N)``, ``D (E,)``, ``dt_bias (E,)``; and what each token says: its step before
+        bias and softplus ``(B, L, E)``, B and C ``(B, L, N)``."""
         config, states = self.config, self.config.state_size
         rank = -(-self.width // 16) if config.dt_rank is None else config.dt_rank
         parts = dense(x, rank + 2 * states, "x_proj")
@@ -162,7 +154,7 @@ class Mamba(Mixer[MambaConfig]):
         dt, bias = step(dt)
         a_log = self.param("A_log", _log_of_state_numbers, (self.inner, states))
         skip = self.param("D", nn.initializers.ones, (self.inner,), jnp.float32)
-        return [-jnp.exp(a_log), skip, bias], [dt, b, c]
+        return {"A": -jnp.exp(a_log), "D": skip, "dt_bias": bias}, [dt, b, c]
 
 
 class StepProjection(nn.Module):

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import log_of_uniform, merge_heads, split_heads, step_bias
 from seqmodels.layers.projections import dense, rms_normalise, uniform_fan_in
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import Mixer, RecurrentState, Segments, mask_padding
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.ssd import SSDConfig, dual, steps
+from seqmodels.mixers.ssd import SSDConfig, ssd, steps
 from seqmodels.ranges import Size
 
 
@@ -67,30 +67,29 @@ class Mamba2(Mixer[Mamba2Config]):
         config = self.config
         if state is None:
             state = self.initial_state(x.shape[0], dtype=x.dtype)
-        hidden = state.resume(segments)
-        runs = None if segments is None else segments.runs
+        entering = state.reset_at_document_start(segments)
         inner, heads, shared = self._sizes
         parts = dense(x, 2 * (inner + shared) + heads, "in_proj", use_bias=config.use_bias)
         gate, parts, dt = jnp.split(parts, [inner, 2 * (inner + shared)], axis=-1)
         conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")
-        parts, window = conv(parts, hidden["conv"], runs=runs)
-        y, memory = self._recur(parts, dt, hidden["ssm"], runs)
+        parts, window = conv(parts, entering["conv"], segments=segments)
+        y, final_state = self._recur(parts, dt, entering["state"], segments)
         y = GatedGroupNorm(config.groups, config.norm_epsilon, name="norm")(y, gate)
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
-        state = state.advance({"conv": window, "ssm": memory}, segments, x.shape[1])
+        state = state.update({"conv": window, "state": final_state}, segments, x.shape[1])
         return mask_padding(y, segments), state
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``hidden`` is a dict, ``"conv"`` ``(B, W - 1, E + 2 G N)`` in ``dtype``, ``"ssm"``
-        float32 ``(B, H, N, P)``."""
+        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E + 2 G N)`` in ``dtype``,
+        ``"state"`` float32 ``(B, H, N, P)``."""
         config, (inner, heads, shared) = self.config, self._sizes
         shape = (batch_size, heads, config.state_size, config.head_size)
         window = start_window(batch_size, config.conv_size, inner + 2 * shared, dtype)
         return RecurrentState.start(
-            {"conv": window, "ssm": jnp.zeros(shape, jnp.float32)}, batch_size
+            {"conv": window, "state": jnp.zeros(shape, jnp.float32)}, batch_size
         )
 
     @property
@@ -104,10 +103,10 @@ class Mamba2(Mixer[Mamba2Config]):
         self,
         parts: Float[Array, "b l xbc"],
         dt: Float[Array, "b l h"],
-        memory: Float[Array, "b h n p"],
-        runs: Int[Array, "b l"] | None,
+        initial_state: Float[Array, "b h n p"],
+        segments: Segments | None,
     ) -> tuple[Float[Array, "b l e"], Float[Array, "b h n p"]]:
-        """The recurrence over ``[x, B, C]`` and its skip connection, float32; the last memory."""
+        """The recurrence over ``[x, B, C]`` and its skip connection, float32; the last state."""
         config, (inner, heads, shared) = self.config, self._sizes
         x, b, c = jnp.split(parts, [inner, inner + shared], axis=-1)
         x = split_heads(x, config.head_size)
@@ -116,9 +115,11 @@ class Mamba2(Mixer[Mamba2Config]):
         skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
         keys, queries = (split_heads(part, config.state_size) for part in (b, c))
         step = steps(dt, bias, config.time_step_limit)
-        y, memory = dual(x, step, a_log, keys, queries, memory, runs, config.implementation)
+        y, final_state = ssd(
+            x, step, a_log, keys, queries, initial_state, segments, config.implementation
+        )
         kept = jnp.broadcast_to(skip[:, None], x.shape) * x.astype(jnp.float32)
-        return merge_heads(y.astype(jnp.float32) + kept).astype(parts.dtype), memory
+        return merge_heads(y.astype(jnp.float32) + kept).astype(parts.dtype), final_state
 
 
 class GatedGroupNorm(nn.Module):

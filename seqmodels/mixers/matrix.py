@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import delta_rule, linear_attention
+from seqmodels import ops
 from seqmodels.layers.heads import GatedNorm, l2_normalise, merge_heads, split_heads
 from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv, start_window
@@ -22,7 +22,6 @@ from seqmodels.mixers.base import (
     Segments,
     mask_padding,
 )
-from seqmodels.parallel.rows import over_rows
 from seqmodels.ranges import Positive, Size
 
 WIDEST = 256
@@ -76,7 +75,7 @@ Config = TypeVar("Config", bound=MatrixConfig)
 class MatrixMixer(Mixer[Config]):
     """A mixer whose heads each keep a matrix ``(K, V)``.
 
-    ``hidden`` of the state is a dict: ``"memory"`` float32 ``(B, H', K, V')``, one matrix a head,
+    ``state`` of the state is a dict: ``"state"`` float32 ``(B, H', K, V')``, one matrix a head,
     where a head of values wider than 256 is stored as several (see ``pieces``), and what the mixer
     adds to it. Subclasses say their ``sizes`` and write ``mix``.
     """
@@ -89,7 +88,7 @@ class MatrixMixer(Mixer[Config]):
     def mix(
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
-        """Outputs, anything on padding, and ``hidden`` after the last real token."""
+        """Outputs, anything on padding, and ``state`` after the last real token."""
         raise NotImplementedError
 
     @nn.compact
@@ -104,8 +103,8 @@ class MatrixMixer(Mixer[Config]):
         self.check(x, segments, state)
         if state is None:
             state = self.initial_state(x.shape[0], dtype=x.dtype)
-        y, hidden = self.mix(x, segments, state)
-        return mask_padding(y, segments), state.advance(hidden, segments, x.shape[1])
+        y, after = self.mix(x, segments, state)
+        return mask_padding(y, segments), state.update(after, segments, x.shape[1])
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
@@ -114,7 +113,7 @@ class MatrixMixer(Mixer[Config]):
         sizes = self.sizes
         split = pieces(sizes.value)
         shape = (batch_size, sizes.heads * split, sizes.key, sizes.value // split)
-        return RecurrentState.start({"memory": jnp.zeros(shape, jnp.float32)}, batch_size)
+        return RecurrentState.start({"state": jnp.zeros(shape, jnp.float32)}, batch_size)
 
     def project(
         self, x: Float[Array, "b l d"], features: int, name: str
@@ -132,55 +131,51 @@ class MatrixMixer(Mixer[Config]):
             split_heads(self.project(x, sizes.heads * sizes.value, "v_proj"), sizes.value),
         )
 
-    def attend(
+    def linear_attention(
         self,
         tokens: Tokens,
         log_decay: Float[np.ndarray, " h"] | Float[Array, "b l h *k"] | None,
-        memory: Float[Array, "b hp k vp"],
+        initial_state: Float[Array, "b hp k vp"],
         segments: Segments | None,
         *,
         scale: float | None = None,
     ) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
-        """``linear_attention`` -> outputs and the memory after each row's last real token.
+        """Outputs of ``ops.linear_attention``, and the state after each row's last real token.
 
         Decays ``(H,)`` are constants; the others belong to tokens.
         """
         split = pieces(tokens.v.shape[-1])
-        constant = np.repeat(log_decay, split) if isinstance(log_decay, np.ndarray) else None
-        varying = None if isinstance(log_decay, np.ndarray) else _spread(log_decay, split)
-        options = {"scale": scale, "implementation": self.config.implementation}
+        o, final_state = ops.linear_attention(
+            *_folded(tokens, split),
+            _spread(log_decay, split),
+            scale=scale,
+            initial_state=initial_state,
+            segments=segments,
+            implementation=self.config.implementation,
+        )
+        return o.reshape(tokens.v.shape), final_state
 
-        def op(q: Any, k: Any, v: Any, decay: Any, memory: Any, runs: Any) -> Any:
-            decay = decay if constant is None else constant
-            return linear_attention(
-                q, k, v, decay, initial_state=memory, segment_ids=runs, **options
-            )
-
-        o, memory = over_rows(op, [], [*_folded(tokens, split), varying, memory, _runs(segments)])
-        return o.reshape(tokens.v.shape), memory
-
-    def correct(
+    def delta_rule(
         self,
         tokens: Tokens,
         beta: Float[Array, "b l h"],
         log_decay: Float[Array, "b l h *k"] | None,
-        memory: Float[Array, "b hp k vp"],
+        initial_state: Float[Array, "b hp k vp"],
         segments: Segments | None,
     ) -> tuple[Float[Array, "b l h v"], Float[Array, "b hp k vp"]]:
-        """``delta_rule`` -> outputs and the memory after each row's last real token."""
+        """Outputs of ``ops.delta_rule``, and the state after each row's last real token."""
         split = pieces(tokens.v.shape[-1])
-        gates = [_spread(beta, split), _spread(log_decay, split)]
-        options = {"implementation": self.config.implementation}
+        o, final_state = ops.delta_rule(
+            *_folded(tokens, split),
+            _spread(beta, split),
+            _spread(log_decay, split),
+            initial_state=initial_state,
+            segments=segments,
+            implementation=self.config.implementation,
+        )
+        return o.reshape(tokens.v.shape), final_state
 
-        def op(q: Any, k: Any, v: Any, beta: Any, decay: Any, memory: Any, runs: Any) -> Any:
-            return delta_rule(
-                q, k, v, beta, decay, initial_state=memory, segment_ids=runs, **options
-            )
-
-        o, memory = over_rows(op, [], [*_folded(tokens, split), *gates, memory, _runs(segments)])
-        return o.reshape(tokens.v.shape), memory
-
-    def readout(
+    def output_projection(
         self,
         o: Float[Array, "b l h v"],
         gate: Float[Array, "b l n"] | None = None,
@@ -225,20 +220,20 @@ AnyDelta = TypeVar("AnyDelta", bound=DeltaConfig)
 class DeltaMixer(MatrixMixer[AnyDelta]):
     """A mixer whose matrices follow a delta rule.
 
-    ``hidden`` also holds the windows of the convolutions, ``"q_window"``, ``"k_window"`` and
+    ``state`` also holds the windows of the convolutions, ``"q_window"``, ``"k_window"`` and
     ``"v_window"``, ``(B, W - 1, channels)``.
     """
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        hidden = super().initial_state(batch_size).hidden
+        start = super().initial_state(batch_size).state
         for name, width in self._channels().items():
-            hidden[f"{name}_window"] = start_window(batch_size, self.config.taps, width, dtype)
-        return RecurrentState.start(hidden, batch_size)
+            start[f"{name}_window"] = start_window(batch_size, self.config.taps, width, dtype)
+        return RecurrentState.start(start, batch_size)
 
     def convolved(
-        self, x: Float[Array, "b l d"], hidden: dict[str, Array], segments: Segments | None
+        self, x: Float[Array, "b l d"], entering: dict[str, Array], segments: Segments | None
     ) -> tuple[Tokens, dict[str, Array]]:
         """``silu`` of short convolutions, queries and keys of norm 1; the windows after them."""
         windows, parts = {}, {}
@@ -246,7 +241,7 @@ class DeltaMixer(MatrixMixer[AnyDelta]):
             part = self.project(x, channels, f"{name}_proj")
             conv = ShortConv(self.config.taps, use_bias=False, name=f"{name}_conv")
             window = f"{name}_window"
-            parts[name], windows[window] = conv(part, hidden[window], runs=_runs(segments))
+            parts[name], windows[window] = conv(part, entering[window], segments=segments)
         sizes = self.sizes
         q, k = (l2_normalise(split_heads(parts[name], sizes.key)) for name in "qk")
         return Tokens(q, k, split_heads(parts["v"], sizes.value)), windows
@@ -272,10 +267,8 @@ def _folded(tokens: Tokens, split: int) -> Tokens:
     return tokens._replace(v=tokens.v.reshape(batch, length, heads * split, value // split))
 
 
-def _spread(x: Array | None, split: int) -> Array | None:
-    """What belongs to a head ``(B, L, H, ..)``, once for each of its pieces."""
-    return x if x is None or split == 1 else jnp.repeat(x, split, axis=2)
-
-
-def _runs(segments: Segments | None) -> Array | None:
-    return None if segments is None else segments.runs
+def _spread(x: Any, split: int) -> Any:
+    """What belongs to a head, ``(H,)`` or ``(B, L, H, ..)``, once for each of its pieces."""
+    if x is None or split == 1:
+        return x
+    return np.repeat(x, split) if isinstance(x, np.ndarray) else jnp.repeat(x, split, axis=2)

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import linear_scan
+from seqmodels import ops
 from seqmodels.layers.heads import log_of_uniform, merge_heads, split_heads
 from seqmodels.layers.projections import dense
 from seqmodels.layers.rotary import rotary
-from seqmodels.mixers.base import Implementation, Mark, MixerConfig, RecurrentState, Segments
+from seqmodels.mixers.base import Implementation, MixerConfig, ParamLabel, RecurrentState, Segments
 from seqmodels.mixers.checkpoints import attend_checkpoints, beyond, empty_checkpoints
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.softmax import CachingMixer, overflow
-from seqmodels.parallel.rows import over_rows
 from seqmodels.ranges import Positive, Size
 
 
@@ -52,8 +51,8 @@ class RATConfig(MixerConfig):
         if self.heads % self.groups:
             raise ValueError(f"RATConfig: groups={self.groups} must divide heads={self.heads}")
 
-    def marks(self) -> dict[str, Mark]:
-        return {"gate_bias": Mark(float32=True)}
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return {"gate_bias": ParamLabel(float32=True)}
 
 
 RAT_1_3B = Published(width=2048, layers=24, config=RATConfig())
@@ -72,7 +71,7 @@ class RAT(CachingMixer[RATConfig]):
     last tokens of earlier chunks and itself. Chunks are counted from a document's start; the last
     may be shorter.
 
-    The state's ``hidden``: ``"running"`` float32 ``(B, 2 width)``, ``v~`` and unrotated ``k~``, and
+    The state's ``state``: ``"running"`` float32 ``(B, 2 width)``, ``v~`` and unrotated ``k~``, and
     the cache ``{"k", "v"}: (B, max_length / chunk, H, K)`` of chunks' ends.
     """
 
@@ -103,10 +102,11 @@ class RAT(CachingMixer[RATConfig]):
 
         positions = state.positions(segments, x.shape[1])
         repeats = (1, 1, config.heads // config.groups)
-        hidden = state.hidden
+        before = state.state
         running = None
-        if hidden is not None:
-            running = dataclasses.replace(state, hidden=hidden["running"]).resume(segments)
+        if before is not None:
+            recurrent = dataclasses.replace(state, state=before["running"])
+            running = recurrent.reset_at_document_start(segments)
         streams = jnp.concatenate([v, jnp.tile(k, repeats)], axis=-1)
         streams, running = self.smooth(streams, forget, positions, running, segments)
         v, k = jnp.split(streams.astype(x.dtype), 2, axis=-1)
@@ -114,7 +114,7 @@ class RAT(CachingMixer[RATConfig]):
         if config.rotary_base is not None:
             chunks = positions // config.chunk
             q, k = (rotary(part, chunks, config.rotary_base) for part in (q, k))
-        caches = None if hidden is None else {name: hidden[name] for name in ("k", "v")}
+        caches = None if before is None else {name: before[name] for name in ("k", "v")}
         o, kept = attend_checkpoints(
             q,
             k,
@@ -143,18 +143,13 @@ class RAT(CachingMixer[RATConfig]):
         keep = jnp.where((positions % self.config.chunk == 0)[:, :, None], 0.0, forget)
         decay = jnp.concatenate([keep, keep], axis=-1)
         fresh = 1.0 - jnp.concatenate([forget, forget], axis=-1)
-        runs = None if segments is None else segments.runs
-
-        def op(decay: Array, drive: Array, running: Any, runs: Any) -> Any:
-            return linear_scan(
-                decay,
-                drive,
-                initial_state=running,
-                segment_ids=runs,
-                implementation=self.config.implementation,
-            )
-
-        return over_rows(op, [], [decay, fresh * streams.astype(jnp.float32), running, runs])
+        return ops.linear_scan(
+            decay,
+            fresh * streams.astype(jnp.float32),
+            initial_state=running,
+            segments=segments,
+            implementation=self.config.implementation,
+        )
 
     def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
         config, length = self.config, self.require_length(max_length)

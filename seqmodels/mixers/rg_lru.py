@@ -10,24 +10,23 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels import linear_scan
 from pallas_kernels.common import products
+from seqmodels import ops
 from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import (
+    NO_DECAY_LABEL,
     Implementation,
-    Mark,
     Mixer,
     MixerConfig,
+    ParamLabel,
     RecurrentState,
     Segments,
     mask_padding,
 )
 from seqmodels.mixers.published import Published
-from seqmodels.mixers.ssm import SYSTEM
-from seqmodels.parallel.rows import over_rows
 from seqmodels.ranges import Between, Size
 
 _STEEPEST = 1000.0
@@ -66,8 +65,8 @@ class RGLRUConfig(MixerConfig):
                 f"r_max={self.r_max}"
             )
 
-    def marks(self) -> dict[str, Mark]:
-        return {"rg_lru/recurrent_param": SYSTEM}
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return {"rg_lru/recurrent_param": NO_DECAY_LABEL}
 
 
 RECURRENTGEMMA_2B = Published(2560, 18, RGLRUConfig(heads=10, layers=26))
@@ -96,31 +95,31 @@ class RGLRU(Mixer[RGLRUConfig]):
         config, length = self.config, x.shape[1]
         if state is None:
             state = self.initial_state(x.shape[0], dtype=x.dtype)
-        hidden = state.resume(segments)
-        runs = None if segments is None else segments.runs
+        entering = state.reset_at_document_start(segments)
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         gate = dense(x, self.inner, "linear_y", use_bias=True, kernel_init=lecun)
         inner = dense(x, self.inner, "linear_x", use_bias=True, kernel_init=lecun)
         small = nn.initializers.normal((0.01 / config.conv_size) ** 0.5)
         zeros = nn.initializers.zeros
         conv = ShortConv(config.conv_size, True, None, small, zeros, name="conv_1d")
-        inner, window = conv(inner, hidden["conv"], runs=runs)
+        inner, window = conv(inner, entering["conv"], segments=segments)
         first = state.positions(segments, length) == 0
-        h, last = RealGatedUnit(config, name="rg_lru")(inner, hidden["h"], first, runs)
+        unit = RealGatedUnit(config, name="rg_lru")
+        h, final_state = unit(inner, entering["state"], first, segments)
         y = jax.nn.gelu(gate, approximate=True) * h
         init = nn.initializers.variance_scaling(2.0 / config.layers, "fan_in", "normal")
         y = dense(y, self.width, "linear_out", use_bias=True, kernel_init=init)
-        state = state.advance({"conv": window, "h": last}, segments, length)
+        state = state.update({"conv": window, "state": final_state}, segments, length)
         return mask_padding(y, segments), state
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``hidden`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"h"`` float32
-        ``(B, E)``."""
+        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"state"``
+        float32 ``(B, E)``."""
         window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
-        hidden = {"conv": window, "h": jnp.zeros((batch_size, self.inner), jnp.float32)}
-        return RecurrentState.start(hidden, batch_size)
+        zeros = jnp.zeros((batch_size, self.inner), jnp.float32)
+        return RecurrentState.start({"conv": window, "state": zeros}, batch_size)
 
     @property
     def inner(self) -> int:
@@ -152,9 +151,9 @@ class RealGatedUnit(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b l e"],
-        hidden: Float[Array, "b e"],
+        initial_state: Float[Array, "b e"],
         first: Any,
-        runs: Int[Array, "b l"] | None,
+        segments: Segments | None,
     ) -> tuple[Float[Array, "b l e"], Float[Array, "b e"]]:
         """``h`` in ``x``'s dtype and the last one in float32; ``first (B, L)`` tells the starts."""
         config = self.config
@@ -164,18 +163,14 @@ class RealGatedUnit(nn.Module):
         scale = bounded_sqrt(-jnp.expm1(2.0 * log_a))
         scale = jnp.where(first[..., None], jnp.ones_like(scale), scale)
         drive = scale * self._gate(x, "input_gate") * x.astype(jnp.float32)
-
-        def op(a: Any, b: Any, hidden: Any, runs: Any) -> tuple[Array, Array]:
-            return linear_scan(
-                a,
-                b,
-                initial_state=hidden,
-                segment_ids=runs,
-                implementation=config.implementation,
-            )
-
-        h, last = over_rows(op, [], [jnp.exp(log_a), drive, hidden, runs])
-        return h.astype(x.dtype), last
+        h, final_state = ops.linear_scan(
+            jnp.exp(log_a),
+            drive,
+            initial_state=initial_state,
+            segments=segments,
+            implementation=config.implementation,
+        )
+        return h.astype(x.dtype), final_state
 
     def _gate(self, x: Float[Array, "b l e"], name: str) -> Float[Array, "b l e"]:
         heads = self.config.heads

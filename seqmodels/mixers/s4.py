@@ -11,29 +11,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
-from pallas_kernels import long_conv
+from seqmodels import ops
 from seqmodels.mixers import hippo
-from seqmodels.mixers.base import SSM, Mark, Segments
+from seqmodels.mixers.base import SSM_LABEL, ParamLabel, Segments
 from seqmodels.mixers.s4_kernel import s4_kernel
-from seqmodels.mixers.single_input import SingleInputConfig, SingleInputMixer
-from seqmodels.parallel.rows import over_rows
+from seqmodels.mixers.siso import SISOConfig, SISOMixer
 
 _TOGETHER = 32
 """Channels whose matrices are powered together: 0.5 MB each for 64 states."""
 
 
 @dataclasses.dataclass(frozen=True)
-class S4Config(SingleInputConfig):
+class S4Config(SISOConfig):
     """Configuration of an S4 layer: HiPPO-LegS, low rank of 1, bilinear discretisation."""
 
     mixer: ClassVar[str] = "s4"
 
     @property
-    def packs(self) -> bool:
+    def supports_packing(self) -> bool:
         return False  # a convolution does not stop where a document ends
 
-    def marks(self) -> dict[str, Mark]:
-        return {**super().marks(), "P": SSM}
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return {**super().param_labels(), "P": SSM_LABEL}
 
 
 class Model(NamedTuple):
@@ -42,21 +41,21 @@ class Model(NamedTuple):
     Attributes:
       step: Δ ``(H,)``.
       eigenvalues, p, b: λ, p and B, ``(H, N/2)`` each.
-      readouts: C of R directions, ``(R, H, N/2)``.
+      c: C of R directions, ``(R, H, N/2)``.
     """
 
     step: Float[Array, " h"]
     eigenvalues: Complex[Array, "h n"]
     p: Complex[Array, "h n"]
     b: Complex[Array, "h n"]
-    readouts: Complex[Array, "r h n"]
+    c: Complex[Array, "r h n"]
 
 
-class S4(SingleInputMixer[S4Config]):
+class S4(SISOMixer[S4Config]):
     """``y = K_left * u (+ K_right * u) + D u``, ``K_j = 2 Re C Ā^j B̄``.
 
-    Parameters as ``SingleInputMixer`` lists them, and ``P`` ``(n_ssm, N/2, 2)``. All arithmetic is
-    float32. C is the readout of the recurrence; the published code trains ``C (I - Ā^L)`` of one
+    Parameters as ``SISOMixer`` lists them, and ``P`` ``(n_ssm, N/2, 2)``. All arithmetic is
+    float32. C is that of the recurrence; the published code trains ``C (I - Ā^L)`` of one
     length L instead, so that its layer is another one at another length.
 
     A row without a state is convolved. With a carried state the recurrence runs token by token,
@@ -68,12 +67,12 @@ class S4(SingleInputMixer[S4Config]):
         self,
         u: Float[Array, "b l h"],
         segments: Segments | None,
-        hidden: Complex[Array, "b h n"] | None,
+        initial_state: Complex[Array, "b h n"] | None,
     ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
         model = self._model()
-        if hidden is not None or (self.streams and u.shape[1] == 1):
-            return recurrence(model, u, segments, hidden)
-        final = recurrence(model, u, segments, None)[1] if self.streams else None
+        if initial_state is not None or (self.stateful and u.shape[1] == 1):
+            return recurrence(model, u, segments, initial_state)
+        final = recurrence(model, u, segments, None)[1] if self.stateful else None
         return convolution(model, u), final
 
     def _model(self) -> Model:
@@ -81,7 +80,7 @@ class S4(SingleInputMixer[S4Config]):
         eigenvalues = self.eigenvalues(values)
         b = self.vector("B", hippo.normal_input(vectors))
         p = self.vector("P", hippo.normal_low_rank(vectors))
-        return Model(self.steps(), eigenvalues, p, b, jnp.stack(self.readouts()))
+        return Model(self.steps(), eigenvalues, p, b, jnp.stack(self.output_vectors()))
 
 
 def convolution(model: Model, u: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
@@ -89,33 +88,28 @@ def convolution(model: Model, u: Float[Array, "b l h"]) -> Float[Array, "b l h"]
     length = u.shape[1]
     c = truncated(model, length)
     kernels = s4_kernel(model.step, model.eigenvalues, model.p, model.b, c, length)
-
-    def op(kernels: Array, u: Array) -> Array:
-        right = kernels[1] if len(kernels) == 2 else None
-        return long_conv(u, kernels[0], kernel_reverse=right)
-
-    return over_rows(op, [kernels], [u])
+    return ops.long_conv(u, kernels[0], kernel_reverse=kernels[1] if len(kernels) == 2 else None)
 
 
 def recurrence(
     model: Model,
     u: Float[Array, "b l h"],
     segments: Segments | None,
-    hidden: Complex[Array, "b h n"] | None,
+    initial_state: Complex[Array, "b h n"] | None,
 ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
     """Token by token; padding leaves the state as it is."""
     batch, length, width = u.shape
-    if hidden is None:
-        hidden = jnp.zeros((batch, width, model.b.shape[1]), model.b.dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, width, model.b.shape[1]), model.b.dtype)
     real = jnp.ones((batch, length), bool) if segments is None else segments.mask
 
     def token(x: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         u, real = now
         after = x + jax.vmap(increment, (None, 0, 0))(model, x, u)
         x = jnp.where(real[:, None, None], after, x)
-        return x, 2 * jnp.sum(model.readouts[0][None] * x, axis=-1).real
+        return x, 2 * jnp.sum(model.c[0][None] * x, axis=-1).real
 
-    final, y = jax.lax.scan(token, hidden, (jnp.moveaxis(u, 1, 0), real.T))
+    final, y = jax.lax.scan(token, initial_state, (jnp.moveaxis(u, 1, 0), real.T))
     return jnp.moveaxis(y, 0, 1), final
 
 
@@ -145,9 +139,9 @@ def truncated(model: Model, length: int) -> Complex[Array, "r h n"]:
 
     def channel(parts: Model) -> Array:
         one = jax.tree.map(lambda part: part[None], parts)
-        return _truncated(one._replace(readouts=parts.readouts[:, None]), length)[:, 0]
+        return _truncated(one._replace(c=parts.c[:, None]), length)[:, 0]
 
-    parts = model._replace(readouts=jnp.moveaxis(model.readouts, 1, 0))
+    parts = model._replace(c=jnp.moveaxis(model.c, 1, 0))
     return jnp.moveaxis(jax.lax.map(jax.checkpoint(channel), parts, batch_size=_TOGETHER), 0, 1)
 
 
@@ -168,7 +162,7 @@ def _truncated(model: Model, length: int) -> Complex[Array, "r h n"]:
         return jnp.concatenate([x.real, x.imag], axis=-1)
 
     change = _power(jnp.moveaxis(reals(jax.vmap(column)(units)), 0, 2), length)
-    row = reals(jnp.conj(model.readouts))
+    row = reals(jnp.conj(model.c))
     row = -jnp.einsum("rhi,hij->rhj", row, change, precision=jax.lax.Precision.HIGHEST)
     return jax.lax.complex(row[..., :half], -row[..., half:])
 

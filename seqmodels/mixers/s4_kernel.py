@@ -1,6 +1,6 @@
 """The convolution kernel of S4: a diagonal plus low-rank state-space model, through its spectrum.
 
-With ``A = diag(λ) - p p*``, the bilinear rule and a readout that is already truncated,
+With ``A = diag(λ) - p p*``, the bilinear rule and a C that is already truncated,
 ``C~ = C (I - Ā^L)``, the transform of the kernel at the L-th roots of unity is four Cauchy sums and
 Woodbury's identity: Gu, Goel & Ré, "Efficiently Modeling Long Sequences with Structured State
 Spaces", ICLR 2022, appendix C.3. On the unit circle, at the angle θ, ``2 (1 - ω) / (1 + ω)`` is
@@ -35,14 +35,14 @@ def s4_kernel(
     c: Complex[Array, "r h n"],
     length: int,
 ) -> Float[Array, "r h l"]:
-    """``K_t = 2 Re C_r Ā^t B̄`` for t below ``length``, for R readouts ``(R, H, L)``.
+    """``K_t = 2 Re C_r Ā^t B̄`` for t below ``length``, for R directions ``(R, H, L)``.
 
     Args:
       dt: step sizes ``(H,)``, float32.
       eigenvalues: ``λ (H, N/2)``, one of each conjugate pair, real part < 0; complex64.
       p: the low-rank part, ``(H, N/2)``.
       b: the input vector, ``(H, N/2)``.
-      c: truncated readouts ``C (I - Ā^L)``, ``(R, H, N/2)``.
+      c: truncated, ``C (I - Ā^L)``, ``(R, H, N/2)``.
       length: L.
 
     float32; float64 (complex128) is kept. Gradients flow through all arrays.
@@ -50,8 +50,8 @@ def s4_kernel(
     step = dt[:, None]
     imaginary, low = _product(step, eigenvalues.imag)
     inputs = jnp.stack([b, p], 1)  # (H, 2, N/2)
-    readouts = jnp.moveaxis(jnp.concatenate([c, jnp.conj(p)[None]]), 0, 1)  # (H, R + 1, N/2)
-    g = step[:, None, None].astype(b.dtype) * inputs[:, :, None] * readouts[:, None]
+    outputs = jnp.moveaxis(jnp.concatenate([c, jnp.conj(p)[None]]), 0, 1)  # (H, R + 1, N/2)
+    g = step[:, None, None].astype(b.dtype) * inputs[:, :, None] * outputs[:, None]
     weights = jnp.concatenate([g.real, g.imag], -1).reshape(dt.shape[0], -1, 2 * b.shape[1])
     real, imag = _response(length, step * eigenvalues.real, imaginary, low, weights)
     angle = np.pi * np.arange(length // 2 + 1) / length

@@ -5,25 +5,24 @@ NeurIPS 2022.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from pallas_kernels import diagonal_ssm
+from seqmodels import ops
 from seqmodels.mixers import hippo
 from seqmodels.mixers.base import Segments
-from seqmodels.mixers.single_input import SingleInputConfig, SingleInputMixer
+from seqmodels.mixers.siso import SISOConfig, SISOMixer
 from seqmodels.mixers.ssm import Discretization, discretize
-from seqmodels.parallel.rows import over_rows
 
 Init = Literal["lin", "inv", "legs", "real"]
 
 
 @dataclasses.dataclass(frozen=True)
-class S4DConfig(SingleInputConfig):
-    """Configuration of an S4D layer; see ``SingleInputConfig`` for the other fields.
+class S4DConfig(SISOConfig):
+    """Configuration of an S4D layer; see ``SISOConfig`` for the other fields.
 
     Attributes:
       init: eigenvalues: "lin" ``-1/2 + i pi n``, "inv" the inverse law, "legs" HiPPO-LegS without
@@ -40,18 +39,18 @@ class S4DConfig(SingleInputConfig):
 class System(NamedTuple):
     """A discretised layer: state ``h_t = exp(log_a) h_{t-1} + u_t``, both ``(H, N/2)``.
 
-    ``readouts`` holds one ``c`` a direction, ``(H, N/2)``, the input vector folded in:
+    ``c`` holds one C a direction, ``(H, N/2)``, the input vector folded in:
     ``y_t = 2 Re sum_n c_n h_tn``.
     """
 
     log_a: Complex[Array, "h n"]
-    readouts: tuple[Complex[Array, "h n"], ...]
+    c: tuple[Complex[Array, "h n"], ...]
 
 
-class S4D(SingleInputMixer[S4DConfig]):
+class S4D(SISOMixer[S4DConfig]):
     """``y = K_left * u (+ K_right * u) + D u``, ``K_j = 2 Re sum_n C_n B_n f(λ_n) a_n^j``.
 
-    Parameters as ``SingleInputMixer`` lists them. All arithmetic is float32.
+    Parameters as ``SISOMixer`` lists them. All arithmetic is float32.
 
     The kernel of `pallas_kernels.diagonal_ssm` for every use: whole rows, packed ones, carried
     states and single tokens.
@@ -61,16 +60,16 @@ class S4D(SingleInputMixer[S4DConfig]):
         self,
         u: Float[Array, "b l h"],
         segments: Segments | None,
-        hidden: Complex[Array, "b h n"] | None,
+        initial_state: Complex[Array, "b h n"] | None,
     ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
-        return _run(u, self._system(), segments, hidden, streams=self.streams)
+        return _run(u, self._system(), segments, initial_state, stateful=self.stateful)
 
     def _system(self) -> System:
         values, inputs = initial_system(self.config.init, self.config.state_size)
         eigenvalues, b = self.eigenvalues(values), self.vector("B", inputs)
         step = jnp.broadcast_to(self.steps()[:, None], eigenvalues.shape)
         log_a, gain = discretize(eigenvalues, step, self.config.discretization)
-        return System(log_a, tuple(gain * b * c for c in self.readouts()))
+        return System(log_a, tuple(gain * b * c for c in self.output_vectors()))
 
 
 def initial_system(init: Init, state_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,27 +90,20 @@ def _run(
     u: Float[Array, "b l h"],
     system: System,
     segments: Segments | None,
-    hidden: Complex[Array, "b h n"] | None,
+    initial_state: Complex[Array, "b h n"] | None,
     *,
-    streams: bool,
+    stateful: bool,
 ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
     """The layer and the state after each row's last real token; ``u`` is zero on padding."""
     # One document a row and zeros behind it: nothing to stop, unless the final state is wanted.
-    runs = None
-    if segments is not None and (streams or not segments.single):
-        runs = segments.runs
-
-    def model(c: Complex[Array, "h n"], hidden: Any, *, reverse: bool) -> tuple[Any, Any]:
-        def op(log_a: Any, c: Any, u: Any, hidden: Any, runs: Any) -> tuple[Array, Array]:
-            return diagonal_ssm(
-                u, log_a, c, initial_state=hidden, segment_ids=runs, reverse=reverse
-            )
-
-        return over_rows(op, [system.log_a, c], [u, hidden, runs])
-
-    y, final = model(system.readouts[0], hidden, reverse=False)
-    if len(system.readouts) == 2:
-        y = y + _next_token(model(system.readouts[1], None, reverse=True)[0], segments)
+    within = segments
+    if segments is not None and segments.single and not stateful:
+        within = None
+    left, *right = system.c
+    y, final = ops.diagonal_ssm(u, system.log_a, left, initial_state=initial_state, segments=within)
+    for c in right:
+        later, _ = ops.diagonal_ssm(u, system.log_a, c, segments=within, reverse=True)
+        y = y + _next_token(later, segments)
     return y, final
 
 

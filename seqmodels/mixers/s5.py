@@ -15,15 +15,15 @@ from jaxtyping import Array, Complex, Float
 
 from seqmodels.mixers import hippo
 from seqmodels.mixers.base import (
-    SSM,
-    Mark,
+    SSM_LABEL,
     Mixer,
     MixerConfig,
+    ParamLabel,
     RecurrentState,
     Segments,
     mask_padding,
 )
-from seqmodels.mixers.projected import both_ways, from_left
+from seqmodels.mixers.mimo_scan import bidirectional_mimo_scan, mimo_scan
 from seqmodels.mixers.ssm import Discretization, check_step_range, constant, discretize, log_uniform
 from seqmodels.ranges import Positive, Size
 
@@ -81,21 +81,28 @@ class S5Config(MixerConfig):
         return not self.bidirectional
 
     @property
-    def streams(self) -> bool:
+    def stateful(self) -> bool:
         return not self.bidirectional
 
-    def marks(self) -> dict[str, Mark]:
-        main = Mark(float32=True)
+    def param_labels(self) -> dict[str, ParamLabel]:
+        main = ParamLabel(float32=True)
         b = {
-            "standard": SSM,
-            "noBCdecay": SSM,
-            "BandCdecay": dataclasses.replace(SSM, weight_decay=True),
+            "standard": SSM_LABEL,
+            "noBCdecay": SSM_LABEL,
+            "BandCdecay": dataclasses.replace(SSM_LABEL, weight_decay=True),
             "BfastandCdecay": main,
         }[self.decay]
-        c = SSM if self.decay == "noBCdecay" else main
-        step = main if self.dt_global else SSM
-        outputs = dict.fromkeys(_readouts(self), c)
-        return {"Lambda_re": SSM, "Lambda_im": SSM, "log_step": step, "B": b, "D": c, **outputs}
+        c = SSM_LABEL if self.decay == "noBCdecay" else main
+        step = main if self.dt_global else SSM_LABEL
+        outputs = dict.fromkeys(_outputs(self), c)
+        return {
+            "Lambda_re": SSM_LABEL,
+            "Lambda_im": SSM_LABEL,
+            "log_step": step,
+            "B": b,
+            "D": c,
+            **outputs,
+        }
 
 
 class S5(Mixer[S5Config]):
@@ -116,30 +123,30 @@ class S5(Mixer[S5Config]):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], RecurrentState | None]:
         self.check(x, segments, state)
-        if state is None and self.streams:
+        if state is None and self.stateful:
             state = self.initial_state(x.shape[0])
         u = x.astype(jnp.float32)
         decay, into = self._system()
         into = jnp.concatenate([into.real, into.imag]).T
         final = None
         if self.config.bidirectional:
-            y = both_ways(u, decay, into, self._readout(), segments)
+            y = bidirectional_mimo_scan(u, decay, into, self._output_projection(), segments)
         else:
-            hidden = None if state is None else state.resume(segments)
-            y, final = from_left(u, decay, into, self._readout(), segments, hidden)
+            entering = None if state is None else state.reset_at_document_start(segments)
+            y, final = mimo_scan(u, decay, into, self._output_projection(), segments, entering)
         skip = self.param("D", initializers.normal(1.0), (self.width,), jnp.float32)
         # Not skip[None, None]: of that, XLA sums the gradient of a single row 20 times slower.
         y = y + jnp.broadcast_to(skip, u.shape) * u
         y = mask_padding(y, segments).astype(x.dtype)
-        return y, None if state is None else state.advance(final, segments, x.shape[1])
+        return y, None if state is None else state.update(final, segments, x.shape[1])
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``hidden`` is complex64 ``(B, P)``; ``dtype`` and ``max_length`` are unused."""
-        self.require_streams("initial_state")
-        hidden = jnp.zeros((batch_size, self.config.state_size // 2), jnp.complex64)
-        return RecurrentState.start(hidden, batch_size)
+        """Zeros: ``state`` is complex64 ``(B, P)``; ``dtype`` and ``max_length`` are unused."""
+        self.require_stateful("initial_state")
+        zeros = jnp.zeros((batch_size, self.config.state_size // 2), jnp.complex64)
+        return RecurrentState.start(zeros, batch_size)
 
     def _system(self) -> tuple[Complex[Array, " p"], Complex[Array, "p h"]]:
         """Discretised state matrix and input matrix."""
@@ -158,17 +165,17 @@ class S5(Mixer[S5Config]):
         )
         return jnp.exp(log_decay), gain[:, None] * jax.lax.complex(b[..., 0], b[..., 1])
 
-    def _readout(self) -> Float[Array, "planes h"]:
+    def _output_projection(self) -> Float[Array, "planes h"]:
         """C of all directions, laid out for the planes [re, im] of each direction's states."""
         _, vectors = hippo.blocked_eigen(self.config.state_size, self.config.blocks)
         init, rows = _c_init(self.config.c_init, vectors), []
-        for name in _readouts(self.config):
+        for name in _outputs(self.config):
             c = self.param(name, init, (self.width, self.config.state_size))
             rows += [2.0 * c[..., 0].T, -2.0 * c[..., 1].T]
         return jnp.concatenate(rows)
 
 
-def _readouts(config: S5Config) -> tuple[str, ...]:
+def _outputs(config: S5Config) -> tuple[str, ...]:
     return ("C1", "C2") if config.bidirectional else ("C",)
 
 

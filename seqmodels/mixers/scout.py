@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import GatedNorm
-from seqmodels.mixers.base import Implementation, Mark, MixerConfig, RecurrentState, Segments
+from seqmodels.mixers.base import Implementation, MixerConfig, ParamLabel, RecurrentState, Segments
 from seqmodels.mixers.checkpoints import attend_checkpoints, beyond, empty_checkpoints
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.softmax import SoftmaxConfig, SoftmaxMixer, overflow
@@ -39,19 +39,19 @@ class SCOUTConfig(SoftmaxConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.local is not None and not (self.local.causal and self.local.streams):
+        if self.local is not None and not (self.local.causal and self.local.stateful):
             raise ValueError(
                 f"SCOUTConfig: local={self.local} must be causal and carry a state; "
                 "set bidirectional=False in it"
             )
 
     @property
-    def packs(self) -> bool:
-        return self.local is None or self.local.packs
+    def supports_packing(self) -> bool:
+        return self.local is None or self.local.supports_packing
 
-    def marks(self) -> dict[str, Mark]:
-        local = {} if self.local is None else self.local.marks()
-        return {f"local/{name}": mark for name, mark in local.items()}
+    def param_labels(self) -> dict[str, ParamLabel]:
+        local = {} if self.local is None else self.local.param_labels()
+        return {f"local/{name}": label for name, label in local.items()}
 
 
 SCOUT_430M = Published(width=1024, layers=14, config=SCOUTConfig(heads=16))
@@ -70,7 +70,7 @@ class SCOUT(SoftmaxMixer[SCOUTConfig]):
 
         u = local(x),   y = u + attention(RMSNorm(x + u)).
 
-    The state's ``hidden``: the cache ``{"k", "v"}: (B, max_length / interval, G, K)`` of
+    The state's ``state``: the cache ``{"k", "v"}: (B, max_length / interval, G, K)`` of
     checkpoints, and ``"local"``, the state of the local mixer.
     """
 
@@ -81,14 +81,14 @@ class SCOUT(SoftmaxMixer[SCOUTConfig]):
         state: RecurrentState,
         after: RecurrentState,
     ) -> tuple[Float[Array, "b l d"], Any]:
-        config, hidden = self.config, state.hidden
+        config, entering = self.config, state.state
         local, local_state, attended = None, None, x
         if config.local is not None:
-            before = None if hidden is None else hidden["local"]
+            before = None if entering is None else entering["local"]
             mixer = self._local(name="local")
             local, local_state = mixer(x, segments=segments, state=before)
             attended = GatedNorm(config.norm_epsilon, name="norm")(x + local)
-        caches = None if hidden is None else {name: hidden[name] for name in ("k", "v")}
+        caches = None if entering is None else {name: entering[name] for name in ("k", "v")}
         y, kept = self._attend(attended, caches, segments, state)
         if local is not None:
             y = y + local
@@ -116,7 +116,7 @@ class SCOUT(SoftmaxMixer[SCOUTConfig]):
             segments=segments,
             implementation=config.implementation,
         )
-        return overflow(self.readout(o), beyond(positions, caches, config.interval)), kept
+        return overflow(self.output_projection(o), beyond(positions, caches, config.interval)), kept
 
     def _local(self, **module: Any) -> Any:
         from seqmodels.mixers import build  # the registry imports this module

@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqmodels.layers.attention import attend
+from seqmodels import ops
 from seqmodels.layers.positions import clipped
-from seqmodels.mixers.base import RecurrentState, Segments
+from seqmodels.mixers.base import RecurrentState, Segments, runs_of
 from seqmodels.mixers.softmax import (
     SoftmaxConfig,
     SoftmaxMixer,
+    all_runs,
     held,
     last_document,
     renewed,
-    runs_of,
     write,
 )
 from seqmodels.ranges import Count, Size
@@ -74,22 +74,22 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
         positions = state.positions(segments, x.shape[1])
         q, k, v = self.tokens(x, positions)
         positions = clipped(positions)
-        runs = None if segments is None else segments.runs
+        runs = runs_of(segments)
         key_runs, key_positions, all_k, all_v = runs, positions, k, v
-        if state.hidden is None:
-            state = dataclasses.replace(state, hidden=self.empty(x.shape[0], None, x.dtype))
+        if state.state is None:
+            state = dataclasses.replace(state, state=self.empty(x.shape[0], None, x.dtype))
         else:
-            runs = runs_of(x, segments)
+            runs = all_runs(x, segments)
             past_runs, past_positions = self._past(clipped(held(state, segments)))
             key_runs = jnp.concatenate([past_runs, runs], axis=1)
             key_positions = jnp.concatenate([past_positions, positions], axis=1)
-            past = {name: part.astype(x.dtype) for name, part in state.hidden.items()}
+            past = {name: part.astype(x.dtype) for name, part in state.state.items()}
             parts = ("sink_", "") if config.sinks else ("",)
             all_k, all_v = (
                 jnp.concatenate([*(past[part + name] for part in parts), new], axis=1)
                 for name, new in (("k", k), ("v", v))
             )
-        o = attend(
+        o = ops.attention(
             q,
             all_k,
             all_v,
@@ -99,7 +99,7 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
             k_segments=key_runs,
             k_positions=key_positions if config.sinks else None,
         )
-        return self.readout(o), self._keep(k, v, positions, segments, state, after)
+        return self.output_projection(o), self._keep(k, v, positions, segments, state, after)
 
     def _past(self, before: Array) -> tuple[Array, Array]:
         """Runs and positions of the cached keys: sinks, then window; -1 where there is no key.
@@ -116,7 +116,7 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
 
     def _keep(self, k, v, positions, segments, state, after) -> dict[str, Array]:
         """The caches after these tokens."""
-        config, old = self.config, state.hidden
+        config, old = self.config, state.state
         if segments is None:
             count = jnp.full(k.shape[:1], k.shape[1], jnp.int32)
             chosen = jnp.ones(k.shape[:2], bool)

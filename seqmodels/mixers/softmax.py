@@ -60,10 +60,10 @@ Config = TypeVar("Config", bound=MixerConfig)
 
 
 class CachingMixer(Mixer[Config]):
-    """A mixer whose state is a dict ``hidden`` of arrays, caches among them.
+    """A mixer whose ``state`` is a dict of arrays, caches among them.
 
     Subclasses write ``mix`` and ``empty``. A cache that grows has to know how far, so that a call
-    without a state returns one that cannot be continued: its ``hidden`` is None.
+    without a state returns one that cannot be continued: its ``state`` is None.
     """
 
     def mix(
@@ -73,15 +73,15 @@ class CachingMixer(Mixer[Config]):
         state: RecurrentState,
         after: RecurrentState,
     ) -> tuple[Float[Array, "b l d"], Any]:
-        """Outputs, anything on padding, and ``hidden`` after the last real token.
+        """Outputs, anything on padding, and ``state`` after the last real token.
 
-        ``after`` is the state then but for ``hidden``. ``state.hidden`` is None where no token has
-        been seen; ``hidden`` is to be None then too if it grows.
+        ``after`` is the state then but for ``state``. ``state.state`` is None where no token has
+        been seen; ``state`` is to be None then too if it grows.
         """
         raise NotImplementedError
 
     def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
-        """``hidden`` before the first token."""
+        """``state`` before the first token."""
         raise NotImplementedError
 
     @nn.compact
@@ -96,21 +96,21 @@ class CachingMixer(Mixer[Config]):
         self.check(x, segments, state)
         if state is None:
             state = RecurrentState.start(None, x.shape[0])
-        elif state.hidden is None:
+        elif state.state is None:
             raise ValueError(
                 f"{self.config.mixer} mixer: state is of a call that was given none, so it holds "
                 "no cache; begin with initial_state(batch_size, max_length=...)"
             )
-        after = state.advance(None, segments, x.shape[1])
-        y, hidden = self.mix(x, segments, state, after)
+        after = state.update(None, segments, x.shape[1])
+        y, kept = self.mix(x, segments, state, after)
         y = mask_padding(y, segments)
-        return y, dataclasses.replace(after, hidden=hidden) if self.streams else None
+        return y, dataclasses.replace(after, state=kept) if self.stateful else None
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
         """An empty cache; ``dtype`` is that of its keys and values."""
-        self.require_streams("initial_state")
+        self.require_stateful("initial_state")
         return RecurrentState.start(self.empty(batch_size, max_length, dtype), batch_size)
 
     def require_length(self, max_length: int | None) -> int:
@@ -176,13 +176,13 @@ class SoftmaxMixer(CachingMixer[Config]):
         channels = round(self.head_size * config.rotary_fraction)
         return rotary(x, positions, config.rotary_base, channels)
 
-    def readout(self, o: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
+    def output_projection(self, o: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
         """Heads to channels."""
         return self.project(merge_heads(o), self.width, "o_proj", self.config.use_out_bias)
 
 
-def runs_of(x: Array, segments: Segments | None) -> Int[Array, "b l"]:
-    """Numbers of documents along each row; 1 everywhere without segments."""
+def all_runs(x: Array, segments: Segments | None) -> Int[Array, "b l"]:
+    """Numbers of the documents along each row; 1 everywhere without segments."""
     return jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments.runs
 
 

@@ -5,16 +5,21 @@ State Space Duality", ICML 2024 (arXiv:2405.21060), sections 5 to 7.
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels import linear_attention
-from seqmodels.mixers.base import Implementation, Mark, MixerConfig
-from seqmodels.mixers.ssm import SYSTEM, check_step_range
-from seqmodels.parallel.rows import over_rows
+from seqmodels import ops
+from seqmodels.mixers.base import (
+    NO_DECAY_LABEL,
+    Implementation,
+    MixerConfig,
+    ParamLabel,
+    Segments,
+)
+from seqmodels.mixers.ssm import check_step_range
 from seqmodels.ranges import Positive, Range, Size
 
 Limit = Annotated[float, Range("at least 0", 0)]
@@ -62,8 +67,8 @@ class SSDConfig(MixerConfig):
             )
         check_step_range(type(self).__name__, self.dt_min, self.dt_max)
 
-    def marks(self) -> dict[str, Mark]:
-        return dict.fromkeys(("A_log", "D", "dt_bias"), SYSTEM)
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return dict.fromkeys(("A_log", "D", "dt_bias"), NO_DECAY_LABEL)
 
     def heads(self, width: int) -> int:
         """H; ValueError unless the heads divide the channels and the groups the heads."""
@@ -84,33 +89,27 @@ def steps(
     return jnp.clip(jax.nn.softplus(wide + jnp.broadcast_to(bias, wide.shape)), *limit)
 
 
-def dual(
+def ssd(
     x: Float[Array, "b l h p"],
     step: Float[Array, "b l h"],
     a_log: Float[Array, " h"],
     b: Float[Array, "b l g n"],
     c: Float[Array, "b l g n"],
-    memory: Float[Array, "b h n p"],
-    runs: Int[Array, "b l"] | None,
+    initial_state: Float[Array, "b h n p"],
+    segments: Segments | None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h n p"]]:
     """``S_t = exp(-e^a_log Δ_t) S_{t-1} + Δ_t B_t x_t^T``, ``y_t = S_t^T C_t``, and the last S.
 
-    Linear attention with queries C, keys B and values ``Δ x``. The memory is float32.
+    Linear attention with queries C, keys B and values ``Δ x``. The state is float32.
     """
-
-    def op(q: Any, k: Any, v: Any, decay: Any, memory: Any, runs: Any) -> tuple[Array, Array]:
-        return linear_attention(
-            q,
-            k,
-            v,
-            decay,
-            scale=1.0,
-            initial_state=memory,
-            segment_ids=runs,
-            implementation=implementation,
-        )
-
-    decay = -step * jnp.broadcast_to(jnp.exp(a_log), step.shape)
-    values = (x.astype(jnp.float32) * step[..., None]).astype(x.dtype)
-    return over_rows(op, [], [c, b, values, decay, memory, runs])
+    return ops.linear_attention(
+        c,
+        b,
+        (x.astype(jnp.float32) * step[..., None]).astype(x.dtype),
+        -step * jnp.broadcast_to(jnp.exp(a_log), step.shape),
+        scale=1.0,
+        initial_state=initial_state,
+        segments=segments,
+        implementation=implementation,
+    )

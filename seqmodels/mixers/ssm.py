@@ -7,13 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from seqmodels.mixers.base import Mark
-
 Discretization = Literal["zoh", "bilinear"]
-
-
-SYSTEM = Mark(weight_decay=False, float32=True)
-"""Decays, biases of steps and skip connections of selective layers."""
 
 
 def discretize(

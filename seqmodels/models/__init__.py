@@ -9,13 +9,13 @@ from seqmodels.models.classifier import Classifier, ClassifierConfig, Matcher, M
 from seqmodels.models.language import LanguageModel, LanguageModelConfig
 
 
-def marks(
+def param_labels(
     config: BackboneConfig | ClassifierConfig | MatcherConfig | LanguageModelConfig,
     params: Mapping[str, Any],
 ) -> Any:
-    """How the optimizer treats each parameter: a tree like ``params`` whose leaves are Marks."""
+    """How the optimizer treats each parameter: a tree like ``params`` of ``ParamLabel``."""
     stack = config if isinstance(config, BackboneConfig) else config.backbone
-    return backbone.marks(stack, params)
+    return backbone.param_labels(stack, params)
 
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "LanguageModelConfig",
     "Matcher",
     "MatcherConfig",
-    "marks",
+    "param_labels",
     "stack_layers",
     "unstack_layers",
 ]

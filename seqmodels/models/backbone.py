@@ -13,7 +13,7 @@ from seqmodels.arguments import segment_order
 from seqmodels.layers.dropout import tied_dropout
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
-from seqmodels.mixers import Mark, MixerConfig, Segments, State, build
+from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
 from seqmodels.ranges import Checked, Positive, Share, Size
 
 Remat = Literal["none", "dots", "full"]
@@ -255,26 +255,26 @@ def make_norm(config: BackboneConfig, name: str) -> Norm:
     return Norm(config.norm, config.batchnorm_momentum, config.norm_epsilon, name=name)
 
 
-def marks(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
-    """How the optimizer treats each parameter: a tree like ``params`` whose leaves are Marks.
+def param_labels(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
+    """How the optimizer treats each parameter: a tree like ``params`` of ``ParamLabel``.
 
     ``params`` is any tree that holds a backbone's parameters, scanned or not, e.g. a model's.
-    Mixers mark their own; norms stay float32; the rest is "main" with weight decay.
+    Mixers label their own; norms stay float32; the rest is "main" with weight decay.
     """
 
-    def mark(path: tuple[Any, ...], leaf: Any) -> Mark:
+    def label(path: tuple[Any, ...], leaf: Any) -> ParamLabel:
         keys = [entry.key for entry in path]
         if "mixer" in keys:
             at = keys.index("mixer")
             mixer = config.mixer(int(keys[at - 1].removeprefix("block_")))
-            own = mixer.marks().get("/".join(keys[at + 1 :]))
+            own = mixer.param_labels().get("/".join(keys[at + 1 :]))
             if own is not None:
                 return own
         norm = any(key.endswith("norm") for key in keys)
         vector = norm or keys[-1] == "bias"
-        return Mark(weight_decay=config.decay_vectors or not vector, float32=norm)
+        return ParamLabel(weight_decay=config.decay_vectors or not vector, float32=norm)
 
-    return jax.tree_util.tree_map_with_path(mark, params)
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def stack_layers(config: BackboneConfig, collection: Mapping[str, Any]) -> dict[str, Any]:

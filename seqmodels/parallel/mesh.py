@@ -1,10 +1,11 @@
 """The device mesh and where batches and parameters live on it.
 
-A mesh always has the axes ``("data", "model", "seq")``; an unused one has size 1, so that a
-program written for one device is the program for many.
+A mesh always has the axes ``("data", "model", "seq")``, so that a program written for one device is
+the program for many. Only ``data`` is in use: nothing splits parameters or the length yet, and the
+other two have size 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,36 +26,40 @@ def make_mesh(
     """Arranges devices as a mesh with axes ``("data", "model", "seq")``.
 
     Args:
-      data: size of the axis that splits the rows of a batch; -1 takes all devices that the other
-        axes leave.
-      model: size of the axis that splits parameters.
-      seq: size of the axis that splits the length.
+      data: size of the axis that splits the rows of a batch; -1 takes all devices.
+      model: 1; parameters are not split, every device has them in full.
+      seq: 1; the length is not split.
       devices: the devices to use; default all of them, of all processes.
 
     Raises:
-      ValueError: a size is not positive, or the sizes do not multiply to the number of devices.
+      ValueError: ``model`` or ``seq`` is not 1, or ``data`` is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     for name, size in (("model", model), ("seq", seq)):
-        if size < 1:
-            raise ValueError(f"mesh axis {name}={size} must be at least 1")
-    if data < 1 and data != -1:
-        raise ValueError(f"mesh axis data={data} must be at least 1, or -1 for all devices left")
-    rest = model * seq
-    if data == -1:
-        if len(devices) % rest:
+        if size != 1:
             raise ValueError(
-                f"{len(devices)} devices do not divide by model*seq={rest}; "
-                "choose sizes that divide the number of devices"
+                f"mesh axis {name}={size} must be 1, nothing is split over it yet; use data=-1, "
+                "which splits the rows of a batch over all devices"
             )
-        data = len(devices) // rest
-    if data * rest != len(devices):
+    if data < 1 and data != -1:
+        raise ValueError(f"mesh axis data={data} must be at least 1, or -1 for all devices")
+    if data not in (-1, len(devices)):
         raise ValueError(
-            f"mesh data={data} x model={model} x seq={seq} needs {data * rest} devices, "
-            f"there are {len(devices)}; use data=-1 to take all, or pass a subset of devices"
+            f"mesh axis data={data} needs {data} devices, there are {len(devices)}; use data=-1 to "
+            "take all, or pass a subset of devices"
         )
-    grid = np.asarray(devices).reshape(data, model, seq)
+    grid = np.asarray(devices).reshape(-1, 1, 1)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def on_mesh(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """``fn`` traced with ``mesh`` as the mesh that the ops of ``seqmodels.ops`` find."""
+
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return traced
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,19 +27,21 @@ RESUMABLE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Sizes of the mesh's axes; they multiply to the number of devices."""
+    """Sizes of the mesh's axes; ``data`` is the number of devices."""
 
-    data: Annotated[int, Range("positive, or -1 for all devices left", -1, 2**31 - 1)] = -1
-    """Rows of a batch are split over this axis; -1 takes all devices the other axes leave."""
-    model: Size = 1
-    """Parameters are split over this axis."""
-    seq: Size = 1
-    """The length is split over this axis."""
+    data: Annotated[int, Range("positive, or -1 for all devices", -1, 2**31 - 1)] = -1
+    """Rows of a batch are split over this axis; -1 takes all devices."""
+    model: Annotated[
+        int, Range("1: parameters are not split yet, only rows are, over data", 1, 1)
+    ] = 1
+    """1: every device has all parameters."""
+    seq: Annotated[int, Range("1: the length is not split yet, only rows are, over data", 1, 1)] = 1
+    """1: every device has whole rows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data == 0:
-            raise ValueError("MeshConfig: data=0 must be positive, or -1 for all devices left")
+            raise ValueError("MeshConfig: data=0 must be positive, or -1 for all devices")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from seqmodels.training.task import Batch, Sums, Task, Variables
 
 def language(
     model: LanguageModel,
-    marks: Callable[[Any], Any],
+    param_labels: Callable[[Any], Any],
     *,
     packed: bool = True,
     carry_state: bool = False,
@@ -26,7 +26,7 @@ def language(
 
     Args:
       model: the model.
-      marks: see ``Task.marks``.
+      param_labels: see ``Task.param_labels``.
       packed: whether rows may hold several documents; without, segment ids are ignored.
       carry_state: each batch begins in the states that the one before ended in (truncated
         backpropagation through time; Williams and Peng 1990). Needs batches of streams.
@@ -76,7 +76,9 @@ def language(
     def start(rows: int) -> Any:
         return model.initial_state(rows, dtype=model.config.dtype)
 
-    return Task(init=init, loss=loss, marks=marks, carry=start if carry_state else None)
+    return Task(
+        init=init, loss=loss, param_labels=param_labels, carry=start if carry_state else None
+    )
 
 
 def check_causal(model: LanguageModel) -> None:
@@ -92,7 +94,7 @@ def check_causal(model: LanguageModel) -> None:
 def check_packs(model: LanguageModel) -> None:
     """Raises ValueError unless every mixer keeps the documents of a row apart."""
     for config in model.config.backbone.mixers:
-        if not config.packs:
+        if not config.supports_packing:
             raise ValueError(
                 f"packed=True needs mixers that keep documents apart, mixer={config.mixer!r} takes "
                 "one document a row; choose another mixer, or a text of one document without "
@@ -103,7 +105,7 @@ def check_packs(model: LanguageModel) -> None:
 def check_carries(model: LanguageModel) -> None:
     """Raises ValueError unless every mixer carries a state whose size does not grow."""
     for config in model.config.backbone.mixers:
-        if not config.streams:
+        if not config.stateful:
             raise ValueError(
                 f"carry_state=True needs mixers that stream, mixer={config.mixer!r} carries no "
                 "state; choose another mixer, or carry_state=False"
@@ -120,7 +122,7 @@ def growing_mixers(model: LanguageModel) -> list[str]:
     """Names of the mixers whose states need a ``max_length``."""
     names = []
     for config in model.config.backbone.mixers:
-        if config.streams:
+        if config.stateful:
             mixer = build(config, model.config.backbone.width, parent=None)
             try:
                 jax.eval_shape(functools.partial(mixer.initial_state, 1))

@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, from the models' marks.
+"""AdamW with parameter groups, from the models' ``param_labels``.
 
 One Adam for all parameters, then masked decoupled weight decay, then one learning rate for each
 group; so a step is a few fused element-wise updates, whatever the number of groups. For S5 the
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from seqmodels.mixers.base import Mark
+from seqmodels.mixers.base import ParamLabel
 from seqmodels.training.config import TrainConfig
 
 
@@ -86,18 +86,20 @@ def group_rates(config: TrainConfig, groups: Any) -> dict[str, float]:
     return {name: config.group_learning_rates.get(name, config.learning_rate) for name in used}
 
 
-def make_optimizer(config: TrainConfig, marks: Any) -> optax.GradientTransformation:
-    """The optimizer of ``config`` for parameters with these marks.
+def make_optimizer(config: TrainConfig, param_labels: Any) -> optax.GradientTransformation:
+    """The optimizer of ``config`` for parameters with these labels.
 
     Args:
       config: rates, decay, schedule, clipping.
-      marks: tree like the parameters, of Marks.
+      param_labels: tree like the parameters, of ``ParamLabel``.
 
     Raises:
       ValueError: see ``group_rates``.
     """
     groups, decays = (
-        jax.tree.map(attrgetter(name), marks, is_leaf=lambda leaf: isinstance(leaf, Mark))
+        jax.tree.map(
+            attrgetter(name), param_labels, is_leaf=lambda leaf: isinstance(leaf, ParamLabel)
+        )
         for name in ("group", "weight_decay")
     )
     rates = group_rates(config, groups)

@@ -84,7 +84,7 @@ def _initializer(
 ) -> tuple[Callable[[], TrainState], optax.GradientTransformation]:
     init_key, rng = jax.random.split(jax.random.key(config.seed))
     abstract = jax.eval_shape(task.init, init_key)
-    optimizer = make_optimizer(config, task.marks(abstract["params"]))
+    optimizer = make_optimizer(config, task.param_labels(abstract["params"]))
 
     def init() -> TrainState:
         variables = task.init(init_key)

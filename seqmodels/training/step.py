@@ -10,8 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from seqmodels.parallel.mesh import batch_sharding, replicated
-from seqmodels.parallel.rows import on_mesh
+from seqmodels.parallel.mesh import batch_sharding, on_mesh, replicated
 from seqmodels.training.state import TrainState, shardings
 from seqmodels.training.task import Batch, Sums, Task, Variables
 

@@ -38,15 +38,15 @@ class Task:
         the model is evaluated: no dropout, running statistics, ``batch_stats`` returned as given.
         ``carry`` is what earlier batches left for this one's rows; None where batches are
         independent.
-      marks: ``marks(params) -> tree like params`` of the models' ``Mark``: learning rate group
-        and weight decay of each parameter.
+      param_labels: ``param_labels(params) -> tree like params`` of ``ParamLabel``: learning rate
+        group and weight decay of each parameter.
       carry: None, or ``carry(rows)``: a tree of arrays ``(rows, ...)``, what the first batch finds.
         Row i of each batch then continues row i of the one before; no gradient flows back.
     """
 
     init: Callable[[Array], Variables]
     loss: Callable[[Variables, Batch, Array | None, Any], tuple[Sums, Any, Any]]
-    marks: Callable[[Any], Any]
+    param_labels: Callable[[Any], Any]
     carry: Callable[[int], Any] | None = None
 
     def start(self, rows: int) -> Any:
@@ -69,12 +69,12 @@ def classification_sums(
     )
 
 
-def classification(model: nn.Module, marks: Callable[[Any], Any], *, length: int) -> Task:
+def classification(model: nn.Module, param_labels: Callable[[Any], Any], *, length: int) -> Task:
     """The task of a Linen classifier.
 
     Args:
       model: ``model.apply(variables, inputs, segment_ids, deterministic=...) -> logits (B, C)``.
-      marks: see ``Task.marks``.
+      param_labels: see ``Task.param_labels``.
       length: length of the dummy batch that initialises the parameters; they do not depend on it.
     """
 
@@ -100,4 +100,4 @@ def classification(model: nn.Module, marks: Callable[[Any], Any], *, length: int
             statistics = updated.get("batch_stats", statistics)
         return classification_sums(logits, batch["labels"], batch["weights"]), statistics, carry
 
-    return Task(init=init, loss=loss, marks=marks)
+    return Task(init=init, loss=loss, param_labels=param_labels)

@@ -156,3 +156,10 @@ def test_the_width_is_80_where_there_is_no_terminal(monkeypatch):
     monkeypatch.delenv("COLUMNS")
     monkeypatch.setattr(os, "get_terminal_size", no_terminal)
     assert terminal.console().width == 80
+
+
+@pytest.mark.parametrize("command", [lra_train, lm_train, aot, bench], ids=lambda m: m.__name__)
+def test_help_fits(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert not too_long(capsys.readouterr().out)

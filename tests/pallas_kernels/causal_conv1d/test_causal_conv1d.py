@@ -165,10 +165,10 @@ def test_vmap_equals_folding_into_the_batch():
         y, final = causal_conv1d(x, weight, bias, activation="silu", initial_state=initial)
         return jnp.sum(jnp.sin(y)) + jnp.sum(final * final)
 
-    gradients = jax.jit(jax.grad(loss, (0, 1)))
-    folded = gradients(x, initial)
+    gradients = jax.grad(loss, (0, 1))
+    folded = jax.jit(gradients)(x, initial)
     split = [a.reshape(3, 2, *a.shape[1:]) for a in (x, initial)]
-    mapped = jax.vmap(gradients)(*split)
+    mapped = jax.jit(jax.vmap(gradients))(*split)
     mapped = [a.reshape(b.shape) for a, b in zip(mapped, folded, strict=True)]
     testing.assert_close(mapped, list(folded), testing.FLOAT32_TOLERANCE)
 

@@ -81,7 +81,7 @@ def test_one_chunk_on_a_gpu(monkeypatch):
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu, "_sequence_begins", lambda: tpu.pl.program_id(0) < 0)
+    monkeypatch.setattr(tpu, "sequence_begins", lambda: tpu.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
@@ -146,13 +146,11 @@ def test_tpu_tiles_fit_the_smallest_memory(length, width, taps):
     assert tpu.vmem_bytes(tiles, taps) <= 12 * 2**20
 
 
-def test_the_tile_chooser_obeys_the_memory_estimator(monkeypatch):
+def test_the_tile_chooser_obeys_the_memory_estimator():
     free = CHOOSE_TPU(8192, 2560, 4)
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(free, 4) - 1)
-    assert CHOOSE_TPU(8192, 2560, 4).width < free.width
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**10)
+    assert CHOOSE_TPU(8192, 2560, 4, tpu.vmem_bytes(free, 4) - 1).width < free.width
     with pytest.raises(ValueError, match="weight has 4 taps"):
-        CHOOSE_TPU(8192, 2560, 4)
+        CHOOSE_TPU(8192, 2560, 4, 2**10)
 
 
 CHOOSE_TPU = tpu.choose_tiles

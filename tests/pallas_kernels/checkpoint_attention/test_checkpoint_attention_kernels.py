@@ -158,17 +158,17 @@ def test_tiles_fit_every_generation(chip, name):
     assert job.strips * job.steps * tiles.slots == job.slots
 
 
-def test_the_chooser_obeys_the_estimator(monkeypatch):
+def test_the_chooser_obeys_the_estimator():
     job = job_of(SHAPES["long"])
     job = job._replace(tiles=choose_tpu_tiles(job))
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(job) - 1)
-    tight = choose_tpu_tiles(job)
+    budget = tpu.vmem_bytes(job) - 1
+    tight = choose_tpu_tiles(job, budget)
     assert tight.strip < job.tiles.strip
-    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= tpu._VMEM_BUDGET
+    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= budget
 
 
 def test_what_does_not_fit_vmem_is_refused(monkeypatch):
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**16)
+    monkeypatch.setattr(tpu, "choose_tiles", lambda job: choose_tpu_tiles(job, 2**16))
     with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
         jax.eval_shape(lambda: Case(**SMALL).run("tpu"))
 

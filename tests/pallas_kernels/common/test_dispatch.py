@@ -13,7 +13,7 @@ from pallas_kernels import explain, linear_scan, long_conv
 from pallas_kernels.checkpoint_attention import Cache
 from pallas_kernels.common import dispatch, products
 from seqmodels.layers.attention import attend
-from seqmodels.mixers import projected
+from seqmodels.mixers import mimo_scan
 
 WAYS = {"plus": lambda x: x + 1, "minus": lambda x: x - 1}
 
@@ -105,8 +105,10 @@ def test_explain_names_how_a_cache_is_written(length, dtype, on_cpu):
 @pytest.mark.parametrize(("length", "on_cpu"), [(2**10, "blocks"), (2**9, "scans")])
 def test_explain_names_how_two_projected_scans_run(length, on_cpu):
     shared = struct(2**10, dtype="complex64"), struct(2, 2**11), struct(2**12, 2)
-    found = taken(lambda *a: projected.both_ways(*a, None), struct(1, length, 2), *shared)
-    assert found["both_ways"] == everywhere("scans", cpu=on_cpu)
+    found = taken(
+        lambda *a: mimo_scan.bidirectional_mimo_scan(*a, None), struct(1, length, 2), *shared
+    )
+    assert found["bidirectional_mimo_scan"] == everywhere("scans", cpu=on_cpu)
     assert "linear_scan" in found  # in the branch
 
 

@@ -28,7 +28,15 @@ def test_compiles_for_tpu(chip, shape, mode):
     assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == kernels
 
 
-KERNELS = ("prepare", "invert", "walk", "read", "retreat", "weigh", "attribute")
+KERNELS = (
+    "chunk_scaled_dot_kkt",
+    "solve_tril",
+    "chunk_fwd_h",
+    "chunk_fwd_o",
+    "chunk_bwd_dhu",
+    "prepare_wy_repr_bwd",
+    "chunk_bwd_dqkwg",
+)
 
 
 @pytest.mark.parametrize(("chip", "shape"), on_gpus(SHAPES, ALWAYS_ON_GPUS))
@@ -41,4 +49,4 @@ def test_compiles_for_gpu(chip, shape):
 
 @pytest.mark.parametrize(("chip", "shapes"), for_spills(GPUS, SPILL_SHAPES))
 def test_forward_spills_no_registers(chip, shapes):
-    assert_spills_nothing(chip, CASE, shapes, "delta_rule_walk")
+    assert_spills_nothing(chip, CASE, shapes, "delta_rule_chunk_fwd_h")

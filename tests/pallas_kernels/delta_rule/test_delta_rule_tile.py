@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.delta_rule import tile
-from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state import decay_sums, masks
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import DECAYS, normalised
 
@@ -45,19 +45,19 @@ def inputs(decay, dtype="float64", size=(SIZE, KEYS, VALUES), seed=0):
 
 def documents(runs, entering=1):
     runs = jnp.asarray(runs, jnp.int32)
-    return chunks.documents(runs[:, None], runs[None], jnp.full((1, 1), entering, jnp.int32))
+    return masks.segment_masks(runs[:, None], runs[None], jnp.full((1, 1), entering, jnp.int32))
 
 
 SOME = documents([1] * 5 + [2] * 4 + [3] * 5 + [0] * 2)
 
 
 def forward(docs, q, k, v, beta, g, state):
-    gates = tile.gates(beta, g, docs, chunks.BY_HALVES)
+    gates = tile.gates(beta, g, docs, decay_sums.BY_HALVES)
     return tile.forward(q, k, v, gates, docs, state, SCALE)
 
 
 def backward(docs, q, k, v, beta, g, state, do, dstate):
-    summation = chunks.BY_HALVES
+    summation = decay_sums.BY_HALVES
     gates = tile.gates(beta, g, docs, summation)
     return tile.backward(q, k, v, gates, docs, state, do, dstate, SCALE, summation)
 
@@ -162,13 +162,13 @@ def test_inverse_of_documents_that_overflow():
 
 
 def test_two_ways_to_sum_decays():
-    """A kernel sums in a tree; gradients too."""
+    """A kernel exchanges halves by rolls; in the gradients too."""
     args, cotangents = inputs("key", "float32")
     expected = jax.jit(functools.partial(backward, SOME))(*args, *cotangents)
 
-    def by_tree(q, k, v, beta, g, state, do, dstate):
-        summation = chunks.by_tree(jnp.roll)
+    def by_rolls(q, k, v, beta, g, state, do, dstate):
+        summation = decay_sums.summation(decay_sums.by_rolls(jnp.roll, below=8))
         gates = tile.gates(beta, g, SOME, summation)
         return tile.backward(q, k, v, gates, SOME, state, do, dstate, SCALE, summation)
 
-    testing.assert_close(jax.jit(by_tree)(*args, *cotangents), expected, testing.FLOAT32_TOLERANCE)
+    testing.assert_close(jax.jit(by_rolls)(*args, *cotangents), expected, testing.FLOAT32_TOLERANCE)

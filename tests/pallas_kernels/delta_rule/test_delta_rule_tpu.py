@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.delta_rule import tpu, tpu_head, tpu_inverse
+from pallas_kernels.delta_rule import tpu, tpu_inverse
 from pallas_kernels.delta_rule.shapes import SHAPES
+from pallas_kernels.matrix_state import tpu as matrix_tpu
 from pallas_kernels.matrix_state.config import Config
+from pallas_kernels.matrix_state.tpu import KernelShape, Limits, Tiles, choose_tiles, vmem_bytes
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
 CHUNK = 16
+NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 CHIPS = {
     "v5e": compat.tpu.ChipVersion.TPU_V5E,
     "v5p": compat.tpu.ChipVersion.TPU_V5P,
@@ -31,19 +34,28 @@ def _strict_promotion():
         yield
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Three chunks, of two blocks each, and two blocks of heads, where there are 37 tokens and two
-    or more heads."""
-    monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
-    monkeypatch.setattr(tpu_inverse, "BLOCK", CHUNK // 2)
-    monkeypatch.setattr(tpu, "_HEADS", 1)
-    monkeypatch.setattr(tpu, "_HEADS_BY_KEY", 1)
+# Three chunks, of two blocks each, and two blocks of heads, where there are 37 tokens and two or
+# more heads.
+SMALL, ANY = Limits(heads=1, heads_vector_decay=1, solve_block=CHUNK // 2), Limits()
 
 
-def interpreted(case, **options):
+@functools.partial(jax.jit, static_argnames="config")
+def _value_and_gradients(args, ids, cotangents, config):
+    def op(args):
+        given = [args.get(name) for name in NAMES]
+        return tpu.BACKEND(config, *given, None if ids is None else segments.runs(ids))
+
+    outputs, pullback = jax.vjp(op, args)
+    return {"outputs": outputs, "gradients": pullback(cotangents)[0]}
+
+
+def interpreted(case, limits=SMALL, args=None, ids=None):
+    """What `Case.run` gives, in chunks of `CHUNK` tokens."""
+    args, ids = args or case.args, case.ids if ids is None else ids
+    config = Config(args["q"].shape[3] ** -0.5, CHUNK, limits)
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run("tpu", **options))
+        result = _value_and_gradients(args, ids, case.cotangents, config)
+        return jax.tree.map(np.asarray, result)
 
 
 def one_head(**options):
@@ -61,19 +73,18 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_kernels_equal_the_oracle(name, small):
+def test_kernels_equal_the_oracle(name):
     case = Case(**({"length": 37} | FEATURES[name]))
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-def test_several_groups_in_one_step(monkeypatch):
-    monkeypatch.setattr(tpu, "_CHUNK", CHUNK)
+def test_several_groups_in_one_step():
     case = Case(length=1, batch=1, packed=True)
-    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(interpreted(case, ANY), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])
-def test_bfloat16_against_the_float32_oracle(decay, small):
+def test_bfloat16_against_the_float32_oracle(decay):
     case = one_head(length=64, decay=decay, dtype="bfloat16", packed=True, size=(32, 16))
     actual, expected = interpreted(case), case.oracle()
     assert actual["outputs"][0].dtype == jnp.bfloat16
@@ -85,13 +96,13 @@ def test_bfloat16_against_the_float32_oracle(decay, small):
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])
-def test_documents_are_isolated_to_the_bit(decay, small):
+def test_documents_are_isolated_to_the_bit(decay):
     case = one_head(decay=decay)
     assert_isolated(functools.partial(interpreted, case), case)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])
-def test_extreme_decays(decay, small):
+def test_extreme_decays(decay):
     """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""
     case = one_head(length=40, decay=decay)
     g = np.array(case.args["log_decay"])
@@ -102,11 +113,10 @@ def test_extreme_decays(decay, small):
     np.testing.assert_array_equal(actual["gradients"]["log_decay"][:, 5::7], 0)
 
 
-@jax.jit
-def _run(args, ids):
+@functools.partial(jax.jit, static_argnames="limits")
+def _run(args, ids, limits=ANY):
     runs = segments.runs(ids)
-    names = ("q", "k", "v", "beta", "log_decay", "initial_state")
-    return tpu.BACKEND(Config(8**-0.5, CHUNK), *(args[name] for name in names), runs)
+    return tpu.BACKEND(Config(8**-0.5, CHUNK, limits), *(args[name] for name in NAMES), runs)
 
 
 def test_the_same_call_twice_is_bitwise_equal():
@@ -136,29 +146,29 @@ def test_one_token_needs_no_kernel():
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu_head, "chunk_begins", lambda: compat.pl.program_id(0) < 0)
+    monkeypatch.setattr(matrix_tpu, "sequence_begins", lambda: compat.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
-    own = tpu_head.own
+    own = matrix_tpu.own
 
-    def shifted(job):
-        heads = job.parts * job.tiles.heads
-        start = jax.lax.rem(own(job).start + 1, heads)
-        return compat.pl.ds(start, job.tiles.heads)
+    def shifted(dims):
+        heads = dims.steps_per_group * dims.tiles.heads
+        start = jax.lax.rem(own(dims).start + 1, heads)
+        return compat.pl.ds(start, dims.tiles.heads)
 
-    monkeypatch.setattr(tpu_head, "own", shifted)
+    monkeypatch.setattr(matrix_tpu, "own", shifted)
 
 
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
-def test_mutants_are_caught(mutant, monkeypatch, small):
+def test_mutants_are_caught(mutant, monkeypatch):
     case = Case(length=37, batch=2, groups=1, heads=2)
     expected = case.oracle()["outputs"]
     mutant(monkeypatch)
     ids = jnp.ones((2, 37), jnp.int32)
     with testing.interpret():
         # A function of its own, so that nothing traced before is found again.
-        outputs = jax.jit(lambda *args: _run.__wrapped__(*args))(case.args, ids)
+        outputs = jax.jit(lambda *args: _run.__wrapped__(*args, SMALL))(case.args, ids)
         outputs = jax.tree.map(np.asarray, outputs)
     with pytest.raises(AssertionError, match=r"not finite|>"):
         testing.assert_close(outputs, expected, testing.FLOAT32_TOLERANCE)
@@ -204,47 +214,46 @@ def test_inverse_of_documents_that_overflow():
 # Memory.
 
 
-def job_of(shape):
+def kernel_shape(shape):
     keys, values = (-(-size // 128) * 128 for size in (shape.key_size, shape.value_size))
     length = -(-shape.length // 128) * 128
     sizes = (shape.batch, length, shape.groups, shape.heads, keys, values)
-    return tpu.Job(*sizes, shape.decay, True, 1.0, jnp.dtype(shape.dtype), tpu.Tiles(128, 1))
+    return KernelShape(*sizes, shape.decay, True, 1.0, jnp.dtype(shape.dtype), Tiles(128, 1))
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tiles_fit_every_generation(chip, name):
-    job = job_of(SHAPES[name])
-    tiles = tpu.choose_tiles(job)
-    job = job._replace(tiles=tiles)
+    dims = kernel_shape(SHAPES[name])
+    tiles = choose_tiles(tpu.KERNELS, dims, ANY)
+    dims = dims._replace(tiles=tiles)
     capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
-    assert tpu.vmem_bytes(job) <= capacity // 2
-    assert job.grid[1] * job.parts * tiles.heads == job.heads
+    assert vmem_bytes(tpu.KERNELS, dims) <= capacity // 2
+    assert dims.grid[1] * dims.steps_per_group * tiles.heads == dims.heads
 
 
-def test_the_chooser_obeys_the_estimator(monkeypatch):
-    job = job_of(SHAPES["gated-delta-bench"])
-    roomy = tpu.choose_tiles(job)
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(job._replace(tiles=roomy)) - 1)
-    tight = tpu.choose_tiles(job)
+def test_the_chooser_obeys_the_estimator():
+    dims = kernel_shape(SHAPES["gated-delta-bench"])
+    roomy = choose_tiles(tpu.KERNELS, dims, ANY)
+    budget = vmem_bytes(tpu.KERNELS, dims._replace(tiles=roomy)) - 1
+    tight = choose_tiles(tpu.KERNELS, dims, Limits(vmem_bytes=budget))
     assert tight.heads < roomy.heads
-    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= tpu._VMEM_BUDGET
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**20)
-    assert tpu.choose_tiles(job) is None
+    assert vmem_bytes(tpu.KERNELS, dims._replace(tiles=tight)) <= budget
+    assert choose_tiles(tpu.KERNELS, dims, Limits(vmem_bytes=2**20)) is None
 
 
-def test_a_group_too_large_for_vmem_is_split(monkeypatch, small):
+def test_a_group_too_large_for_vmem_is_split():
     case = Case(length=20, batch=1, groups=1, heads=2)
-    monkeypatch.setattr(tpu, "choose_tiles", only_one_head_a_group)
-    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+    one_head_a_group = KernelShape(
+        1, 32, 2, 2, 128, 128, "head", False, 1.0, jnp.dtype("float32"), Tiles(CHUNK, 1)
+    )
+    budget = vmem_bytes(tpu.KERNELS, one_head_a_group)
+    assert vmem_bytes(tpu.KERNELS, one_head_a_group._replace(groups=1)) > budget
+    limits = SMALL._replace(vmem_bytes=budget)
+    testing.assert_close(interpreted(case, limits), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-def only_one_head_a_group(job):
-    return tpu.Tiles(CHUNK, 1) if job.heads == job.groups else None
-
-
-def test_a_head_too_large_for_vmem_is_refused(monkeypatch):
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**16)
+def test_a_head_too_large_for_vmem_is_refused():
     args, ids = Case(length=9, batch=2).args, jnp.ones((2, 9), jnp.int32)
     with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
-        jax.eval_shape(_run, args, ids)
+        jax.eval_shape(functools.partial(_run, limits=Limits(vmem_bytes=2**16)), args, ids)

@@ -103,7 +103,7 @@ def test_slow_decays_do_not_drift(backend, monkeypatch):
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu, "_sequence_begins", lambda: tpu.pl.program_id(0) < 0)
+    monkeypatch.setattr(tpu, "sequence_begins", lambda: tpu.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):

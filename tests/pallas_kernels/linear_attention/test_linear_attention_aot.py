@@ -30,10 +30,10 @@ def test_compiles_for_tpu(chip, shape, mode):
 def test_compiles_for_gpu(chip, shape):
     needs_compiler(chip)
     text = aot.compile_for(chip, *case(shape, "gpu", "forward+backward")).as_text() or ""
-    for kernel in ("forward_states", "forward_outputs", "backward_values", "backward_keys"):
+    for kernel in ("chunk_fwd_h", "chunk_fwd_o", "chunk_bwd_dv", "chunk_bwd_dqkg"):
         assert f"linear_attention_{kernel}" in text
 
 
 @pytest.mark.parametrize(("chip", "shapes"), for_spills(GPUS, SPILL_SHAPES))
 def test_forward_spills_no_registers(chip, shapes):
-    assert_spills_nothing(chip, CASE, shapes, "linear_attention_forward")
+    assert_spills_nothing(chip, CASE, shapes, "linear_attention_chunk_fwd")

@@ -14,7 +14,7 @@ from pallas_kernels.linear_attention import gpu, gpu_kernels
 from pallas_kernels.linear_attention.shapes import SHAPES
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
-from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
+from tests.pallas_kernels.linear_attention.cases import NAMES, Case, assert_isolated
 
 # Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
 TILES = gpu_kernels.Tiles(chunk=16, values=16, keys=16, inner=16, state=16)
@@ -22,15 +22,26 @@ WIDE = {"key_size": 20, "value_size": 18}
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles_and_strict_promotion(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", lambda _: TILES)
+def _strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
-def interpreted(case, **options):
+def interpreted(case, tiles=TILES, ids=None):
+    """What `Case.run` gives, with these tiles."""
+    args, ids = dict(case.args), case.ids if ids is None else ids
+    runs = None if ids is None else segments.runs(ids)
+    config = Config(args["q"].shape[3] ** -0.5, tiles=tiles)
+
+    def op(args):
+        q, k, v, log_decay, state = (args[name] for name in NAMES)
+        if log_decay is not None and log_decay.ndim == 1:
+            log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
+        return gpu.BACKEND(config, q, k, v, log_decay, state, runs)
+
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run("gpu", **options))
+        result = testing.value_and_gradients(op, args, cotangents=case.cotangents)
+    return jax.tree.map(np.asarray, result | {"gradients": result["gradients"][0]})
 
 
 # Each feature with most others, not the full product: interpretation is slow.
@@ -51,10 +62,10 @@ def test_kernels_equal_the_oracle(name):
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-def test_a_program_sums_the_gradients_of_some_heads_of_a_group(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", lambda _: TILES._replace(heads=2))
+def test_a_program_sums_the_gradients_of_some_heads_of_a_group():
     case = Case(length=20, decay="head", batch=1, groups=2, heads=8, packed=True)
-    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+    actual = interpreted(case, TILES._replace(heads=2))
+    testing.assert_close(actual, case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])
@@ -91,7 +102,7 @@ def test_extreme_decays(decay):
 def _run(args, ids):
     runs = segments.runs(ids)
     q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
-    return gpu.BACKEND(Config(5**-0.5), q, k, v, args["log_decay"], state, runs)
+    return gpu.BACKEND(Config(5**-0.5, tiles=TILES), q, k, v, args["log_decay"], state, runs)
 
 
 def test_the_same_call_twice_is_bitwise_equal():
@@ -104,7 +115,6 @@ def test_the_same_call_twice_is_bitwise_equal():
 @hypothesis.settings(
     max_examples=8,
     deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
@@ -127,7 +137,7 @@ def test_a_row_of_padding_returns_its_initial_state():
 
 
 def broken_carry_not_handed_on(monkeypatch):
-    monkeypatch.setattr(gpu_kernels.tile, "kept", lambda state, *_: state * 0)
+    monkeypatch.setattr(gpu_kernels.tile, "decayed_state", lambda state, *_: state * 0)
 
 
 def broken_states_shifted_by_one_chunk(monkeypatch):
@@ -158,38 +168,35 @@ def test_mutants_are_caught(mutant, monkeypatch):
 # Tiles.
 
 
-def job_of(shape, **changes):
+def kernel_shape(shape, **changes):
     decay = {"constant": "head"}.get(shape.decay, shape.decay)
     sizes = shape.batch, shape.length, shape.groups, shape.heads, shape.key_size, shape.value_size
-    job = gpu_kernels.Job(*sizes, decay, jnp.dtype(shape.dtype), 1.0, TILES)
-    return job._replace(**changes)
-
-
-CHOOSE_TILES = gpu.choose_tiles
+    dims = gpu_kernels.KernelShape(*sizes, decay, False, 1.0, jnp.dtype(shape.dtype), TILES)
+    return dims._replace(**changes)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_tiles_cover_the_arrays(name):
-    job = job_of(SHAPES[name])
-    job = job._replace(tiles=CHOOSE_TILES(job))
-    tiles = job.tiles
-    assert job.heads // job.groups % tiles.heads == 0
+    dims = kernel_shape(SHAPES[name])
+    dims = dims._replace(tiles=gpu.choose_tiles(dims))
+    tiles = dims.tiles
+    assert dims.heads // dims.groups % tiles.heads == 0
     for size in (*tiles[:5], tiles.warps):
         assert size & (size - 1) == 0
-    assert job.value_grid[1] * tiles.values >= job.value_size
-    assert job.key_grid[1] * tiles.keys >= job.key_size
-    assert (job.chunks - 1) * tiles.chunk < job.length <= job.chunks * tiles.chunk
+    assert dims.value_grid[1] * tiles.values >= dims.value_size
+    assert dims.key_grid[1] * tiles.keys >= dims.key_size
+    assert (dims.chunks - 1) * tiles.chunk < dims.length <= dims.chunks * tiles.chunk
 
 
 def test_as_many_heads_a_program_as_leave_the_gpu_full():
     shape = SHAPES["mamba2-2.7b"]
-    long, short = (CHOOSE_TILES(job_of(shape, length=n)) for n in (2**16, 2**8))
+    long, short = (gpu.choose_tiles(kernel_shape(shape, length=n)) for n in (2**16, 2**8))
     assert long.heads > short.heads >= 1
-    job = job_of(shape, length=2**16)._replace(tiles=long)
-    assert np.prod(job.key_grid) >= gpu._ENOUGH_PROGRAMS
+    dims = kernel_shape(shape, length=2**16)._replace(tiles=long)
+    assert np.prod(dims.key_grid) >= gpu._PROGRAMS_THAT_FILL_A_GPU
 
 
 def test_arrays_of_two_billion_elements_are_refused():
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     q, v = struct((1, 2**17, 1, 256)), struct((1, 2**17, 16, 256))
-    assert gpu.largest_array(q, v, None) >= 2**31
+    assert gpu.largest_array(Config(1.0), q, v, None) >= 2**31

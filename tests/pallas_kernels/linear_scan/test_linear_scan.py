@@ -75,26 +75,16 @@ def test_packed_equals_one_document_a_row(implementation, reverse):
     case = Case(length=60, packed=True, reverse=reverse, batch=1, dtype=COMPLEX)
     ids = np.asarray(case.ids[0])
     a, b, initial = case.args
-    h, final = linear_scan(
-        a,
-        b,
-        initial_state=initial,
-        segment_ids=case.ids,
-        reverse=reverse,
-        implementation=implementation,
-    )
+    run = jax.jit(functools.partial(linear_scan, reverse=reverse, implementation=implementation))
+    h, final = run(a, b, initial_state=initial, segment_ids=case.ids)
     real = int((ids != 0).sum())
     borders = [0, *(np.flatnonzero(np.diff(ids[:real])) + 1), real]
     documents = [slice(*pair) for pair in itertools.pairwise(borders)]
     first = documents[-1] if reverse else documents[0]
+    run = jax.jit(functools.partial(linear_scan, reverse=reverse, implementation="reference"))
     for document in documents:
-        alone, after = linear_scan(
-            a[:, document],
-            b[:, document],
-            reverse=reverse,
-            implementation="reference",
-            initial_state=initial if document == first else None,
-        )
+        state = initial if document == first else jnp.zeros_like(initial)
+        alone, after = run(a[:, document], b[:, document], initial_state=state)
         testing.assert_close(h[:, document], alone, testing.FLOAT32_TOLERANCE)
         if document == (documents[0] if reverse else documents[-1]):
             testing.assert_close(final, after, testing.FLOAT32_TOLERANCE)
@@ -136,8 +126,9 @@ def test_whole_equals_split_equals_step_by_step(implementation, cuts):
 
 def test_reverse_is_flip_run_flip():
     a, b, initial = Case(length=41).args
-    h, final = linear_scan(a, b, initial_state=initial, reverse=True)
-    flipped, last = linear_scan(a[:, ::-1], b[:, ::-1], initial_state=initial)
+    backwards = jax.jit(functools.partial(linear_scan, reverse=True))
+    h, final = backwards(a, b, initial_state=initial)
+    flipped, last = jax.jit(linear_scan)(a[:, ::-1], b[:, ::-1], initial_state=initial)
     testing.assert_close(h, flipped[:, ::-1], testing.FLOAT32_TOLERANCE)
     testing.assert_close(final, last, testing.FLOAT32_TOLERANCE)
 
@@ -164,9 +155,9 @@ def test_vmap_equals_folding_into_the_batch():
         h, final = linear_scan(a, b, initial_state=initial)
         return jnp.sum(jnp.sin(h)) + jnp.sum(final * final)
 
-    folded = jax.grad(loss, (0, 1, 2))(a, b, initial)
+    folded = jax.jit(jax.grad(loss, (0, 1, 2)))(a, b, initial)
     split = [x.reshape(3, 2, *x.shape[1:]) for x in (a, b, initial)]
-    mapped = jax.vmap(jax.grad(loss, (0, 1, 2)))(*split)
+    mapped = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*split)
     mapped = [x.reshape(y.shape) for x, y in zip(mapped, folded, strict=True)]
     testing.assert_close(mapped, list(folded), testing.FLOAT32_TOLERANCE)
 
@@ -177,9 +168,9 @@ def test_second_order_and_forward_mode_through_the_reference():
     def loss(a):
         return linear_scan(a, b, initial_state=initial, implementation="reference")[0].sum()
 
-    _, tangent = jax.jvp(loss, (a,), (jnp.ones_like(a),))
-    np.testing.assert_allclose(tangent, jax.grad(loss)(a).sum(), rtol=1e-5)
-    assert np.isfinite(jax.hessian(loss)(a)).all()
+    _, tangent = jax.jit(lambda a: jax.jvp(loss, (a,), (jnp.ones_like(a),)))(a)
+    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(a).sum(), rtol=1e-5)
+    assert np.isfinite(jax.jit(jax.hessian(loss))(a)).all()
 
 
 BAD = [

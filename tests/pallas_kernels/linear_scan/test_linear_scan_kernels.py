@@ -82,7 +82,7 @@ def test_one_chunk_on_a_gpu_that_the_batch_fills(monkeypatch):
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu, "_sequence_begins", lambda: tpu.pl.program_id(0) < 0)
+    monkeypatch.setattr(tpu, "sequence_begins", lambda: tpu.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
@@ -108,9 +108,8 @@ def test_tpu_tiles_fit_the_smallest_memory(length, width, planes):
     assert tpu.vmem_bytes(tiles, planes) <= 12 * 2**20
 
 
-def test_tpu_tiles_shrink_with_the_memory(monkeypatch):
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 2**21)
-    tiles = CHOOSE_TPU(8192, 1024, 1)
+def test_tpu_tiles_shrink_with_the_memory():
+    tiles = CHOOSE_TPU(8192, 1024, 1, 2**21)
     assert tpu.vmem_bytes(tiles, 1) <= 2**21
     assert tiles.width < 1024
 

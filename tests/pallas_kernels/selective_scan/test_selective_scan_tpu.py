@@ -85,7 +85,7 @@ def test_the_same_call_twice_is_bitwise_equal():
 
 
 def broken_carry_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu, "_sequence_begins", lambda: tpu.pl.program_id(0) < 0)
+    monkeypatch.setattr(tpu, "sequence_begins", lambda: tpu.pl.program_id(0) < 0)
 
 
 def broken_carry_shifted_by_one(monkeypatch):
@@ -147,13 +147,12 @@ def test_tiles_fit_every_generation(chip, name):
     assert tiles.width % 128 == 0
 
 
-def test_the_chooser_obeys_the_estimator(monkeypatch):
+def test_the_chooser_obeys_the_estimator():
     roomy = choose_tiles(4096, 2048, 16)
     assert roomy == tpu.Tiles(128, 1024)
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", tpu.vmem_bytes(roomy, 16) - 1)
-    tight = choose_tiles(4096, 2048, 16)
+    budget = tpu.vmem_bytes(roomy, 16) - 1
+    tight = choose_tiles(4096, 2048, 16, budget)
     assert tight != roomy
-    assert tpu.vmem_bytes(tight, 16) <= tpu._VMEM_BUDGET
-    monkeypatch.setattr(tpu, "_VMEM_BUDGET", 0)
+    assert tpu.vmem_bytes(tight, 16) <= budget
     with pytest.raises(ValueError, match="N=16"):
-        choose_tiles(4096, 2048, 16)
+        choose_tiles(4096, 2048, 16, 0)

@@ -13,7 +13,7 @@ from pallas_kernels.common.compat import pallas_call, pl, tpu
 from pallas_kernels.tools import aot, hlo
 from tests.pallas_kernels.absent import needs_compiler
 
-HERE = "tests.pallas_kernels.test_aot"
+HERE = "tests.pallas_kernels.tools.test_aot"
 VECTOR = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
 MIB4 = 4 * 2**20
 

@@ -85,4 +85,4 @@ def test_a_family_is_made_of_its_own_files_and_of_common_ones(name):
     assert {"pallas_kernels.common.backend", "pallas_kernels.common.dispatch"} <= set(modules)
     assert not [module for module in modules if module.startswith("pallas_kernels.tools")]
     if name in ("linear_attention", "delta_rule"):
-        assert "pallas_kernels.matrix_state.chunks" in modules
+        assert "pallas_kernels.matrix_state.tile" in modules

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.tools import aot
+from seqmodels import ops
 from seqmodels.layers import attention
 from seqmodels.layers.attention import attend
 from seqmodels.layers.splash import splash
 from seqmodels.mixers import Segments
-from seqmodels.parallel import batch_sharding, make_mesh
-from seqmodels.parallel.rows import on_mesh
+from seqmodels.parallel import batch_sharding, make_mesh, on_mesh
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +211,7 @@ def test_on_a_mesh(options):
     mesh = make_mesh(2, devices=jax.devices()[:2])
 
     def differentiate(q, k, v):
-        y, vjp = jax.vjp(lambda *args: attend(*args, **options, **masks), q, k, v)
+        y, vjp = jax.vjp(lambda *args: ops.attention(*args, **options, **masks), q, k, v)
         return y, vjp(jnp.sin(y))
 
     on_two = jax.jit(on_mesh(differentiate, mesh), in_shardings=batch_sharding(mesh))(q, k, v)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from seqmodels.layers.short_conv import ShortConv, start_window
+from seqmodels.segments import Segments
 
 TAPS, WIDTH = 3, 4
 IDS = np.array([[1] * 4 + [2] * 2 + [3] * 1 + [0] * 2], np.int32)
@@ -24,7 +25,7 @@ def test_sum_over_taps_and_carried_window(use_bias, activation):
     assert np.abs(p["kernel"]).max() <= TAPS**-0.5
     run = jax.jit(conv.apply)
     past = jax.random.normal(jax.random.key(2), (1, TAPS - 1, WIDTH))
-    y, window = run(variables, x, past, runs=IDS)
+    y, window = run(variables, x, past, segments=Segments.from_ids(IDS))
 
     tokens = np.concatenate([past, x], axis=1)[0].astype(np.float64)
     names = [1] * (TAPS - 1) + list(IDS[0])

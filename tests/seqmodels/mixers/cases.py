@@ -96,7 +96,7 @@ GROWING = {
     "scout-mamba",
 }
 
-# mode: (causal, streams, packs)
+# mode: (causal, stateful, supports_packing)
 FLAGS = {
     "s5": (True, True, True),
     "s5-bilinear": (True, True, True),

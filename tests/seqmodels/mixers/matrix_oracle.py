@@ -42,7 +42,7 @@ def delta_rule(q, k, v, beta, decay):
     return np.stack(out)
 
 
-def readout(o, p, gate=1.0):
+def output_projection(o, p, gate=1.0):
     """Norm over the last axis, scale, gate, the map to the outputs."""
     o = oracles.rms_norm(o, 1e-5) * p["o_norm/scale"] * gate
     return o.reshape(len(o), -1) @ p["o_proj/kernel"]

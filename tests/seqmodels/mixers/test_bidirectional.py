@@ -27,10 +27,10 @@ def documents(ids):
 @pytest.mark.parametrize("case", CAUSAL)
 def test_reverse_is_flip(case):
     config = CASES[case]
-    ids = PACKED if config.packs else ALONE
+    ids = PACKED if config.supports_packing else ALONE
     mixer, one = build(BidirectionalConfig(config), WIDTH), build(config, WIDTH)
     x = jax.random.normal(jax.random.key(1), (*ids.shape, WIDTH))
-    segments = Segments.from_ids(ids, single=not config.packs)
+    segments = Segments.from_ids(ids, single=not config.supports_packing)
     params = jax.jit(mixer.init)(jax.random.key(0), x)["params"]
     y, _ = jax.jit(mixer.apply)({"params": params}, x, segments=segments)
     run = jax.jit(lambda params, x: one.apply({"params": params}, x)[0])

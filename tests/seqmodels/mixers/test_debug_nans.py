@@ -29,10 +29,10 @@ def test_mixers(case):
     """Outside of `jax.jit` every step is checked, inside what comes out."""
     mixer = build(CASES[case], WIDTH)
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
-    packed = mixer.packs
+    packed = mixer.supports_packing
     segments = Segments.from_ids(IDS if packed else ALONE, single=not packed)
     state = None
-    if mixer.streams:
+    if mixer.stateful:
         state = mixer.initial_state(2, max_length=2 * LENGTH, dtype=x.dtype)
     variables = jax.jit(mixer.init)(jax.random.key(1), x)
     if mixer.config.mixer in STEP_BY_STEP:
@@ -42,11 +42,32 @@ def test_mixers(case):
     @jax.grad
     def gradients(variables, segments, state):
         y, after = mixer.apply(variables, x, segments=segments, state=state)
-        if mixer.streams:
+        if mixer.stateful:
             y = y + mixer.apply(variables, x[:, :1], state=after)[0]
         return jnp.sum(jnp.sin(y))
 
     gradients(variables, segments, state)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("case", ONE_OF_EACH.values())
+def test_every_mixer_op_by_op(case, with_segments, with_state):
+    mixer = build(CASES[case], WIDTH)
+    if with_state and not mixer.streams:
+        pytest.skip(f"{mixer.config.mixer} carries no state")
+    x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
+    packed = mixer.packs
+    segments = Segments.from_ids(IDS if packed else ALONE, single=not packed)
+    segments = segments if with_segments else None
+    state = mixer.initial_state(2, max_length=2 * LENGTH, dtype=x.dtype) if with_state else None
+    variables = mixer.init(jax.random.key(1), x)
+
+    def total(variables):
+        return jnp.sum(jnp.sin(mixer.apply(variables, x, segments=segments, state=state)[0]))
+
+    jax.grad(total)(variables)
 
 
 @pytest.mark.parametrize("config", [AttentionConfig(heads=2), RATConfig(heads=2, groups=1)])

@@ -5,7 +5,7 @@ import pytest
 from seqmodels.mixers import DeltaNetConfig
 from seqmodels.mixers.deltanet import DELTANET_1_3B
 from tests.seqmodels.mixers import matrix_oracle, oracles
-from tests.seqmodels.mixers.matrix_oracle import convolved, heads, readout, unit
+from tests.seqmodels.mixers.matrix_oracle import convolved, heads, output_projection, unit
 
 WIDTH, LENGTH = 4, 9
 
@@ -20,7 +20,7 @@ def test_equations(negative_eigenvalues):
         q, k, v = (heads(convolved(x, p, name), 2) for name in "qkv")
         beta = (1 + negative_eigenvalues) * oracles.sigmoid(x @ p["b_proj/kernel"])
         o = matrix_oracle.delta_rule(unit(q), unit(k), v, beta, 1.0)
-        oracles.assert_close(y, readout(o, p))
+        oracles.assert_close(y, output_projection(o, p))
 
 
 def test_published_size():

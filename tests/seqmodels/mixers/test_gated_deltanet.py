@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from seqmodels.mixers import GatedDeltaNetConfig
-from seqmodels.mixers.base import Mark
+from seqmodels.mixers.base import ParamLabel
 from seqmodels.mixers.gated_deltanet import GATED_DELTANET_1_3B, QWEN3_NEXT
 from tests.seqmodels.mixers import matrix_oracle, oracles
-from tests.seqmodels.mixers.matrix_oracle import convolved, heads, readout, unit
+from tests.seqmodels.mixers.matrix_oracle import convolved, heads, output_projection, unit
 
 WIDTH, LENGTH = 4, 9
 
@@ -25,7 +25,7 @@ def test_equations():
         decay = np.exp(-np.exp(p["A_log"]) * step)
         o = matrix_oracle.delta_rule(q, k, v, beta, decay[..., None])
         gate = heads(x @ p["g_proj/kernel"], 4)
-        oracles.assert_close(y, readout(o, p, oracles.silu(gate)))
+        oracles.assert_close(y, output_projection(o, p, oracles.silu(gate)))
 
 
 def test_initial_decays_and_marks():
@@ -38,8 +38,8 @@ def test_initial_decays_and_marks():
     assert 0.99e-3 < step.min() < 1.2e-3
     assert 0.08 < step.max() < 0.101
     np.testing.assert_allclose(np.mean(np.log(step)), np.log(1e-2), rtol=0.05)
-    kept = Mark(weight_decay=False, float32=True)
-    assert config.marks() == {"A_log": kept, "dt_bias": kept}
+    kept = ParamLabel(weight_decay=False, float32=True)
+    assert config.param_labels() == {"A_log": kept, "dt_bias": kept}
 
 
 def test_published_sizes():

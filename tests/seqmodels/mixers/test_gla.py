@@ -6,7 +6,7 @@ import pytest
 from seqmodels.mixers import GLAConfig
 from seqmodels.mixers.gla import GLA_1_3B
 from tests.seqmodels.mixers import matrix_oracle, oracles
-from tests.seqmodels.mixers.matrix_oracle import heads, readout
+from tests.seqmodels.mixers.matrix_oracle import heads, output_projection
 
 WIDTH, LENGTH = 4, 9
 
@@ -26,7 +26,7 @@ def test_equations(config):
         logits = x @ p["gk_proj/down/kernel"] @ p["gk_proj/up/kernel"] + p["gk_proj/up/bias"]
         decay = heads(oracles.sigmoid(logits) ** (1 / config.gate_temperature), config.heads)
         o = matrix_oracle.attention(q, k, v, decay, q.shape[-1] ** -0.5)
-        oracles.assert_close(y, readout(o, p, oracles.silu(gate)))
+        oracles.assert_close(y, output_projection(o, p, oracles.silu(gate)))
 
 
 def test_initial_values():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from seqmodels.mixers import HGRN2Config, build
-from seqmodels.mixers.base import Mark
+from seqmodels.mixers.base import ParamLabel
 from seqmodels.mixers.hgrn2 import HGRN2_1_3B
 from tests.seqmodels.mixers import matrix_oracle, oracles
-from tests.seqmodels.mixers.matrix_oracle import heads, readout
+from tests.seqmodels.mixers.matrix_oracle import heads, output_projection
 
 WIDTH, LENGTH = 4, 9
 
@@ -24,7 +24,7 @@ def test_equations(layer):
         f = bound + (1 - bound) * oracles.sigmoid(f)
         q, f, v = (heads(part, 2) for part in (oracles.silu(q), f, v))
         o = matrix_oracle.attention(q, 1 - f, v, f, 2**-0.5).reshape(LENGTH, -1)
-        oracles.assert_close(y, readout(o, p))
+        oracles.assert_close(y, output_projection(o, p))
 
 
 def test_lower_bounds():
@@ -32,7 +32,7 @@ def test_lower_bounds():
     deep = HGRN2Config(head_size=2, layer=3, layers=4)
     start = oracles.fresh(deep, WIDTH)["lower_bound"]
     np.testing.assert_allclose(oracles.sigmoid(start), 0.75, rtol=1e-6)
-    assert deep.marks() == {"lower_bound": Mark(weight_decay=False, float32=True)}
+    assert deep.param_labels() == {"lower_bound": ParamLabel(weight_decay=False, float32=True)}
 
 
 def test_saturated_gates_have_finite_gradients():

@@ -109,7 +109,7 @@ def test_initialisation_names_and_marks():
         "norm/scale": (128,),
         "out_proj/kernel": (128, 64),
     }
-    assert set(config.marks()) == {"A_log", "D", "dt_bias"}
+    assert set(config.param_labels()) == {"A_log", "D", "dt_bias"}
 
 
 def test_published_size():

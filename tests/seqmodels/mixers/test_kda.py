@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from seqmodels.mixers import KDAConfig
-from seqmodels.mixers.base import Mark
+from seqmodels.mixers.base import ParamLabel
 from seqmodels.mixers.kda import KIMI_LINEAR
 from tests.seqmodels.mixers import matrix_oracle, oracles
-from tests.seqmodels.mixers.matrix_oracle import convolved, heads, readout, unit
+from tests.seqmodels.mixers.matrix_oracle import convolved, heads, output_projection, unit
 
 WIDTH, LENGTH = 4, 9
 
@@ -32,7 +32,7 @@ def test_equations(config):
         o = matrix_oracle.delta_rule(unit(q), unit(k), v, beta, np.exp(log_decay))
         gate = x @ p["g_proj/down/kernel"] @ p["g_proj/up/kernel"]
         gate = heads(gate + p["g_proj/up/bias"] if config.gate_bias else gate, 2)
-        oracles.assert_close(y, readout(o, p, oracles.sigmoid(gate)))
+        oracles.assert_close(y, output_projection(o, p, oracles.sigmoid(gate)))
 
 
 def test_initial_decays_and_marks():
@@ -45,8 +45,8 @@ def test_initial_decays_and_marks():
     assert 0.08 < step.max() < 0.101
     bounded = KDAConfig(heads=2, head_size=1, log_decay_bound=-5.0)
     assert not np.any(oracles.fresh(bounded, WIDTH)["A_log"])
-    kept = Mark(weight_decay=False, float32=True)
-    assert bounded.marks() == {"A_log": kept, "dt_bias": kept}
+    kept = ParamLabel(weight_decay=False, float32=True)
+    assert bounded.param_labels() == {"A_log": kept, "dt_bias": kept}
 
 
 def test_published_size():

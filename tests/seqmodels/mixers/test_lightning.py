@@ -6,7 +6,7 @@ import pytest
 from seqmodels.mixers import LightningConfig
 from seqmodels.mixers.lightning import LIGHTNING_MINIMAX_TEXT_01, slopes
 from tests.seqmodels.mixers import matrix_oracle, oracles
-from tests.seqmodels.mixers.matrix_oracle import heads, readout
+from tests.seqmodels.mixers.matrix_oracle import heads, output_projection
 
 WIDTH, LENGTH = 4, 9
 
@@ -18,7 +18,7 @@ def test_equations():
     for x, y in zip(inputs, outputs, strict=True):
         q, k, v = (heads(oracles.silu(x @ p[f"{name}_proj/kernel"]), 2) for name in "qkv")
         o = matrix_oracle.attention(q, k, v, decay[:, None], 1.0).reshape(LENGTH, -1)
-        oracles.assert_close(y, readout(o, p, oracles.sigmoid(x @ p["g_proj/kernel"])))
+        oracles.assert_close(y, output_projection(o, p, oracles.sigmoid(x @ p["g_proj/kernel"])))
 
 
 def test_slopes():

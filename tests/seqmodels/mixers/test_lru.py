@@ -44,15 +44,15 @@ def test_initialisation():
 
 
 def test_marks():
-    marks = LRUConfig().marks()
+    labels = LRUConfig().param_labels()
     system = {"nu_log", "theta_log", "gamma_log", "B_re", "B_im"}
-    assert {n for n, m in marks.items() if m.group == "ssm" and not m.weight_decay} == system
-    assert {n for n, m in marks.items() if m.group == "main" and m.weight_decay} == {
+    assert {n for n, m in labels.items() if m.group == "ssm" and not m.weight_decay} == system
+    assert {n for n, m in labels.items() if m.group == "main" and m.weight_decay} == {
         "C_re",
         "C_im",
         "D",
     }
-    assert all(mark.float32 for mark in marks.values())
+    assert all(label.float32 for label in labels.values())
 
 
 @pytest.mark.parametrize(

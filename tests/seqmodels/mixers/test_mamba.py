@@ -70,9 +70,11 @@ def test_initialisation():
 
 
 def test_marks():
-    marks = MambaConfig().marks()
-    assert set(marks) == {"A_log", "D", "dt_proj/bias"}
-    assert {(m.group, m.weight_decay, m.float32) for m in marks.values()} == {("main", False, True)}
+    labels = MambaConfig().param_labels()
+    assert set(labels) == {"A_log", "D", "dt_proj/bias"}
+    assert {(m.group, m.weight_decay, m.float32) for m in labels.values()} == {
+        ("main", False, True)
+    }
 
 
 def test_names_and_shapes_are_those_of_the_checkpoints():

@@ -96,9 +96,11 @@ def test_names_shapes_and_marks():
         "norm/scale": (1536,),
         "out_proj/kernel": (1536, 768),
     }
-    marks = Mamba2Config().marks()
-    assert set(marks) == {"A_log", "D", "dt_bias"}
-    assert {(m.group, m.weight_decay, m.float32) for m in marks.values()} == {("main", False, True)}
+    labels = Mamba2Config().param_labels()
+    assert set(labels) == {"A_log", "D", "dt_bias"}
+    assert {(m.group, m.weight_decay, m.float32) for m in labels.values()} == {
+        ("main", False, True)
+    }
 
 
 @pytest.mark.parametrize(

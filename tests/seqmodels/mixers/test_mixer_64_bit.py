@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.tools import testing
 from seqmodels.generation import Sampling, generate
 from seqmodels.mixers import Mamba2Config, Segments, build
-from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig, marks
+from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig, param_labels
 from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.language import language
@@ -42,14 +42,14 @@ def test_a_mixer_computes_with_the_same_types(case):
     mixer = build(CASES[case], WIDTH)
 
     def gradients(variables, x, ids):
-        segments = Segments.from_ids(ids, single=not mixer.packs)
+        segments = Segments.from_ids(ids, single=not mixer.supports_packing)
 
         def total(variables, x):
             state = None
-            if mixer.streams:
+            if mixer.stateful:
                 state = mixer.initial_state(2, max_length=8, dtype=jnp.float32)
             y, state = mixer.apply(variables, x, segments=segments, state=state)
-            if mixer.streams:
+            if mixer.stateful:
                 y = y.sum() + mixer.apply(variables, x[:, :1], state=state)[0].sum()
             return y.sum(), state
 
@@ -66,9 +66,24 @@ def test_a_mixer_computes_with_the_same_types(case):
     assert not wide_types(program.jaxpr)
 
 
+ONE_OF_EACH = {config.mixer: config for config in reversed(CASES.values())}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mixer", ONE_OF_EACH)
+def test_every_language_model_is_trained_and_generates_the_same(mixer):
+    config = ONE_OF_EACH[mixer]
+    if not build(config, 12).causal:
+        pytest.skip(f"{mixer} sees both sides: no language model is made of it")
+    check_language_model(config, 12)
+
+
 def test_a_language_model_is_trained_and_generates_the_same():
-    mixer = Mamba2Config(state_size=3, head_size=4, implementation="reference")
-    stack = BackboneConfig(layout=(mixer.mixer,), mixers=(mixer,), width=8, norm="rms")
+    check_language_model(Mamba2Config(state_size=3, head_size=4, implementation="reference"), 8)
+
+
+def check_language_model(mixer, width):
+    stack = BackboneConfig(layout=(mixer.mixer,), mixers=(mixer,), width=width, norm="rms")
     model = LanguageModel(LanguageModelConfig(stack, vocabulary_size=11, embedding_std=1.0))
     config = TrainConfig(steps=4, batch_size=2, learning_rate=0.05, ema_decay=0.9)
     batch = {
@@ -81,7 +96,7 @@ def test_a_language_model_is_trained_and_generates_the_same():
     def run():
         """The state after a step and new tokens of the model as it was."""
         mesh = make_mesh(devices=jax.devices()[:1])
-        task = language(model, lambda params: marks(model.config, params), packed=True)
+        task = language(model, lambda params: param_labels(model.config, params), packed=True)
         state = create_state(task, config, mesh)
         prompts, sampling = [[1, 2, 3], [4]], Sampling(top_k=5, top_p=0.9)
         tokens = generate(

@@ -53,7 +53,7 @@ def test_mixers(case):
 
     def run(variables, x):
         state = None
-        if mixer.streams:
+        if mixer.stateful:
             state = mixer.initial_state(x.shape[0], max_length=8, dtype=x.dtype)
         return mixer.apply(variables, x, state=state)[0]
 
@@ -76,6 +76,41 @@ def test_mixers(case):
         for t in (tree, gradients(variables, x))
     )
     assert relative(found, wanted) <= 2e-2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", ONE_OF_EACH.values())
+def test_mixers_in_every_way(case, shape):
+    """Eager, compiled, differentiated and token by token, by the implementation that users get."""
+    config = CASES[case]
+    if hasattr(config, "implementation"):
+        config = dataclasses.replace(config, implementation=None)
+    mixer = build(config, WIDTH)
+    x = jax.random.normal(jax.random.key(1), (*shape, WIDTH))
+    narrow = x.astype(jnp.bfloat16)
+    variables = mixer.init(jax.random.key(0), x)
+
+    def run(variables, x):
+        return mixer.apply(variables, x)[0]
+
+    expected = run(variables, x)
+    for way in (run, jax.jit(run)):
+        y = way(variables, narrow)
+        assert y.dtype == jnp.bfloat16
+        assert relative(y, expected) <= 2e-2
+    gradients = loss_of(run)
+    found, wanted = (
+        np.concatenate([g.ravel() for g in jax.tree.leaves(gradients(variables, z))])
+        for z in (narrow, x)
+    )
+    assert relative(found, wanted) <= 2e-2
+    if mixer.streams and mixer.causal:
+        state, rows = mixer.initial_state(shape[0], max_length=8, dtype=jnp.bfloat16), []
+        for t in range(shape[1]):
+            y, state = mixer.apply(variables, narrow[:, t : t + 1], state=state)
+            rows.append(y)
+        assert relative(jnp.concatenate(rows, 1), expected) <= 2e-2
 
 
 ENDS = {

@@ -64,14 +64,14 @@ def close(actual, expected, tolerance=2e-6):
 
 
 def close_states(actual, expected):
-    jax.tree.map(close, actual.hidden, expected.hidden)
+    jax.tree.map(close, actual.state, expected.state)
     np.testing.assert_array_equal(actual.position, expected.position)
     np.testing.assert_array_equal(actual.segment, expected.segment)
 
 
 def in_pieces(mixer, run, x, ids, cuts):
     """Outputs and last state when the row is fed in pieces that end at ``cuts``."""
-    single = not mixer.packs
+    single = not mixer.supports_packing
     state, outputs = start(mixer, x.shape[0]), []
     for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
         segments = None if ids is None else from_ids(ids[:, begin:end], single=single)
@@ -90,7 +90,7 @@ def test_every_registered_mixer_is_covered():
 @pytest.mark.parametrize("case", CASES)
 def test_flags(case):
     mixer = build(CASES[case], WIDTH)
-    assert (mixer.causal, mixer.streams, mixer.packs) == FLAGS[case]
+    assert (mixer.causal, mixer.stateful, mixer.supports_packing) == FLAGS[case]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,7 +103,7 @@ def test_shapes_dtypes_and_marks(case):
     close(low.astype(jnp.float32), y, 2e-2)
     paths = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
     names = {"/".join(entry.key for entry in path) for path, _ in paths}
-    assert set(CASES[case].marks()) <= names
+    assert set(CASES[case].param_labels()) <= names
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
 
 
@@ -119,11 +119,11 @@ def test_causality(case):
 def test_whole_is_split_is_step_by_step(case, named):
     mixer, _, x, run = setup(case)
     ids, positions, names = None, [LENGTH] * 3, [1] * 3
-    if named and mixer.packs:
+    if named and mixer.supports_packing:
         ids, positions, names = IDS, [4, 5, 0], [1, 4, 0]
     elif named:
         ids, positions, names = ALONE, [9, LENGTH, 0], [7, 7, 0]
-    whole, state = run(x, None if ids is None else from_ids(ids, single=not mixer.packs))
+    whole, state = run(x, None if ids is None else from_ids(ids, single=not mixer.supports_packing))
     # 5 is a document boundary of row 0, 4 and 9 a token beside one. Few lengths, for each compiles.
     for cuts in ([5, 9], [5, 10], [4, 9], list(range(1, LENGTH))):
         pieces, last = in_pieces(mixer, run, x, ids, cuts)
@@ -181,7 +181,7 @@ def test_single_document_rows_agree_with_the_general_path(case):
     close(single[1], general[1])
     assert not np.any(np.asarray(single[0])[ALONE == 0])
     assert not np.any(np.asarray(single[1])[ALONE == 0])
-    if mixer.streams:
+    if mixer.stateful:
         close_states(single[2], general[2])
         np.testing.assert_array_equal(single[2].position, [9, LENGTH, 0])
 
@@ -224,7 +224,7 @@ def test_padding_leaves_the_state_untouched(case, single):
 @pytest.mark.parametrize(("case", "single"), STREAMING_SINGLE)
 def test_carried_state_is_used_and_zeroed_by_a_new_document(case, single):
     mixer, _, x, run = setup(case)
-    _, state = run(x, from_ids(np.full_like(IDS, 3), single=not mixer.packs))
+    _, state = run(x, from_ids(np.full_like(IDS, 3), single=not mixer.supports_packing))
     second = np.repeat(np.array([[3], [8], [0]], np.int32), LENGTH, axis=1)
     y, after = run(x, from_ids(second, single=single), state)
     whole, _ = run(jnp.concatenate([x, x], axis=1))
@@ -255,7 +255,7 @@ def test_gradients_flow_through_the_carried_state(case):
 def test_state_size_is_that_of_the_real_state(case):
     mixer = build(CASES[case], WIDTH)
     leaves = jax.tree.leaves(mixer.initial_state(1, max_length=100))
-    assert mixer.state_size(100) == sum(leaf.nbytes for leaf in leaves)
+    assert mixer.state_bytes(100) == sum(leaf.nbytes for leaf in leaves)
 
 
 @pytest.mark.parametrize("case", sorted(GROWING))
@@ -267,7 +267,7 @@ def test_growing_states_need_a_length(case):
         run(x, None, state)
     with pytest.raises(ValueError, match="max_length=None must be positive"):
         mixer.initial_state(3)
-    assert mixer.state_size(200) > mixer.state_size(100)
+    assert mixer.state_bytes(200) > mixer.state_size(100)
     room = mixer.initial_state(3, max_length=LENGTH - 6, dtype=jnp.float32)
     late, _ = run(x, None, room)
     assert np.all(np.isfinite(late[:, : LENGTH - 6]))
@@ -290,7 +290,7 @@ def test_bad_arguments_are_refused(case):
         run(x[..., :3])
     with pytest.raises(ValueError, match=r"segments.ids has shape \(3, 6\)"):
         run(x, from_ids(IDS[:, :6]))
-    if mixer.streams:
+    if mixer.stateful:
         with pytest.raises(ValueError, match=r"state is for a batch of 2, .* initial_state\(3\)"):
             run(x, None, start(mixer, 2))
 
@@ -306,7 +306,7 @@ def test_bidirectional_mixers_refuse_a_state(case):
     with pytest.raises(ValueError, match=f"initial_state is refused.*{fix}"):
         mixer.initial_state(3)
     with pytest.raises(ValueError, match=fix):
-        mixer.state_size(10)
+        mixer.state_bytes(10)
 
 
 @pytest.mark.parametrize(

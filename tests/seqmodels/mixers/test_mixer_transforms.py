@@ -44,7 +44,7 @@ def test_vmap_remat_and_eval_shape(case):
         np.testing.assert_allclose(one, plain(x), rtol=1e-4, atol=1e-5)
     y, state = jax.eval_shape(lambda x: mixer.apply({"params": params}, x), X[0])
     assert (y.shape, y.dtype) == (X.shape[1:], X.dtype)
-    if mixer.streams and case not in GROWING:
+    if mixer.stateful and case not in GROWING:
         kept = mixer.initial_state(3)
         assert jax.tree.structure(state) == jax.tree.structure(kept)
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, kept)

@@ -5,7 +5,7 @@ import numpy as np
 from seqmodels.mixers import RetNetConfig
 from seqmodels.mixers.retnet import RETNET_1_3B, log_decays
 from tests.seqmodels.mixers import matrix_oracle, oracles
-from tests.seqmodels.mixers.matrix_oracle import heads, readout
+from tests.seqmodels.mixers.matrix_oracle import heads, output_projection
 
 WIDTH, LENGTH = 4, 9
 
@@ -26,7 +26,7 @@ def test_equations():
     for x, y in zip(inputs, outputs, strict=True):
         q, k, v, gate = (heads(x @ p[f"{name}_proj/kernel"], 2) for name in "qkvg")
         o = matrix_oracle.attention(rotated(q), rotated(k), v, gamma[:, None], 4**-0.5)
-        oracles.assert_close(y, readout(o, p, oracles.silu(gate)))
+        oracles.assert_close(y, output_projection(o, p, oracles.silu(gate)))
 
 
 def test_decays():

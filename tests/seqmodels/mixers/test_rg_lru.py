@@ -125,9 +125,9 @@ def test_names_shapes_and_marks():
         "rg_lru/recurrent_gate_weight": (3, 2, 2),
         "rg_lru/recurrent_param": (6,),
     }
-    ((name, mark),) = RGLRUConfig().marks().items()
+    ((name, label),) = RGLRUConfig().param_labels().items()
     assert name in names
-    assert (mark.group, mark.weight_decay, mark.float32) == ("main", False, True)
+    assert (label.group, label.weight_decay, label.float32) == ("main", False, True)
 
 
 def test_published_sizes():

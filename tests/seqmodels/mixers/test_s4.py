@@ -94,7 +94,7 @@ def at_length():
     for h in range(len(STEPS)):
         parts = (np.asarray(x[h], np.complex128) for x in (model.eigenvalues, model.p, model.b))
         system = discrete(float(model.step[h]), *parts)
-        wanted.append(run(*system, np.asarray(model.readouts[0, h], np.complex128), u[0, :, h]))
+        wanted.append(run(*system, np.asarray(model.c[0, h], np.complex128), u[0, :, h]))
     return np.asarray(convolved), np.asarray(recurred), np.stack(wanted, 1)
 
 
@@ -107,13 +107,13 @@ def test_convolution_is_recurrence_at_sixteen_thousand_tokens(channel):
 
 
 @pytest.mark.parametrize("length", [1, 6, 13])
-def test_truncated_readout(length):
+def test_truncated_c(length):
     model = legs((0.01, 0.2), states=6)
     actual = jax.jit(truncated, static_argnums=1)(model, length)
     for h in range(2):
         parts = (np.asarray(x[h], np.complex128) for x in (model.eigenvalues, model.p, model.b))
         a, _ = discrete(float(model.step[h]), *parts)
-        c = np.asarray(model.readouts[0, h], np.complex128)
+        c = np.asarray(model.c[0, h], np.complex128)
         wanted = np.r_[c, c.conj()] @ (np.eye(6) - np.linalg.matrix_power(a, length))
         np.testing.assert_allclose(actual[0, h], wanted[:3], rtol=1e-5, atol=1e-6)
 
@@ -151,10 +151,10 @@ def test_training_does_not_run_the_recurrence():
 
 
 def test_marks():
-    marks = S4Config().marks()
+    labels = S4Config().param_labels()
     ssm = {"log_A_real", "A_imag", "B", "P", "log_dt"}
-    assert {name for name, mark in marks.items() if mark.group == "ssm"} == ssm
-    assert {name for name, mark in marks.items() if mark.weight_decay} == {"C", "D"}
-    assert all(mark.float32 for mark in marks.values())
+    assert {name for name, label in labels.items() if label.group == "ssm"} == ssm
+    assert {name for name, label in labels.items() if label.weight_decay} == {"C", "D"}
+    assert all(label.float32 for label in labels.values())
     with pytest.raises(ValueError, match="S4Config: state_size=3 must be an even number"):
         S4Config(state_size=3)

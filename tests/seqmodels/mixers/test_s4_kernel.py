@@ -13,13 +13,13 @@ from seqmodels.mixers import hippo
 from seqmodels.mixers.s4_kernel import s4_kernel
 
 
-def legs(size, steps, readouts=1, seed=0):
+def legs(size, steps, directions=1, seed=0):
     """HiPPO-LegS in its eigenbasis, ``(dt, eigenvalues, p, b, c)`` in single precision."""
     rng = np.random.default_rng(seed)
     values, vectors = hippo.normal_eigen(size)
     p = vectors.conj().T @ np.sqrt(np.arange(size) + 0.5)
     b = hippo.normal_input(vectors)
-    shape = (readouts, len(steps), size // 2)
+    shape = (directions, len(steps), size // 2)
     c = (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)) / 2**0.5
     rows = [np.tile(x, (len(steps), 1)) for x in (values, p, b)]
     return jnp.asarray(steps, "float32"), *(jnp.asarray(x, "complex64") for x in (*rows, c))
@@ -77,11 +77,11 @@ def test_convolution_equals_recurrence_at_sixteen_thousand_tokens(dt):
     cut = truncated(c[0, 0], a, length).astype(np.complex64)[None, None]
     kernel = jax.jit(s4_kernel, static_argnums=5)(step, values, p, b, cut, length)
     u = np.random.default_rng(1).standard_normal(length).astype(np.float32)
-    readout, x, z, y, k = row(c[0, 0]), np.zeros(64), b_bar, [], []
+    c_row, x, z, y, k = row(c[0, 0]), np.zeros(64), b_bar, [], []
     for token in u:
         x = a @ x + b_bar * token
-        y.append(readout @ x)
-        k.append(readout @ z)
+        y.append(c_row @ x)
+        k.append(c_row @ z)
         z = a @ z
     testing.assert_close(kernel[0, 0], np.array(k), testing.FLOAT32_TOLERANCE)
     actual = long_conv(jnp.asarray(u)[None, :, None], kernel[0])[0, :, 0]
@@ -89,8 +89,8 @@ def test_convolution_equals_recurrence_at_sixteen_thousand_tokens(dt):
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 130])
-def test_any_length_and_two_readouts(length):
-    step, values, p, b, c = legs(8, [0.02, 0.3], readouts=2)
+def test_any_length_and_two_directions(length):
+    step, values, p, b, c = legs(8, [0.02, 0.3], directions=2)
     systems = [discrete(step[h], values[h], p[h], b[h]) for h in range(2)]
     cut = np.stack([[truncated(c[r, h], systems[h][0], length) for h in range(2)] for r in (0, 1)])
     kernel = s4_kernel(step, values, p, b, jnp.asarray(cut, jnp.complex64), length)
@@ -104,7 +104,7 @@ def test_any_length_and_two_readouts(length):
 @pytest.mark.parametrize("length", [33, 140])
 def test_gradients_in_double_precision(length):
     with jax.enable_x64(True):
-        step, *others = legs(6, [0.02, 0.3], readouts=2)
+        step, *others = legs(6, [0.02, 0.3], directions=2)
         args = (jnp.asarray(step, "float64"), *(jnp.asarray(x, "complex128") for x in others))
         cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, length)))
         actual, wanted = (
@@ -136,7 +136,7 @@ def test_nothing_of_width_states_and_length_exists(backward):
     """A Cauchy matrix at this size would have 537 MB."""
     width, states, length = 256, 64, 16384
     parameter = jax.ShapeDtypeStruct((width, states // 2), jnp.complex64)
-    readout = jax.ShapeDtypeStruct((1, *parameter.shape), jnp.complex64)
+    c_row = jax.ShapeDtypeStruct((1, *parameter.shape), jnp.complex64)
     steps = jax.ShapeDtypeStruct((width,), jnp.float32)
 
     def kernel(*args):
@@ -146,7 +146,7 @@ def test_nothing_of_width_states_and_length_exists(backward):
         k, pullback = jax.vjp(kernel, *args)
         return k, pullback(cotangent)
 
-    args = (steps, parameter, parameter, parameter, readout)
+    args = (steps, parameter, parameter, parameter, c_row)
     cotangent = jax.ShapeDtypeStruct((1, width, length), jnp.float32)
     lowered = jax.jit(both).lower(cotangent, *args) if backward else jax.jit(kernel).lower(*args)
     memory = lowered.compile().memory_analysis()

@@ -148,10 +148,12 @@ def test_scout_behind_a_sliding_window():
         assert_close(out, near + attention(config, p, mixed, checkpoints(4)))
 
 
-def test_a_local_mixer_keeps_its_marks_and_its_place_in_the_config():
+def test_a_local_mixer_keeps_its_labels_and_its_place_in_the_config():
     config = SCOUTConfig(heads=2, local=MambaConfig())
-    assert config.marks() == {f"local/{name}": m for name, m in MambaConfig().marks().items()}
-    assert config.marks()
+    assert config.param_labels() == {
+        f"local/{name}": m for name, m in MambaConfig().param_labels().items()
+    }
+    assert config.param_labels()
     assert from_dict(MixerConfig, to_dict(config)) == config
 
 
@@ -190,12 +192,12 @@ def test_published_sizes():
     ],
 )
 def test_bytes_of_the_state(config, bytes_at_100):
-    assert build(config, WIDTH).state_size(100) == bytes_at_100 + 8  # position and segment
+    assert build(config, WIDTH).state_bytes(100) == bytes_at_100 + 8  # position and segment
 
 
 def test_a_sliding_window_does_not_grow():
     mixer = build(SlidingWindowConfig(heads=2, window=4), WIDTH)
-    assert mixer.state_size(10**6) == mixer.state_size(1)
+    assert mixer.state_bytes(10**6) == mixer.state_size(1)
 
 
 @pytest.mark.parametrize(

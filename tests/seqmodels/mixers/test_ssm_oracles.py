@@ -170,23 +170,23 @@ def test_s5_initial_scales(c_init):
     ],
 )
 def test_s5_marks(decay, b, c):
-    marks = S5Config(decay=decay, bidirectional=True).marks()
-    short = {name: (mark.group, mark.weight_decay) for name, mark in marks.items()}
+    labels = S5Config(decay=decay, bidirectional=True).param_labels()
+    short = {name: (label.group, label.weight_decay) for name, label in labels.items()}
     system = dict.fromkeys(("Lambda_re", "Lambda_im", "log_step"), ("ssm", False))
     assert short == system | {"B": b, "C1": c, "C2": c, "D": c}
-    assert all(mark.float32 for mark in marks.values())
-    assert S5Config(dt_global=True).marks()["log_step"].group == "main"
+    assert all(label.float32 for label in labels.values())
+    assert S5Config(dt_global=True).param_labels()["log_step"].group == "main"
 
 
 def test_s4d_marks():
-    marks = S4DConfig().marks()
-    assert {n for n, m in marks.items() if m.group == "ssm"} == {
+    labels = S4DConfig().param_labels()
+    assert {n for n, m in labels.items() if m.group == "ssm"} == {
         "log_dt",
         "log_A_real",
         "A_imag",
         "B",
     }
-    assert {n for n, m in marks.items() if m.weight_decay} == {"C", "D"}
-    other = S4DConfig(dt_global=True, c_ssm=True).marks()
+    assert {n for n, m in labels.items() if m.weight_decay} == {"C", "D"}
+    other = S4DConfig(dt_global=True, c_ssm=True).param_labels()
     assert (other["log_dt"].group, other["log_dt"].weight_decay) == ("main", False)
     assert (other["C"].group, other["C"].weight_decay) == ("ssm", True)

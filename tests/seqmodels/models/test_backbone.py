@@ -1,4 +1,4 @@
-"""Backbone: layout, scanning over layers, state, marks."""
+"""Backbone: layout, scanning over layers, state, labels of parameters."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 from seqmodels.mixers import HGRN2Config, LightningConfig, S4DConfig, S5Config, Segments
 from seqmodels.mixers.lightning import slopes
-from seqmodels.models import Backbone, BackboneConfig, marks, stack_layers, unstack_layers
+from seqmodels.models import Backbone, BackboneConfig, param_labels, stack_layers, unstack_layers
 
 S5_SMALL = S5Config(state_size=4, blocks=1)
 S4D_SMALL = S4DConfig(state_size=4)
@@ -184,12 +184,12 @@ def test_chunks_with_carried_state_equal_the_whole():
 def test_marks(scan_layers):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers, decay_vectors=False)
     params = abstract(config)["params"]
-    tree = marks(config, {"backbone": params})["backbone"]
+    tree = param_labels(config, {"backbone": params})["backbone"]
     assert jax.tree.structure(tree) == jax.tree.structure(params)
     blocks = tree["period"] if scan_layers else tree
     s5, s4d = blocks["block_0"], blocks["block_1"]
-    assert s5["mixer"]["Lambda_re"] == S5_SMALL.marks()["Lambda_re"]
-    assert s4d["mixer"]["log_dt"] == S4D_SMALL.marks()["log_dt"]
+    assert s5["mixer"]["Lambda_re"] == S5_SMALL.param_labels()["Lambda_re"]
+    assert s4d["mixer"]["log_dt"] == S4D_SMALL.param_labels()["log_dt"]
     assert (s5["gate"]["gate"]["kernel"].group, s5["gate"]["gate"]["kernel"].weight_decay) == (
         "main",
         True,
@@ -198,7 +198,7 @@ def test_marks(scan_layers):
     assert not s5["norm"]["batch"]["scale"].weight_decay
     assert s5["norm"]["batch"]["scale"].float32
     assert tree["final_norm"]["batch"]["bias"].float32
-    decayed = marks(dataclasses.replace(config, decay_vectors=True), params)
+    decayed = param_labels(dataclasses.replace(config, decay_vectors=True), params)
     assert decayed["final_norm"]["batch"]["bias"].weight_decay
 
 

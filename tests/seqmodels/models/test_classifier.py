@@ -17,7 +17,7 @@ from seqmodels.models import (
     ClassifierConfig,
     Matcher,
     MatcherConfig,
-    marks,
+    param_labels,
 )
 from seqmodels.models.classifier import pool
 
@@ -249,7 +249,7 @@ def test_matcher_encodes_both_inputs_with_one_tower(interaction):
         assert np.abs(apply(variables, other, ids)[1] - logits[1]).max() > 1e-6
     # The encodings are a classifier's: its tree is in the matcher's.
     assert set(init()["params"]) - {"head"} < set(variables["params"])
-    tree = marks(config, variables["params"])
+    tree = param_labels(config, variables["params"])
     assert tree["backbone"]["block_0"]["mixer"]["log_step"].group == "ssm"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import S5Config, Segments
-from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig, marks
+from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig, param_labels
 from seqmodels.training.cross_entropy import tiled_sums
 
 STACK = BackboneConfig(layout=("s5",) * 2, mixers=(S5Config(state_size=8),), width=6, mlp=12)
@@ -80,7 +80,7 @@ def test_tiles_give_the_loss_and_gradient_of_the_whole(tile):
 
 def test_config_round_trip_and_marks():
     assert from_dict(LanguageModelConfig, to_dict(CONFIG)) == CONFIG
-    tree = marks(CONFIG, variables_of(CONFIG)["params"])
+    tree = param_labels(CONFIG, variables_of(CONFIG)["params"])
     assert tree["backbone"]["block_0"]["mixer"]["log_step"].group == "ssm"
 
 

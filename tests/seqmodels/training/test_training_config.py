@@ -39,6 +39,12 @@ def test_bad_values_name_the_field(field, value):
         from_dict(TrainConfig, {field: value})
 
 
+@pytest.mark.parametrize("axis", ["model", "seq"])
+def test_an_axis_that_splits_nothing_is_refused(axis):
+    with pytest.raises(ValueError, match=rf"mesh\.{axis}=2 must be 1: .*rows are, over data"):
+        from_dict(TrainConfig, {"mesh": {axis: 2}})
+
+
 def test_micro_batches_divide_the_batch():
     with pytest.raises(ValueError, match="accumulate=3 must divide batch_size=32"):
         TrainConfig(accumulate=3)

@@ -9,7 +9,7 @@ import pytest
 
 from seqmodels.data import text
 from seqmodels.mixers import AttentionConfig, HydraConfig, RGLRUConfig, S4Config, S5Config
-from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig, marks
+from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig, param_labels
 from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.training.checkpoint import Checkpoints
 from seqmodels.training.config import TrainConfig
@@ -47,7 +47,7 @@ def model_of(*mixers):
 
 def task_of(*mixers, **options):
     model = model_of(*mixers)
-    return language(model, lambda params: marks(model.config, params), **options)
+    return language(model, lambda params: param_labels(model.config, params), **options)
 
 
 CARRYING = task_of(S5, carry_state=True)
@@ -211,7 +211,7 @@ def test_a_broken_run_resumes_bitwise_with_carry_and_average(tmp_path):
     )
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert data == expected_data
-    assert np.abs(state.carry[0].hidden).max() > 0
+    assert np.abs(state.carry[0].state).max() > 0
     assert state.average.updates == 6
     records = [
         [{k: v for k, v in record.items() if k not in TIMING_FIELDS}

@@ -6,15 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from seqmodels.mixers.base import Mark
+from seqmodels.mixers.base import ParamLabel
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.optimizer import make_optimizer, schedule
 
-MARKS = {
-    "kernel": Mark(),
-    "bias": Mark(weight_decay=False),
-    "Lambda": Mark(group="ssm", weight_decay=False),
-    "B": Mark(group="ssm", weight_decay=True),
+LABELS = {
+    "kernel": ParamLabel(),
+    "bias": ParamLabel(weight_decay=False),
+    "Lambda": ParamLabel(group="ssm", weight_decay=False),
+    "B": ParamLabel(group="ssm", weight_decay=True),
 }
 CONFIG = TrainConfig(
     steps=10,
@@ -25,9 +25,9 @@ CONFIG = TrainConfig(
 )
 
 
-def first_update(config, marks=MARKS, gradient=3.0):
-    params = {name: jnp.full((2,), 2.0) for name in marks}
-    optimizer = make_optimizer(config, marks)
+def first_update(config, param_labels=LABELS, gradient=3.0):
+    params = {name: jnp.full((2,), 2.0) for name in param_labels}
+    optimizer = make_optimizer(config, param_labels)
     grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), params)
     return optimizer.update(grads, optimizer.init(params), params)[0]
 
@@ -46,13 +46,13 @@ def test_a_group_without_its_own_rate_takes_the_main_one():
 
 
 def test_groups_equal_separate_adam_and_adamw():
-    params = {name: jnp.asarray([1.0, -2.0]) for name in MARKS}
-    optimizer = make_optimizer(CONFIG, MARKS)
+    params = {name: jnp.asarray([1.0, -2.0]) for name in LABELS}
+    optimizer = make_optimizer(CONFIG, LABELS)
     reference = {}
-    for name, mark in MARKS.items():
-        rate = 0.01 if mark.group == "ssm" else 0.1
+    for name, label in LABELS.items():
+        rate = 0.01 if label.group == "ssm" else 0.1
         decayed = optax.adamw(rate, weight_decay=0.5)
-        reference[name] = decayed if mark.weight_decay else optax.adam(rate)
+        reference[name] = decayed if label.weight_decay else optax.adam(rate)
     state = optimizer.init(params)
     states = {name: tx.init(params[name]) for name, tx in reference.items()}
     expected = dict(params)
@@ -63,14 +63,14 @@ def test_groups_equal_separate_adam_and_adamw():
         for name, tx in reference.items():
             update, states[name] = tx.update(grads[name], states[name], expected[name])
             expected[name] = optax.apply_updates(expected[name], update)
-    for name in MARKS:
+    for name in LABELS:
         np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
 
 
 def test_unknown_group_names_the_known_ones():
     config = TrainConfig(group_learning_rates={"smm": 1.0})
     with pytest.raises(ValueError, match=r"'smm'.*'main', 'ssm'"):
-        make_optimizer(config, MARKS)
+        make_optimizer(config, LABELS)
 
 
 def test_clipping_bounds_the_global_norm():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels.mixers.base import Mark
+from seqmodels.mixers.base import ParamLabel
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.loop import fit
@@ -38,20 +38,20 @@ class ToyModel(nn.Module):
         return nn.Dense(CLASSES)(x)
 
 
-def marks(params):
+def param_labels(params):
     """Embedding in the group "ssm" without decay, biases without decay, the rest decays."""
 
-    def mark(path, leaf):
+    def label(path, leaf):
         names = jax.tree_util.keystr(path)
         if "ssm" in names:
-            return Mark(group="ssm", weight_decay=False)
-        return Mark(weight_decay="bias" not in names)
+            return ParamLabel(group="ssm", weight_decay=False)
+        return ParamLabel(weight_decay="bias" not in names)
 
-    return jax.tree_util.tree_map_with_path(mark, params)
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def toy_task(**options) -> Task:
-    return classification(ToyModel(**options), marks, length=LENGTH)
+    return classification(ToyModel(**options), param_labels, length=LENGTH)
 
 
 def make_batch(index, *, poison=False):

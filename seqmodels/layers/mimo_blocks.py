@@ -1,11 +1,10 @@
-"""A diagonal recurrence between two projections, one or both ways: the core of S5 and LRU.
+"""A diagonal recurrence between two projections, both ways, in blocks of time.
 
     h_t = a h_{t-1} + W u_t,   g_t = a g_{t+1} + W u_t,   y_t = Re(C1 h_t + C2 g_t)
 
-There are four times as many state planes as channels, so on a CPU, where they are too many for its
-caches, most of the time goes into moving them. There each direction is taken through blocks of time
-that do stay in the cache: project a block, scan it, read it out. The backward pass keeps the states
-between blocks and does the rest again.
+Each direction is taken through blocks of time whose states stay in the cache of a CPU: project a
+block, scan it, read it out. The backward pass keeps the states between blocks and does the rest
+again.
 """
 
 from __future__ import annotations
@@ -15,96 +14,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Complex, Float
 
-from pallas_kernels.common import compat, dispatch
-from seqmodels.mixers.base import Segments, mask_padding, recurrence
-from seqmodels.parallel.rows import over_rows
+from pallas_kernels.common import compat
 
-# State values, B * L * P. Measured on x86 with 2 cores, forward and backward: with fewer, scans are
-# up to 1.6 times faster than blocks; with more, blocks are 1.1 to 1.3 times faster than scans.
-_LARGE = 2**20
-
-# Tokens a block, of all rows together; measured likewise, at 128 channels and 128 states.
+# Tokens a block, of all rows together; measured on x86 with 2 cores, at 128 channels and 128
+# states.
 _ROWS = 1024
 
 _dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
 
 
-def both_ways(
-    u: Float[Array, "b l h"],
-    decay: Complex[Array, " p"],
-    into: Float[Array, "h q"],
-    readout: Float[Array, "2*q h"],
-    segments: Segments | None,
-) -> Float[Array, "b l h"]:
-    """``y`` of the recurrences from the left and from the right; unspecified on padding.
-
-    Args:
-      u: inputs, float32.
-      decay: ``a``, the same at every step.
-      into: ``W`` as planes ``[re, im]``, ``q = 2 p``.
-      readout: what the planes ``[re h, im h, re g, im g]`` give to the outputs.
-      segments: documents, which the recurrences do not cross.
-    """
-    unsupported = {}
-    if segments is not None and not segments.single:
-        unsupported["blocks"] = "they take one document a row"
-    else:
-        u, segments = mask_padding(u, segments), None
-        if (values := u.shape[0] * u.shape[1] * decay.size) < _LARGE:
-            unsupported["blocks"] = f"there are {values} state values, they pay from {_LARGE} on"
-    ways: dict[str, Any] = {
-        "scans": functools.partial(by_scans, segments=segments),
-        "blocks": by_blocks,
-    }
-    return dispatch.choose(
-        "both_ways",
-        ways,
-        *(u, decay, into, readout),
-        default="scans",
-        cpu="blocks",
-        unsupported=unsupported,
-    )
-
-
-def from_left(
-    u: Float[Array, "b l h"],
-    decay: Complex[Array, " p"],
-    into: Float[Array, "h q"],
-    readout: Float[Array, "q h"],
-    segments: Segments | None,
-    hidden: Complex[Array, "b p"] | None,
-) -> tuple[Float[Array, "b l h"], Complex[Array, "b p"]]:
-    """``y`` of the recurrence from the left alone, and the last ``h``.
-
-    Args: as in ``both_ways``, ``readout`` for the planes ``[re h, im h]``; ``hidden`` is the state
-    before the first token, None for zeros. ``Re(C h) = Re C Re h - Im C Im h`` is one real product
-    with the rows ``[Re C, -Im C]``.
-    """
-    drive = jax.lax.complex(*jnp.split(_dot(u, into), 2, axis=-1))
-    h, final = recurrence(decay, drive, segments=segments, hidden=hidden)
-    return _dot(jnp.concatenate([h.real, h.imag], axis=-1), readout), final
-
-
-def by_scans(u, decay, into, readout, segments=None):
-    """`both_ways` as two scans of all of the time between two products."""
-    drive = jax.lax.complex(*jnp.split(_dot(u, into), 2, axis=-1))
-    states = [recurrence(decay, drive, segments=segments, reverse=r)[0] for r in (False, True)]
-    return _dot(jnp.concatenate([z for h in states for z in (h.real, h.imag)], axis=-1), readout)
-
-
-def by_blocks(u, decay, into, readout):
-    """`both_ways` of rows of one document, block by block."""
-    return over_rows(_by_blocks, [decay, into, readout], [u])
-
-
-def _by_blocks(decay, into, readout, u):
+def scan_blocks(u, decay, input_projection, output_projection):
+    """``y (B, L, H)`` of rows of one document; arguments as in ``mixers.mimo_scan``."""
     batch, length, width = u.shape
     steps = min(length, max(64, _ROWS // batch))
     x = jnp.moveaxis(jnp.pad(u, ((0, 0), (0, -length % steps), (0, 0))), 1, 0)
     x = x.reshape(-1, steps, batch, width)
-    arrays = (x, decay.real, decay.imag, into, *jnp.split(readout, 2))
+    arrays = (x, decay.real, decay.imag, input_projection, *jnp.split(output_projection, 2))
     y = _two_ways(*compat.match_vma(*arrays))
     return jnp.moveaxis(y.reshape(-1, batch, width), 0, 1)[:, :length]
 
@@ -142,16 +68,16 @@ def _zeros(x, decay):
     return zero, zero
 
 
-def _read(states, readout):
-    """What the states give to the outputs; `readout` has the rows of the real parts first."""
-    return sum(_dot(z, c) for z, c in zip(states, jnp.split(readout, 2), strict=True))
+def _read(states, projection):
+    """What the states give to the outputs; `projection` has the rows of the real parts first."""
+    return sum(_dot(z, c) for z, c in zip(states, jnp.split(projection, 2), strict=True))
 
 
 def _forward(x, re, im, into, left, right):
-    def one_way(readout, reverse):
+    def one_way(projection, reverse):
         def block(state, x):
             after, states = _scan(_dot(x, into), state, (re, im), reverse=reverse)
-            return after, (_read(states, readout), state)
+            return after, (_read(states, projection), state)
 
         return _loop(block, _zeros(x, re), x, reverse=reverse)[1]
 
@@ -165,13 +91,13 @@ def _backward(residuals: Any, dy):
     x, re, im, into, left, right, entering, returning = residuals
     start = (_zeros(x, re), _zeros(x, re)), jnp.zeros_like(left)
 
-    def through(carry, inputs, readout, *, reverse):
-        (behind, dreadout), (x, dy, state) = carry, inputs
+    def through(carry, inputs, projection, *, reverse):
+        (behind, dprojection), (x, dy, state) = carry, inputs
         _, states = _scan(_dot(x, into), state, (re, im), reverse=reverse)
-        dstates = _dot(dy, readout.T)
+        dstates = _dot(dy, projection.T)
         behind, dflow = _scan_back(dstates, states, behind, (re, -im), reverse=reverse)
-        dreadout = dreadout + jnp.concatenate([_outer(z, dy) for z in states])
-        return (behind, dreadout), dflow
+        dprojection = dprojection + jnp.concatenate([_outer(z, dy) for z in states])
+        return (behind, dprojection), dflow
 
     def from_the_right(carry, inputs):
         return through(carry, inputs, right, reverse=True)

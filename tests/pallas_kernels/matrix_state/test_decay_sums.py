@@ -1,4 +1,4 @@
-"""Documents and sums of log decays inside one chunk."""
+"""Segment masks and sums of log decays inside one chunk."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import segments
-from pallas_kernels.matrix_state import chunks
+from pallas_kernels.matrix_state import decay_sums, masks
 
 
 @pytest.fixture(autouse=True)
@@ -15,21 +15,24 @@ def _strict_promotion():
         yield
 
 
-SUMMATIONS = {"halves": chunks.BY_HALVES, "tree": chunks.by_tree(jnp.roll)}
+SUMMATIONS = {
+    "halves": decay_sums.BY_HALVES,
+    "rolls": decay_sums.summation(decay_sums.by_rolls(jnp.roll, below=4)),
+}
 
 
 @pytest.mark.parametrize("kind", SUMMATIONS)
 @pytest.mark.parametrize("size", [1, 2, 16])
 def test_decay_between_every_two_tokens(kind, size):
     g = -np.random.default_rng(0).uniform(0, 2, (size, 3)).astype(np.float32)
-    sums = SUMMATIONS[kind].up(jnp.asarray(g))
+    sums = SUMMATIONS[kind].cumsum(jnp.asarray(g))
     total = np.cumsum(g.astype(np.float64), 0)
-    np.testing.assert_allclose(sums.into, total, rtol=1e-6)
-    np.testing.assert_allclose(sums.out, total[-1] - total, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(sums.total[0], total[-1], rtol=1e-6)
+    np.testing.assert_allclose(sums.g_cumsum, total, rtol=1e-6)
+    np.testing.assert_allclose(sums.g_to_end, total[-1] - total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sums.g_last[0], total[-1], rtol=1e-6)
     seen = np.eye(size, dtype=bool)
-    for s, level in zip(chunks.sizes(size), np.asarray(sums.levels), strict=True):
-        parted = np.asarray(chunks.parted(size, s))
+    for s, level in zip(masks.level_sizes(size), np.asarray(sums.level_sums), strict=True):
+        parted = np.asarray(masks.parted(size, s))
         assert not (seen & parted).any()
         seen |= parted
         for i, j in np.argwhere(parted):
@@ -47,16 +50,10 @@ def test_down_is_the_transpose_of_up(kind):
     np.testing.assert_allclose(down(cotangents), pullback(cotangents)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_tree_along_the_other_axis_is_the_transpose():
-    g = jnp.asarray(-np.random.default_rng(2).uniform(0, 2, (8, 3)), jnp.float32)
-    down, across = chunks.by_tree(jnp.roll).up(g), chunks.by_tree(jnp.roll, axis=1).up(g.T)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.T), down, across)
-
-
 @pytest.mark.parametrize("kind", SUMMATIONS)
 def test_an_extreme_decay_takes_no_digits_from_its_neighbours(kind):
     g = jnp.asarray([-1e-6, -104.0, -1e-6, -2e-6] * 4, jnp.float32)[:, None]
-    levels = SUMMATIONS[kind].up(g).levels
+    levels = SUMMATIONS[kind].cumsum(g).level_sums
     np.testing.assert_array_equal(levels[0][3], g[3])  # 3 and 2 part at 1
     np.testing.assert_array_equal(levels[0][2], 0)
 
@@ -64,30 +61,30 @@ def test_an_extreme_decay_takes_no_digits_from_its_neighbours(kind):
 def test_documents():
     ids = jnp.asarray([[1, 1, 1, 2, 2, 3, 3, 0], [5, 5, 5, 5, 5, 5, 5, 5]], jnp.int32)
     runs = segments.runs(ids)
-    entering = chunks.entering_runs(runs, 4)
+    entering = masks.entering_runs(runs, 4)
     np.testing.assert_array_equal(entering, [[1, 2], [1, 1]])
 
     def docs(row, chunk):
         r = runs[row, 4 * chunk : 4 * chunk + 4]
-        return chunks.documents(r[:, None], r[None], entering[row, chunk][None, None])
+        return masks.segment_masks(r[:, None], r[None], entering[row, chunk][None, None])
 
     second = docs(0, 1)
     np.testing.assert_array_equal(second.entering[:, 0], [True, False, False, False])
     np.testing.assert_array_equal(second.leaving[:, 0], [False, True, True, False])
     np.testing.assert_array_equal(second.real[:, 0], [True, True, True, False])
-    assert not second.keeps.item()
-    assert docs(1, 1).keeps.item()
+    assert not second.carried.item()
+    assert docs(1, 1).carried.item()
     np.testing.assert_array_equal(
-        chunks.within(jnp.ones((4, 4), bool), second),
+        masks.within(jnp.ones((4, 4), bool), second),
         [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
     )
 
 
 def test_a_row_of_padding_keeps_the_first_run():
-    np.testing.assert_array_equal(chunks.entering_runs(jnp.zeros((1, 8), jnp.int32), 4), [[1, 1]])
+    np.testing.assert_array_equal(masks.entering_runs(jnp.zeros((1, 8), jnp.int32), 4), [[1, 1]])
 
 
 def test_clamped_decays_have_no_gradient():
     g = jnp.asarray([[-1.0], [-1e4], [-2.0]], jnp.float32)
-    np.testing.assert_array_equal(chunks.clamp(g, None)[:, 0], [-1, -104, -2])
-    np.testing.assert_array_equal(chunks.clamp_transpose(g, g * 0 + 1, None)[:, 0], [1, 0, 1])
+    np.testing.assert_array_equal(decay_sums.clamp(g, None)[:, 0], [-1, -104, -2])
+    np.testing.assert_array_equal(decay_sums.clamp_vjp(g, g * 0 + 1, None)[:, 0], [1, 0, 1])

@@ -1,4 +1,4 @@
-"""What S4 and S4D share: one single-input state-space model for each channel, its parameters."""
+"""What S4 and S4D share: one single-input single-output model for each channel, its parameters."""
 
 import dataclasses
 from typing import Any, Generic, TypeVar
@@ -11,10 +11,10 @@ from jax.nn import initializers
 from jaxtyping import Array, Complex, Float
 
 from seqmodels.mixers.base import (
-    SSM,
-    Mark,
+    SSM_LABEL,
     Mixer,
     MixerConfig,
+    ParamLabel,
     RecurrentState,
     Segments,
     mask_padding,
@@ -24,7 +24,7 @@ from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
-class SingleInputConfig(MixerConfig):
+class SISOConfig(MixerConfig):
     """Configuration of a layer with a state-space model for each channel.
 
     Attributes:
@@ -61,26 +61,26 @@ class SingleInputConfig(MixerConfig):
         return not self.bidirectional
 
     @property
-    def streams(self) -> bool:
+    def stateful(self) -> bool:
         return not self.bidirectional
 
     @property
-    def readouts(self) -> tuple[str, ...]:
-        """Names of the output vectors, one a direction."""
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the output vectors C, one a direction."""
         return ("C1", "C2") if self.bidirectional else ("C",)
 
-    def marks(self) -> dict[str, Mark]:
-        c = Mark(group="ssm" if self.c_ssm else "main", float32=True)
-        step = Mark(group="main" if self.dt_global else "ssm", weight_decay=False, float32=True)
-        outputs = dict.fromkeys(self.readouts, c)
-        system = dict.fromkeys(("log_A_real", "A_imag", "B"), SSM)
-        return {**system, "log_dt": step, "D": Mark(float32=True), **outputs}
+    def param_labels(self) -> dict[str, ParamLabel]:
+        c = ParamLabel(group="ssm" if self.c_ssm else "main", float32=True)
+        step = dataclasses.replace(SSM_LABEL, group="main" if self.dt_global else "ssm")
+        outputs = dict.fromkeys(self.outputs, c)
+        system = dict.fromkeys(("log_A_real", "A_imag", "B"), SSM_LABEL)
+        return {**system, "log_dt": step, "D": ParamLabel(float32=True), **outputs}
 
 
-Config = TypeVar("Config", bound=SingleInputConfig)
+Config = TypeVar("Config", bound=SISOConfig)
 
 
-class SingleInputMixer(Mixer[Config], Generic[Config]):
+class SISOMixer(Mixer[Config], Generic[Config]):
     """``y = mix(u) + D u`` in float32, where a subclass says what ``mix`` is.
 
     Parameters: ``log_dt`` ``(H,)``; ``log_A_real``, ``A_imag`` ``(n_ssm, N/2)``; ``B``
@@ -92,9 +92,9 @@ class SingleInputMixer(Mixer[Config], Generic[Config]):
         self,
         u: Float[Array, "b l h"],
         segments: Segments | None,
-        hidden: Complex[Array, "b h n"] | None,
+        initial_state: Complex[Array, "b h n"] | None,
     ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
-        """Outputs, and the state after the last real token if the mixer streams.
+        """Outputs, and the state after the last real token if the mixer is stateful.
 
         ``u`` is zero on padding, where outputs are unspecified.
         """
@@ -111,20 +111,21 @@ class SingleInputMixer(Mixer[Config], Generic[Config]):
     ) -> tuple[Float[Array, "b l d"], RecurrentState | None]:
         self.check(x, segments, state)
         u = mask_padding(x.astype(jnp.float32), segments)
-        y, final = self.mix(u, segments, None if state is None else state.resume(segments))
+        entering = None if state is None else state.reset_at_document_start(segments)
+        y, final = self.mix(u, segments, entering)
         skip = self.param("D", initializers.normal(1.0), (self.width,), jnp.float32)
         y = y + jnp.broadcast_to(skip, u.shape) * u  # not skip[None, None], as in S5
         y = mask_padding(y, segments).astype(x.dtype)
-        if not self.streams:
+        if not self.stateful:
             return y, None
         state = self.initial_state(x.shape[0]) if state is None else state
-        return y, state.advance(final, segments, x.shape[1])
+        return y, state.update(final, segments, x.shape[1])
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``hidden`` is complex64 ``(B, H, N/2)``; the other arguments are unused."""
-        self.require_streams("initial_state")
+        """Zeros: ``state`` is complex64 ``(B, H, N/2)``; the other arguments are unused."""
+        self.require_stateful("initial_state")
         shape = (batch_size, self.width, self.config.state_size // 2)
         return RecurrentState.start(jnp.zeros(shape, jnp.complex64), batch_size)
 
@@ -152,9 +153,9 @@ class SingleInputMixer(Mixer[Config], Generic[Config]):
         init = log_uniform(self.config.dt_min, self.config.dt_max)
         return jnp.exp(self.param("log_dt", init, (self.width,)))
 
-    def readouts(self) -> tuple[Complex[Array, "h n"], ...]:
-        """Output vectors, one a direction; complex normal of variance 1."""
+    def output_vectors(self) -> tuple[Complex[Array, "h n"], ...]:
+        """C, one a direction; complex normal of variance 1."""
         shape = (self.width, self.config.state_size // 2, 2)
         init = initializers.normal(0.5**0.5)
-        pairs = [self.param(name, init, shape, jnp.float32) for name in self.config.readouts]
+        pairs = [self.param(name, init, shape, jnp.float32) for name in self.config.outputs]
         return tuple(jax.lax.complex(c[..., 0], c[..., 1]) for c in pairs)

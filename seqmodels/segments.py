@@ -1,0 +1,66 @@
+"""Which document each token of a batch belongs to, as mixers and ops take it."""
+
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Inexact, Int, Shaped
+
+from pallas_kernels.common import segments as segment_ops
+from seqmodels.arguments import segment_order
+
+
+@flax.struct.dataclass
+class Segments:
+    """Which document each token of a batch belongs to; built once per batch.
+
+    Attributes:
+      ids: ``(B, L)`` int32, the caller's document ids; 0 is padding, only at the end of a row.
+      runs: ``(B, L)`` int32, documents numbered 1.. along each row; 0 on padding.
+      positions: ``(B, L)`` int32, from the start of the document within this row.
+      single: static promise that every row is *one* document followed by padding. Mixers then
+        take paths that need no resets.
+    """
+
+    ids: Any
+    runs: Any
+    positions: Any
+    single: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def from_ids(cls, ids: Shaped[Array | np.ndarray, "..."], single: bool = False) -> "Segments":
+        """Derives runs and positions from ``ids``, integers ``(B, L)``.
+
+        Raises:
+          ValueError: no integers ``(B, L)``; and where the values can be read (numpy, or JAX
+            outside of jit), a negative id, padding before a real token, or several documents in a
+            row that is ``single``.
+        """
+        segment_order(ids, single)
+        ids = jnp.asarray(ids, jnp.int32)
+        runs = segment_ops.runs(ids)
+        return cls(ids=ids, runs=runs, positions=segment_ops.positions(runs), single=single)
+
+    @property
+    def mask(self) -> Bool[Array, "b l"]:
+        """True on real tokens."""
+        return self.ids != 0
+
+    @property
+    def lengths(self) -> Int[Array, " b"]:
+        """Real tokens in each row."""
+        return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
+
+
+def runs_of(segments: Segments | None) -> Int[Array, "b l"] | None:
+    """Numbers of the documents along each row; None, one document, without segments."""
+    return None if segments is None else segments.runs
+
+
+def mask_padding(x: Inexact[Array, "b l *d"], segments: Segments | None) -> Any:
+    """``x`` with zeros on padding."""
+    if segments is None:
+        return x
+    mask = segments.mask.reshape(*segments.ids.shape, *(1,) * (x.ndim - 2))
+    return jnp.where(mask, x, jnp.zeros_like(x))
