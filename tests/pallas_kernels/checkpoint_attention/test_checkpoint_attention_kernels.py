@@ -35,7 +35,7 @@ def _strict_promotion():
 def small(monkeypatch):
     monkeypatch.setattr(tpu, "_TOKENS", 16)
     monkeypatch.setattr(tpu, "_SLOTS", 8)
-    monkeypatch.setattr(tpu, "_LANES", 8)
+    monkeypatch.setattr(tpu, "LANES", 8)
     monkeypatch.setattr(gpu, "choose_tiles", lambda *_, **__: gpu.Tiles(16, 8, 4))
 
 

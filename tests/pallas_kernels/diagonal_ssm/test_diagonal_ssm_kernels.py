@@ -109,7 +109,7 @@ def broken_carry_not_reset(monkeypatch):
 def broken_carry_shifted_by_one(monkeypatch):
     """Each block's state goes on without the last step of its last group."""
     step = tpu._Group.step
-    last = tpu._SUBLANES - 1
+    last = tpu.SUBLANES - 1
     monkeypatch.setattr(tpu._Group, "step", lambda self, j: step(self, j - 1 if j == last else j))
 
 
