@@ -267,7 +267,7 @@ def test_growing_states_need_a_length(case):
         run(x, None, state)
     with pytest.raises(ValueError, match="max_length=None must be positive"):
         mixer.initial_state(3)
-    assert mixer.state_bytes(200) > mixer.state_size(100)
+    assert mixer.state_bytes(200) > mixer.state_bytes(100)
     room = mixer.initial_state(3, max_length=LENGTH - 6, dtype=jnp.float32)
     late, _ = run(x, None, room)
     assert np.all(np.isfinite(late[:, : LENGTH - 6]))

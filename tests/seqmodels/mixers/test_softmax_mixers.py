@@ -197,7 +197,7 @@ def test_bytes_of_the_state(config, bytes_at_100):
 
 def test_a_sliding_window_does_not_grow():
     mixer = build(SlidingWindowConfig(heads=2, window=4), WIDTH)
-    assert mixer.state_bytes(10**6) == mixer.state_size(1)
+    assert mixer.state_bytes(10**6) == mixer.state_bytes(1)
 
 
 @pytest.mark.parametrize(
