@@ -180,7 +180,7 @@ def as_options(settings: Sequence[str]) -> list[str]:
             raise UsageError(f"--set {setting!r} must look like train.learning_rate=0.001")
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         if isinstance(value, dict):
             raise UsageError(f"--set {setting!r}: set each field of it, e.g. train.mesh.data=1")

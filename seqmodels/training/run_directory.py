@@ -41,7 +41,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RunDirectoryError(f"{run_dir} is not a run directory: no config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from None
     if not isinstance(config, dict):
         raise RunDirectoryError(f"{path} is damaged: it is not a JSON object")

@@ -63,5 +63,5 @@ def test_token_time_rows():
 def test_files_and_refusals():
     assert bench.ModelBenchConfig().path.name == "all-cpu.json"
     assert bench.ModelBenchConfig(only="mamba-decode").path.name == "mamba-decode-cpu.json"
-    with pytest.raises(ValueError, match="repetitions=0 must be at least 1"):
+    with pytest.raises(ValueError, match="repetitions=0 must be positive"):
         bench.ModelBenchConfig(repetitions=0)
