@@ -135,8 +135,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _one_line(box: str) -> str:
     """The first paragraph of what tyro draws a box around, and the option it suggests."""
-    lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
-    ends = [number for number, line in enumerate(lines) if not line.strip("\u2500\u2570\u256f")]
+    lines = [line.strip("\u2502| ") for line in box.splitlines()[1:]]  # without the title
+    borders = "\u2500\u2570\u256f-"  # dashes where the terminal has no others
+    while lines and not lines[0].strip(borders):
+        del lines[0]
+    ends = [number for number, line in enumerate(lines) if not line.strip(borders)]
     text = " ".join(lines[: ends[0]] if ends else lines)
     if "Perhaps you meant:" in lines:
         options = lines[lines.index("Perhaps you meant:") + 1 :]

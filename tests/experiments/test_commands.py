@@ -55,6 +55,7 @@ LM_TABLE["rows"] = {
 def options(*kinds):
     """The options of these dataclasses."""
     hidden = {"task"} if lra_baselines.Args in kinds else set()
+    hidden |= {"check"} if kernels_aot.AotConfig in kinds else set()  # whose answer is exit code 1
     names = [name for kind in kinds for name in ranges.hints(kind) if name not in hidden]
     return [f"--{name.replace('_', '-')}" for name in names]
 
