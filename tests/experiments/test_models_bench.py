@@ -6,7 +6,7 @@ import pytest
 import rich.console
 
 from experiments.kernels.bench import run, table
-from experiments.lm.presets import Size
+from experiments.lm.presets import ModelSize
 from experiments.models import bench, block, decode, s5, token_time
 from seqmodels.mixers import MambaConfig
 from seqmodels.models.published import mamba_language_model
@@ -48,7 +48,7 @@ def test_s5_rows():
 
 
 def test_token_time_rows():
-    size = Size(layers=1, width=8, mlp=8, head=4)
+    size = ModelSize(layers=1, width=8, mlp=8, head=4)
     assert {"mamba", "attention", "s4", "scout"} < set(token_time.mixers(size))
     assert "hydra" not in token_time.mixers(size)
     fixed, growing = token_time.results(1, 0, tokens=2, size=size, names=("lru", "attention"))
