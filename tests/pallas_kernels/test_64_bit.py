@@ -9,6 +9,7 @@ from jax import export
 from pallas_kernels.tools import testing
 from tests.pallas_kernels import operands
 from tests.pallas_kernels.export_checks import DISABLED_CHECKS
+from tests.tiers import one_of_many
 
 
 def value_and_gradients(name, implementation=None):
@@ -32,19 +33,19 @@ def assert_same(name, implementation=None):
     testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", operands.OPS)
+@pytest.mark.parametrize("name", one_of_many(operands.OPS, ["linear_scan", "linear_attention"]))
 def test_an_op_computes_the_same(name):
     assert_same(name, "xla")
 
 
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
-@pytest.mark.parametrize("name", ["linear_scan", "causal_conv1d"])  # others take minutes
+@pytest.mark.parametrize("name", one_of_many(["linear_scan", "causal_conv1d"], ["linear_scan"]))
 def test_interpreted_kernels_compute_the_same(name, implementation):
     with testing.interpret():
         assert_same(name, implementation)
 
 
-@pytest.mark.parametrize("name", operands.KERNELS)
+@pytest.mark.parametrize("name", one_of_many(operands.KERNELS, ["linear_scan", "delta_rule"]))
 def test_kernels_lower(name):
     """Traced as they are where nobody forces an implementation: every kernel, for its platform."""
     shapes = {

@@ -19,6 +19,7 @@ from pallas_kernels.matrix_state.config import Config as MatrixConfig
 from pallas_kernels.selective_scan import api as selective_scan
 from pallas_kernels.selective_scan import tile as selective_tile
 from pallas_kernels.tools import testing
+from tests.tiers import one_of_many
 
 BATCH, LENGTH = 2, 21
 # Three documents and one that goes on into padding; the cut is inside the last and at a border.
@@ -170,12 +171,12 @@ def check(name, implementation, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", one_of_many(["reference", "xla"], ["xla"]))
 def test_a_row_is_the_fold_of_its_pieces(implementation, name, packed):
     check(name, implementation, packed)
 
 
-@pytest.mark.parametrize("name", PALLAS)
+@pytest.mark.parametrize("name", one_of_many(PALLAS, ["linear_scan", "delta_rule, head"]))
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_a_row_is_the_fold_of_its_pieces_in_kernels(implementation, name):
     with testing.interpret():

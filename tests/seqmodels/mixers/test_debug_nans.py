@@ -9,6 +9,7 @@ from seqmodels.generation import Sampling, generate, sample
 from seqmodels.mixers import AttentionConfig, RATConfig, S5Config, Segments, build
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
 from tests.seqmodels.mixers.cases import CASES
+from tests.tiers import one_of_many
 
 WIDTH, LENGTH = 12, 5
 IDS = np.array([[1, 1, 2, 2, 0], [3, 3, 3, 3, 3]], np.int32)
@@ -24,7 +25,9 @@ def _stop_at_what_is_not_finite():
         yield
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH.values())
+@pytest.mark.parametrize(
+    "case", one_of_many(ONE_OF_EACH.values(), [ONE_OF_EACH[mixer] for mixer in STEP_BY_STEP])
+)
 def test_mixers(case):
     """Outside of `jax.jit` every step is checked, inside what comes out."""
     mixer = build(CASES[case], WIDTH)

@@ -17,6 +17,7 @@ from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, SlidingWind
 from seqmodels.models import LanguageModel
 from seqmodels.models.published import griffin_language_model, mamba_language_model
 from tests.seqmodels.mixers.cases import CASES
+from tests.tiers import one_of_many
 
 WIDTH = 12  # the fewest channels that all heads divide
 SHAPES = [(1, 1), (1, 5), (2, 1), (3, 7)]
@@ -41,7 +42,9 @@ def loss_of(run):
     return jax.jit(jax.grad(loss))
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH.values())
+@pytest.mark.parametrize(
+    "case", one_of_many(ONE_OF_EACH.values(), [ONE_OF_EACH[mixer] for mixer in PRODUCTS])
+)
 def test_mixers(case):
     config = CASES[case]
     multiplies = config.mixer in PRODUCTS
