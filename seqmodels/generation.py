@@ -51,9 +51,9 @@ class Sampling:
       ValueError: a value of another type or out of its range.
     """
 
-    temperature: float | Scalar = 1.0
+    temperature: float | int | Scalar = 1.0
     top_k: int | Scalar | None = None
-    top_p: float | Scalar | None = None
+    top_p: float | int | Scalar | None = None
     stop_tokens: Sequence[int] | np.ndarray | Array = ()
 
     def __post_init__(self) -> None:

@@ -376,7 +376,7 @@ BAD = [
     ("groups", {"q": zeros(2, 5, 3, 8), "k": zeros(2, 5, 3, 8)}, "G must divide H, got q with G"),
     ("beta", {"beta": zeros(2, 5, 2)}, r"beta must be \(B, L, H\) = \(2, 5, 4\)"),
     ("beta dtype", {"beta": zeros(2, 5, 4, dtype=np.float16)}, "beta must be float32 or bfloat16"),
-    ("decay", {"log_decay": zeros(2, 5, 2)}, r"log_decay must be \(B, L, H\) or"),
+    ("decay", {"log_decay": zeros(2, 5, 2)}, r"log_decay must be \(B, L, H\)"),
     ("decay keys", {"log_decay": zeros(2, 5, 4, 6)}, r"log_decay must be .* = \(2, 5, 4, 8\)"),
     ("decay dtype", {"log_decay": zeros(2, 5, 4, dtype=np.int32)}, "log_decay must be float32"),
     ("decay value", {"log_decay": zeros(2, 5, 4) + 1}, r"log_decay must be at most 0, got 1\.0"),

@@ -301,7 +301,7 @@ BAD = [
     (
         "state dtype",
         {"initial_state": jnp.ones((2, 4, 3, 6), jnp.bfloat16)},
-        "initial_state must be float32, got bfloat16",
+        "initial_state must be float32 since v is float32, got bfloat16",
     ),
     ("ids shape", {"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
     ("ids value", {"segment_ids": -jnp.ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),

@@ -58,10 +58,10 @@ def test_mixers(case):
 @pytest.mark.parametrize("case", ONE_OF_EACH.values())
 def test_every_mixer_op_by_op(case, with_segments, with_state):
     mixer = build(CASES[case], WIDTH)
-    if with_state and not mixer.streams:
+    if with_state and not mixer.stateful:
         pytest.skip(f"{mixer.config.mixer} carries no state")
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
-    packed = mixer.packs
+    packed = mixer.supports_packing
     segments = Segments.from_ids(IDS if packed else ALONE, single=not packed)
     segments = segments if with_segments else None
     state = mixer.initial_state(2, max_length=2 * LENGTH, dtype=x.dtype) if with_state else None

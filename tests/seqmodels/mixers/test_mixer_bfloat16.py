@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 
 from seqmodels.generation import Sampling, generate
-from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, SlidingWindowConfig, build
+from seqmodels.mixers import (
+    REGISTRY,
+    Mamba2Config,
+    MambaConfig,
+    RGLRUConfig,
+    SlidingWindowConfig,
+    build,
+)
 from seqmodels.models import LanguageModel
 from seqmodels.models.published import griffin_language_model, mamba_language_model
 from tests.seqmodels.mixers.cases import CASES
-from tests.tiers import one_of_many
 
 WIDTH = 12  # the fewest channels that all heads divide
 SHAPES = [(1, 1), (1, 5), (2, 1), (3, 7)]
 ONE_OF_EACH = {config.mixer: case for case, config in reversed(CASES.items())}
-# Mixers that sum products of bfloat16 arrays in float32. They run by the portable implementation
-# and are differentiated in every shape; the others in the last one.
+# Mixers that sum products of bfloat16 arrays in float32; they run by the portable implementation.
 PRODUCTS = {"attention", "sliding_window", "rat", "scout", "rg_lru"}
 
 
@@ -42,13 +47,10 @@ def loss_of(run):
     return jax.jit(jax.grad(loss))
 
 
-@pytest.mark.parametrize(
-    "case", one_of_many(ONE_OF_EACH.values(), [ONE_OF_EACH[mixer] for mixer in PRODUCTS])
-)
+@pytest.mark.parametrize("case", [ONE_OF_EACH[mixer] for mixer in sorted(PRODUCTS)])
 def test_mixers(case):
     config = CASES[case]
-    multiplies = config.mixer in PRODUCTS
-    if multiplies and hasattr(config, "implementation"):
+    if hasattr(config, "implementation"):
         config = dataclasses.replace(config, implementation=None)
     mixer = build(config, WIDTH)
     x = jax.random.normal(jax.random.key(1), (3, 7, WIDTH))
@@ -71,9 +73,8 @@ def test_mixers(case):
         assert relative(y, expected) <= 2e-2
         if config.mixer == "rg_lru":
             assert relative(run(variables, narrow), expected) <= 2e-2
-        if multiplies or (batch, length) == SHAPES[-1]:
-            tree = gradients(variables, narrow)
-            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+        tree = gradients(variables, narrow)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
     found, wanted = (
         np.concatenate([g.ravel() for g in jax.tree.leaves(t)])
         for t in (tree, gradients(variables, x))
@@ -83,14 +84,16 @@ def test_mixers(case):
 
 @pytest.mark.full
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("case", ONE_OF_EACH.values())
-def test_mixers_in_every_way(case, shape):
-    """Eager, compiled, differentiated and token by token, by the implementation that users get."""
-    config = CASES[case]
-    if hasattr(config, "implementation"):
-        config = dataclasses.replace(config, implementation=None)
-    mixer = build(config, WIDTH)
-    x = jax.random.normal(jax.random.key(1), (*shape, WIDTH))
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_mixers_in_every_way(name, shape):
+    """Eager, compiled, differentiated and token by token, as users get it: the default config.
+
+    Not the small configs of other tests: over heads of two channels, normalisation amplifies the
+    rounding of its inputs.
+    """
+    kind = REGISTRY[name][0]
+    mixer = build(CASES[ONE_OF_EACH[name]] if name == "bidirectional" else kind(), 64)
+    x = jax.random.normal(jax.random.key(1), (*shape, 64))
     narrow = x.astype(jnp.bfloat16)
     variables = mixer.init(jax.random.key(0), x)
 
@@ -108,7 +111,7 @@ def test_mixers_in_every_way(case, shape):
         for z in (narrow, x)
     )
     assert relative(found, wanted) <= 2e-2
-    if mixer.streams and mixer.causal:
+    if mixer.stateful and mixer.causal:
         state, rows = mixer.initial_state(shape[0], max_length=8, dtype=jnp.bfloat16), []
         for t in range(shape[1]):
             y, state = mixer.apply(variables, narrow[:, t : t + 1], state=state)
