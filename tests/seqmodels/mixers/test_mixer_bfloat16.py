@@ -120,12 +120,12 @@ def test_mixers_in_every_way(name, shape):
 
 
 ENDS = {
-    "mamba": mamba_language_model(12, 1, MambaConfig(state_size=2), 11),
-    "mamba2": mamba_language_model(12, 1, Mamba2Config(state_size=2, head_size=4), 11),
+    "mamba": mamba_language_model(64, 1, MambaConfig(state_size=4), 11),
+    "mamba2": mamba_language_model(64, 1, Mamba2Config(state_size=4, head_size=16), 11),
     "griffin": griffin_language_model(
         ("rg_lru", "sliding_window"),
         (RGLRUConfig(heads=2), SlidingWindowConfig(heads=2, kv_heads=1, window=3)),
-        12, 12, 11,
+        64, 64, 11,
     ),
 }  # fmt: skip
 
