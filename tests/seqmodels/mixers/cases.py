@@ -44,7 +44,9 @@ CASES = {
     "rg_lru": RGLRUConfig(lru_width=6, heads=3, implementation="reference"),
     "mamba2": Mamba2Config(state_size=3, head_size=2, groups=2, implementation="reference"),
     "hydra": HydraConfig(state_size=3, head_size=2, groups=2, implementation="reference"),
-    "gla": GLAConfig(heads=2, expand_k=1.0, gate_rank=3, **_MATRIX),
+    # Larger, so that no head has a row of outputs near zero before its norm, which would amplify
+    # the rounding of it beyond what the contract allows (seen on one kind of CPU).
+    "gla": GLAConfig(heads=2, expand_k=1.0, gate_rank=3, **(_MATRIX | {"init_std": 1.0})),
     "retnet": RetNetConfig(heads=2, **_MATRIX),
     "lightning": LightningConfig(heads=2, head_size=3, layer=1, layers=3, **_MATRIX),
     "hgrn2": HGRN2Config(head_size=2, layer=1, layers=3, **_MATRIX),
