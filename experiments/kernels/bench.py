@@ -125,7 +125,7 @@ def run(
 
 
 def table(rows: Iterable[Result]) -> rich.console.Group:
-    """Of each row what was measured and how, the figures that matter, the ratios and targets."""
+    """A table of what each row measured, the figures that matter, the ratios and targets."""
     parts: list[rich.console.RenderableType] = []
     for row in rows:
         view = rich.table.Table.grid("", "", padding=(0, 2), pad_edge=True)

@@ -20,7 +20,7 @@ from seqmodels.ranges import Between, Checked, Size
 from seqmodels.training.config import TrainConfig
 
 Preset = Literal["tiny", "cpu", "small", "table"]
-"""Of a config; "table" is that of experiments.lm.table."""
+"""Names of configs; "table" is that of experiments.lm.table."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
 
 
 def bits_per_byte(loss: float, data: Text) -> float:
-    """Of a mean loss, in nats, over all tokens of the text: the documents' ends count as well."""
+    """Converts a mean loss in nats over all tokens of the text; the documents' ends count too."""
     return loss * data.predictions / data.bytes / math.log(2)
 
 

@@ -41,7 +41,7 @@ class ModelBenchConfig(Checked):
     repetitions: Size = 3
     """Interleaved repetitions of every timed program; medians are reported."""
     seed: Seed = 0
-    """Of weights and inputs."""
+    """Seed of weights and inputs."""
     output: Path | None = None
     """The JSON file. By default experiments/results/models/<only, or all>-cpu.json."""
 

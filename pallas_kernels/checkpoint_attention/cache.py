@@ -139,7 +139,7 @@ def _written(held, x, slot):
 
 
 def _gradients(slot, dheld):
-    """Of what was held, but where it was overwritten; and of what was written."""
+    """Gradients of what was held, 0 where it was overwritten, and of what was written."""
     dx = dheld.at[_row(slot), slot].get(mode="fill", fill_value=0)
     return dheld.at[_row(slot), slot].set(jnp.zeros((), dheld.dtype), mode="drop"), dx, None
 

@@ -60,7 +60,7 @@ class _Job(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Of tokens."""
+        """Blocks of tokens."""
         return -(-self.length // self.tiles.tokens)
 
     @property
@@ -155,7 +155,7 @@ _ENDS = "begin", "end"
 
 
 def _column(place: _Place, name: str, tokens: _Tokens, length: int):
-    """Of `(B, H, L)`, `(T, 1)`."""
+    """The block's column `(T, 1)` of an array `(B, H, L)`."""
     rows = place.row, place.head, pl.ds(tokens.start, length)
     return compat.triton.load(place.refs[name].at[rows], mask=tokens.inside[:, 0], other=0.0)[
         :, None

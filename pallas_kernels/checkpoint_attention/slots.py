@@ -104,7 +104,7 @@ def _take(x, index):
 
 
 def _own(config: Config, batch: int, length: int, offset, runs):
-    """Of the checkpoints among a row's own tokens.
+    """Places and counts of the checkpoints among a row's own tokens.
 
     Returns:
       token: `(B, M)`, where they are, L behind the last.

@@ -71,7 +71,7 @@ class Job(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Of a strip."""
+        """Blocks of a strip."""
         return self.tiles.strip // self.tiles.slots
 
     @property
@@ -148,37 +148,37 @@ def _spec(job: Job, shape, index: Callable[[Place], Any]) -> pl.BlockSpec:
 
 
 def _queries(job: Job, width: int) -> pl.BlockSpec:
-    """Of `(B, L, H * width)`."""
+    """Block of an array `(B, L, H * width)`."""
     shape = (None, job.tiles.tokens, width)
     return _spec(job, shape, lambda at: (at.row, at.block, at.heads(job)))
 
 
 def _keys(job: Job, width: int) -> pl.BlockSpec:
-    """Of `(B, L, G * width)`."""
+    """Block of an array `(B, L, G * width)`."""
     shape = (None, job.tiles.tokens, width)
     return _spec(job, shape, lambda at: (at.row, at.block, at.group))
 
 
 def _strips(job: Job, width: int) -> pl.BlockSpec:
-    """Of `(B, M, G * width)`."""
+    """Block of an array `(B, M, G * width)`."""
     shape = (None, job.tiles.strip, width)
     return _spec(job, shape, lambda at: (at.row, at.strip, at.group))
 
 
 def _strips_across(job: Job, width: int) -> pl.BlockSpec:
-    """Of `(B, G * width, M)`."""
+    """Block of an array `(B, G * width, M)`."""
     shape = (None, width, job.tiles.strip)
     return _spec(job, shape, lambda at: (at.row, at.group, at.strip))
 
 
 def _rows(job: Job) -> pl.BlockSpec:
-    """Of `(B, H, 1, L)`."""
+    """Block of an array `(B, H, 1, L)`."""
     shape = (None, None, 1, job.tiles.tokens)
     return _spec(job, shape, lambda at: (at.row, at.heads(job), 0, at.block))
 
 
 def _tokens(job: Job) -> pl.BlockSpec:
-    """Of `(B, 1, L)`."""
+    """Block of an array `(B, 1, L)`."""
     shape = (None, 1, job.tiles.tokens)
     return _spec(job, shape, lambda at: (at.row, 0, at.block))
 
@@ -434,7 +434,7 @@ def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> di
 
 
 def _job(config: Config, q, k, slots: Slots) -> Job:
-    """Of arguments as `_checkpoint_attention` leaves them."""
+    """The static part of a call with arguments as `prepare` leaves them."""
     batch, length, heads, key_size = q.shape
     count, groups = slots.k.shape[1:3]
     tokens, block = config.tiles or (_TOKENS, _SLOTS)

@@ -25,7 +25,7 @@ _AT_ONCE = 2**17
 
 
 class _Tokens(NamedTuple):
-    """Of one block of T tokens; all arrays as `(C, blocks, N, ...)` with C N = B G in `_cut`."""
+    """One block of T tokens; all arrays as `(C, blocks, N, ...)` with C N = B G in `_cut`."""
 
     q: Any  # (T R, K), R heads a group
     k: Any  # (T, K) or None

@@ -17,7 +17,7 @@ def _score_scratch(dims: KernelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _solve_flops(dims: KernelShape) -> int:
-    """Of a token and head."""
+    """Operations for a token and head."""
     return 2 * dims.tiles.chunk * (dims.key_size + 2 * dims.value_size + dims.tiles.chunk)
 
 

@@ -90,7 +90,7 @@ class Specs(NamedTuple):
         return self.job.blocks - 1 - i if last else i
 
     def tokens(self) -> pl.BlockSpec:
-        """Of `(B, L, D)`."""
+        """Block of an array `(B, L, D)`."""
         steps, width = self.job.tiles
         return pl.BlockSpec(
             block_shape=(None, steps, width), index_map=lambda b, d, i: (b, self.time(i), d)
@@ -121,14 +121,14 @@ class Specs(NamedTuple):
         )
 
     def boundaries(self) -> pl.BlockSpec:
-        """Of the states that enter each block."""
+        """Block of the states that enter each block of time."""
         return pl.BlockSpec(
             block_shape=(None, None, None, self.job.states, self.job.rows, LANES),
             index_map=lambda b, d, i: (b, self.time(i), d, 0, 0, 0),
         )
 
     def channels(self) -> pl.BlockSpec:
-        """Of `(1, D)`."""
+        """Block of an array `(1, D)`."""
         return pl.BlockSpec(block_shape=(1, self.job.tiles.width), index_map=lambda b, d, i: (0, d))
 
     def channel_sums(self) -> pl.BlockSpec:

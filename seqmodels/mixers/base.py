@@ -116,7 +116,7 @@ class RecurrentState:
 
 
 Implementation = Literal["reference", "xla", "tpu", "gpu"]
-"""Of a kernel, see ``pallas_kernels.common.dispatch``."""
+"""Implementation of a kernel, see ``pallas_kernels.common.dispatch``."""
 
 
 @dataclasses.dataclass(frozen=True)

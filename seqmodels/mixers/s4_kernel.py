@@ -151,7 +151,7 @@ def _block_gradients(decay, imaginary, low, weights, s, s_low, cotangent):
 
 
 def _reciprocal_gradients(dreal, dimag, real, imag):
-    """Of ``real - i imag = 1 / (a + i x)``: the gradients of a and x."""
+    """Gradients of a and x in ``real - i imag = 1 / (a + i x)``."""
     square, product = real * real - imag * imag, 2 * real * imag
     return -(dreal * square + dimag * product), dimag * square - dreal * product
 

@@ -45,7 +45,7 @@ def test_the_transpose_of_sums_by_halves():
 
 
 def test_halves_keep_an_infinite_gradient_with_the_tokens_it_sums():
-    """Of a pair inside the first 4 of 16 tokens nothing reaches the others."""
+    """Nothing of a pair inside the first 4 of 16 tokens reaches the others."""
     size = 16
     levels = [jnp.zeros((size, 1)) for _ in masks.level_sizes(size)]
     levels[1] = levels[1].at[:4].set(jnp.inf)

@@ -53,13 +53,18 @@ def test_mixers(case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("with_segments", [False, True])
-@pytest.mark.parametrize("case", ONE_OF_EACH.values())
+@pytest.mark.parametrize(
+    ("case", "with_state"),
+    [
+        (case, with_state)
+        for case in ONE_OF_EACH.values()
+        for with_state in (False, True)
+        if build(CASES[case], WIDTH).stateful or not with_state
+    ],
+)
 def test_every_mixer_op_by_op(case, with_segments, with_state):
     mixer = build(CASES[case], WIDTH)
-    if with_state and not mixer.stateful:
-        pytest.skip(f"{mixer.config.mixer} carries no state")
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
     packed = mixer.supports_packing
     segments = Segments.from_ids(IDS if packed else ALONE, single=not packed)

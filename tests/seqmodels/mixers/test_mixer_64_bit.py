@@ -73,12 +73,9 @@ ONE_OF_EACH = {config.mixer: config for config in reversed(CASES.values())}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mixer", ONE_OF_EACH)
+@pytest.mark.parametrize("mixer", [m for m, c in ONE_OF_EACH.items() if build(c, 12).causal])
 def test_every_language_model_is_trained_and_generates_the_same(mixer):
-    config = ONE_OF_EACH[mixer]
-    if not build(config, 12).causal:
-        pytest.skip(f"{mixer} sees both sides: no language model is made of it")
-    check_language_model(config, 12)
+    check_language_model(ONE_OF_EACH[mixer], 12)
 
 
 def test_a_language_model_is_trained_and_generates_the_same():
