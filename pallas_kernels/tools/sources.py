@@ -33,7 +33,7 @@ def imported(modules: Iterable[str], root: Path = ROOT) -> list[str]:
 
 
 def digest(modules: Iterable[str], root: Path = ROOT) -> str:
-    """Digest of the program in `modules` and all that they import; the same on every version of Python.
+    """Digest of the program in `modules` and all they import, alike on every version of Python.
 
     Comments, docstrings and layout do not count.
     """

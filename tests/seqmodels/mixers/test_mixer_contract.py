@@ -11,6 +11,7 @@ import pytest
 from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, Segments, build
 from seqmodels.mixers.base import RecurrentState
 from tests.seqmodels.mixers.cases import CASES, FLAGS, GROWING
+from tests.tiers import one_of_many
 
 WIDTH = 4
 from_ids = jax.jit(Segments.from_ids, static_argnames="single")
@@ -28,6 +29,19 @@ IDS = np.array([[1] * 5 + [2] * 3 + [1] * 4 + [0] * 2, [3] * 9 + [4] * 5, [0] * 
 LENGTH = IDS.shape[1]
 # One document a row, what mixers that do not pack are given.
 ALONE = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
+
+
+# Variants of a mixer that take the same paths as its other cases.
+VARIANTS = {
+    "s5-bilinear", "s4-bidirectional", "s4d-tied-legs", "s4d-bidirectional", "lru-bidirectional",
+    "rat-chunks-of-one", "scout-mamba", "bidirectional-tied",
+}  # fmt: skip
+
+
+def each(cases):
+    """Cases as parameters; variants only run in `test-all`."""
+    names = [case if isinstance(case, str) else case[0] for case in cases]
+    return one_of_many(cases, [c for c, n in zip(cases, names, strict=True) if n not in VARIANTS])
 
 
 @pytest.fixture(autouse=True)
@@ -87,13 +101,13 @@ def test_every_registered_mixer_is_covered():
         assert config_class.mixer == name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(list(CASES)))
 def test_flags(case):
     mixer = build(CASES[case], WIDTH)
     assert (mixer.causal, mixer.stateful, mixer.supports_packing) == FLAGS[case]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(list(CASES)))
 def test_shapes_dtypes_and_marks(case):
     _, variables, x, run = setup(case)
     y, _ = run(x)
@@ -107,7 +121,7 @@ def test_shapes_dtypes_and_marks(case):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(list(CASES)))
 def test_causality(case):
     mixer, _, x, run = setup(case)
     early = np.abs(run(x.at[:, 7].add(1.0))[0] - run(x)[0])[:, :7].max()
@@ -115,7 +129,7 @@ def test_causality(case):
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("case", STREAMING)
+@pytest.mark.parametrize("case", each(STREAMING))
 def test_whole_is_split_is_step_by_step(case, named):
     mixer, _, x, run = setup(case)
     ids, positions, names = None, [LENGTH] * 3, [1] * 3
@@ -133,7 +147,7 @@ def test_whole_is_split_is_step_by_step(case, named):
     np.testing.assert_array_equal(state.segment, names)
 
 
-@pytest.mark.parametrize("case", PACKING)
+@pytest.mark.parametrize("case", each(PACKING))
 def test_packed_equals_unpacked(case):
     _, _, x, run = setup(case)
     packed, _ = run(x, from_ids(IDS))
@@ -144,7 +158,7 @@ def test_packed_equals_unpacked(case):
     assert not np.any(np.asarray(packed)[IDS == 0])
 
 
-@pytest.mark.parametrize("case", PACKING)
+@pytest.mark.parametrize("case", each(PACKING))
 def test_documents_are_isolated_bit_for_bit(case):
     _, _, x, run = setup(case)
     segments = from_ids(IDS)
@@ -165,7 +179,7 @@ def test_documents_are_isolated_bit_for_bit(case):
         assert np.any(before[0][inside] != after[0][inside])
 
 
-@pytest.mark.parametrize("case", PACKING)
+@pytest.mark.parametrize("case", each(PACKING))
 def test_single_document_rows_agree_with_the_general_path(case):
     mixer, _, x, run = setup(case)
     cotangent = jax.random.normal(jax.random.key(5), x.shape)
@@ -186,7 +200,7 @@ def test_single_document_rows_agree_with_the_general_path(case):
         np.testing.assert_array_equal(single[2].position, [9, LENGTH, 0])
 
 
-@pytest.mark.parametrize("case", UNPACKING)
+@pytest.mark.parametrize("case", each(UNPACKING))
 def test_mixers_of_single_documents_refuse_packed_rows_and_ignore_padding(case):
     _, _, x, run = setup(case)
     with pytest.raises(ValueError, match=r"several documents a row are not supported"):
@@ -211,7 +225,7 @@ def test_mixers_of_single_documents_refuse_packed_rows_and_ignore_padding(case):
         assert not np.any(np.asarray(part)[ALONE == 0])
 
 
-@pytest.mark.parametrize(("case", "single"), STREAMING_SINGLE)
+@pytest.mark.parametrize(("case", "single"), each(STREAMING_SINGLE))
 def test_padding_leaves_the_state_untouched(case, single):
     _, _, x, run = setup(case)
     _, state = run(x)
@@ -221,7 +235,7 @@ def test_padding_leaves_the_state_untouched(case, single):
     assert not np.any(np.asarray(y))
 
 
-@pytest.mark.parametrize(("case", "single"), STREAMING_SINGLE)
+@pytest.mark.parametrize(("case", "single"), each(STREAMING_SINGLE))
 def test_carried_state_is_used_and_zeroed_by_a_new_document(case, single):
     mixer, _, x, run = setup(case)
     _, state = run(x, from_ids(np.full_like(IDS, 3), single=not mixer.supports_packing))
@@ -236,7 +250,7 @@ def test_carried_state_is_used_and_zeroed_by_a_new_document(case, single):
     np.testing.assert_array_equal(after.segment, [3, 8, 3])
 
 
-@pytest.mark.parametrize("case", STREAMING)
+@pytest.mark.parametrize("case", each(STREAMING))
 def test_gradients_flow_through_the_carried_state(case):
     _, _, x, run = setup(case)
 
@@ -251,14 +265,14 @@ def test_gradients_flow_through_the_carried_state(case):
     close(jax.jit(jax.grad(split))(x), jax.jit(jax.grad(whole))(x))
 
 
-@pytest.mark.parametrize("case", STREAMING)
+@pytest.mark.parametrize("case", each(STREAMING))
 def test_state_size_is_that_of_the_real_state(case):
     mixer = build(CASES[case], WIDTH)
     leaves = jax.tree.leaves(mixer.initial_state(1, max_length=100))
     assert mixer.state_bytes(100) == sum(leaf.nbytes for leaf in leaves)
 
 
-@pytest.mark.parametrize("case", sorted(GROWING))
+@pytest.mark.parametrize("case", each(sorted(GROWING)))
 def test_growing_states_need_a_length(case):
     mixer, variables, x, run = setup(case)
     y, state = jax.jit(mixer.apply)(variables, x, segments=from_ids(IDS))
@@ -274,7 +288,7 @@ def test_growing_states_need_a_length(case):
     assert np.all(np.isnan(late[:, -1]))
 
 
-@pytest.mark.parametrize("case", STREAMING)
+@pytest.mark.parametrize("case", each(STREAMING))
 def test_states_can_be_donated(case):
     mixer, _, x, run = setup(case)
     places = []
@@ -283,7 +297,7 @@ def test_states_can_be_donated(case):
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(list(CASES)))
 def test_bad_arguments_are_refused(case):
     mixer, _, x, run = setup(case)
     with pytest.raises(ValueError, match=r"x has shape .* expected \(batch, length, 4\)"):
@@ -295,7 +309,7 @@ def test_bad_arguments_are_refused(case):
             run(x, None, start(mixer, 2))
 
 
-@pytest.mark.parametrize("case", BIDIRECTIONAL)
+@pytest.mark.parametrize("case", each(BIDIRECTIONAL))
 def test_bidirectional_mixers_refuse_a_state(case):
     mixer, _, x, run = setup(case)
     assert run(x)[1] is None
