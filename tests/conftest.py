@@ -41,8 +41,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _optimised(path):
-    """Whether the module tests an operator's numbers: pallas_kernels/<op>/test_<op>.py."""
-    return path.parent.parent.name == "pallas_kernels" and path.stem == f"test_{path.parent.name}"
+    """Whether the module's programs are compiled as users compile them.
+
+    Tests of an operator's numbers, pallas_kernels/<op>/test_<op>.py; and the training loop, whose
+    runs are compared bit for bit with those of processes of their own.
+    """
+    operator = (
+        path.parent.parent.name == "pallas_kernels" and path.stem == f"test_{path.parent.name}"
+    )
+    return operator or path.stem == "test_training_loop"
 
 
 @pytest.fixture(autouse=True, scope="module")
