@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.common import compat, dispatch, symbolic
 
 
-def _everything(config: Any, *arrays: Any) -> str | None:
-    """What a backend without limits does not support: nothing."""
+def _no_limits(config: Any, *arrays: Any) -> str | None:
+    """`unsupported` of a backend that serves all arguments."""
     return None
 
 
@@ -43,7 +43,7 @@ class Backend:
     forward: Callable[..., tuple[Any, Any]]
     backward: Callable[..., tuple[Any, ...]] | None = None
     prepare: Callable[..., tuple[tuple[Any, ...], Callable[[Any], Any]]] | None = None
-    unsupported: Callable[..., str | None] = _everything
+    unsupported: Callable[..., str | None] = _no_limits
 
     def __call__(self, config: Any, *arrays: Any) -> Any:
         """The outputs, differentiable."""
