@@ -20,7 +20,7 @@ from pallas_kernels.checkpoint_attention import Cache
 from pallas_kernels.common.dispatch import Implementation
 from seqmodels.layers.attention import SPLASH_FROM, attend
 from seqmodels.layers.mimo_blocks import scan_blocks
-from seqmodels.segments import Segments, runs_of
+from seqmodels.segments import Segments, index_of
 
 
 def shard_over_data(
@@ -63,7 +63,7 @@ def linear_scan(
 ) -> tuple[Inexact[Array, "b l d"], Inexact[Array, "b d"]]:
     """``h_t = a_t h_{t-1} + b_t``, and the last ``h``; ``a`` is ``(B, L, D)`` or ``(D,)``."""
     op = functools.partial(kernels.linear_scan, reverse=reverse, implementation=implementation)
-    sharded = {"b": b, "initial_state": initial_state, "segment_ids": runs_of(segments)}
+    sharded = {"b": b, "initial_state": initial_state, "segment_ids": index_of(segments)}
     if a.ndim == 1:
         return shard_over_data(op, {"a": a}, sharded)
     return shard_over_data(op, {}, {"a": a, **sharded})
@@ -97,7 +97,7 @@ def selective_scan(
             "C": C,
             "gate": gate,
             "initial_state": initial_state,
-            "segment_ids": runs_of(segments),
+            "segment_ids": index_of(segments),
         },
     )
 
@@ -116,7 +116,7 @@ def diagonal_ssm(
     return shard_over_data(
         functools.partial(kernels.diagonal_ssm, reverse=reverse, implementation=implementation),
         {"log_a": log_a, "c": c},
-        {"u": u, "initial_state": initial_state, "segment_ids": runs_of(segments)},
+        {"u": u, "initial_state": initial_state, "segment_ids": index_of(segments)},
     )
 
 
@@ -151,7 +151,7 @@ def causal_conv1d(
             kernels.causal_conv1d, activation=activation, implementation=implementation
         ),
         {"weight": weight, "bias": bias},
-        {"x": x, "initial_state": initial_state, "segment_ids": runs_of(segments)},
+        {"x": x, "initial_state": initial_state, "segment_ids": index_of(segments)},
     )
 
 
@@ -176,7 +176,7 @@ def linear_attention(
         "k": k,
         "v": v,
         "initial_state": initial_state,
-        "segment_ids": runs_of(segments),
+        "segment_ids": index_of(segments),
     }
     if log_decay is not None and log_decay.ndim == 1:
         return shard_over_data(op, {"log_decay": log_decay}, sharded)
@@ -207,7 +207,7 @@ def delta_rule(
             "beta": beta,
             "log_decay": log_decay,
             "initial_state": initial_state,
-            "segment_ids": runs_of(segments),
+            "segment_ids": index_of(segments),
         },
     )
 
@@ -233,7 +233,7 @@ def checkpoint_attention(
             kernels.checkpoint_attention, interval=interval, implementation=implementation
         ),
         {},
-        {"q": q, "k": k, "v": v, "segment_ids": runs_of(segments), **past},
+        {"q": q, "k": k, "v": v, "segment_ids": index_of(segments), **past},
     )
 
 
@@ -248,7 +248,7 @@ def extend_cache(
     """The cache of ``checkpoint_attention`` after these tokens, of each row's last document."""
     dtype = cache.k.dtype
     return cache.extend(
-        k.astype(dtype), v.astype(dtype), interval=interval, segment_ids=runs_of(segments)
+        k.astype(dtype), v.astype(dtype), interval=interval, segment_ids=index_of(segments)
     )
 
 
@@ -266,7 +266,7 @@ def attention(
     k_positions: Int[Array, "b s"] | None = None,
 ) -> Float[Array, "b l h k"]:
     """``layers.attention.attend``. Keys of a cache have documents of their own: hence the arrays
-    ``q_segments`` and ``k_segments``, ``runs_of(segments)`` where keys are the queries' tokens."""
+    ``q_segments`` and ``k_segments``, ``index_of(segments)`` where keys are the queries' tokens."""
     return shard_over_data(
         functools.partial(attend, causal=causal, window=window, sinks=sinks, scale=scale),
         {},

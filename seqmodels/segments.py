@@ -17,20 +17,20 @@ class Segments:
 
     Attributes:
       ids: ``(B, L)`` int32, the caller's document ids; 0 is padding, only at the end of a row.
-      runs: ``(B, L)`` int32, documents numbered 1.. along each row; 0 on padding.
+      index: ``(B, L)`` int32, documents numbered 1.. along each row; 0 on padding.
       positions: ``(B, L)`` int32, from the start of the document within this row.
       single: static promise that every row is *one* document followed by padding. Mixers then
         take paths that need no resets.
     """
 
     ids: Any
-    runs: Any
+    index: Any
     positions: Any
     single: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def from_ids(cls, ids: Shaped[Array | np.ndarray, "..."], single: bool = False) -> "Segments":
-        """Derives runs and positions from ``ids``, integers ``(B, L)``.
+        """Derive index and positions from ``ids``, integers ``(B, L)``.
 
         Raises:
           ValueError: no integers ``(B, L)``; and where the values can be read (numpy, or JAX
@@ -39,8 +39,8 @@ class Segments:
         """
         segment_order(ids, single)
         ids = jnp.asarray(ids, jnp.int32)
-        runs = segment_ops.runs(ids)
-        return cls(ids=ids, runs=runs, positions=segment_ops.positions(runs), single=single)
+        index = segment_ops.index(ids)
+        return cls(ids=ids, index=index, positions=segment_ops.positions(index), single=single)
 
     @property
     def mask(self) -> Bool[Array, "b l"]:
@@ -53,9 +53,9 @@ class Segments:
         return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
 
 
-def runs_of(segments: Segments | None) -> Int[Array, "b l"] | None:
+def index_of(segments: Segments | None) -> Int[Array, "b l"] | None:
     """Numbers of the documents along each row; None, one document, without segments."""
-    return None if segments is None else segments.runs
+    return None if segments is None else segments.index
 
 
 def mask_padding(x: Inexact[Array, "b l *d"], segments: Segments | None) -> Any:

@@ -29,7 +29,11 @@ SCALES = (0.5, 1.0, 2.0)
 
 
 def describe(shape: Shape) -> str:
-    kind = [f"{shape.taps} taps", shape.dtype, *([shape.activation] if shape.activation else [])]
+    kind = [
+        f"{shape.conv_size} taps",
+        shape.dtype,
+        *([shape.activation] if shape.activation else []),
+    ]
     kind += ["no bias"] * (not shape.bias) + ["packed"] * shape.segmented
     return f"({shape.batch}, {shape.length}, {shape.width}) {', '.join(kind)}"
 

@@ -29,8 +29,8 @@ NO_PTXAS = "the family has no kernel of its own: XLA calls the platform's transf
 
 
 def describe(shape: Shape) -> str:
-    taps = f"{shape.taps or shape.length} taps{' a side' * shape.two_sided}"
-    return f"({shape.batch}, {shape.length}, {shape.width}) {taps}, {shape.dtype}"
+    kernel_size = f"{shape.kernel_size or shape.length} taps{' a side' * shape.two_sided}"
+    return f"({shape.batch}, {shape.length}, {shape.width}) {kernel_size}, {shape.dtype}"
 
 
 def inputs(shape: Shape, mode: str, seed: int = 0) -> tuple[jax.Array, ...]:

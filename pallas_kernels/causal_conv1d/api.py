@@ -70,8 +70,8 @@ def causal_conv1d(
     window = (x.shape[0], weight.shape[0] - 1, x.shape[2])
     bias = jnp.zeros(x.shape[2:], weight.dtype) if bias is None else jnp.asarray(bias)
     state = jnp.zeros(window, x.dtype) if initial_state is None else jnp.asarray(initial_state)
-    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
-    arrays = compat.match_vma(x, weight, bias, state, runs)
+    segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
+    arrays = compat.match_vma(x, weight, bias, state, segment_index)
     (y,) = call_op(
         OP, Config(activation), *arrays, length=x.shape[1], implementation=implementation
     )

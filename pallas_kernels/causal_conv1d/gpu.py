@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
     unroll: int
 
 
-def choose_tiles(batch: int, length: int, width: int, taps: int) -> Tiles:
+def choose_tiles(batch: int, length: int, width: int, conv_size: int) -> Tiles:
     """Chunks of 256 steps, or down to 32 of them where the GPU would else not be full; fewer steps
     together where more taps take the registers."""
     strip = min(128, max(32, pl.next_power_of_2(width)))
@@ -39,16 +39,16 @@ def choose_tiles(batch: int, length: int, width: int, taps: int) -> Tiles:
     steps = 256
     while steps > 32 and strips * -(-length // steps) < _ENOUGH_PROGRAMS:
         steps //= 2
-    return Tiles(steps, strip, max(1, 32 // max(taps, 4)))
+    return Tiles(steps, strip, max(1, 32 // max(conv_size, 4)))
 
 
-class _Job(NamedTuple):
+class _KernelShape(NamedTuple):
     """What is static about one kernel."""
 
     batch: int
     length: int
     width: int
-    taps: int
+    conv_size: int
     activation: Activation
     tiles: Tiles
     segmented: bool
@@ -87,33 +87,33 @@ def _row(i: int) -> jax.Array:
     return pl.program_id(0) * 0 + i
 
 
-def _strip(job: _Job) -> _Strip:
-    start = pl.program_id(2) * job.tiles.width
-    valid = start + jnp.arange(job.tiles.width) < job.width
-    lanes = pl.ds(start, job.tiles.width)
-    return _Strip(pl.program_id(1), lanes, valid, pl.program_id(0) * job.tiles.steps)
+def _strip(dims: _KernelShape) -> _Strip:
+    start = pl.program_id(2) * dims.tiles.width
+    valid = start + jnp.arange(dims.tiles.width) < dims.width
+    lanes = pl.ds(start, dims.tiles.width)
+    return _Strip(pl.program_id(1), lanes, valid, pl.program_id(0) * dims.tiles.steps)
 
 
-def _weight_rows(job: _Job, strip: _Strip, ref) -> tuple[list[jax.Array], jax.Array]:
+def _weight_rows(dims: _KernelShape, strip: _Strip, ref) -> tuple[list[jax.Array], jax.Array]:
     """Weights by distance, and the bias."""
-    *weights, bias = (strip.load(ref, (_row(i),)) for i in range(job.taps + 1))
+    *weights, bias = (strip.load(ref, (_row(i),)) for i in range(dims.conv_size + 1))
     return weights[::-1], bias
 
 
-def _window_before(job: _Job, strip: _Strip, x_ref, initial_ref) -> list[jax.Array]:
+def _window_before(dims: _KernelShape, strip: _Strip, x_ref, initial_ref) -> list[jax.Array]:
     """The tokens before the chunk, the nearest first."""
     window = []
-    for d in range(1, job.taps):
+    for d in range(1, dims.conv_size):
         t = strip.first - d
         token = strip.load(x_ref, (strip.row, t), t >= 0)
-        carried = strip.load(initial_ref, (strip.row, t + job.taps - 1), t < 0)
+        carried = strip.load(initial_ref, (strip.row, t + dims.conv_size - 1), t < 0)
         window.append(jnp.where(t >= 0, token, carried))
     return window
 
 
-def _walk(job: _Job, steps: int, body, carry):
+def _walk(dims: _KernelShape, steps: int, body, carry):
     """`body(place, carry)` for the places of the chunk, some unrolled; the last may not exist."""
-    unroll = job.tiles.unroll
+    unroll = dims.tiles.unroll
 
     def group(i, carry):
         for j in range(unroll):
@@ -123,9 +123,9 @@ def _walk(job: _Job, steps: int, body, carry):
     return jax.lax.fori_loop(0, -(-steps // unroll), group, carry)
 
 
-def _limit(job: _Job, strip: _Strip, codes_ref, t, live):
+def _limit(dims: _KernelShape, strip: _Strip, codes_ref, t, live):
     """`reach` of a token, -1 where it does not exist; None without segments."""
-    if not job.segmented:
+    if not dims.segmented:
         return None
     return compat.triton.load(codes_ref.at[strip.row, t], mask=live, other=-1)
 
@@ -133,55 +133,55 @@ def _limit(job: _Job, strip: _Strip, codes_ref, t, live):
 # The kernels: maths on values between a load and a store.
 
 
-def _forward_kernel(*refs, job: _Job):
+def _forward_kernel(*refs, dims: _KernelShape):
     x_ref, initial_ref, weight_ref, *codes, y_ref = refs
-    codes_ref = codes[0] if job.segmented else None
-    strip = _strip(job)
-    weights, bias = _weight_rows(job, strip, weight_ref)
+    codes_ref = codes[0] if dims.segmented else None
+    strip = _strip(dims)
+    weights, bias = _weight_rows(dims, strip, weight_ref)
 
     def body(place, window):
         t = strip.first + place
-        live = (place < job.tiles.steps) & (t < job.length)
+        live = (place < dims.tiles.steps) & (t < dims.length)
         seen = [strip.load(x_ref, (strip.row, t), live), *window]
-        limit = _limit(job, strip, codes_ref, t, live)
-        y = tile.output(seen, weights, bias, limit, job.activation)
+        limit = _limit(dims, strip, codes_ref, t, live)
+        y = tile.output(seen, weights, bias, limit, dims.activation)
         strip.store(y_ref, (strip.row, t), y, live)
         return seen[:-1]
 
-    _walk(job, job.tiles.steps, body, _window_before(job, strip, x_ref, initial_ref))
+    _walk(dims, dims.tiles.steps, body, _window_before(dims, strip, x_ref, initial_ref))
 
 
-def _backward_kernel(*refs, job: _Job):
+def _backward_kernel(*refs, dims: _KernelShape):
     x_ref, initial_ref, dy_ref, weight_ref, *codes, dx_ref, sums_ref = refs
-    codes_ref = codes[0] if job.segmented else None
-    strip = _strip(job)
-    weights, bias = _weight_rows(job, strip, weight_ref)
-    oldest = job.taps - 1
+    codes_ref = codes[0] if dims.segmented else None
+    strip = _strip(dims)
+    weights, bias = _weight_rows(dims, strip, weight_ref)
+    oldest = dims.conv_size - 1
 
     def body(place, carry):
         window, pending, sums = carry
         t = strip.first + place
-        exists = t < job.length
-        limit = _limit(job, strip, codes_ref, t, exists)
+        exists = t < dims.length
+        limit = _limit(dims, strip, codes_ref, t, exists)
         seen = [strip.load(x_ref, (strip.row, t), exists), *window]
         dy = strip.load(dy_ref, (strip.row, t), exists)
-        taps = [tile.keep(x, limit, d) for d, x in enumerate(seen)]
-        g = tile.cotangent(taps, weights, bias, dy, limit, job.activation)
+        inputs = [tile.zero_beyond(x, limit, d) for d, x in enumerate(seen)]
+        g = tile.cotangent(inputs, weights, bias, dy, limit, dims.activation)
         g = jnp.where(exists, g, jnp.zeros_like(g))
-        own = place < job.tiles.steps
-        new = [jnp.where(own, g * tap, 0.0) for tap in taps] + [jnp.where(own, g, 0.0)]
+        own = place < dims.tiles.steps
+        new = [jnp.where(own, g * x, 0.0) for x in inputs] + [jnp.where(own, g, 0.0)]
         sums = [s + n for s, n in zip(sums, new, strict=True)]
-        parts = [tile.keep(w * g, limit, d) for d, w in enumerate(weights)]
+        parts = [tile.zero_beyond(w * g, limit, d) for d, w in enumerate(weights)]
         parts = [parts[0], *(p + q for p, q in zip(pending, parts[1:], strict=True))]
         s = t - oldest
-        complete = (place >= oldest) & (place - oldest < job.tiles.steps) & (s < job.length)
+        complete = (place >= oldest) & (place - oldest < dims.tiles.steps) & (s < dims.length)
         strip.store(dx_ref, (strip.row, s), parts[oldest], complete)
         return seen[:-1], parts[:-1], sums
 
-    zero = jnp.zeros((job.tiles.width,), jnp.float32)
-    window = _window_before(job, strip, x_ref, initial_ref)
-    carry = window, [zero] * oldest, [zero] * (job.taps + 1)
-    _, _, sums = _walk(job, job.tiles.steps + oldest, body, carry)
+    zero = jnp.zeros((dims.tiles.width,), jnp.float32)
+    window = _window_before(dims, strip, x_ref, initial_ref)
+    carry = window, [zero] * oldest, [zero] * (dims.conv_size + 1)
+    _, _, sums = _walk(dims, dims.tiles.steps + oldest, body, carry)
     *by_distance, dbias = sums
     for i, value in enumerate([*by_distance[::-1], dbias]):
         strip.store(sums_ref, (strip.row, pl.program_id(0), _row(i)), value)
@@ -190,14 +190,18 @@ def _backward_kernel(*refs, job: _Job):
 # The calls.
 
 
-def _job(x, taps: int, runs, activation: Activation, tiles: Tiles | None) -> _Job:
+def _kernel_shape(
+    x, conv_size: int, segment_index, activation: Activation, tiles: Tiles | None
+) -> _KernelShape:
     batch, length, width = x.shape
-    tiles = tiles or choose_tiles(batch, length, width, taps)
-    return _Job(batch, length, width, taps, activation, tiles, runs is not None)
+    tiles = tiles or choose_tiles(batch, length, width, conv_size)
+    return _KernelShape(
+        batch, length, width, conv_size, activation, tiles, segment_index is not None
+    )
 
 
-def _codes(runs, taps: int) -> list[jax.Array]:
-    return [] if runs is None else [tile.reach(runs, taps)]
+def _codes(segment_index, conv_size: int) -> list[jax.Array]:
+    return [] if segment_index is None else [tile.reach(segment_index, conv_size)]
 
 
 def _small_operands(weight, bias, initial_state) -> tuple[jax.Array, jax.Array]:
@@ -207,45 +211,56 @@ def _small_operands(weight, bias, initial_state) -> tuple[jax.Array, jax.Array]:
     return jnp.pad(initial_state, ((0, 0), (0, int(none)), (0, 0))), rows
 
 
-def _call(kernel, job: _Job, name: str, operands, out, flops: int):
+def _call(kernel, dims: _KernelShape, name: str, operands, out, flops: int):
     return compat.pallas_call(
-        functools.partial(kernel, job=job),
+        functools.partial(kernel, dims=dims),
         backend="gpu",
         name=name,
-        grid=job.grid,
+        grid=dims.grid,
         out_shape=out,
         compiler_params=compat.triton.CompilerParams(
-            num_warps=max(1, job.tiles.width // 32), num_stages=1
+            num_warps=max(1, dims.tiles.width // 32), num_stages=1
         ),
-        flops=flops * job.batch * job.length * job.width,
+        flops=flops * dims.batch * dims.length * dims.width,
     )(*operands)
 
 
-def forward(config: Config, x, weight, bias, initial_state, runs, *, return_residuals: bool):
+def forward(
+    config: Config, x, weight, bias, initial_state, segment_index, *, return_residuals: bool
+):
     """`(y,)`; arguments as in `reference.with_state`, which are all that `backward` needs."""
-    job = _job(x, weight.shape[0], runs, *config)
-    operands = [x, *_small_operands(weight, bias, initial_state), *_codes(runs, job.taps)]
+    dims = _kernel_shape(x, weight.shape[0], segment_index, *config)
+    operands = [
+        x,
+        *_small_operands(weight, bias, initial_state),
+        *_codes(segment_index, dims.conv_size),
+    ]
     out = compat.out_struct(x.shape, x.dtype, *operands)
-    flops = 2 * job.taps + 4
-    y = _call(_forward_kernel, job, "causal_conv1d_forward", operands, out, flops=flops)
-    return (y,), (x, weight, bias, initial_state, runs) if return_residuals else None
+    flops = 2 * dims.conv_size + 4
+    y = _call(_forward_kernel, dims, "causal_conv1d_forward", operands, out, flops=flops)
+    return (y,), (x, weight, bias, initial_state, segment_index) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """`(dx, dweight, dbias, dinitial_state, None)` from the cotangent of `forward`'s output."""
-    (x, weight, bias, initial_state, runs), (dy,) = residuals, cotangents
-    job = _job(x, weight.shape[0], runs, *config)
+    (x, weight, bias, initial_state, segment_index), (dy,) = residuals, cotangents
+    dims = _kernel_shape(x, weight.shape[0], segment_index, *config)
     window, rows = _small_operands(weight, bias, initial_state)
-    operands = [x, window, dy, rows, *_codes(runs, job.taps)]
-    sums = (job.batch, job.chunks, job.taps + 1, job.width)
+    operands = [x, window, dy, rows, *_codes(segment_index, dims.conv_size)]
+    sums = (dims.batch, dims.chunks, dims.conv_size + 1, dims.width)
     out = [
         compat.out_struct(x.shape, x.dtype, *operands),
         compat.out_struct(sums, jnp.float32, *operands),
     ]
     dx, sums = _call(
-        _backward_kernel, job, "causal_conv1d_backward", operands, out, flops=6 * job.taps + 8
+        _backward_kernel,
+        dims,
+        "causal_conv1d_backward",
+        operands,
+        out,
+        flops=6 * dims.conv_size + 8,
     )
-    limit = tile.limits(runs, job.taps)
+    limit = tile.limits(segment_index, dims.conv_size)
     dinitial = tile.initial_gradient(
         x, list(rows[-2::-1]), rows[-1], initial_state, limit, dy, config.activation
     )

@@ -10,7 +10,7 @@ from pallas_kernels.common import compat, segments
 from pallas_kernels.common.backend import Backend
 
 
-def with_state(config: Config, x, weight, bias, initial_state, runs):
+def with_state(config: Config, x, weight, bias, initial_state, segment_index):
     """`(y, final_state)` by `jax.lax.scan` over tokens with the window carried; see the op.
 
     Differentiable by JAX itself, any number of times and in forward mode.
@@ -21,13 +21,13 @@ def with_state(config: Config, x, weight, bias, initial_state, runs):
       weight: `(W, D)`.
       bias: `(D,)`.
       initial_state: `(B, W-1, D)` in `x`'s dtype.
-      runs: `(B, L)` int32 or None.
+      segment_index: `(B, L)` int32 or None.
     """
     dtype = jnp.dtype("float32") if x.dtype == jnp.bfloat16 else x.dtype
     weight, bias = weight.astype(dtype)[None], bias.astype(dtype)[None]
     codes = compat.match_vma(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
-    if runs is not None:
-        codes = segments.step_codes(runs)
+    if segment_index is not None:
+        codes = segments.step_codes(segment_index)
 
     def step(window, token):
         x_t, code = token

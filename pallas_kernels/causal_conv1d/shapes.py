@@ -20,7 +20,7 @@ class Shape(programs.Shape):
 
     Attributes:
       batch, length, width: B, L, D of `x (B, L, D)`.
-      taps: W.
+      conv_size: W.
       dtype: "float32" or "bfloat16", of `x`; the weights are float32.
       activation: None or "silu".
       bias: there is one.
@@ -28,7 +28,7 @@ class Shape(programs.Shape):
     """
 
     width: int
-    taps: int = 4
+    conv_size: int = 4
     dtype: str = "bfloat16"
     activation: Activation = "silu"
     bias: bool = True
@@ -39,8 +39,8 @@ class Shape(programs.Shape):
         is one and `segment_ids (B, L)` int32 if segmented."""
         operands = {
             "x": Struct((self.batch, self.length, self.width), self.dtype),
-            "weight": Struct((self.taps, self.width), jnp.float32),
-            "initial_state": Struct((self.batch, self.taps - 1, self.width), self.dtype),
+            "weight": Struct((self.conv_size, self.width), jnp.float32),
+            "initial_state": Struct((self.batch, self.conv_size - 1, self.width), self.dtype),
         }
         if self.bias:
             operands["bias"] = Struct((self.width,), jnp.float32)
@@ -73,12 +73,12 @@ SHAPES: dict[str, Shape] = {
         Shape("recurrentgemma-2b-f32", _GEMMA, 1, 8192, 2560, dtype="float32", activation=None),
         Shape("recurrentgemma-2b-packed", _GEMMA, 1, 8192, 2560, activation=None, segmented=True),
         Shape("gated-deltanet-1.3b", _DELTA, 2, 4096, 3072, bias=False),
-        Shape("hyena-153m", _HYENA, 4, 2048, 2592, taps=3, activation=None),
+        Shape("hyena-153m", _HYENA, 4, 2048, 2592, conv_size=3, activation=None),
         Shape("odd", _ODD, 2, 1000, 60, dtype="float32"),
-        Shape("odd-packed", _ODD, 3, 333, 200, taps=7, segmented=True),
-        Shape("odd-wide-window", _ODD, 2, 100, 130, taps=12, dtype="float32", segmented=True),
-        Shape("short", _ODD, 3, 5, 70, taps=8),
-        Shape("one-tap", _ODD, 2, 50, 128, taps=1, dtype="float32"),
+        Shape("odd-packed", _ODD, 3, 333, 200, conv_size=7, segmented=True),
+        Shape("odd-wide-window", _ODD, 2, 100, 130, conv_size=12, dtype="float32", segmented=True),
+        Shape("short", _ODD, 3, 5, 70, conv_size=8),
+        Shape("one-tap", _ODD, 2, 50, 128, conv_size=1, dtype="float32"),
     )
 }
 

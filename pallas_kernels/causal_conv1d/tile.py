@@ -37,32 +37,38 @@ class Config(NamedTuple):
     tiles: Any = None
 
 
-def reach(runs: jax.Array, taps: int) -> jax.Array:
+def reach(segment_index: jax.Array, conv_size: int) -> jax.Array:
     """`(B, L)` int32; the first document of a row reaches into the carried window."""
-    inside = jnp.where(runs == 1, taps - 1, jnp.minimum(segments.positions(runs), taps - 1))
-    return jnp.where(runs == 0, -1, inside).astype(jnp.int32)
+    inside = jnp.where(
+        segment_index == 1,
+        conv_size - 1,
+        jnp.minimum(segments.positions(segment_index), conv_size - 1),
+    )
+    return jnp.where(segment_index == 0, -1, inside).astype(jnp.int32)
 
 
-def ahead(runs: jax.Array, taps: int) -> jax.Array:
-    """`(B, L)` int32: tokens of the same document that follow, at most `taps - 1`."""
-    following = segments.positions(runs[:, ::-1])[:, ::-1]
-    return jnp.where(runs == 0, -1, jnp.minimum(following, taps - 1)).astype(jnp.int32)
+def ahead(segment_index: jax.Array, conv_size: int) -> jax.Array:
+    """`(B, L)` int32: tokens of the same document that follow, at most `conv_size - 1`."""
+    following = segments.positions(segment_index[:, ::-1])[:, ::-1]
+    return jnp.where(segment_index == 0, -1, jnp.minimum(following, conv_size - 1)).astype(
+        jnp.int32
+    )
 
 
-def limits(runs: jax.Array | None, taps: int) -> jax.Array | None:
-    """`reach (B, L, 1)`, beside `(B, L, D)`; None without runs."""
-    return None if runs is None else reach(runs, taps)[..., None]
+def limits(segment_index: jax.Array | None, conv_size: int) -> jax.Array | None:
+    """`reach (B, L, 1)`, beside `(B, L, D)`; None without a segment index."""
+    return None if segment_index is None else reach(segment_index, conv_size)[..., None]
 
 
-def keep(x: jax.Array, limit: jax.Array | None, distance: int) -> jax.Array:
+def zero_beyond(x: jax.Array, limit: jax.Array | None, distance: int) -> jax.Array:
     """`x` where `distance <= limit`, else 0: a select, so that no infinity gets through."""
     return x if limit is None else jnp.where(limit >= distance, x, jnp.zeros_like(x))
 
 
-def pre_activation(taps: Values, weights: Values, bias: jax.Array) -> jax.Array:
-    """`bias + sum_d w_d taps_d`; both sequences by distance, the taps masked already."""
+def pre_activation(inputs: Values, weights: Values, bias: jax.Array) -> jax.Array:
+    """`bias + sum_d w_d inputs_d`; both sequences by distance, the inputs masked already."""
     total = bias
-    for x, w in zip(taps, weights, strict=True):
+    for x, w in zip(inputs, weights, strict=True):
         total = total + w * x
     return total
 
@@ -72,11 +78,15 @@ def activate(pre: jax.Array, activation: Activation) -> jax.Array:
 
 
 def output(
-    taps: Values, weights: Values, bias: jax.Array, limit: jax.Array | None, activation: Activation
+    inputs: Values,
+    weights: Values,
+    bias: jax.Array,
+    limit: jax.Array | None,
+    activation: Activation,
 ) -> jax.Array:
-    """`y`, 0 on padding; `taps` as they were read, `limit` is `reach`."""
-    masked = [keep(x, limit, d) for d, x in enumerate(taps)]
-    return keep(activate(pre_activation(masked, weights, bias), activation), limit, 0)
+    """`y`, 0 on padding; `inputs` as they were read, `limit` is `reach`."""
+    masked = [zero_beyond(x, limit, d) for d, x in enumerate(inputs)]
+    return zero_beyond(activate(pre_activation(masked, weights, bias), activation), limit, 0)
 
 
 def cotangent(
@@ -87,15 +97,15 @@ def cotangent(
     limit: jax.Array | None,
     activation: Activation,
 ) -> jax.Array:
-    """`g`, the cotangent of the pre-activation, which is computed again from the masked taps."""
+    """`g`, the cotangent of the pre-activation, which is computed again from the masked inputs."""
     if activation == "silu":
         pre = pre_activation(masked, weights, bias)
         gate = jax.lax.logistic(pre)
         dy = dy * (gate * (1 + pre * (1 - gate)))
-    return keep(dy, limit, 0)
+    return zero_beyond(dy, limit, 0)
 
 
-def final_window(x: jax.Array, initial: jax.Array, runs: jax.Array | None) -> jax.Array:
+def final_window(x: jax.Array, initial: jax.Array, segment_index: jax.Array | None) -> jax.Array:
     """The window after the last real token, `(B, W-1, D)`: a copy of inputs, no kernel's work.
 
     Tokens of earlier documents are 0; a row of padding returns `initial`. JAX differentiates it.
@@ -103,15 +113,17 @@ def final_window(x: jax.Array, initial: jax.Array, runs: jax.Array | None) -> ja
     Args:
       x: `(B, L, D)`.
       initial: `(B, W-1, D)`, the window before token 0.
-      runs: `(B, L)` int32 or None.
+      segment_index: `(B, L)` int32 or None.
     """
     size = initial.shape[1]
-    if runs is None or size == 0:
+    if segment_index is None or size == 0:
         recent = jnp.concatenate([initial, x[:, -size:] if size else x[:, :0]], axis=1)
         return recent[:, recent.shape[1] - size :]
-    count = jnp.sum(runs != 0, axis=1, dtype=jnp.int32)
+    count = jnp.sum(segment_index != 0, axis=1, dtype=jnp.int32)
     place = count[:, None] - size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-    last = jnp.take_along_axis(reach(runs, size + 1), jnp.maximum(count - 1, 0)[:, None], axis=1)
+    last = jnp.take_along_axis(
+        reach(segment_index, size + 1), jnp.maximum(count - 1, 0)[:, None], axis=1
+    )
     # Entry k is the tap at distance size - 1 - k of the last real token.
     distance = size - 1 - jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
     seen = (distance <= last) | (count == 0)[:, None]
@@ -127,12 +139,12 @@ def final_window(x: jax.Array, initial: jax.Array, runs: jax.Array | None) -> ja
 # Borders and short rows, where an array of the window and the tokens is small enough to build.
 
 
-def head_taps(x: jax.Array, initial: jax.Array, limit: jax.Array | None, dtype: Any) -> Values:
-    """Masked taps by distance, each `(B, L, D)`, of tokens that follow `initial` directly."""
+def head_inputs(x: jax.Array, initial: jax.Array, limit: jax.Array | None, dtype: Any) -> Values:
+    """Masked inputs by distance, each `(B, L, D)`, of tokens that follow `initial` directly."""
     size, length = initial.shape[1], x.shape[1]
     whole = jnp.concatenate([initial, x], axis=1).astype(dtype)
-    taps = (whole[:, size - d : size - d + length] for d in range(size + 1))
-    return [keep(tap, limit, d) for d, tap in enumerate(taps)]
+    inputs = (whole[:, size - d : size - d + length] for d in range(size + 1))
+    return [zero_beyond(tap, limit, d) for d, tap in enumerate(inputs)]
 
 
 def initial_gradient(
@@ -154,13 +166,13 @@ def initial_gradient(
     size = initial.shape[1]
     x, dy = x[:, :size], dy[:, :size]
     limit = None if limit is None else limit[:, :size]
-    masked = head_taps(x, initial, limit, bias.dtype)
+    masked = head_inputs(x, initial, limit, bias.dtype)
     weights, bias = [w[None, None] for w in weights], bias[None, None]
     g = cotangent(masked, weights, bias, dy.astype(bias.dtype), limit, activation)
     total = jnp.zeros(initial.shape, bias.dtype)
     for d in range(1, size + 1):
         # Token t reads entry size + t - d of the window.
         count = min(d, g.shape[1])
-        part = weights[d] * keep(g, limit, d)[:, :count]
+        part = weights[d] * zero_beyond(g, limit, d)[:, :count]
         total += jnp.pad(part, ((0, 0), (size - d, d - count), (0, 0)))
     return total.astype(initial.dtype)

@@ -42,43 +42,43 @@ class Tiles(NamedTuple):
     slab: int = _SLAB
 
 
-def _groups_of(taps: int) -> int:
+def _groups_of(conv_size: int) -> int:
     """Groups of 8 rows that hold the tokens which a group's taps read before it."""
-    return max(1, -(-(taps - 1) // SUBLANES))
+    return max(1, -(-(conv_size - 1) // SUBLANES))
 
 
-def vmem_bytes(tiles: Tiles, taps: int) -> int:
+def vmem_bytes(tiles: Tiles, conv_size: int) -> int:
     """Bytes of VMEM that the blocks of the backward kernel, the larger one, take: each twice, so
     that the next is fetched while one is worked on; float32 throughout."""
     block = tiles.steps * tiles.width * 4
     codes = tiles.steps * LANES * 4
-    edges = 3 * _groups_of(taps) * SUBLANES * tiles.width * 4
-    weights = 2 * round_up(taps + 1, SUBLANES) * tiles.width * 4
+    edges = 3 * _groups_of(conv_size) * SUBLANES * tiles.width * 4
+    weights = 2 * round_up(conv_size + 1, SUBLANES) * tiles.width * 4
     return 2 * (3 * block + codes + edges + weights)
 
 
-def choose_tiles(length: int, width: int, taps: int, budget: int = SMALL_VMEM_BUDGET) -> Tiles:
+def choose_tiles(length: int, width: int, conv_size: int, budget: int = SMALL_VMEM_BUDGET) -> Tiles:
     """The widest block that fits, keeps its sums in registers and wastes the fewest channels.
 
     Raises:
-      ValueError: so many taps that no block fits.
+      ValueError: no block fits so wide a window.
     """
-    unit = _SLAB * _groups_of(taps)
+    unit = _SLAB * _groups_of(conv_size)
     steps = min(round_up(512, unit), round_up(length, unit))
     tiles = [Tiles(steps, w) for w in range(LANES, min(512, round_up(width, LANES)) + 1, LANES)]
-    fitting = [t for t in tiles if vmem_bytes(t, taps) <= budget]
+    fitting = [t for t in tiles if vmem_bytes(t, conv_size) <= budget]
     if not fitting:
-        raise ValueError(f"weight has {taps} taps, more than the TPU kernel's memory holds")
+        raise ValueError(f"weight has {conv_size} taps, more than the TPU kernel's memory holds")
     return min(fitting, key=lambda t: (round_up(width, t.width), -t.width))
 
 
-class _Job(NamedTuple):
+class _KernelShape(NamedTuple):
     """What is static about one kernel."""
 
     batch: int
     length: int
     width: int
-    taps: int
+    conv_size: int
     activation: Activation
     tiles: Tiles
     segmented: bool  # codes come with the arguments
@@ -95,7 +95,7 @@ class _Job(NamedTuple):
     @property
     def before(self) -> int:
         """Groups before a group that its taps read."""
-        return _groups_of(self.taps)
+        return _groups_of(self.conv_size)
 
     @property
     def edge(self) -> int:
@@ -114,45 +114,46 @@ class _Job(NamedTuple):
 # Tile bookkeeping: which block of which array a grid step sees.
 
 
-def _block(job: _Job) -> pl.BlockSpec:
+def _block(dims: _KernelShape) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, job.tiles.width),
-        index_map=lambda b, d, i: (b, job.time(i), d),
+        block_shape=(None, dims.tiles.steps, dims.tiles.width),
+        index_map=lambda b, d, i: (b, dims.time(i), d),
     )
 
 
-def _edge(job: _Job) -> pl.BlockSpec:
+def _edge(dims: _KernelShape) -> pl.BlockSpec:
     """The rows before a block."""
-    per_block = job.tiles.steps // job.edge
+    per_block = dims.tiles.steps // dims.edge
     return pl.BlockSpec(
-        block_shape=(None, job.edge, job.tiles.width),
-        index_map=lambda b, d, i: (b, jnp.maximum(job.time(i) * per_block - 1, 0), d),
+        block_shape=(None, dims.edge, dims.tiles.width),
+        index_map=lambda b, d, i: (b, jnp.maximum(dims.time(i) * per_block - 1, 0), d),
     )
 
 
-def _window(job: _Job) -> pl.BlockSpec:
+def _window(dims: _KernelShape) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.edge, job.tiles.width), index_map=lambda b, d, i: (b, 0, d)
+        block_shape=(None, dims.edge, dims.tiles.width), index_map=lambda b, d, i: (b, 0, d)
     )
 
 
-def _weights(job: _Job) -> pl.BlockSpec:
+def _weights(dims: _KernelShape) -> pl.BlockSpec:
     """Rows of weights, the bias last."""
     return pl.BlockSpec(
-        block_shape=(job.taps + 1, job.tiles.width), index_map=lambda b, d, i: (0, d)
+        block_shape=(dims.conv_size + 1, dims.tiles.width), index_map=lambda b, d, i: (0, d)
     )
 
 
-def _sums(job: _Job) -> pl.BlockSpec:
+def _sums(dims: _KernelShape) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.taps + 1, job.tiles.width), index_map=lambda b, d, i: (b, 0, d)
+        block_shape=(None, dims.conv_size + 1, dims.tiles.width),
+        index_map=lambda b, d, i: (b, 0, d),
     )
 
 
-def _codes_block(job: _Job) -> pl.BlockSpec:
+def _codes_block(dims: _KernelShape) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, LANES),
-        index_map=lambda b, d, i: (b, job.time(i), 0),
+        block_shape=(None, dims.tiles.steps, LANES),
+        index_map=lambda b, d, i: (b, dims.time(i), 0),
     )
 
 
@@ -193,56 +194,56 @@ def _rows(start, count: int) -> slice | pl.Slice:
     return pl.ds(pl.multiple_of(start, SUBLANES), count)
 
 
-def _weight_rows(ref, job: _Job) -> tuple[Groups, jax.Array]:
+def _weight_rows(ref, dims: _KernelShape) -> tuple[Groups, jax.Array]:
     """Weights by distance and the bias, each over 8 rows."""
-    shape = (SUBLANES, job.tiles.width)
-    *weights, bias = (jnp.broadcast_to(ref[i : i + 1, :], shape) for i in range(job.taps + 1))
+    shape = (SUBLANES, dims.tiles.width)
+    *weights, bias = (jnp.broadcast_to(ref[i : i + 1, :], shape) for i in range(dims.conv_size + 1))
     return weights[::-1], bias
 
 
-def _before_block(job: _Job, edge_ref, initial_ref) -> Groups:
+def _before_block(dims: _KernelShape, edge_ref, initial_ref) -> Groups:
     """The groups before the block, the nearest first."""
-    at_start = job.time(pl.program_id(2)) == 0
+    at_start = dims.time(pl.program_id(2)) == 0
     edge, initial = _split(edge_ref[...]), _split(initial_ref[...])
     return [jnp.where(at_start, i, e) for i, e in zip(initial, edge, strict=True)][::-1]
 
 
-def _limits(job: _Job, codes_ref, start, like: jax.Array):
+def _limits(dims: _KernelShape, codes_ref, start, like: jax.Array):
     """`(reach, ahead)` of a group, each `(8, width)` or None, as `_codes` packs them."""
     limit = following = None
-    if job.segmented:
-        code = jnp.tile(codes_ref[_rows(start, SUBLANES), :], (1, job.tiles.width // LANES))
+    if dims.segmented:
+        code = jnp.tile(codes_ref[_rows(start, SUBLANES), :], (1, dims.tiles.width // LANES))
         limit = jnp.where(code < 0, code, code & 0xFFFF)
         following = code >> 16
-    if job.ragged and job.reverse:
-        place = _index(like) + start + job.time(pl.program_id(2)) * job.tiles.steps
-        limit = jnp.where(place < job.length, job.taps - 1 if limit is None else limit, -1)
+    if dims.ragged and dims.reverse:
+        place = _index(like) + start + dims.time(pl.program_id(2)) * dims.tiles.steps
+        limit = jnp.where(place < dims.length, dims.conv_size - 1 if limit is None else limit, -1)
     return limit, following
 
 
 # The kernels: maths on values between a load and a store.
 
 
-def _forward_kernel(*refs, job: _Job):
+def _forward_kernel(*refs, dims: _KernelShape):
     x_ref, edge_ref, initial_ref, weight_ref, *codes, y_ref = refs
-    codes_ref = codes[0] if job.segmented else None
-    weights, bias = _weight_rows(weight_ref, job)
+    codes_ref = codes[0] if dims.segmented else None
+    weights, bias = _weight_rows(weight_ref, dims)
 
     def slab(i, before):
         out = []
-        for k, group in enumerate(_split(x_ref[_rows(i * job.tiles.slab, job.tiles.slab), :])):
+        for k, group in enumerate(_split(x_ref[_rows(i * dims.tiles.slab, dims.tiles.slab), :])):
             groups = [group, *before]
-            limit, _ = _limits(job, codes_ref, i * job.tiles.slab + k * SUBLANES, group)
-            seen = [lag(groups, d) for d in range(job.taps)]
-            out.append(tile.output(seen, weights, bias, limit, job.activation))
+            limit, _ = _limits(dims, codes_ref, i * dims.tiles.slab + k * SUBLANES, group)
+            seen = [lag(groups, d) for d in range(dims.conv_size)]
+            out.append(tile.output(seen, weights, bias, limit, dims.activation))
             before = groups[:-1]
-        y_ref[_rows(i * job.tiles.slab, job.tiles.slab), :] = jnp.concatenate(out).astype(
+        y_ref[_rows(i * dims.tiles.slab, dims.tiles.slab), :] = jnp.concatenate(out).astype(
             y_ref.dtype
         )
         return before
 
-    before = _before_block(job, edge_ref, initial_ref)
-    jax.lax.fori_loop(0, job.tiles.steps // job.tiles.slab, slab, before)
+    before = _before_block(dims, edge_ref, initial_ref)
+    jax.lax.fori_loop(0, dims.tiles.steps // dims.tiles.slab, slab, before)
 
 
 def _leaving(groups: Groups) -> Groups:
@@ -250,12 +251,12 @@ def _leaving(groups: Groups) -> Groups:
     return groups[:-1]
 
 
-def _backward_kernel(*refs, job: _Job):
+def _backward_kernel(*refs, dims: _KernelShape):
     x_ref, edge_ref, initial_ref, dy_ref, weight_ref, *codes, dx_ref, sums_ref, after_ref = refs
-    codes_ref = codes[0] if job.segmented else None
-    weights, bias = _weight_rows(weight_ref, job)
-    before_block = _before_block(job, edge_ref, initial_ref)
-    slabs = job.tiles.steps // job.tiles.slab
+    codes_ref = codes[0] if dims.segmented else None
+    weights, bias = _weight_rows(weight_ref, dims)
+    before_block = _before_block(dims, edge_ref, initial_ref)
+    slabs = dims.tiles.steps // dims.tiles.slab
 
     @pl.when(sequence_begins())
     def _():
@@ -272,26 +273,26 @@ def _backward_kernel(*refs, job: _Job):
 
     def slab(i, carry):
         after, sums = carry
-        start = (slabs - 1 - i) * job.tiles.slab
-        earlier = [group_before(start, k + 1) for k in range(job.before)]
-        groups = [*_split(x_ref[_rows(start, job.tiles.slab), :])[::-1], *earlier]
-        cotangents = _split(dy_ref[_rows(start, job.tiles.slab), :])[::-1]
+        start = (slabs - 1 - i) * dims.tiles.slab
+        earlier = [group_before(start, k + 1) for k in range(dims.before)]
+        groups = [*_split(x_ref[_rows(start, dims.tiles.slab), :])[::-1], *earlier]
+        cotangents = _split(dy_ref[_rows(start, dims.tiles.slab), :])[::-1]
         out = []
         for k, dy in enumerate(cotangents):
-            row = start + job.tiles.slab - (k + 1) * SUBLANES
-            limit, following = _limits(job, codes_ref, row, dy)
-            taps = [tile.keep(lag(groups[k:], d), limit, d) for d in range(job.taps)]
-            g = tile.cotangent(taps, weights, bias, dy, limit, job.activation)
-            sums = [s + g * tap for s, tap in zip(sums, taps, strict=False)] + [sums[-1] + g]
+            row = start + dims.tiles.slab - (k + 1) * SUBLANES
+            limit, following = _limits(dims, codes_ref, row, dy)
+            inputs = [tile.zero_beyond(lag(groups[k:], d), limit, d) for d in range(dims.conv_size)]
+            g = tile.cotangent(inputs, weights, bias, dy, limit, dims.activation)
+            sums = [s + g * x for s, x in zip(sums, inputs, strict=False)] + [sums[-1] + g]
             after = [g, *after]
-            dx = [w * tile.keep(lead(after, d), following, d) for d, w in enumerate(weights)]
+            dx = [w * tile.zero_beyond(lead(after, d), following, d) for d, w in enumerate(weights)]
             out.append(functools.reduce(jnp.add, dx))
             after = _leaving(after)
-        dx_ref[_rows(start, job.tiles.slab), :] = jnp.concatenate(out[::-1]).astype(dx_ref.dtype)
+        dx_ref[_rows(start, dims.tiles.slab), :] = jnp.concatenate(out[::-1]).astype(dx_ref.dtype)
         return after, sums
 
-    zero = jnp.zeros((SUBLANES, job.tiles.width), jnp.float32)
-    carry = _split(after_ref[...]), [zero] * (job.taps + 1)
+    zero = jnp.zeros((SUBLANES, dims.tiles.width), jnp.float32)
+    carry = _split(after_ref[...]), [zero] * (dims.conv_size + 1)
     after, sums = jax.lax.fori_loop(0, slabs, slab, carry)
     after_ref[...] = jnp.concatenate(after)
     *by_distance, dbias = (s.sum(0, keepdims=True) for s in sums)
@@ -301,35 +302,43 @@ def _backward_kernel(*refs, job: _Job):
 # The calls.
 
 
-def _job(x, taps: int, runs, activation: Activation, tiles: Tiles | None, *, reverse: bool) -> _Job:
+def _kernel_shape(
+    x, conv_size: int, segment_index, activation: Activation, tiles: Tiles | None, *, reverse: bool
+) -> _KernelShape:
     batch, length, width = x.shape
-    tiles = tiles or choose_tiles(length, width, taps)
-    return _Job(batch, length, width, taps, activation, tiles, runs is not None, reverse)
+    tiles = tiles or choose_tiles(length, width, conv_size)
+    return _KernelShape(
+        batch, length, width, conv_size, activation, tiles, segment_index is not None, reverse
+    )
 
 
-def _codes(runs, taps: int) -> list[jax.Array]:
+def _codes(segment_index, conv_size: int) -> list[jax.Array]:
     """`reach` and `ahead` in the halves of an integer, -1 on padding, over a row of lanes."""
-    if runs is None:
+    if segment_index is None:
         return []
-    codes = (tile.ahead(runs, taps) << 16) | (tile.reach(runs, taps) & 0xFFFF)
-    codes = jnp.where(runs == 0, -1, codes)
+    codes = (tile.ahead(segment_index, conv_size) << 16) | (
+        tile.reach(segment_index, conv_size) & 0xFFFF
+    )
+    codes = jnp.where(segment_index == 0, -1, codes)
     return [over_lanes(codes)]
 
 
-def _small_operands(job: _Job, weight, bias, initial_state) -> tuple[jax.Array, jax.Array]:
+def _small_operands(dims: _KernelShape, weight, bias, initial_state) -> tuple[jax.Array, jax.Array]:
     """The window, zeros before it, `(B, edge, D)`; weights and bias `(W+1, D)` float32."""
-    missing = job.edge - (job.taps - 1)
+    missing = dims.edge - (dims.conv_size - 1)
     rows = jnp.concatenate([weight.astype(jnp.float32), bias.astype(jnp.float32)[None]])
     return jnp.pad(initial_state, ((0, 0), (missing, 0), (0, 0))), rows
 
 
-def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, scratch, flops: int):
-    time: Literal["arbitrary", "parallel"] = "arbitrary" if job.reverse else "parallel"
+def _call(
+    kernel, dims: _KernelShape, name: str, operands, in_specs, out, out_specs, scratch, flops: int
+):
+    time: Literal["arbitrary", "parallel"] = "arbitrary" if dims.reverse else "parallel"
     return compat.pallas_call(
-        functools.partial(kernel, job=job),
+        functools.partial(kernel, dims=dims),
         backend="tpu",
         name=name,
-        grid=job.grid,
+        grid=dims.grid,
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out,
@@ -337,43 +346,45 @@ def _call(kernel, job: _Job, name: str, operands, in_specs, out, out_specs, scra
         compiler_params=compat.tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", time)
         ),
-        flops=flops * job.batch * job.length * job.width,
+        flops=flops * dims.batch * dims.length * dims.width,
     )(*operands)
 
 
-def forward(config: Config, x, weight, bias, initial_state, runs, *, return_residuals: bool):
+def forward(
+    config: Config, x, weight, bias, initial_state, segment_index, *, return_residuals: bool
+):
     """`(y,)`; arguments as in `reference.with_state`, which are all that `backward` needs."""
-    job = _job(x, weight.shape[0], runs, *config, reverse=False)
-    window, rows = _small_operands(job, weight, bias, initial_state)
-    operands = [x, x, window, rows, *_codes(runs, job.taps)]
-    in_specs = [_block(job), _edge(job), _window(job), _weights(job)]
-    in_specs += [_codes_block(job)] * job.segmented
+    dims = _kernel_shape(x, weight.shape[0], segment_index, *config, reverse=False)
+    window, rows = _small_operands(dims, weight, bias, initial_state)
+    operands = [x, x, window, rows, *_codes(segment_index, dims.conv_size)]
+    in_specs = [_block(dims), _edge(dims), _window(dims), _weights(dims)]
+    in_specs += [_codes_block(dims)] * dims.segmented
     y = _call(
         _forward_kernel,
-        job,
+        dims,
         "causal_conv1d_forward",
         operands,
         in_specs,
         compat.out_struct(x.shape, x.dtype, *operands),
-        _block(job),
+        _block(dims),
         [],
-        flops=2 * job.taps + 4,
+        flops=2 * dims.conv_size + 4,
     )
-    return (y,), (x, weight, bias, initial_state, runs) if return_residuals else None
+    return (y,), (x, weight, bias, initial_state, segment_index) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """`(dx, dweight, dbias, dinitial_state, None)` from the cotangent of `forward`'s output."""
-    (x, weight, bias, initial_state, runs), (dy,) = residuals, cotangents
-    job = _job(x, weight.shape[0], runs, *config, reverse=True)
-    window, rows = _small_operands(job, weight, bias, initial_state)
-    operands = [x, x, window, dy, rows, *_codes(runs, job.taps)]
-    in_specs = [_block(job), _edge(job), _window(job), _block(job), _weights(job)]
-    in_specs += [_codes_block(job)] * job.segmented
-    sums = (job.batch, job.taps + 1, job.width)
+    (x, weight, bias, initial_state, segment_index), (dy,) = residuals, cotangents
+    dims = _kernel_shape(x, weight.shape[0], segment_index, *config, reverse=True)
+    window, rows = _small_operands(dims, weight, bias, initial_state)
+    operands = [x, x, window, dy, rows, *_codes(segment_index, dims.conv_size)]
+    in_specs = [_block(dims), _edge(dims), _window(dims), _block(dims), _weights(dims)]
+    in_specs += [_codes_block(dims)] * dims.segmented
+    sums = (dims.batch, dims.conv_size + 1, dims.width)
     dx, sums = _call(
         _backward_kernel,
-        job,
+        dims,
         "causal_conv1d_backward",
         operands,
         in_specs,
@@ -381,11 +392,11 @@ def backward(config: Config, residuals, cotangents):
             compat.out_struct(x.shape, x.dtype, *operands),
             compat.out_struct(sums, jnp.float32, *operands),
         ],
-        [_block(job), _sums(job)],
-        [compat.tpu.VMEM((job.edge, job.tiles.width), jnp.float32)],
-        flops=6 * job.taps + 8,
+        [_block(dims), _sums(dims)],
+        [compat.tpu.VMEM((dims.edge, dims.tiles.width), jnp.float32)],
+        flops=6 * dims.conv_size + 8,
     )
-    limit = tile.limits(runs, job.taps)
+    limit = tile.limits(segment_index, dims.conv_size)
     dinitial = tile.initial_gradient(
         x, list(rows[-2::-1]), rows[-1], initial_state, limit, dy, config.activation
     )

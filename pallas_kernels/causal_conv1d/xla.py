@@ -31,9 +31,9 @@ def _rows(weight: jax.Array, bias: jax.Array, dtype) -> tuple[list[jax.Array], j
     return weights, bias.astype(dtype)[None, None]
 
 
-def _is_short(length: int, taps: int) -> bool:
+def _is_short(length: int, conv_size: int) -> bool:
     """So few tokens that copying the window and them together costs nothing."""
-    return length < max(16, 2 * taps)
+    return length < max(16, 2 * conv_size)
 
 
 def _first(x: jax.Array | None, count: int) -> jax.Array | None:
@@ -44,54 +44,61 @@ def _over(x: jax.Array, head: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(x, head, (0, 0, 0)) if head.shape[1] else x
 
 
-def forward(config: Config, x, weight, bias, initial_state, runs, *, return_residuals: bool):
+def forward(
+    config: Config, x, weight, bias, initial_state, segment_index, *, return_residuals: bool
+):
     """`(y,)`; arguments as in `reference.with_state`, which are all that `backward` needs."""
-    y = _output(config, x, weight, bias, initial_state, runs)
-    return (y,), (x, weight, bias, initial_state, runs) if return_residuals else None
+    y = _output(config, x, weight, bias, initial_state, segment_index)
+    return (y,), (x, weight, bias, initial_state, segment_index) if return_residuals else None
 
 
-def _output(config: Config, x, weight, bias, initial_state, runs):
-    taps = weight.shape[0]
+def _output(config: Config, x, weight, bias, initial_state, segment_index):
+    conv_size = weight.shape[0]
     dtype = jnp.dtype("float32") if x.dtype == jnp.bfloat16 else x.dtype
     weights, bias = _rows(weight, bias, dtype)
-    limit = tile.limits(runs, taps)
+    limit = tile.limits(segment_index, conv_size)
 
     def head(x, limit):
-        seen = tile.head_taps(x, initial_state, limit, dtype)
+        seen = tile.head_inputs(x, initial_state, limit, dtype)
         return tile.output(seen, weights, bias, limit, config.activation).astype(x.dtype)
 
-    if _is_short(x.shape[1], taps):
+    if _is_short(x.shape[1], conv_size):
         return head(x, limit)
-    seen = [_shift(x, d).astype(dtype) for d in range(taps)]
+    seen = [_shift(x, d).astype(dtype) for d in range(conv_size)]
     y = tile.output(seen, weights, bias, limit, config.activation).astype(x.dtype)
-    return _over(y, head(x[:, : taps - 1], _first(limit, taps - 1)))
+    return _over(y, head(x[:, : conv_size - 1], _first(limit, conv_size - 1)))
 
 
 def backward(config: Config, residuals, cotangents):
     """`(dx, dweight, dbias, dinitial_state, None)` from the cotangent of `forward`'s output."""
-    (x, weight, bias, initial_state, runs), (dy,) = residuals, cotangents
+    (x, weight, bias, initial_state, segment_index), (dy,) = residuals, cotangents
     activation = config.activation
-    taps, length = weight.shape[0], x.shape[1]
+    conv_size, length = weight.shape[0], x.shape[1]
     dtype = jnp.dtype("float32") if x.dtype == jnp.bfloat16 else x.dtype
     weights, bias_row = _rows(weight, bias, dtype)
-    limit = tile.limits(runs, taps)
-    following = None if runs is None else tile.ahead(runs, taps)[..., None]
+    limit = tile.limits(segment_index, conv_size)
+    following = None if segment_index is None else tile.ahead(segment_index, conv_size)[..., None]
 
     def head(x, dy, limit):
-        seen = tile.head_taps(x, initial_state, limit, dtype)
+        seen = tile.head_inputs(x, initial_state, limit, dtype)
         return seen, tile.cotangent(seen, weights, bias_row, dy.astype(dtype), limit, activation)
 
-    if _is_short(length, taps):
+    if _is_short(length, conv_size):
         seen, g = head(x, dy, limit)
         sums = [jnp.sum(g * tap, (0, 1)) for tap in seen]
         dbias = jnp.sum(g, (0, 1))
     else:
-        seen = [tile.keep(_shift(x, d).astype(dtype), limit, d) for d in range(taps)]
+        seen = [tile.zero_beyond(_shift(x, d).astype(dtype), limit, d) for d in range(conv_size)]
         g = tile.cotangent(seen, weights, bias_row, dy.astype(dtype), limit, activation)
-        first, g_first = head(x[:, : taps - 1], dy[:, : taps - 1], _first(limit, taps - 1))
+        first, g_first = head(
+            x[:, : conv_size - 1], dy[:, : conv_size - 1], _first(limit, conv_size - 1)
+        )
         g = _over(g, g_first)
         sums, dbias = _weight_gradient(x, g, limit, first)
-    parts = [weights[d] * tile.keep(_shift(g, -d), following, d) for d in range(min(taps, length))]
+    parts = [
+        weights[d] * tile.zero_beyond(_shift(g, -d), following, d)
+        for d in range(min(conv_size, length))
+    ]
     dx = functools.reduce(jnp.add, parts)
     dinitial = tile.initial_gradient(
         x, [w[0, 0] for w in weights], bias_row[0, 0], initial_state, limit, dy, activation
@@ -101,7 +108,7 @@ def backward(config: Config, residuals, cotangents):
 
 
 def _weight_gradient(x, g, limit, first):
-    """`sum_t g_t x_{t-d}` for each distance, and `sum_t g_t`; `first` are the taps of the head.
+    """`sum_t g_t x_{t-d}` for each distance, and `sum_t g_t`; `first` are the inputs of the head.
 
     A reduction over all rows at once would walk down each channel; a loop over a few rows keeps
     the sums in the cache and reads `x` and `g` in order.
@@ -117,8 +124,8 @@ def _weight_gradient(x, g, limit, first):
 
         here = rows(g, t)
         part = None if limit is None else rows(limit, t)
-        taps = (rows(x, t - d).astype(g.dtype) for d in range(start + 1))
-        return [here * tile.keep(tap, part, d) for d, tap in enumerate(taps)] + [here]
+        inputs = (rows(x, t - d).astype(g.dtype) for d in range(start + 1))
+        return [here * tile.zero_beyond(x, part, d) for d, x in enumerate(inputs)] + [here]
 
     def add(i, totals):
         return [a + b for a, b in zip(totals, products(start + i * size, size), strict=True)]

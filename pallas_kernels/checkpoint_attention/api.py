@@ -123,12 +123,12 @@ def checkpoint_attention(
     arrays = tuple(None if x is None else jnp.asarray(x) for x in (q, k, v, past_k, past_v))
     q, k, v, past_k, past_v = arrays
     _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length)
-    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     integers = (None if x is None else jnp.asarray(x) for x in (past_length, offset))
     o, lse = call_op(
         OP,
         Config(float(q.shape[3] ** -0.5 if scale is None else scale), int(interval)),
-        *(*arrays, *integers, runs),
+        *(*arrays, *integers, segment_index),
         length=q.shape[1],
         implementation=implementation,
     )

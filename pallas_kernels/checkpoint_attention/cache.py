@@ -78,19 +78,21 @@ class Cache(NamedTuple):
             validate.shape(_OP, name, x, "(B, L, G, width) of the cache", sizes)
             validate.dtype(_OP, name, x, (held.dtype.name,), because=f"the cache is {held.dtype}")
         batch, length = k.shape[:2]
-        runs = jnp.ones((batch, length), jnp.int32)
+        segment_index = jnp.ones((batch, length), jnp.int32)
         if segment_ids is not None:
             validate.segment_ids(_OP, segment_ids, batch, length)
-            runs = segments.runs(jnp.asarray(segment_ids))
-        document = runs.max(1, keepdims=True)
-        position = segments.positions(runs)
-        earlier = jnp.where(runs == 1, self.position[:, None], 0)
+            segment_index = segments.index(jnp.asarray(segment_ids))
+        document = segment_index.max(1, keepdims=True)
+        position = segments.positions(segment_index)
+        earlier = jnp.where(segment_index == 1, self.position[:, None], 0)
         counted = position < _MOST - earlier
         position = position + earlier
-        written = counted & (runs == jnp.maximum(document, 1)) & ((position + 1) % interval == 0)
+        written = (
+            counted & (segment_index == jnp.maximum(document, 1)) & ((position + 1) % interval == 0)
+        )
         slot = jnp.where(written, position // interval, self.k.shape[1])
         new_k, new_v = (_put(held, x, slot) for held, x in ((self.k, k), (self.v, v)))
-        real = jnp.sum((runs == document) & (runs > 0), axis=1, dtype=jnp.int32)
+        real = jnp.sum((segment_index == document) & (segment_index > 0), axis=1, dtype=jnp.int32)
         before = jnp.where(document[:, 0] > 1, 0, self.position)
         return Cache(new_k, new_v, before + jnp.minimum(real, _MOST - before))
 

@@ -42,7 +42,7 @@ def choose_tiles(length: int, count: int, key_size: int, value_size: int, *, nar
     return Tiles(tokens, slots, 8 if tokens == 128 else 4)
 
 
-class _Job(NamedTuple):
+class _KernelShape(NamedTuple):
     """What is static about one kernel; sizes as they are, tiles in powers of two."""
 
     batch: int
@@ -105,9 +105,9 @@ def _padded(width: int) -> int:
     return max(_LEAST, pl.next_power_of_2(width))
 
 
-def _place(job: _Job, names, refs) -> _Place:
+def _place(dims: _KernelShape, names, refs) -> _Place:
     block, row, head = map(pl.program_id, range(3))
-    group = jax.lax.div(head, job.group_heads)
+    group = jax.lax.div(head, dims.group_heads)
     return _Place(dict(zip(names, refs, strict=True)), block, row, head, group)
 
 
@@ -121,33 +121,33 @@ class _Tokens(NamedTuple):
     last: Any
 
 
-def _tokens(job: _Job, place: _Place, block) -> _Tokens:
-    start = block * job.tiles.tokens
-    at = start + jnp.arange(job.tiles.tokens)
-    inside = at < job.length
-    if job.plain:
+def _tokens(dims: _KernelShape, place: _Place, block) -> _Tokens:
+    start = block * dims.tiles.tokens
+    at = start + jnp.arange(dims.tiles.tokens)
+    inside = at < dims.length
+    if dims.plain:
         column = inside[:, None]
         return _Tokens(start, column, column, None, at[:, None])
-    where = place.row, pl.ds(start, job.tiles.tokens)
+    where = place.row, pl.ds(start, dims.tiles.tokens)
     first = compat.triton.load(place.refs["first"].at[where], mask=inside, other=0)
     last = compat.triton.load(place.refs["last"].at[where], mask=inside, other=-1)
     return _Tokens(start, inside[:, None], (last >= 0)[:, None], first[:, None], last[:, None])
 
 
-def visible(job: _Job, tokens: _Tokens, slot):
+def visible(dims: _KernelShape, tokens: _Tokens, slot):
     """`(T, M)`: which of the slots `(1, M)` each token sees."""
-    if job.plain:
+    if dims.plain:
         # Slot j is token (j + 1) interval - 1, and comes before what sees it.
-        return ((slot + 1) * job.interval <= tokens.last) & tokens.inside & (slot < job.slots)
+        return ((slot + 1) * dims.interval <= tokens.last) & tokens.inside & (slot < dims.slots)
     return tile.visible(slot, tokens.first, tokens.last)
 
 
-def _reach(job: _Job, place: _Place, block):
+def _reach(dims: _KernelShape, place: _Place, block):
     """The blocks of slots that a block of tokens sees: from, and up to but without."""
-    if job.plain:
-        last_token = jnp.minimum((block + 1) * job.tiles.tokens, job.length) - 1
-        end = jax.lax.div(last_token, job.interval)
-        return 0, jax.lax.div(end + job.tiles.slots - 1, job.tiles.slots)
+    if dims.plain:
+        last_token = jnp.minimum((block + 1) * dims.tiles.tokens, dims.length) - 1
+        end = jax.lax.div(last_token, dims.interval)
+        return 0, jax.lax.div(end + dims.tiles.slots - 1, dims.tiles.slots)
     return tuple(compat.triton.load(place.refs[n].at[place.row, block]) for n in _ENDS)
 
 
@@ -169,113 +169,113 @@ def _wide(x):
 # The kernels.
 
 
-def _forward_kernel(*refs, job: _Job, names):
-    place = _place(job, names, refs)
-    tokens = _tokens(job, place, place.block)
+def _forward_kernel(*refs, dims: _KernelShape, names):
+    place = _place(dims, names, refs)
+    tokens = _tokens(dims, place, place.block)
     start, inside, real = tokens[:3]
-    q = place.load("q", place.head, start, inside, job.key_size)
-    if job.own:
-        k = place.load("k", place.group, start, inside, job.key_size)
-        v = place.load("v", place.group, start, inside, job.value_size)
-        scores = job.scale * jnp.sum(_wide(q) * _wide(k), axis=1)[:, None]
+    q = place.load("q", place.head, start, inside, dims.key_size)
+    if dims.own:
+        k = place.load("k", place.group, start, inside, dims.key_size)
+        v = place.load("v", place.group, start, inside, dims.value_size)
+        scores = dims.scale * jnp.sum(_wide(q) * _wide(k), axis=1)[:, None]
         maximum = jnp.where(real, scores, tile.LOW)
         total = jnp.where(real, jnp.ones_like(scores), 0.0)
         acc = jnp.where(real, _wide(v), 0.0)
     else:
-        total = jnp.zeros((job.tiles.tokens, 1), jnp.float32)
+        total = jnp.zeros((dims.tiles.tokens, 1), jnp.float32)
         maximum = total + tile.LOW
-        acc = jnp.zeros((job.tiles.tokens, _padded(job.value_size)), jnp.float32)
+        acc = jnp.zeros((dims.tiles.tokens, _padded(dims.value_size)), jnp.float32)
 
     def meet(j, carry):
         maximum, total, acc = carry
-        slot_k, slot_v, slot = _slots(job, place, j)
-        scores = job.scale * tile.dot(q, slot_k, "nt")
-        mask = visible(job, tokens, slot)
+        slot_k, slot_v, slot = _slots(dims, place, j)
+        scores = dims.scale * tile.dot(q, slot_k, "nt")
+        mask = visible(dims, tokens, slot)
         maximum, total, factor, p = tile.block(maximum, total, scores, mask, 1)
         return maximum, total, factor * acc + tile.dot(p, slot_v, "nn")
 
-    begin, end = _reach(job, place, place.block)
+    begin, end = _reach(dims, place, place.block)
     maximum, total, acc = jax.lax.fori_loop(begin, end, meet, (maximum, total, acc))
     place.store("o", place.head, start, inside, acc * tile.inverse(total))
-    rows = place.row, place.head, pl.ds(start, job.tiles.tokens)
+    rows = place.row, place.head, pl.ds(start, dims.tiles.tokens)
     lse = tile.log_sum_exp(maximum, total)[:, 0]
     compat.triton.store(place.refs["lse"].at[rows], lse, mask=inside[:, 0])
 
 
-def _slots(job: _Job, place: _Place, j):
+def _slots(dims: _KernelShape, place: _Place, j):
     """Keys, values and places `(1, M)` of the j-th block of slots."""
-    start = j * job.tiles.slots
-    slot = start + jnp.arange(job.tiles.slots)
-    mask = (slot < job.slots)[:, None]
-    slot_k = place.load("slot_k", place.group, start, mask, job.key_size)
-    slot_v = place.load("slot_v", place.group, start, mask, job.value_size)
+    start = j * dims.tiles.slots
+    slot = start + jnp.arange(dims.tiles.slots)
+    mask = (slot < dims.slots)[:, None]
+    slot_k = place.load("slot_k", place.group, start, mask, dims.key_size)
+    slot_v = place.load("slot_v", place.group, start, mask, dims.value_size)
     return slot_k, slot_v, slot[None, :]
 
 
-def _token_kernel(*refs, job: _Job, names):
+def _token_kernel(*refs, dims: _KernelShape, names):
     """The gradients of queries, and what own keys and values get from one head."""
-    place = _place(job, names, refs)
-    tokens = _tokens(job, place, place.block)
+    place = _place(dims, names, refs)
+    tokens = _tokens(dims, place, place.block)
     start, inside, real = tokens[:3]
-    q = place.load("q", place.head, start, inside, job.key_size)
-    do, lse, delta = _cotangents(job, place, tokens)
+    q = place.load("q", place.head, start, inside, dims.key_size)
+    do, lse, delta = _cotangents(dims, place, tokens)
     dq = jnp.zeros(q.shape, jnp.float32)
-    if job.own:
-        k = _wide(place.load("k", place.group, start, inside, job.key_size))
-        v = _wide(place.load("v", place.group, start, inside, job.value_size))
-        scores = job.scale * jnp.sum(_wide(q) * k, axis=1)[:, None]
+    if dims.own:
+        k = _wide(place.load("k", place.group, start, inside, dims.key_size))
+        v = _wide(place.load("v", place.group, start, inside, dims.value_size))
+        scores = dims.scale * jnp.sum(_wide(q) * k, axis=1)[:, None]
         p = tile.probabilities(scores, real, lse)
         dp = jnp.sum(_wide(do) * v, axis=1)[:, None]
-        ds = job.scale * tile.score_gradient(p, real, dp, delta)
+        ds = dims.scale * tile.score_gradient(p, real, dp, delta)
         dq = jnp.where(real, ds * k, 0.0)
         place.store("dk", place.head, start, inside, jnp.where(real, ds * _wide(q), 0.0))
         place.store("dv", place.head, start, inside, jnp.where(real, p * _wide(do), 0.0))
 
     def meet(j, dq):
-        slot_k, slot_v, slot = _slots(job, place, j)
-        mask = visible(job, tokens, slot)
-        p = tile.probabilities(job.scale * tile.dot(q, slot_k, "nt"), mask, lse)
+        slot_k, slot_v, slot = _slots(dims, place, j)
+        mask = visible(dims, tokens, slot)
+        p = tile.probabilities(dims.scale * tile.dot(q, slot_k, "nt"), mask, lse)
         ds = tile.score_gradient(p, mask, tile.dot(do, slot_v, "nt"), delta)
-        return dq + tile.dot(job.scale * ds, slot_k, "nn")
+        return dq + tile.dot(dims.scale * ds, slot_k, "nn")
 
-    begin, end = _reach(job, place, place.block)
+    begin, end = _reach(dims, place, place.block)
     dq = jax.lax.fori_loop(begin, end, meet, dq)
     place.store("dq", place.head, start, inside, dq)
 
 
-def _cotangents(job: _Job, place: _Place, tokens: _Tokens):
-    do = place.load("do", place.head, tokens.start, tokens.inside, job.value_size)
-    size = job.tiles.tokens
+def _cotangents(dims: _KernelShape, place: _Place, tokens: _Tokens):
+    do = place.load("do", place.head, tokens.start, tokens.inside, dims.value_size)
+    size = dims.tiles.tokens
     return do, *(_column(place, name, tokens, size) for name in ("lse", "delta"))
 
 
-def _seen(job: _Job, place: _Place, start):
+def _seen(dims: _KernelShape, place: _Place, start):
     """The blocks of tokens that see this block of slots: from, and up to but without."""
-    if job.plain:
-        return jax.lax.div((start + 1) * job.interval, job.tiles.tokens), job.blocks
+    if dims.plain:
+        return jax.lax.div((start + 1) * dims.interval, dims.tiles.tokens), dims.blocks
     return tuple(compat.triton.load(place.refs[n].at[place.row, place.block]) for n in _ENDS)
 
 
-def _slot_kernel(*refs, job: _Job, names):
+def _slot_kernel(*refs, dims: _KernelShape, names):
     """The gradients of a block of slots from one head."""
-    place = _place(job, names, refs)
-    slot_k, slot_v, slot = _slots(job, place, place.block)
-    start = place.block * job.tiles.slots
+    place = _place(dims, names, refs)
+    slot_k, slot_v, slot = _slots(dims, place, place.block)
+    start = place.block * dims.tiles.slots
 
     def meet(i, carry):
         dk, dv = carry
-        tokens = _tokens(job, place, i)
-        q = place.load("q", place.head, tokens.start, tokens.inside, job.key_size)
-        do, lse, delta = _cotangents(job, place, tokens)
-        mask = visible(job, tokens, slot)
-        p = tile.probabilities(job.scale * tile.dot(q, slot_k, "nt"), mask, lse)
-        ds = job.scale * tile.score_gradient(p, mask, tile.dot(do, slot_v, "nt"), delta)
+        tokens = _tokens(dims, place, i)
+        q = place.load("q", place.head, tokens.start, tokens.inside, dims.key_size)
+        do, lse, delta = _cotangents(dims, place, tokens)
+        mask = visible(dims, tokens, slot)
+        p = tile.probabilities(dims.scale * tile.dot(q, slot_k, "nt"), mask, lse)
+        ds = dims.scale * tile.score_gradient(p, mask, tile.dot(do, slot_v, "nt"), delta)
         return dk + tile.dot(ds, q, "tn"), dv + tile.dot(p, do, "tn")
 
-    begin, end = _seen(job, place, start)
+    begin, end = _seen(dims, place, start)
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (slot_k, slot_v))
     dk, dv = jax.lax.fori_loop(begin, end, meet, tuple(zeros))
-    inside = (slot < job.slots)[0][:, None]
+    inside = (slot < dims.slots)[0][:, None]
     place.store("dslot_k", place.head, start, inside, dk)
     place.store("dslot_v", place.head, start, inside, dv)
 
@@ -283,72 +283,72 @@ def _slot_kernel(*refs, job: _Job, names):
 # The calls.
 
 
-def _call(kernel, job: _Job, name: str, blocks: int, operands, outputs, flops: int):
+def _call(kernel, dims: _KernelShape, name: str, blocks: int, operands, outputs, flops: int):
     """Run `kernel` on named operands, None left out; `outputs` are structs by name."""
     operands = {key: x for key, x in operands.items() if x is not None}
     out = compat.pallas_call(
-        functools.partial(kernel, job=job, names=(*operands, *outputs)),
+        functools.partial(kernel, dims=dims, names=(*operands, *outputs)),
         backend="gpu",
         name=f"checkpoint_attention_{name}",
-        grid=(blocks, job.batch, job.heads),
+        grid=(blocks, dims.batch, dims.heads),
         out_shape=[compat.out_struct(*s, *operands.values()) for s in outputs.values()],
-        compiler_params=compat.triton.CompilerParams(num_warps=job.tiles.warps, num_stages=2),
-        flops=flops * job.batch * job.length * job.heads * job.slots,
+        compiler_params=compat.triton.CompilerParams(num_warps=dims.tiles.warps, num_stages=2),
+        flops=flops * dims.batch * dims.length * dims.heads * dims.slots,
     )(*operands.values())
     return dict(zip(outputs, out, strict=True))
 
 
-def _job(config: Config, q, k, slots: Slots) -> _Job:
+def _kernel_shape(config: Config, q, k, slots: Slots) -> _KernelShape:
     batch, length, heads, key_size = q.shape
     _, count, groups, value_size = slots.v.shape
     narrow = q.dtype == jnp.bfloat16
     tiles = choose_tiles(length, count, key_size, value_size, narrow=narrow)
-    return _Job(
+    return _KernelShape(
         batch, length, count, groups, heads, key_size, value_size, config.interval,
         config.scale, k is not None, slots.last is None, tiles,
     )  # fmt: skip
 
 
-def _ranges(job: _Job, first, last, *, of_slots: bool = False) -> dict[str, Any]:
+def _ranges(dims: _KernelShape, first, last, *, of_slots: bool = False) -> dict[str, Any]:
     """What each token sees, and the blocks of slots that a block of tokens sees.
 
     With `of_slots` the blocks of tokens that see a block of slots; `(B, blocks)`, from `begin` up
     to but without `end`.
     """
-    if job.plain:
+    if dims.plain:
         return {}
-    none = ((0, 0), (0, job.blocks * job.tiles.tokens - job.length))
+    none = ((0, 0), (0, dims.blocks * dims.tiles.tokens - dims.length))
     some = last > first
-    least = jnp.pad(jnp.where(some, first, job.slots), none, constant_values=job.slots)
+    least = jnp.pad(jnp.where(some, first, dims.slots), none, constant_values=dims.slots)
     greatest = jnp.pad(jnp.where(some, last, 0), none)
-    blocks = (job.batch, job.blocks, job.tiles.tokens)
-    begin = least.reshape(blocks).min(-1) // job.tiles.slots
-    end = -(-greatest.reshape(blocks).max(-1) // job.tiles.slots)
+    blocks = (dims.batch, dims.blocks, dims.tiles.tokens)
+    begin = least.reshape(blocks).min(-1) // dims.tiles.slots
+    end = -(-greatest.reshape(blocks).max(-1) // dims.tiles.slots)
     if of_slots:
-        block = jnp.arange(job.slot_blocks, dtype=jnp.int32)[None, :, None]
+        block = jnp.arange(dims.slot_blocks, dtype=jnp.int32)[None, :, None]
         met = (begin[:, None] <= block) & (block < end[:, None])
-        at = jnp.arange(job.blocks, dtype=jnp.int32)[None, None]
-        begin, end = jnp.where(met, at, job.blocks).min(-1), jnp.where(met, at + 1, 0).max(-1)
+        at = jnp.arange(dims.blocks, dtype=jnp.int32)[None, None]
+        begin, end = jnp.where(met, at, dims.blocks).min(-1), jnp.where(met, at + 1, 0).max(-1)
     return {"first": first, "last": last, "begin": jnp.minimum(begin, end), "end": end}
 
 
 def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_residuals: bool):
     """`((o, lse), residuals)`, `lse` as `(B, H, L)`."""
     slots = Slots(slot_k, slot_v, first, last)
-    job = _job(config, q, k, slots)
+    dims = _kernel_shape(config, q, k, slots)
     operands = {"q": q, "k": k, "v": v, "slot_k": slot_k, "slot_v": slot_v}
-    operands |= _ranges(job, first, last)
+    operands |= _ranges(dims, first, last)
     out = _call(
         _forward_kernel,
-        job,
+        dims,
         "forward",
-        job.blocks,
+        dims.blocks,
         operands,
         {
-            "o": ((*q.shape[:3], job.value_size), q.dtype),
-            "lse": ((job.batch, job.heads, job.length), jnp.float32),
+            "o": ((*q.shape[:3], dims.value_size), q.dtype),
+            "lse": ((dims.batch, dims.heads, dims.length), jnp.float32),
         },
-        2 * (job.key_size + job.value_size),
+        2 * (dims.key_size + dims.value_size),
     )
     outputs = out["o"], out["lse"]
     return outputs, (q, k, v, *slots, *outputs) if return_residuals else None
@@ -358,34 +358,34 @@ def backward(config: Config, residuals, cotangents):
     """Gradients of the arrays of `forward`, in its order."""
     q, k, v, slot_k, slot_v, first, last, o, lse = residuals
     do, dlse = cotangents
-    job = _job(config, q, k, Slots(slot_k, slot_v, first, last))
+    dims = _kernel_shape(config, q, k, Slots(slot_k, slot_v, first, last))
     delta = jnp.sum(_wide(do) * _wide(o), -1).swapaxes(1, 2) - dlse
     operands = {"q": q, "slot_k": slot_k, "slot_v": slot_v, "do": do, "lse": lse, "delta": delta}
-    by_head = q.dtype if job.group_heads == 1 else jnp.float32
+    by_head = q.dtype if dims.group_heads == 1 else jnp.float32
 
     def grouped(x, like):
         """The sum over the heads of each group."""
         if x is None:
             return None
-        return x.reshape(*like.shape[:3], job.group_heads, -1).sum(3).astype(like.dtype)
+        return x.reshape(*like.shape[:3], dims.group_heads, -1).sum(3).astype(like.dtype)
 
     outputs = {"dq": (q.shape, q.dtype)}
-    if job.own:
+    if dims.own:
         outputs["dk"] = (q.shape, by_head)
         outputs["dv"] = (do.shape, by_head)
-    flops = 2 * (2 * job.key_size + job.value_size)
-    given = operands | {"k": k, "v": v} | _ranges(job, first, last)
-    near = _call(_token_kernel, job, "backward", job.blocks, given, outputs, flops)
+    flops = 2 * (2 * dims.key_size + dims.value_size)
+    given = operands | {"k": k, "v": v} | _ranges(dims, first, last)
+    near = _call(_token_kernel, dims, "backward", dims.blocks, given, outputs, flops)
     outputs = {
-        name: ((job.batch, job.slots, job.heads, width), by_head)
-        for name, width in (("dslot_k", job.key_size), ("dslot_v", job.value_size))
+        name: ((dims.batch, dims.slots, dims.heads, width), by_head)
+        for name, width in (("dslot_k", dims.key_size), ("dslot_v", dims.value_size))
     }
-    flops += 2 * job.value_size
+    flops += 2 * dims.value_size
     # Two accumulators and queries and cotangents in flight: twice the tokens exceed the shared
     # memory of a B200, whose products read their operands there.
-    job = job._replace(tiles=job.tiles._replace(tokens=min(job.tiles.tokens, 64), warps=4))
-    given = operands | _ranges(job, first, last, of_slots=True)
-    far = _call(_slot_kernel, job, "backward_slots", job.slot_blocks, given, outputs, flops)
+    dims = dims._replace(tiles=dims.tiles._replace(tokens=min(dims.tiles.tokens, 64), warps=4))
+    given = operands | _ranges(dims, first, last, of_slots=True)
+    far = _call(_slot_kernel, dims, "backward_slots", dims.slot_blocks, given, outputs, flops)
     return (
         near["dq"],
         grouped(near.get("dk"), k),

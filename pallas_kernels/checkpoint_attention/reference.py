@@ -13,7 +13,9 @@ LOW = -1e30  # stands for the logarithm of 0
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def checkpoint_attention(config: Config, q, k, v, past_k, past_v, past_length, offset, runs):
+def checkpoint_attention(
+    config: Config, q, k, v, past_k, past_v, past_length, offset, segment_index
+):
     """`o_t = sum_s softmax_s(scale q_t k_s) v_s` over the `s` that token t sees; and its `lse`.
 
     Args:
@@ -23,11 +25,11 @@ def checkpoint_attention(config: Config, q, k, v, past_k, past_v, past_length, o
       past_k, past_v: `(B, P, G, K)` and `(B, P, G, V)`, or both None.
       past_length: `(B,)` int32, or None for P.
       offset: `(B,)` int32, or None for 0.
-      runs: `(B, L)` int32, or None.
+      segment_index: `(B, L)` int32, or None.
     """
     batch, length, heads, _ = q.shape
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    runs = jnp.ones((batch, length), jnp.int32) if runs is None else runs
+    segment_index = jnp.ones((batch, length), jnp.int32) if segment_index is None else segment_index
     at = jnp.arange(length, dtype=jnp.int32)[None]
     keys, values, masks = [], [], []
     if past_k is not None:
@@ -37,11 +39,13 @@ def checkpoint_attention(config: Config, q, k, v, past_k, past_v, past_length, o
         masks.append(lambda t, run: held & (run == 1)[:, None])
     if k is not None:
         keys, values = [*keys, k], [*values, v]
-        position = segments.positions(runs)
+        position = segments.positions(segment_index)
         if offset is not None:
-            position = position + jnp.where(runs == 1, offset[:, None], 0)
+            position = position + jnp.where(segment_index == 1, offset[:, None], 0)
         marked = (position + 1) % config.interval == 0
-        masks.append(lambda t, run: (runs == run[:, None]) & ((marked & (at < t)) | (at == t)))
+        masks.append(
+            lambda t, run: (segment_index == run[:, None]) & ((marked & (at < t)) | (at == t))
+        )
 
     def joined(xs):
         return jnp.repeat(jnp.concatenate(xs, 1).astype(dtype), heads // xs[0].shape[2], axis=2)
@@ -61,7 +65,7 @@ def checkpoint_attention(config: Config, q, k, v, past_k, past_v, past_length, o
         o = jnp.einsum("bsh,bshv->bhv", p, values, precision=_HIGHEST)
         return o, jnp.where(some, highest[:, 0] + jnp.log(total), LOW)
 
-    tokens = at[0], jnp.moveaxis(q.astype(dtype), 1, 0), runs.T
+    tokens = at[0], jnp.moveaxis(q.astype(dtype), 1, 0), segment_index.T
     o, lse = jax.lax.map(lambda x: token(*x), tokens)
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), jnp.moveaxis(lse, 0, 1)
 

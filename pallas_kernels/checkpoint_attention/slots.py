@@ -46,26 +46,29 @@ class Slots(NamedTuple):
     last: Any
 
 
-def slots(config: Config, like, k, v, past_k, past_v, past_length, offset, runs) -> Slots:
+def slots(config: Config, like, k, v, past_k, past_v, past_length, offset, segment_index) -> Slots:
     """The slots of arguments as `reference.checkpoint_attention` takes them; `like` is q."""
     batch, length = like.shape[:2]
     if k is None:
         valid = _valid(past_k, past_length, batch)
-        see = jnp.ones((batch, length), bool) if runs is None else runs == 1
+        see = jnp.ones((batch, length), bool) if segment_index is None else segment_index == 1
         last = jnp.where(see, valid[:, None], 0)
-        if runs is not None:
-            last = jnp.where(runs == 0, -1, last)
+        if segment_index is not None:
+            last = jnp.where(segment_index == 0, -1, last)
         return Slots(past_k, past_v, jnp.zeros_like(last), last)
-    if runs is None and offset is None and past_k is None:
+    if segment_index is None and offset is None and past_k is None:
         count = (length - 1) // config.interval
         slot_k, slot_v = (_every(x, count, config.interval) for x in (k, v))
         return Slots(slot_k, slot_v, None, None)
-    token, first, last, own = _own(config, batch, length, offset, runs)
+    token, first, last, own = _own(config, batch, length, offset, segment_index)
     valid = _valid(past_k, past_length, batch)
     first = jnp.where(own, 0, valid[:, None] + first)
     last = valid[:, None] + last
-    if runs is not None:
-        first, last = jnp.where(runs == 0, 0, first), jnp.where(runs == 0, -1, last)
+    if segment_index is not None:
+        first, last = (
+            jnp.where(segment_index == 0, 0, first),
+            jnp.where(segment_index == 0, -1, last),
+        )
 
     def gather(x, past):
         count = token.shape[1]
@@ -103,7 +106,7 @@ def _take(x, index):
     return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
-def _own(config: Config, batch: int, length: int, offset, runs):
+def _own(config: Config, batch: int, length: int, offset, segment_index):
     """Places and counts of the checkpoints among a row's own tokens.
 
     Returns:
@@ -112,18 +115,18 @@ def _own(config: Config, batch: int, length: int, offset, runs):
       begun: `(B, L)` bool, the token's document is the first of the row.
     """
     one = jnp.ones((batch, length), jnp.int32)
-    position = segments.positions(one if runs is None else runs)
-    begun = one > 0 if runs is None else runs == 1
+    position = segments.positions(one if segment_index is None else segment_index)
+    begun = one > 0 if segment_index is None else segment_index == 1
     if offset is not None:
         position = position + jnp.where(begun, offset[:, None], 0)
     marked = (position + 1) % config.interval == 0
-    if runs is not None:
-        marked = marked & (runs > 0)
+    if segment_index is not None:
+        marked = marked & (segment_index > 0)
     marked_so_far = jnp.cumsum(marked, axis=1, dtype=jnp.int32)
     last = marked_so_far - marked.astype(jnp.int32)
     first = jnp.zeros_like(last)
-    if runs is not None:
-        first = jax.lax.cummax(jnp.where(segments.starts(runs), last, 0), axis=1)
+    if segment_index is not None:
+        first = jax.lax.cummax(jnp.where(segments.starts(segment_index), last, 0), axis=1)
     # What the last token of a row adds is seen by none of it.
     begun_already = 0 if offset is None else config.interval - 1
     most = (length - 1 + begun_already) // config.interval

@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     strip: int
 
 
-class Job(NamedTuple):
+class KernelShape(NamedTuple):
     """What is static about one call; lengths in whole tiles, widths in whole tiles of lanes."""
 
     batch: int
@@ -91,51 +91,51 @@ class Place(NamedTuple):
     strip: Any
     step: Any
 
-    def heads(self, job: Job) -> Any:
+    def heads(self, dims: KernelShape) -> Any:
         """The head among all heads."""
-        return self.group * job.group_heads + self.head
+        return self.group * dims.group_heads + self.head
 
 
-def place(job: Job, *ids) -> Place:
+def place(dims: KernelShape, *ids) -> Place:
     row, group, *inner, step = ids
-    if job.backward:
+    if dims.backward:
         strip, block, head = inner
     else:
         block, head, strip = inner
     return Place(row, group, block, head, strip, step)
 
 
-def vmem_bytes(job: Job) -> int:
+def vmem_bytes(dims: KernelShape) -> int:
     """Bytes of VMEM of the backward kernel, the larger one.
 
     Blocks count twice, so that the next is fetched while one is worked on; scratch counts once.
     """
-    width = jnp.dtype(job.dtype).itemsize
-    keys, values = job.key_size, job.value_size
-    summed = 4 if job.strips > 1 else width
-    tokens = job.tiles.tokens * ((2 * keys + 3 * values) * width + (2 * keys + values) * summed)
-    tokens += 4 * job.tiles.tokens * 4 * SUBLANES  # first, last, lse and its cotangent
-    strip = job.tiles.strip * (3 * keys + 2 * values) * width
-    scratch = 4 * job.tiles.strip * (keys + values)
-    scratch += 4 * job.tiles.tokens * (2 * keys + values + 2 * SUBLANES)
-    between = 5 * 4 * job.tiles.tokens * job.tiles.slots  # scores and what is made of them
+    width = jnp.dtype(dims.dtype).itemsize
+    keys, values = dims.key_size, dims.value_size
+    summed = 4 if dims.strips > 1 else width
+    tokens = dims.tiles.tokens * ((2 * keys + 3 * values) * width + (2 * keys + values) * summed)
+    tokens += 4 * dims.tiles.tokens * 4 * SUBLANES  # first, last, lse and its cotangent
+    strip = dims.tiles.strip * (3 * keys + 2 * values) * width
+    scratch = 4 * dims.tiles.strip * (keys + values)
+    scratch += 4 * dims.tiles.tokens * (2 * keys + values + 2 * SUBLANES)
+    between = 5 * 4 * dims.tiles.tokens * dims.tiles.slots  # scores and what is made of them
     return 2 * (tokens + strip) + scratch + between
 
 
-def choose_tiles(job: Job, budget: int = VMEM_BUDGET) -> Tiles:
+def choose_tiles(dims: KernelShape, budget: int = VMEM_BUDGET) -> Tiles:
     """The longest strip that fits, of all slots if they do.
 
     Raises:
       ValueError: the smallest does not fit.
     """
-    for halvings in range(job.slots.bit_length()):
-        if job.slots % 2**halvings or job.slots >> halvings < job.tiles.slots:
+    for halvings in range(dims.slots.bit_length()):
+        if dims.slots % 2**halvings or dims.slots >> halvings < dims.tiles.slots:
             break
-        tiles = job.tiles._replace(strip=job.slots >> halvings)
-        if vmem_bytes(job._replace(tiles=tiles)) <= budget:
+        tiles = dims.tiles._replace(strip=dims.slots >> halvings)
+        if vmem_bytes(dims._replace(tiles=tiles)) <= budget:
             return tiles
     raise ValueError(
-        f"checkpoint_attention: a head of K={job.key_size} and V={job.value_size} does not fit a "
+        f"checkpoint_attention: a head of K={dims.key_size} and V={dims.value_size} does not fit a "
         "TPU's memory; use implementation='xla'"
     )
 
@@ -143,58 +143,58 @@ def choose_tiles(job: Job, budget: int = VMEM_BUDGET) -> Tiles:
 # Tile bookkeeping: which block of which array a grid step sees.
 
 
-def _spec(job: Job, shape, index: Callable[[Place], Any]) -> pl.BlockSpec:
-    return pl.BlockSpec(block_shape=shape, index_map=lambda *ids: index(place(job, *ids)))
+def _spec(dims: KernelShape, shape, index: Callable[[Place], Any]) -> pl.BlockSpec:
+    return pl.BlockSpec(block_shape=shape, index_map=lambda *ids: index(place(dims, *ids)))
 
 
-def _queries(job: Job, width: int) -> pl.BlockSpec:
+def _queries(dims: KernelShape, width: int) -> pl.BlockSpec:
     """Block of an array `(B, L, H * width)`."""
-    shape = (None, job.tiles.tokens, width)
-    return _spec(job, shape, lambda at: (at.row, at.block, at.heads(job)))
+    shape = (None, dims.tiles.tokens, width)
+    return _spec(dims, shape, lambda at: (at.row, at.block, at.heads(dims)))
 
 
-def _keys(job: Job, width: int) -> pl.BlockSpec:
+def _keys(dims: KernelShape, width: int) -> pl.BlockSpec:
     """Block of an array `(B, L, G * width)`."""
-    shape = (None, job.tiles.tokens, width)
-    return _spec(job, shape, lambda at: (at.row, at.block, at.group))
+    shape = (None, dims.tiles.tokens, width)
+    return _spec(dims, shape, lambda at: (at.row, at.block, at.group))
 
 
-def _strips(job: Job, width: int) -> pl.BlockSpec:
+def _strips(dims: KernelShape, width: int) -> pl.BlockSpec:
     """Block of an array `(B, M, G * width)`."""
-    shape = (None, job.tiles.strip, width)
-    return _spec(job, shape, lambda at: (at.row, at.strip, at.group))
+    shape = (None, dims.tiles.strip, width)
+    return _spec(dims, shape, lambda at: (at.row, at.strip, at.group))
 
 
-def _strips_across(job: Job, width: int) -> pl.BlockSpec:
+def _strips_across(dims: KernelShape, width: int) -> pl.BlockSpec:
     """Block of an array `(B, G * width, M)`."""
-    shape = (None, width, job.tiles.strip)
-    return _spec(job, shape, lambda at: (at.row, at.group, at.strip))
+    shape = (None, width, dims.tiles.strip)
+    return _spec(dims, shape, lambda at: (at.row, at.group, at.strip))
 
 
-def _rows(job: Job) -> pl.BlockSpec:
+def _rows(dims: KernelShape) -> pl.BlockSpec:
     """Block of an array `(B, H, 1, L)`."""
-    shape = (None, None, 1, job.tiles.tokens)
-    return _spec(job, shape, lambda at: (at.row, at.heads(job), 0, at.block))
+    shape = (None, None, 1, dims.tiles.tokens)
+    return _spec(dims, shape, lambda at: (at.row, at.heads(dims), 0, at.block))
 
 
-def _tokens(job: Job) -> pl.BlockSpec:
+def _tokens(dims: KernelShape) -> pl.BlockSpec:
     """Block of an array `(B, 1, L)`."""
-    shape = (None, 1, job.tiles.tokens)
-    return _spec(job, shape, lambda at: (at.row, 0, at.block))
+    shape = (None, 1, dims.tiles.tokens)
+    return _spec(dims, shape, lambda at: (at.row, 0, at.block))
 
 
-def _ranges(job: Job, first, last) -> dict[str, tuple[Any, pl.BlockSpec]]:
+def _ranges(dims: KernelShape, first, last) -> dict[str, tuple[Any, pl.BlockSpec]]:
     """`first` and `last` of each token, and the least and the greatest of each block."""
-    if job.plain:
+    if dims.plain:
         return {}
     some = last > first
-    by_block = (job.batch, job.blocks, job.tiles.tokens)
-    least = jnp.where(some, first, job.slots).reshape(by_block).min(-1)
+    by_block = (dims.batch, dims.blocks, dims.tiles.tokens)
+    least = jnp.where(some, first, dims.slots).reshape(by_block).min(-1)
     greatest = jnp.where(some, last, 0).reshape(by_block).max(-1)
     reach = jnp.stack([least, greatest], -1).reshape(-1)
     return {
-        "first": (first[:, None], _tokens(job)),
-        "last": (last[:, None], _tokens(job)),
+        "first": (first[:, None], _tokens(dims)),
+        "last": (last[:, None], _tokens(dims)),
         "reach": (reach, pl.BlockSpec(memory_space=compat.tpu.SMEM)),
     }
 
@@ -216,47 +216,47 @@ class Step(NamedTuple):
         return None if self.last is None else self.last >= 0
 
 
-def begins(job: Job, at: Place):
+def begins(dims: KernelShape, at: Place):
     """True where a block of tokens meets its first slots."""
     start = at.step == 0
-    return start if job.backward else start & (at.strip == 0)
+    return start if dims.backward else start & (at.strip == 0)
 
 
-def ends(job: Job, at: Place):
-    end = at.step == job.steps - 1
-    return end if job.backward else end & (at.strip == job.strips - 1)
+def ends(dims: KernelShape, at: Place):
+    end = at.step == dims.steps - 1
+    return end if dims.backward else end & (at.strip == dims.strips - 1)
 
 
-def _step(job: Job, refs) -> Step:
-    at = place(job, *map(pl.program_id, range(6)))
-    base = at.strip * job.tiles.strip + at.step * job.tiles.slots
-    ranges = (None, None) if job.plain else (refs["first"][...], refs["last"][...])
+def _step(dims: KernelShape, refs) -> Step:
+    at = place(dims, *map(pl.program_id, range(6)))
+    base = at.strip * dims.tiles.strip + at.step * dims.tiles.slots
+    ranges = (None, None) if dims.plain else (refs["first"][...], refs["last"][...])
     return Step(at, base, *ranges)
 
 
-def visible(job: Job, step: Step, count: int):
+def visible(dims: KernelShape, step: Step, count: int):
     """`(count, T)`: who sees the first slots of the step's block."""
     slot = step.base + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
-    if not job.plain:
+    if not dims.plain:
         return tile.visible(slot, step.first, step.last)
-    token = step.at.block * job.tiles.tokens
-    token = token + jax.lax.broadcasted_iota(jnp.int32, (1, job.tiles.tokens), 1)
+    token = step.at.block * dims.tiles.tokens
+    token = token + jax.lax.broadcasted_iota(jnp.int32, (1, dims.tiles.tokens), 1)
     # Slot j is token (j + 1) interval - 1, and comes before what sees it.
-    return (slot + 1) * job.interval <= token
+    return (slot + 1) * dims.interval <= token
 
 
-def for_visible(job: Job, refs, step: Step, meet: Callable[[int], None]) -> None:
+def for_visible(dims: KernelShape, refs, step: Step, meet: Callable[[int], None]) -> None:
     """`meet(count)` with as many of the block's slots as its last token sees, in whole parts."""
-    size = job.tiles.slots
+    size = dims.tiles.slots
     part = max(LANES, size // _PARTS)
-    if job.plain:
-        last_token = (step.at.block + 1) * job.tiles.tokens - 1
+    if dims.plain:
+        last_token = (step.at.block + 1) * dims.tiles.tokens - 1
 
         def seen(count: int):
             """Whether any token sees the slot that is `count` behind the first."""
-            return last_token >= (step.base + count + 1) * job.interval
+            return last_token >= (step.base + count + 1) * dims.interval
     else:
-        index = 2 * (step.at.row * job.blocks + step.at.block)
+        index = 2 * (step.at.row * dims.blocks + step.at.block)
         begin, end = refs["reach"][index], refs["reach"][index + 1]
 
         def seen(count: int):
@@ -287,18 +287,18 @@ def product(refs, x: str, y: str):
     return refs[x][...].astype(jnp.float32) * refs[y][...].astype(jnp.float32)
 
 
-def own_scores(job: Job, refs):
-    return job.scale * across(product(refs, "q", "k"))
+def own_scores(dims: KernelShape, refs):
+    return dims.scale * across(product(refs, "q", "k"))
 
 
-def forward_kernel(job: Job, refs) -> None:
-    step = _step(job, refs)
+def forward_kernel(dims: KernelShape, refs) -> None:
+    step = _step(dims, refs)
 
-    @pl.when(begins(job, step.at))
+    @pl.when(begins(dims, step.at))
     def _():
         refs["sum"][...] = jnp.zeros_like(refs["sum"])
-        if job.own:
-            scores = own_scores(job, refs)
+        if dims.own:
+            scores = own_scores(dims, refs)
             refs["maximum"][...] = only(step.real, scores, tile.LOW)
             refs["total"][...] = only(step.real, jnp.ones_like(scores))
             refs["own"][...] = scores
@@ -307,23 +307,23 @@ def forward_kernel(job: Job, refs) -> None:
             refs["total"][...] = jnp.zeros_like(refs["total"])
 
     def meet(count: int):
-        slots = pl.ds(pl.multiple_of(step.at.step * job.tiles.slots, LANES), count)
-        scores = job.scale * tile.dot(refs["slot_k"][slots], refs["q"][...], "nt")
+        slots = pl.ds(pl.multiple_of(step.at.step * dims.tiles.slots, LANES), count)
+        scores = dims.scale * tile.dot(refs["slot_k"][slots], refs["q"][...], "nt")
         maximum, total, factor, p = tile.block(
-            refs["maximum"][...], refs["total"][...], scores, visible(job, step, count), 0
+            refs["maximum"][...], refs["total"][...], scores, visible(dims, step, count), 0
         )
         refs["maximum"][...], refs["total"][...] = maximum, total
         more = tile.dot(refs["slot_v"][:, slots], p, "nn")
         refs["sum"][...] = factor * refs["sum"][...] + more
 
-    for_visible(job, refs, step, meet)
+    for_visible(dims, refs, step, meet)
 
-    @pl.when(ends(job, step.at))
+    @pl.when(ends(dims, step.at))
     def _():
         maximum, total = refs["maximum"][...], refs["total"][...]
         inverse = tile.inverse(total)
         o = (inverse * refs["sum"][...]).T
-        if job.own:
+        if dims.own:
             weight = only(step.real, inverse * jnp.exp(refs["own"][...] - maximum))
             o = o + only_down(step, down(weight) * refs["v"][...].astype(jnp.float32))
         refs["o"][...] = o.astype(refs["o"].dtype)
@@ -335,11 +335,11 @@ def only_down(step: Step, x):
     return x if step.last is None else jnp.where(down(step.last.astype(jnp.float32)) >= 0, x, 0.0)
 
 
-def backward_kernel(job: Job, refs) -> None:
-    step = _step(job, refs)
+def backward_kernel(dims: KernelShape, refs) -> None:
+    step = _step(dims, refs)
     at = step.at
 
-    @pl.when(begins(job, at))
+    @pl.when(begins(dims, at))
     def _():
         refs["dq_sum"][...] = jnp.zeros_like(refs["dq_sum"])
         refs["delta"][...] = across(product(refs, "do", "o")) - refs["dlse"][...]
@@ -350,53 +350,53 @@ def backward_kernel(job: Job, refs) -> None:
             refs[name][...] = jnp.zeros_like(refs[name])
 
     def meet(count: int):
-        slots = pl.ds(pl.multiple_of(at.step * job.tiles.slots, LANES), count)
-        q, do, mask = refs["q"][...], refs["do"][...], visible(job, step, count)
-        scores = job.scale * tile.dot(refs["slot_k"][slots], q, "nt")
+        slots = pl.ds(pl.multiple_of(at.step * dims.tiles.slots, LANES), count)
+        q, do, mask = refs["q"][...], refs["do"][...], visible(dims, step, count)
+        scores = dims.scale * tile.dot(refs["slot_k"][slots], q, "nt")
         p = tile.probabilities(scores, mask, refs["lse"][...])
         dp = tile.dot(refs["slot_v"][slots], do, "nt")
-        ds = job.scale * tile.score_gradient(p, mask, dp, refs["delta"][...])
+        ds = dims.scale * tile.score_gradient(p, mask, dp, refs["delta"][...])
         refs["dslot_v_sum"][slots] += tile.dot(p, do, "nn")
         refs["dslot_k_sum"][slots] += tile.dot(ds, q, "nn")
         refs["dq_sum"][...] += tile.dot(refs["slot_k_across"][:, slots], ds, "nn")
 
-    for_visible(job, refs, step, meet)
-    pl.when(ends(job, at))(lambda: _finish(job, refs, step))
+    for_visible(dims, refs, step, meet)
+    pl.when(ends(dims, at))(lambda: _finish(dims, refs, step))
 
-    @pl.when((at.block == job.blocks - 1) & (at.head == job.group_heads - 1) & ends(job, at))
+    @pl.when((at.block == dims.blocks - 1) & (at.head == dims.group_heads - 1) & ends(dims, at))
     def _():
         for name in ("dslot_k", "dslot_v"):
             refs[name][...] = refs[f"{name}_sum"][...].astype(refs[name].dtype)
 
 
-def _finish(job: Job, refs, step: Step) -> None:
+def _finish(dims: KernelShape, refs, step: Step) -> None:
     """What a block's own keys give and get; those of the group's heads are summed."""
     dq = refs["dq_sum"][...].T
-    if job.own:
-        scores, lse = own_scores(job, refs), refs["lse"][...]
+    if dims.own:
+        scores, lse = own_scores(dims, refs), refs["lse"][...]
         real = jnp.ones(scores.shape, bool) if step.real is None else step.real
         p = tile.probabilities(scores, real, lse)
         dp = across(product(refs, "do", "v"))
-        ds = job.scale * tile.score_gradient(p, real, dp, refs["delta"][...])
+        ds = dims.scale * tile.score_gradient(p, real, dp, refs["delta"][...])
         # Every strip meets the own keys; they count once.
         ds, p = (down(jnp.where(step.at.strip == 0, x, 0.0)) for x in (ds, p))
         q, k, do = (refs[name][...].astype(jnp.float32) for name in ("q", "k", "do"))
         dq = dq + only_down(step, ds * k)
-        _add_up(job, refs, step, "dk", only_down(step, ds * q))
-        _add_up(job, refs, step, "dv", only_down(step, p * do))
+        _add_up(dims, refs, step, "dk", only_down(step, ds * q))
+        _add_up(dims, refs, step, "dv", only_down(step, p * do))
     refs["dq"][...] = dq.astype(refs["dq"].dtype)
 
 
-def _add_up(job: Job, refs, step: Step, name: str, x) -> None:
+def _add_up(dims: KernelShape, refs, step: Step, name: str, x) -> None:
     out = refs[name]
-    if job.group_heads == 1:
+    if dims.group_heads == 1:
         out[...] = x.astype(out.dtype)
         return
     head, sums = step.at.head, refs[f"{name}_sum"]
     x = x + jnp.where(head == 0, 0.0, sums[...])
     sums[...] = x
 
-    @pl.when(head == job.group_heads - 1)
+    @pl.when(head == dims.group_heads - 1)
     def _():
         out[...] = x.astype(out.dtype)
 
@@ -404,21 +404,23 @@ def _add_up(job: Job, refs, step: Step, name: str, x) -> None:
 # The calls.
 
 
-def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> dict[str, Any]:
+def _call(
+    kernel, dims: KernelShape, name: str, operands, out, scratch, flops: int
+) -> dict[str, Any]:
     """Run a kernel of named operands `{name: (array, spec)}`, outputs `{name: (struct, spec)}`
     and scratch `{name: shape}`; it is called with the job and a dictionary of all references.
     """
     names = [*operands, *out, *scratch]
 
     def body(*refs):
-        kernel(job, dict(zip(names, refs, strict=True)))
+        kernel(dims, dict(zip(names, refs, strict=True)))
 
     arrays = [array for array, _ in operands.values()]
     results = compat.pallas_call(
         body,
         backend="tpu",
         name=f"checkpoint_attention_{name}",
-        grid=job.grid,
+        grid=dims.grid,
         in_specs=[spec for _, spec in operands.values()],
         out_specs=[spec for _, spec in out.values()],
         out_shape=[compat.out_struct(x.shape, x.dtype, *arrays) for x, _ in out.values()],
@@ -428,35 +430,35 @@ def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> di
             dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 4,
             vmem_limit_bytes=VMEM_LIMIT,
         ),
-        flops=flops * job.batch * job.length * job.heads * job.slots,
+        flops=flops * dims.batch * dims.length * dims.heads * dims.slots,
     )(*arrays)
     return dict(zip(out, results, strict=True))
 
 
-def _job(config: Config, q, k, slots: Slots) -> Job:
+def _kernel_shape(config: Config, q, k, slots: Slots) -> KernelShape:
     """The static part of a call with arguments as `prepare` leaves them."""
     batch, length, heads, key_size = q.shape
     count, groups = slots.k.shape[1:3]
     tokens, block = config.tiles or (_TOKENS, _SLOTS)
     tiles = Tiles(min(tokens, length), min(block, count), count)
-    job = Job(
+    dims = KernelShape(
         batch, length, count, groups, heads, key_size, slots.v.shape[3], config.interval,
         config.scale, k is not None, slots.last is None, q.dtype, tiles,
     )  # fmt: skip
-    return job._replace(tiles=choose_tiles(job))
+    return dims._replace(tiles=choose_tiles(dims))
 
 
 def _lanes(x):
     return x.reshape(*x.shape[:2], -1)
 
 
-def _operands(job: Job, q, k, v, slots: Slots) -> dict[str, tuple[Any, pl.BlockSpec]]:
-    operands = {"q": (_lanes(q), _queries(job, job.key_size))}
-    if job.own:
-        operands["k"] = (_lanes(k), _keys(job, job.key_size))
-        operands["v"] = (_lanes(v), _keys(job, job.value_size))
-    operands["slot_k"] = (_lanes(slots.k), _strips(job, job.key_size))
-    return operands | _ranges(job, slots.first, slots.last)
+def _operands(dims: KernelShape, q, k, v, slots: Slots) -> dict[str, tuple[Any, pl.BlockSpec]]:
+    operands = {"q": (_lanes(q), _queries(dims, dims.key_size))}
+    if dims.own:
+        operands["k"] = (_lanes(k), _keys(dims, dims.key_size))
+        operands["v"] = (_lanes(v), _keys(dims, dims.value_size))
+    operands["slot_k"] = (_lanes(slots.k), _strips(dims, dims.key_size))
+    return operands | _ranges(dims, slots.first, slots.last)
 
 
 def _struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -466,20 +468,20 @@ def _struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_residuals: bool):
     """`((o, lse), residuals)`, `lse` as `(B, H, 1, L)`; arguments as `prepare` makes them."""
     slots = Slots(slot_k, slot_v, first, last)
-    job = _job(config, q, k, slots)
-    operands = _operands(job, q, k, v, slots)
-    operands["slot_v"] = (_lanes(slot_v).swapaxes(1, 2), _strips_across(job, job.value_size))
-    tokens = job.tiles.tokens
-    wide = (job.batch, job.length, job.heads * job.value_size)
-    rows = (job.batch, job.heads, 1, job.length)
+    dims = _kernel_shape(config, q, k, slots)
+    operands = _operands(dims, q, k, v, slots)
+    operands["slot_v"] = (_lanes(slot_v).swapaxes(1, 2), _strips_across(dims, dims.value_size))
+    tokens = dims.tiles.tokens
+    wide = (dims.batch, dims.length, dims.heads * dims.value_size)
+    rows = (dims.batch, dims.heads, 1, dims.length)
     out = {
-        "o": (_struct(wide, q.dtype), _queries(job, job.value_size)),
-        "lse": (_struct(rows), _rows(job)),
+        "o": (_struct(wide, q.dtype), _queries(dims, dims.value_size)),
+        "lse": (_struct(rows), _rows(dims)),
     }
-    scratch = dict.fromkeys(("maximum", "total", "own")[: 2 + job.own], (1, tokens))
-    scratch["sum"] = (job.value_size, tokens)
-    flops = 2 * (job.key_size + job.value_size)
-    result = _call(forward_kernel, job, "forward", operands, out, scratch, flops)
+    scratch = dict.fromkeys(("maximum", "total", "own")[: 2 + dims.own], (1, tokens))
+    scratch["sum"] = (dims.value_size, tokens)
+    flops = 2 * (dims.key_size + dims.value_size)
+    result = _call(forward_kernel, dims, "forward", operands, out, scratch, flops)
     outputs = result["o"].reshape(*q.shape[:3], -1), result["lse"]
     return outputs, (q, k, v, *slots, *outputs) if return_residuals else None
 
@@ -489,45 +491,45 @@ def backward(config: Config, residuals, cotangents):
     q, k, v, slot_k, slot_v, first, last, o, lse = residuals
     do, dlse = cotangents
     slots = Slots(slot_k, slot_v, first, last)
-    job = _job(config, q, k, slots)._replace(backward=True)
-    keys, values = job.key_size, job.value_size
-    operands = _operands(job, q, k, v, slots)
-    operands["slot_k_across"] = (_lanes(slot_k).swapaxes(1, 2), _strips_across(job, keys))
-    operands["slot_v"] = (_lanes(slot_v), _strips(job, values))
-    operands |= {name: (_lanes(x), _queries(job, values)) for name, x in (("o", o), ("do", do))}
-    operands |= {"lse": (lse, _rows(job)), "dlse": (dlse, _rows(job))}
+    dims = _kernel_shape(config, q, k, slots)._replace(backward=True)
+    keys, values = dims.key_size, dims.value_size
+    operands = _operands(dims, q, k, v, slots)
+    operands["slot_k_across"] = (_lanes(slot_k).swapaxes(1, 2), _strips_across(dims, keys))
+    operands["slot_v"] = (_lanes(slot_v), _strips(dims, values))
+    operands |= {name: (_lanes(x), _queries(dims, values)) for name, x in (("o", o), ("do", do))}
+    operands |= {"lse": (lse, _rows(dims)), "dlse": (dlse, _rows(dims))}
 
     def by_strip(like, width: int, at_heads):
         """A gradient that every strip adds to, `(strips, B, L, heads * width)`."""
-        dtype = q.dtype if job.strips == 1 else jnp.float32
+        dtype = q.dtype if dims.strips == 1 else jnp.float32
         spec = _spec(
-            job,
-            (None, None, job.tiles.tokens, width),
+            dims,
+            (None, None, dims.tiles.tokens, width),
             lambda at: (at.strip, at.row, at.block, at_heads(at)),
         )
-        return _struct((job.strips, *_lanes(like).shape), dtype), spec
+        return _struct((dims.strips, *_lanes(like).shape), dtype), spec
 
     out = {
-        "dq": by_strip(q, keys, lambda at: at.heads(job)),
-        "dslot_k": (_struct(_lanes(slot_k).shape, q.dtype), _strips(job, keys)),
-        "dslot_v": (_struct(_lanes(slot_v).shape, q.dtype), _strips(job, values)),
+        "dq": by_strip(q, keys, lambda at: at.heads(dims)),
+        "dslot_k": (_struct(_lanes(slot_k).shape, q.dtype), _strips(dims, keys)),
+        "dslot_v": (_struct(_lanes(slot_v).shape, q.dtype), _strips(dims, values)),
     }
-    tokens, strip = job.tiles.tokens, job.tiles.strip
+    tokens, strip = dims.tiles.tokens, dims.tiles.strip
     scratch = {"dq_sum": (keys, tokens), "delta": (1, tokens)}
     scratch |= {"dslot_k_sum": (strip, keys), "dslot_v_sum": (strip, values)}
-    if job.own:
+    if dims.own:
         out["dk"] = by_strip(k, keys, lambda at: at.group)
         out["dv"] = by_strip(v, values, lambda at: at.group)
-        if job.group_heads > 1:
+        if dims.group_heads > 1:
             scratch |= {"dk_sum": (tokens, keys), "dv_sum": (tokens, values)}
     flops = 2 * (3 * keys + 2 * values)
-    result = _call(backward_kernel, job, "backward", operands, out, scratch, flops)
+    result = _call(backward_kernel, dims, "backward", operands, out, scratch, flops)
 
     def joined(name: str, like):
         x = result[name]
-        return (x[0] if job.strips == 1 else x.sum(0).astype(q.dtype)).reshape(like.shape)
+        return (x[0] if dims.strips == 1 else x.sum(0).astype(q.dtype)).reshape(like.shape)
 
-    dk, dv = (joined(n, x) if job.own else None for n, x in (("dk", k), ("dv", v)))
+    dk, dv = (joined(n, x) if dims.own else None for n, x in (("dk", k), ("dv", v)))
     dslot_k, dslot_v = (
         result[n].reshape(x.shape) for n, x in (("dslot_k", slot_k), ("dslot_v", slot_v))
     )
@@ -565,9 +567,11 @@ def prepare(config: Config, q, k, v, *rest):
     return arrays, restore
 
 
-def unsupported(config: Config, q, k, v, past_k, past_v, past_length, offset, runs) -> str | None:
+def unsupported(
+    config: Config, q, k, v, past_k, past_v, past_length, offset, segment_index
+) -> str | None:
     """Why the kernels cannot serve these arrays."""
-    if symbolic.is_symbol(q.shape[0]) and not (past_k is offset is runs is None):
+    if symbolic.is_symbol(q.shape[0]) and not (past_k is offset is segment_index is None):
         return f"its scalar memory holds what every row sees, and the batch is {q.shape[0]}"
     return no_wide_numbers(q)
 

@@ -2,8 +2,9 @@
 
 A row of a batch may hold several documents one after the other. `segment_ids (B, L)` names the
 document of each token; 0 is padding and stands only at the end of a row. State never crosses a
-change of id, so what matters is not the id but the *run*: the ids 1, 2, 1 are three documents.
-Kernels see runs, or the step codes made from them, never ids.
+change of id, so what matters is not the id but the *segment index*, which numbers the documents of
+a row 1, 2, ...: the ids 1, 2, 1 are three documents. Kernels see the index, or the step codes made
+from it, never ids.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 
 # What a recurrence does with the state before it takes a token (see `step_codes`).
-KEEP, RESET, SKIP, ENTER = 0, 1, 2, 3
+CONTINUE, RESET, SKIP, ENTER = 0, 1, 2, 3
 
 
-def runs(segment_ids: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
-    """Number the runs of equal ids 1, 2, ... along each row; 0 on padding.
+def index(segment_ids: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
+    """Segment index: the documents of each row numbered 1, 2, ...; 0 on padding.
 
     Args:
       segment_ids: `(B, L)` int32, any ids, 0 is padding.
@@ -31,32 +32,32 @@ def runs(segment_ids: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
     return jnp.where(segment_ids == 0, 0, jnp.cumsum(changed, axis=1, dtype=jnp.int32))
 
 
-def starts(runs: Int32[Array, "b l"]) -> Bool[Array, "b l"]:
+def starts(segment_index: Int32[Array, "b l"]) -> Bool[Array, "b l"]:
     """True at the first token of each document, `(B, L)`; False on padding."""
-    return (runs != _before(runs)) & (runs != 0)
+    return (segment_index != _before(segment_index)) & (segment_index != 0)
 
 
-def positions(runs: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
+def positions(segment_index: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
     """Position of each token in its own document, from 0, `(B, L)` int32; 0 on padding."""
-    index = jax.lax.broadcasted_iota(jnp.int32, runs.shape, 1)
-    start = jax.lax.cummax(jnp.where(starts(runs), index, 0), axis=1)
-    return jnp.where(runs == 0, 0, index - start)
+    index = jax.lax.broadcasted_iota(jnp.int32, segment_index.shape, 1)
+    start = jax.lax.cummax(jnp.where(starts(segment_index), index, 0), axis=1)
+    return jnp.where(segment_index == 0, 0, index - start)
 
 
-def step_codes(runs: Int32[Array, "b l"], *, reverse: bool = False) -> Int32[Array, "b l"]:
+def step_codes(segment_index: Int32[Array, "b l"], *, reverse: bool = False) -> Int32[Array, "b l"]:
     """What a recurrence does with its state before each token, `(B, L)` int32.
 
     `ENTER` (3) at the first real token in the direction of travel, which finds the row's initial
-    state; `KEEP` (0) inside a document; `RESET` (1) where the next document begins; `SKIP` (2) on
-    padding, which leaves the state untouched.
+    state; `CONTINUE` (0) inside a document; `RESET` (1) where the next document begins; `SKIP` (2)
+    on padding, which leaves the state untouched.
     """
-    before = jnp.pad(runs[:, 1:], ((0, 0), (0, 1))) if reverse else _before(runs)
-    code = jnp.where(runs != before, jnp.int32(RESET), KEEP)
-    return jnp.where(runs == 0, SKIP, jnp.where(before == 0, ENTER, code))
+    before = jnp.pad(segment_index[:, 1:], ((0, 0), (0, 1))) if reverse else _before(segment_index)
+    code = jnp.where(segment_index != before, jnp.int32(RESET), CONTINUE)
+    return jnp.where(segment_index == 0, SKIP, jnp.where(before == 0, ENTER, code))
 
 
-def _before(runs):
-    return jnp.pad(runs[:, :-1], ((0, 0), (1, 0)))
+def _before(segment_index):
+    return jnp.pad(segment_index[:, :-1], ((0, 0), (1, 0)))
 
 
 def check(segment_ids) -> None:

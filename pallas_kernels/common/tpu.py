@@ -33,8 +33,8 @@ def over_lanes(codes: jax.Array) -> jax.Array:
     return jnp.broadcast_to(codes[:, :, None], (*codes.shape, LANES))
 
 
-def step_code_operands(runs: jax.Array | None, *, reverse: bool) -> list[jax.Array]:
+def step_code_operands(segment_index: jax.Array | None, *, reverse: bool) -> list[jax.Array]:
     """`segments.step_codes` over a row of lanes, as a list of at most one operand."""
-    if runs is None:
+    if segment_index is None:
         return []
-    return [over_lanes(segments.step_codes(runs, reverse=reverse))]
+    return [over_lanes(segments.step_codes(segment_index, reverse=reverse))]

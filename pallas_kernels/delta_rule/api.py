@@ -96,11 +96,11 @@ def delta_rule(
         log_decay = jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[3], value_size), state_dtype)
-    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     o, final_state = call_op(
         OP,
         Config(float(q.shape[3] ** -0.5 if scale is None else scale)),
-        *(q, k, v, beta, log_decay, initial_state, runs),
+        *(q, k, v, beta, log_decay, initial_state, segment_index),
         length=length,
         implementation=implementation,
     )

@@ -35,8 +35,8 @@ def choose_tiles(dims: KernelShape) -> Tiles:
     )
 
 
-def _kernel_shape(config: Config, q, v, log_decay, runs) -> KernelShape:
-    return matrix_gpu.kernel_shape(config, q, v, log_decay, runs, choose_tiles)
+def _kernel_shape(config: Config, q, v, log_decay, segment_index) -> KernelShape:
+    return matrix_gpu.kernel_shape(config, q, v, log_decay, segment_index, choose_tiles)
 
 
 def largest_array(config: Config, q: Any, v: Any, log_decay: Any) -> int:
@@ -52,12 +52,12 @@ def _call(kernel: Callable[..., None], dims: KernelShape, *args, **options) -> d
     return matrix_gpu.call(kernel, dims, f"delta_rule_{kernel.__name__}", *args, **options)
 
 
-def _log_decay(log_decay, runs):
+def _log_decay(log_decay, segment_index):
     """Log decays as kernels take them: one of all keys is clamped, which is cheap here."""
     if log_decay is None or log_decay.ndim == 4:
         return log_decay
     g = jnp.maximum(log_decay.astype(jnp.float32), decay_sums.MIN_LOG_DECAY)
-    return g if runs is None else jnp.where((runs > 0)[..., None], g, 0.0)
+    return g if segment_index is None else jnp.where((segment_index > 0)[..., None], g, 0.0)
 
 
 def _intra_chunk(dims: KernelShape, q, k, beta, log_decay, documents) -> dict[str, Any]:
@@ -103,16 +103,25 @@ def _intra_chunk(dims: KernelShape, q, k, beta, log_decay, documents) -> dict[st
 
 def _factors(made: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Those of what `_intra_chunk` made that a kernel reads, as far as there are."""
-    return {name: made[name] for name in (*names, "runs", "entering_run") if name in made}
+    return {name: made[name] for name in (*names, "segment_index", "entering_run") if name in made}
 
 
 def forward(
-    config: Config, q, k, v, beta, log_decay, initial_state, runs, *, return_residuals: bool
+    config: Config,
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    initial_state,
+    segment_index,
+    *,
+    return_residuals: bool,
 ):
     """`((o, final_state), residuals)`; arguments as in `reference.delta_rule`."""
-    dims = _kernel_shape(config, q, v, log_decay, runs)
-    documents = matrix_gpu.run_operands(dims, runs)
-    made = _intra_chunk(dims, q, k, beta, _log_decay(log_decay, runs), documents)
+    dims = _kernel_shape(config, q, v, log_decay, segment_index)
+    documents = matrix_gpu.run_operands(dims, segment_index)
+    made = _intra_chunk(dims, q, k, beta, _log_decay(log_decay, segment_index), documents)
     matrix = (dims.key_size, dims.value_size)
     passed = _call(
         gpu_forward.chunk_fwd_h,
@@ -141,16 +150,16 @@ def forward(
     outputs = out["o"], passed["final"]
     if not return_residuals:
         return outputs, None
-    return outputs, (q, k, v, beta, log_decay, runs, passed["states"])
+    return outputs, (q, k, v, beta, log_decay, segment_index, passed["states"])
 
 
 def backward(config: Config, residuals, cotangents):
     """Gradients of `delta_rule`'s arrays from those of `(o, final_state)`."""
-    q, k, v, beta, log_decay, runs, states = residuals
+    q, k, v, beta, log_decay, segment_index, states = residuals
     do, dfinal = cotangents
-    dims = _kernel_shape(config, q, v, log_decay, runs)
-    g = _log_decay(log_decay, runs)
-    made = _intra_chunk(dims, q, k, beta, g, matrix_gpu.run_operands(dims, runs))
+    dims = _kernel_shape(config, q, v, log_decay, segment_index)
+    g = _log_decay(log_decay, segment_index)
+    made = _intra_chunk(dims, q, k, beta, g, matrix_gpu.run_operands(dims, segment_index))
     passed = _call(
         gpu_backward.chunk_bwd_dhu,
         dims,
@@ -190,7 +199,7 @@ def backward(config: Config, residuals, cotangents):
     dg = gradients.get("dg")
     if dg is not None and dims.decay == "head":
         dg = decay_sums.clamp_vjp(log_decay, dg.sum(3) + wy_bwd["dg"], None)
-        dg = dg if runs is None else jnp.where((runs > 0)[..., None], dg, 0.0)
+        dg = dg if segment_index is None else jnp.where((segment_index > 0)[..., None], dg, 0.0)
         dg = dg.astype(log_decay.dtype)
     return dq, dk, wy_bwd["dv"], wy_bwd["dbeta"], dg, passed["dinitial"], None
 

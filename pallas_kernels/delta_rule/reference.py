@@ -12,7 +12,7 @@ from pallas_kernels.matrix_state.config import Config
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
+def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, segment_index):
     """`api.delta_rule` by `jax.lax.scan` over tokens; keeps the state of every token to go back.
 
     Args:
@@ -20,20 +20,22 @@ def delta_rule(config: Config, q, k, v, beta, log_decay, initial_state, runs):
       q, k: `(B, L, G, K)`; v: `(B, L, H, V)`; beta: `(B, L, H)`.
       log_decay: None, `(B, L, H)` or `(B, L, H, K)`.
       initial_state: `(B, H, K, V)`, in the dtype that is computed in.
-      runs: `(B, L)` int32 or None.
+      segment_index: `(B, L)` int32 or None.
     """
     dtype = initial_state.dtype
-    if runs is not None:
+    if segment_index is not None:
         # What padding holds would come back as 0 * inf in the gradients.
         q, k, v, beta, log_decay = jax.tree.map(
-            lambda x: jnp.where((runs > 0).reshape(*runs.shape, *[1] * (x.ndim - 2)), x, 0),
+            lambda x: jnp.where(
+                (segment_index > 0).reshape(*segment_index.shape, *[1] * (x.ndim - 2)), x, 0
+            ),
             (q, k, v, beta, log_decay),
         )
     repeats = v.shape[2] // q.shape[2]
     queries, keys = (jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (q, k))
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
-    codes = None if runs is None else segments.step_codes(runs)
+    codes = None if segment_index is None else segments.step_codes(segment_index)
 
     def step(state, token):
         q, k, v, beta, g, code = token

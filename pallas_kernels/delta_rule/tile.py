@@ -324,16 +324,16 @@ def backward(
     return Gradients(dq, dk, dv, dbeta, dg, dentering)
 
 
-def summary(run, config: Config, q, k, v, beta, log_decay, initial_state, runs):
+def summary(run, config: Config, q, k, v, beta, log_decay, initial_state, segment_index):
     """`(decay, state)`, `(B, H, K, K)` and `(B, H, K, V)`; see `backend.summarize`.
 
     What a row does to a state is affine; its linear part is what it makes of the unit matrix when
     there is nothing to write.
     """
-    _, state = run(config, q, k, v, beta, log_decay, initial_state, runs)
+    _, state = run(config, q, k, v, beta, log_decay, initial_state, segment_index)
     batch, heads, key_size, _ = state.shape
     unit = jnp.eye(key_size, dtype=state.dtype)
     unit = jnp.broadcast_to(unit, (batch, heads, key_size, key_size))
     nothing = jnp.zeros((*v.shape[:3], key_size), v.dtype)
-    _, decay = run(config, q, k, nothing, beta, log_decay, unit, runs)
+    _, decay = run(config, q, k, nothing, beta, log_decay, unit, segment_index)
     return decay, state

@@ -24,14 +24,14 @@ _CHUNK = 32
 _HEADS_A_STEP = 8
 
 
-def one_token(config: Config, q, k, v, beta, log_decay, initial_state, runs):
+def one_token(config: Config, q, k, v, beta, log_decay, initial_state, segment_index):
     """A decoding step; see `decode.one_token`."""
 
     def new_value(k, v, state):
         error = v - jnp.sum(k[..., None] * state, axis=2)
         return beta[:, 0].astype(state.dtype)[..., None] * error
 
-    return decode.one_token(config, q, k, v, log_decay, initial_state, runs, new_value)
+    return decode.one_token(config, q, k, v, log_decay, initial_state, segment_index, new_value)
 
 
 # How arguments are cut. Heads are (G, R): R read the same queries and keys.
@@ -45,7 +45,7 @@ class _Tokens(NamedTuple):
     v: Any  # (..., G, R, V)
     beta: Any  # (..., G, R)
     g: Any  # (..., G, R, 1 or K), or None
-    runs: Any  # (...), or None
+    segment_index: Any  # (...), or None
 
 
 class _Cut(NamedTuple):
@@ -94,8 +94,8 @@ def cut(config: Config, batch: int, length: int, heads: int) -> _Cut:
     return _Cut(batch, length, blocks, -(-batch // blocks), -(-length // size), size)
 
 
-def _arguments(config: Config, q, k, v, beta, log_decay, runs):
-    """`(sizes, _Tokens, entering runs (blocks, steps, rows) or None)`."""
+def _arguments(config: Config, q, k, v, beta, log_decay, segment_index):
+    """`(sizes, _Tokens, entering segment_index (blocks, steps, rows) or None)`."""
     batch, length, heads, _ = v.shape
     sizes = cut(config, batch, length, heads)
     grouped = (q.shape[2], heads // q.shape[2])
@@ -104,11 +104,13 @@ def _arguments(config: Config, q, k, v, beta, log_decay, runs):
         log_decay = log_decay.reshape(batch, length, *grouped, *width)
     v = v.reshape(batch, length, *grouped, v.shape[3])
     beta = beta.reshape(batch, length, *grouped)
-    tokens = jax.tree.map(sizes.tokens, _Tokens(q, k, v, beta, log_decay, runs))
+    tokens = jax.tree.map(sizes.tokens, _Tokens(q, k, v, beta, log_decay, segment_index))
     entering = None
-    if runs is not None:
-        runs = jnp.moveaxis(tokens.runs, 1, 2).reshape(sizes.blocks * sizes.rows, -1)
-        entering = masks.entering_runs(runs, sizes.size)
+    if segment_index is not None:
+        segment_index = jnp.moveaxis(tokens.segment_index, 1, 2).reshape(
+            sizes.blocks * sizes.rows, -1
+        )
+        entering = masks.entering_index(segment_index, sizes.size)
         entering = jnp.moveaxis(entering.reshape(sizes.blocks, sizes.rows, -1), 2, 1)
     return sizes, tokens, entering
 
@@ -118,23 +120,25 @@ def _arguments(config: Config, q, k, v, beta, log_decay, runs):
 
 def _every_head(fn, tokens: _Tokens, entering, dtype, *more):
     """`fn(q, k, v, gates, docs, *more)` of every head; `more` begins with (rows, G, R)."""
-    wide = tokens._replace(runs=None)
+    wide = tokens._replace(segment_index=None)
     q, k, v, beta, g, _ = jax.tree.map(lambda x: x.astype(dtype), wide)
 
     def head(q, k, v, beta, g, docs, *more):
         gates = tile.gates(beta[:, None], g, docs, decay_sums.BY_HALVES)
         return fn(q, k, v, gates, docs, *more)
 
-    def row(q, k, v, beta, g, runs, entering, *more):
+    def row(q, k, v, beta, g, segment_index, entering, *more):
         docs = None
-        if runs is not None:
-            docs = masks.segment_masks(runs[:, None], runs[None], entering[None, None])
+        if segment_index is not None:
+            docs = masks.segment_masks(
+                segment_index[:, None], segment_index[None], entering[None, None]
+            )
         decays = None if g is None else 1
         inner = jax.vmap(head, in_axes=(None, None, 1, 1, decays, None, *[0] * len(more)))
         outer = jax.vmap(inner, in_axes=(1, 1, 1, 1, decays, None, *[0] * len(more)))
         return outer(q, k, v, beta, g, docs, *more)
 
-    return jax.vmap(row)(q, k, v, beta, g, tokens.runs, entering, *more)
+    return jax.vmap(row)(q, k, v, beta, g, tokens.segment_index, entering, *more)
 
 
 def _forward_step(config: Config, tokens: _Tokens, entering, state):
@@ -162,7 +166,7 @@ def _backward_step(config: Config, tokens: _Tokens, entering, state, do, dstate)
     )
     gradients = _Tokens(dq, dk, dv, dbeta, dg, None)
     narrow = jax.tree.map(
-        lambda x, like: x.astype(like.dtype), gradients, tokens._replace(runs=None)
+        lambda x, like: x.astype(like.dtype), gradients, tokens._replace(segment_index=None)
     )
     return narrow, d.dstate
 
@@ -184,10 +188,19 @@ def _every_block(body, inputs):
 
 
 def forward(
-    config: Config, q, k, v, beta, log_decay, initial_state, runs, *, return_residuals: bool
+    config: Config,
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    initial_state,
+    segment_index,
+    *,
+    return_residuals: bool,
 ):
     """`((o, final_state), residuals)`: the arguments and the state that enters every chunk."""
-    sizes, tokens, entering = _arguments(config, q, k, v, beta, log_decay, runs)
+    sizes, tokens, entering = _arguments(config, q, k, v, beta, log_decay, segment_index)
 
     def step(state, chunk):
         tokens, entering = chunk
@@ -203,7 +216,7 @@ def forward(
     outputs = sizes.untokens(o, v), sizes.unstates(last)
     if not return_residuals:
         return outputs, None
-    return outputs, (q, k, v, beta, log_decay, runs, states)
+    return outputs, (q, k, v, beta, log_decay, segment_index, states)
 
 
 def backward(config: Config, residuals, cotangents):

@@ -85,13 +85,13 @@ def diagonal_ssm(
     _validate(u, log_a, c, initial_state, segment_ids, method)
     if method == "fft":
         _check_fft(u, segment_ids)
-    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
     y, final_state = call_op(
         OP,
         Config(reverse, method),
-        *(u, log_a, c, initial_state, runs),
+        *(u, log_a, c, initial_state, segment_index),
         length=u.shape[1],
         implementation=implementation,
     )

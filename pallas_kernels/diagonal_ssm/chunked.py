@@ -68,29 +68,31 @@ class Documents(NamedTuple):
     lengths: jax.Array
 
 
-def documents(runs: jax.Array, steps: int) -> Documents:
+def documents(segment_index: jax.Array, steps: int) -> Documents:
     """From run numbers `(B, L)`."""
-    batch, length = runs.shape
+    batch, length = segment_index.shape
     count = -(-length // steps)
-    runs = jnp.pad(runs, ((0, 0), (0, count * steps - length))).reshape(batch, count, steps)
-    real: jax.Array = runs != 0
+    segment_index = jnp.pad(segment_index, ((0, 0), (0, count * steps - length))).reshape(
+        batch, count, steps
+    )
+    real: jax.Array = segment_index != 0
     # What enters the first chunk belongs to the row's first document.
-    before = jnp.concatenate([runs[:, :1, 0], runs[:, :-1, -1]], axis=1)
-    end = runs.max(-1)
+    before = jnp.concatenate([segment_index[:, :1, 0], segment_index[:, :-1, -1]], axis=1)
+    end = segment_index.max(-1)
     return Documents(
-        place=jnp.where(real, runs - runs[..., :1], -1),
-        first=real & (runs == before[..., None]),
-        last=real & (runs == end[..., None]),
+        place=jnp.where(real, segment_index - segment_index[..., :1], -1),
+        first=real & (segment_index == before[..., None]),
+        last=real & (segment_index == end[..., None]),
         keep=end == before,
         lengths=real.sum((1, 2), dtype=jnp.int32),
     )
 
 
-def diagonal_ssm(u, log_a, c, initial_state, runs):
+def diagonal_ssm(u, log_a, c, initial_state, segment_index):
     """`(y, final_state)` from the first token to the last; arguments as in `reference`."""
     matrices = tile.chunk(log_a, c, chunk_size(u.shape[1]))
     pieces = cut(u, log_a.real.dtype, chunk_size(u.shape[1]))
-    inside = None if runs is None else documents(runs, pieces.steps)
+    inside = None if segment_index is None else documents(segment_index, pieces.steps)
     states = entering_states(pieces, matrices, initial_state, inside)
     carried = dot("hbcn,hnt->hbct", states, matrices.read)
     if inside is None:

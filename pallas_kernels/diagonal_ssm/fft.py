@@ -24,24 +24,24 @@ def kernel(log_a, c, length: int):
     return blocks.reshape(c.shape[0], -1)[:, :length]
 
 
-def diagonal_ssm(u, log_a, c, initial_state, runs):
-    """`(y, final_state)` from the first token to the last; arguments as in `reference`, but `runs`
-    hold one document a row."""
+def diagonal_ssm(u, log_a, c, initial_state, segment_index):
+    """`(y, final_state)` from the first token to the last; arguments as in `reference`, but
+    `segment_index` holds one document a row."""
     length = u.shape[1]
     real = log_a.real.dtype
-    if runs is not None:
-        u = jnp.where((runs != 0)[..., None], u, jnp.zeros_like(u))
+    if segment_index is not None:
+        u = jnp.where((segment_index != 0)[..., None], u, jnp.zeros_like(u))
     y = convolve(u.astype(real), kernel(log_a, c, length), None)
 
     matrices = tile.chunk(log_a, c, chunked.chunk_size(length))
     pieces = chunked.cut(u, real, chunked.chunk_size(length))
-    inside = None if runs is None else chunked.documents(runs, pieces.steps)
+    inside = None if segment_index is None else chunked.documents(segment_index, pieces.steps)
     states = chunked.entering_states(pieces, matrices, initial_state, inside)
     final = chunked.final_state(pieces, log_a, matrices, states, initial_state, inside)
     count = pieces.tokens.shape[1]
     t = pieces.steps * jnp.arange(count, dtype=jnp.int32)[None, None, :, None]
     decayed = powers(log_a[:, None, None], t) * jnp.moveaxis(initial_state, 1, 0)[:, :, None]
     y = y + pieces.uncut(chunked.dot("hbcn,hnt->hbct", tile.to_planes(decayed), matrices.read))
-    if runs is not None:
-        y = jnp.where((runs != 0)[..., None], y, jnp.zeros_like(y))
+    if segment_index is not None:
+        y = jnp.where((segment_index != 0)[..., None], y, jnp.zeros_like(y))
     return y.astype(u.dtype), final

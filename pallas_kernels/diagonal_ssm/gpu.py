@@ -55,7 +55,7 @@ def refusal(states: int) -> str | None:
     return f"{states} states a channel do not fit in registers, {_MOST_STATES} do"
 
 
-class _Job(NamedTuple):
+class _KernelShape(NamedTuple):
     """What is static about one kernel."""
 
     batch: int
@@ -114,10 +114,10 @@ class _Strip(NamedTuple):
             compat.triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
 
-def _strip(job: _Job, row_axis: int = 1) -> _Strip:
-    start = pl.program_id(row_axis + 1) * job.tiles.width
-    valid = start + jnp.arange(job.tiles.width) < job.width
-    return _Strip(pl.program_id(row_axis), pl.ds(start, job.tiles.width), valid)
+def _strip(dims: _KernelShape, row_axis: int = 1) -> _Strip:
+    start = pl.program_id(row_axis + 1) * dims.tiles.width
+    valid = start + jnp.arange(dims.tiles.width) < dims.width
+    return _Strip(pl.program_id(row_axis), pl.ds(start, dims.tiles.width), valid)
 
 
 class _Step(NamedTuple):
@@ -133,7 +133,7 @@ class _Step(NamedTuple):
         return x if self.code is None else jnp.where(self.code == segments.SKIP, 0.0, x)
 
 
-def _walk(job: _Job, strip: _Strip, input_refs, codes_ref, lacking_refs, body, carry):
+def _walk(dims: _KernelShape, strip: _Strip, input_refs, codes_ref, lacking_refs, body, carry):
     """`body(step, carry)` over the chunk in the direction of travel, some steps unrolled.
 
     What the rounded decay lacks is made good once in a group, for all its steps.
@@ -141,31 +141,31 @@ def _walk(job: _Job, strip: _Strip, input_refs, codes_ref, lacking_refs, body, c
     chunk = pl.program_id(0)
 
     def step(i, j) -> _Step:
-        place = i * job.tiles.unroll + j
-        place = job.groups * job.tiles.unroll - 1 - place if job.reverse else place
-        t = chunk * job.tiles.steps + place
+        place = i * dims.tiles.unroll + j
+        place = dims.groups * dims.tiles.unroll - 1 - place if dims.reverse else place
+        t = chunk * dims.tiles.steps + place
         live: jax.Array | bool = True
         code, mask, other = None, None, None
-        if job.guarded:
-            live = mask = (place < job.tiles.steps) & (t < job.length)
-            code = jnp.where(live, jnp.int32(segments.KEEP), jnp.int32(segments.SKIP))
+        if dims.guarded:
+            live = mask = (place < dims.tiles.steps) & (t < dims.length)
+            code = jnp.where(live, jnp.int32(segments.CONTINUE), jnp.int32(segments.SKIP))
             other = segments.SKIP
-        if job.segmented:
+        if dims.segmented:
             code = compat.triton.load(codes_ref.at[strip.row, t], mask=mask, other=other)
         inputs = [strip.load(ref, (strip.row, t), live) for ref in input_refs]
-        if job.segmented:
+        if dims.segmented:
             inputs = [jnp.where(code == segments.SKIP, 0.0, x) for x in inputs]
         lacking = None
-        if j == job.tiles.unroll - 1:
-            lacking = tuple(job.tiles.unroll * p for p in strip.planes(lacking_refs))
+        if j == dims.tiles.unroll - 1:
+            lacking = tuple(dims.tiles.unroll * p for p in strip.planes(lacking_refs))
         return _Step(t, live, code, tuple(inputs), lacking)
 
     def group(i, carry):
-        for now in [step(i, j) for j in range(job.tiles.unroll)]:
+        for now in [step(i, j) for j in range(dims.tiles.unroll)]:
             carry = body(now, carry)
         return carry
 
-    return jax.lax.fori_loop(0, job.groups, group, carry)
+    return jax.lax.fori_loop(0, dims.groups, group, carry)
 
 
 # The kernels: maths on values between a load and a store.
@@ -181,76 +181,76 @@ def _split_refs(refs, rows: int, pairs: int, *, segmented: bool):
     return single, double, codes, rest
 
 
-def _reduce_kernel(*refs, job: _Job, adjoint: bool):
+def _reduce_kernel(*refs, dims: _KernelShape, adjoint: bool):
     """What each chunk leaves from a zero state, `(B, C, N, H)`."""
-    x_refs, (a_refs, lacking_refs, readout_refs), codes_ref, flow_refs = _split_refs(
-        refs, 1, 3, segmented=job.segmented
+    x_refs, (a_refs, lacking_refs, output_projection_refs), codes_ref, flow_refs = _split_refs(
+        refs, 1, 3, segmented=dims.segmented
     )
-    strip = _strip(job)
-    a, readout = strip.planes(a_refs), strip.planes(readout_refs)
+    strip = _strip(dims)
+    a, output_projection = strip.planes(a_refs), strip.planes(output_projection_refs)
 
     def body(step, h):
         x = step.inputs[0][None]
         if adjoint:
-            return tile.retreat(h, x, step.code, readout, a, step.lacking)[1]
+            return tile.retreat(h, x, step.code, output_projection, a, step.lacking)[1]
         return tile.advance(h, x, step.code, a, step.lacking)
 
-    h = _walk(job, strip, x_refs, codes_ref, lacking_refs, body, zeros_like(a))
+    h = _walk(dims, strip, x_refs, codes_ref, lacking_refs, body, zeros_like(a))
     strip.store(flow_refs, (strip.row, pl.program_id(0)), h)
 
 
-def _chain_kernel(*refs, job: _Job):
+def _chain_kernel(*refs, dims: _KernelShape):
     """The state that enters each chunk `(B, C, N, H)` and the one that leaves the last."""
     _, (decay_refs, partial_refs, flow_refs, first_refs), codes_ref, outputs = _split_refs(
         refs, 0, 4, segmented=True
     )
     entering_refs, last_refs = outputs[:2], outputs[2:]
-    strip = _strip(job, row_axis=0)
+    strip = _strip(dims, row_axis=0)
     decay = strip.planes(decay_refs)
     partial = strip.planes(partial_refs, (strip.row,))
 
     def body(i, h):
-        chunk = (strip.row, job.chunks - 1 - i if job.reverse else i)
+        chunk = (strip.row, dims.chunks - 1 - i if dims.reverse else i)
         strip.store(entering_refs, chunk, h)
         code = compat.triton.load(codes_ref.at[chunk])
         flow = strip.planes(flow_refs, chunk)
         after = add(mul(where(code == _PARTIAL, partial, decay), h), flow)
         return tile.select(code, h, flow, after)
 
-    h = jax.lax.fori_loop(0, job.chunks, body, strip.planes(first_refs, (strip.row,)))
+    h = jax.lax.fori_loop(0, dims.chunks, body, strip.planes(first_refs, (strip.row,)))
     strip.store(last_refs, (strip.row,), h)
 
 
-def _output_kernel(*refs, job: _Job, adjoint: bool):
+def _output_kernel(*refs, dims: _KernelShape, adjoint: bool):
     """`y` or `du`, and the state that leaves each chunk."""
-    x_refs, (a_refs, lacking_refs, readout_refs, entering_refs), codes_ref, outputs = _split_refs(
-        refs, 1, 4, segmented=job.segmented
+    x_refs, (a_refs, lacking_refs, output_projection_refs, entering_refs), codes_ref, outputs = (
+        _split_refs(refs, 1, 4, segmented=dims.segmented)
     )
-    strip = _strip(job)
+    strip = _strip(dims)
     chunk = (strip.row, pl.program_id(0))
-    a, readout = strip.planes(a_refs), strip.planes(readout_refs)
+    a, output_projection = strip.planes(a_refs), strip.planes(output_projection_refs)
 
     def body(step, h):
         x = step.inputs[0][None]
         if adjoint:
-            gradient, h = tile.retreat(h, x, step.code, readout, a, step.lacking)
+            gradient, h = tile.retreat(h, x, step.code, output_projection, a, step.lacking)
             out = gradient[0]
         else:
             h = tile.advance(h, x, step.code, a, step.lacking)
-            out = tile.contract(readout, h)
+            out = tile.contract(output_projection, h)
         strip.store(outputs[:1], (strip.row, step.t), (step.visible(out.sum(0)),), step.live)
         return h
 
     h = strip.planes(entering_refs, chunk)
-    h = _walk(job, strip, x_refs, codes_ref, lacking_refs, body, h)
+    h = _walk(dims, strip, x_refs, codes_ref, lacking_refs, body, h)
     strip.store(outputs[1:], chunk, h)
 
 
-def _gradient_kernel(*refs, job: _Job):
+def _gradient_kernel(*refs, dims: _KernelShape):
     """What each chunk adds to the gradients of `c` and `log_a`, `(B, C, N, H)`."""
-    input_refs, pairs, codes_ref, outputs = _split_refs(refs, 2, 5, segmented=job.segmented)
-    a_refs, lacking_refs, readout_refs, entering_refs, leaving_refs = pairs
-    strip = _strip(job)
+    input_refs, pairs, codes_ref, outputs = _split_refs(refs, 2, 5, segmented=dims.segmented)
+    a_refs, lacking_refs, output_projection_refs, entering_refs, leaving_refs = pairs
+    strip = _strip(dims)
     chunk = (strip.row, pl.program_id(0))
     a = strip.planes(a_refs)
 
@@ -264,10 +264,13 @@ def _gradient_kernel(*refs, job: _Job):
 
     zero = zeros_like(a)
     carry = (strip.planes(entering_refs, chunk), zero, zero, zero)
-    _, p, h_sum, p_sum = _walk(job, strip, input_refs, codes_ref, lacking_refs, body, carry)
+    _, p, h_sum, p_sum = _walk(dims, strip, input_refs, codes_ref, lacking_refs, body, carry)
     strip.store(outputs[:2], chunk, tuple(2 * x for x in h_sum))
-    readout, leaving = strip.planes(readout_refs), strip.planes(leaving_refs, chunk)
-    strip.store(outputs[2:], chunk, add(mul(readout, p_sum), mul(leaving, p)))
+    output_projection, leaving = (
+        strip.planes(output_projection_refs),
+        strip.planes(leaving_refs, chunk),
+    )
+    strip.store(outputs[2:], chunk, add(mul(output_projection, p_sum), mul(leaving, p)))
 
 
 # The calls.
@@ -278,33 +281,35 @@ class _Operands(NamedTuple):
 
     a: Planes
     lacking: Planes
-    readout: Planes
+    output_projection: Planes
     decay: Planes  # of a whole chunk
     partial: Planes  # of the chunk with the last token of each row, (B, N, H)
     codes: list[jax.Array]
     chunk_codes: jax.Array  # (B, C)
 
 
-def _prepare(config: Config, u, log_a, c, runs) -> tuple[_Job, _Operands]:
+def _prepare(config: Config, u, log_a, c, segment_index) -> tuple[_KernelShape, _Operands]:
     batch, length, width = u.shape
     states = pl.next_power_of_2(log_a.shape[1])
     tiles = config.tiles or choose_tiles(batch, length, width, states)
-    job = _Job(batch, length, width, states, tiles, runs is not None, config.reverse)
+    dims = _KernelShape(
+        batch, length, width, states, tiles, segment_index is not None, config.reverse
+    )
     lengths = jnp.full((batch,), length, jnp.int32)
     codes = []
-    if runs is not None:
-        lengths = (runs != 0).sum(1, dtype=jnp.int32)
-        codes = [segments.step_codes(runs, reverse=config.reverse)]
+    if segment_index is not None:
+        lengths = (segment_index != 0).sum(1, dtype=jnp.int32)
+        codes = [segments.step_codes(segment_index, reverse=config.reverse)]
     last = (lengths - 1) % tiles.steps + 1
     ending = powers.powers(log_a.T[None], last[:, None, None])
     whole = powers.powers(log_a.T, jnp.full((1, 1), min(tiles.steps, length), jnp.int32))
     nearest, rest = powers.decay(log_a.T)
-    a, lacking, readout, decay, partial = (
+    a, lacking, output_projection, decay, partial = (
         split(_pad(x, states=states)) for x in (nearest, rest, 2 * c.T, whole, ending)
     )
-    chunk_codes = _chunk_codes(job, codes)
-    operands = _Operands(a, lacking, readout, decay, partial, codes, chunk_codes)
-    return job, operands
+    chunk_codes = _chunk_codes(dims, codes)
+    operands = _Operands(a, lacking, output_projection, decay, partial, codes, chunk_codes)
+    return dims, operands
 
 
 def _pad(x, *, states: int):
@@ -313,22 +318,22 @@ def _pad(x, *, states: int):
     return jnp.pad(x, width)
 
 
-def _chunk_codes(job: _Job, codes) -> jax.Array:
+def _chunk_codes(dims: _KernelShape, codes) -> jax.Array:
     """What the chain does at each chunk, `(B, C)`."""
-    shape = (job.batch, job.length)
-    steps = codes[0] if codes else jnp.full(shape, segments.KEEP, jnp.int32)
-    behind = ((0, 0), (0, job.chunks * job.tiles.steps - job.length))
+    shape = (dims.batch, dims.length)
+    steps = codes[0] if codes else jnp.full(shape, segments.CONTINUE, jnp.int32)
+    behind = ((0, 0), (0, dims.chunks * dims.tiles.steps - dims.length))
     steps = jnp.pad(steps, behind, constant_values=segments.SKIP)
-    steps = steps.reshape(job.batch, job.chunks, job.tiles.steps)
+    steps = steps.reshape(dims.batch, dims.chunks, dims.tiles.steps)
     skipped = steps == segments.SKIP
-    code = jnp.where(skipped.any(2), jnp.int32(_PARTIAL), segments.KEEP)
+    code = jnp.where(skipped.any(2), jnp.int32(_PARTIAL), segments.CONTINUE)
     code = jnp.where((steps == segments.RESET).any(2), segments.RESET, code)
     return jnp.where(skipped.all(2), segments.SKIP, code)
 
 
-def _state_planes(job: _Job, x) -> Planes:
+def _state_planes(dims: _KernelShape, x) -> Planes:
     """`(B, H, N) -> (B, N, H)`."""
-    return split(_pad(x.swapaxes(1, 2), states=job.states))
+    return split(_pad(x.swapaxes(1, 2), states=dims.states))
 
 
 def _from_planes(x, states: int):
@@ -336,7 +341,7 @@ def _from_planes(x, states: int):
     return join(tuple(x))[:, :states].swapaxes(1, 2)
 
 
-def _call(kernel, job: _Job, name: str, grid, operands, outputs, *, flops: int):
+def _call(kernel, dims: _KernelShape, name: str, grid, operands, outputs, *, flops: int):
     """Run `kernel`; `outputs` are `(shape, dtype)`."""
     structs = [compat.out_struct(*output, *operands) for output in outputs]
     return compat.pallas_call(
@@ -346,76 +351,76 @@ def _call(kernel, job: _Job, name: str, grid, operands, outputs, *, flops: int):
         grid=grid,
         out_shape=structs,
         compiler_params=compat.triton.CompilerParams(num_warps=1, num_stages=1),
-        flops=flops * job.batch * job.length * job.width * job.states,
+        flops=flops * dims.batch * dims.length * dims.width * dims.states,
     )(*operands)
 
 
-def _entering(job: _Job, ops: _Operands, x, first: Planes, *, adjoint: bool):
+def _entering(dims: _KernelShape, ops: _Operands, x, first: Planes, *, adjoint: bool):
     """The state that enters each chunk, `(B, C, N, H)`, and the one that leaves the last or None
     where there is one chunk."""
-    if job.chunks == 1:
+    if dims.chunks == 1:
         return tuple(p[:, None] for p in first), None
-    per_chunk = ((job.batch, job.chunks, job.states, job.width), jnp.float32)
+    per_chunk = ((dims.batch, dims.chunks, dims.states, dims.width), jnp.float32)
     flow = _call(
-        functools.partial(_reduce_kernel, job=job, adjoint=adjoint),
-        job,
+        functools.partial(_reduce_kernel, dims=dims, adjoint=adjoint),
+        dims,
         "diagonal_ssm_reduce",
-        job.grid,
-        [x, *ops.a, *ops.lacking, *ops.readout, *ops.codes],
+        dims.grid,
+        [x, *ops.a, *ops.lacking, *ops.output_projection, *ops.codes],
         [per_chunk] * 2,
         flops=8,
     )
     out = _call(
-        functools.partial(_chain_kernel, job=job),
-        job,
+        functools.partial(_chain_kernel, dims=dims),
+        dims,
         "diagonal_ssm_chain",
-        job.grid[1:],
+        dims.grid[1:],
         [*ops.decay, *ops.partial, *flow, *first, ops.chunk_codes],
-        [per_chunk] * 2 + [((job.batch, job.states, job.width), jnp.float32)] * 2,
+        [per_chunk] * 2 + [((dims.batch, dims.states, dims.width), jnp.float32)] * 2,
         flops=0,
     )
     return tuple(out[:2]), tuple(out[2:])
 
 
-def _walk_once(job: _Job, ops: _Operands, x, first: Planes, dtype, *, adjoint: bool):
+def _walk_once(dims: _KernelShape, ops: _Operands, x, first: Planes, dtype, *, adjoint: bool):
     """`(output, last state, entering states)` of a walk in one direction."""
-    entering, last = _entering(job, ops, x, first, adjoint=adjoint)
-    per_chunk = ((job.batch, job.chunks, job.states, job.width), jnp.float32)
+    entering, last = _entering(dims, ops, x, first, adjoint=adjoint)
+    per_chunk = ((dims.batch, dims.chunks, dims.states, dims.width), jnp.float32)
     out, *leaving = _call(
-        functools.partial(_output_kernel, job=job, adjoint=adjoint),
-        job,
+        functools.partial(_output_kernel, dims=dims, adjoint=adjoint),
+        dims,
         "diagonal_ssm_adjoint" if adjoint else "diagonal_ssm_forward",
-        job.grid,
-        [x, *ops.a, *ops.lacking, *ops.readout, *entering, *ops.codes],
+        dims.grid,
+        [x, *ops.a, *ops.lacking, *ops.output_projection, *entering, *ops.codes],
         [(x.shape, dtype), per_chunk, per_chunk],
         flops=12,
     )
     return out, last or tuple(p[:, 0] for p in leaving), entering
 
 
-def forward(config: Config, u, log_a, c, initial_state, runs, *, return_residuals: bool):
+def forward(config: Config, u, log_a, c, initial_state, segment_index, *, return_residuals: bool):
     """`((y, final_state), residuals)`: the arguments and the states that enter the chunks."""
-    job, ops = _prepare(config, u, log_a, c, runs)
-    first = _state_planes(job, initial_state)
-    y, last, entering = _walk_once(job, ops, u, first, u.dtype, adjoint=False)
+    dims, ops = _prepare(config, u, log_a, c, segment_index)
+    first = _state_planes(dims, initial_state)
+    y, last, entering = _walk_once(dims, ops, u, first, u.dtype, adjoint=False)
     outputs = y, _from_planes(last, c.shape[1])
-    return outputs, (u, log_a, c, entering, runs) if return_residuals else None
+    return outputs, (u, log_a, c, entering, segment_index) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """`(du, dlog_a, dc, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
-    (u, log_a, c, entering, runs), (dy, dfinal_state) = residuals, cotangents
-    job, ops = _prepare(config, u, log_a, c, runs)
-    against = job._replace(reverse=not config.reverse)
-    first = _state_planes(job, dfinal_state)
+    (u, log_a, c, entering, segment_index), (dy, dfinal_state) = residuals, cotangents
+    dims, ops = _prepare(config, u, log_a, c, segment_index)
+    against = dims._replace(reverse=not config.reverse)
+    first = _state_planes(dims, dfinal_state)
     du, dinitial, leaving = _walk_once(against, ops, dy, first, u.dtype, adjoint=True)
-    per_chunk = ((job.batch, job.chunks, job.states, job.width), jnp.float32)
+    per_chunk = ((dims.batch, dims.chunks, dims.states, dims.width), jnp.float32)
     sums = _call(
-        functools.partial(_gradient_kernel, job=job),
-        job,
+        functools.partial(_gradient_kernel, dims=dims),
+        dims,
         "diagonal_ssm_gradient",
-        job.grid,
-        [u, dy, *ops.a, *ops.lacking, *ops.readout, *entering, *leaving, *ops.codes],
+        dims.grid,
+        [u, dy, *ops.a, *ops.lacking, *ops.output_projection, *entering, *leaving, *ops.codes],
         [per_chunk] * 4,
         flops=24,
     )

@@ -10,7 +10,7 @@ from pallas_kernels.common.backend import Backend
 from pallas_kernels.diagonal_ssm.tile import Config
 
 
-def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool):
+def diagonal_ssm(u, log_a, c, initial_state, segment_index, *, reverse: bool):
     """`y_t = 2 Re sum_n c_n h_tn`, by `jax.lax.scan` over tokens; see `api.diagonal_ssm`.
 
     Differentiable by JAX itself, any number of times and in forward mode.
@@ -19,13 +19,13 @@ def diagonal_ssm(u, log_a, c, initial_state, runs, *, reverse: bool):
       u: `(B, L, H)` real.
       log_a, c: `(H, N)` complex.
       initial_state: `(B, H, N)` complex.
-      runs: `(B, L)` int32 or None.
+      segment_index: `(B, L)` int32 or None.
       reverse: from the last token to the first.
     """
     a = jnp.exp(log_a)[None]
-    if runs is None:
-        runs = jnp.ones(u.shape[:2], jnp.int32)
-    codes = segments.step_codes(runs, reverse=reverse)
+    if segment_index is None:
+        segment_index = jnp.ones(u.shape[:2], jnp.int32)
+    codes = segments.step_codes(segment_index, reverse=reverse)
 
     def step(h, token):
         u_t, code = token

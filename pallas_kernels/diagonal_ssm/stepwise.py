@@ -16,29 +16,31 @@ from pallas_kernels.diagonal_ssm import powers, tile
 _STEPS = 64  # tokens between two states that are kept
 
 
-def diagonal_ssm(u, log_a, c, initial_state, runs):
+def diagonal_ssm(u, log_a, c, initial_state, segment_index):
     """`(y, final_state)` from the first token to the last; arguments as in `reference`."""
     if u.shape[1] == 1:
-        return _one_token(u, log_a, c, initial_state, runs)
+        return _one_token(u, log_a, c, initial_state, segment_index)
     batch, length, width = u.shape
     steps = min(_STEPS, length)
     count = -(-length // steps)
     padding = count * steps - length
     codes = None
-    if runs is not None or padding:
-        runs = jnp.ones((batch, length), jnp.int32) if runs is None else runs
-        codes = segments.step_codes(jnp.pad(runs, ((0, 0), (0, padding))))
+    if segment_index is not None or padding:
+        segment_index = (
+            jnp.ones((batch, length), jnp.int32) if segment_index is None else segment_index
+        )
+        codes = segments.step_codes(jnp.pad(segment_index, ((0, 0), (0, padding))))
         codes = codes.T.reshape(count, steps, batch)
     real = log_a.real.dtype
     tokens = jnp.pad(u.astype(real), ((0, 0), (0, padding), (0, 0)))
     tokens = jnp.moveaxis(tokens, 1, 0).reshape(count, steps, batch, width)
-    decay, lacking, readout = (split(x.T[None]) for x in (*powers.decay(log_a), 2 * c))
+    decay, lacking, output_projection = (split(x.T[None]) for x in (*powers.decay(log_a), 2 * c))
 
     def step(h, token):
         u_t, code = token
         code = None if code is None else code[:, None, None]
         h = tile.advance(h, u_t[:, None], code, decay, lacking)
-        y = tile.contract(readout, h).sum(1)
+        y = tile.contract(output_projection, h).sum(1)
         if code is None:
             return h, y
         return h, jnp.where(code[..., 0] == segments.SKIP, jnp.zeros_like(y), y)
@@ -53,13 +55,13 @@ def diagonal_ssm(u, log_a, c, initial_state, runs):
     return y.astype(u.dtype), join(h).swapaxes(1, 2)
 
 
-def _one_token(u, log_a, c, initial_state, runs):
+def _one_token(u, log_a, c, initial_state, segment_index):
     """A decoding step, `L = 1`: no loops."""
     decay = powers.powers(log_a, jnp.ones((1, 1), jnp.int32))
     h = decay[None] * initial_state + u[:, 0, :, None].astype(initial_state.dtype)
     y = 2 * (c[None] * h).real.sum(-1).astype(u.dtype)
-    if runs is None:
+    if segment_index is None:
         return y[:, None], h
-    padding = runs == 0
+    padding = segment_index == 0
     y = jnp.where(padding, jnp.zeros_like(y), y)
     return y[:, None], jnp.where(padding[..., None], initial_state, h)

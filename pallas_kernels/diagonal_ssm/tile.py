@@ -59,9 +59,9 @@ def chunk(log_a: jax.Array, c: jax.Array, steps: int) -> Chunk:
     """The matrices of a chunk of `steps` tokens; JAX differentiates them."""
     table = powers(log_a[..., None], jnp.arange(steps + 1, dtype=jnp.int32)[None, None])
     whole = jnp.full((1, 1), steps, jnp.int32)
-    readout = 2 * c[..., None] * table
-    read = jnp.concatenate([readout.real, -readout.imag], axis=1)[..., 1:]
-    kernel = readout.real[..., :steps].sum(1)
+    output_projection = 2 * c[..., None] * table
+    read = jnp.concatenate([output_projection.real, -output_projection.imag], axis=1)[..., 1:]
+    kernel = output_projection.real[..., :steps].sum(1)
     back = table[..., steps - 1 :: -1] if steps > 1 else table[..., :1]
     write = jnp.concatenate([back.real, back.imag], axis=1).swapaxes(1, 2)
     return Chunk(toeplitz(kernel), read, write, *precise(log_a, whole))
@@ -90,7 +90,7 @@ def to_complex(planes: jax.Array) -> jax.Array:
 
 
 # One step of the scan. States, decays and readouts are pairs of planes `(N, channels)`, inputs and
-# outputs one plane that broadcasts against them; `readout` is 2 c.
+# outputs one plane that broadcasts against them; `output_projection` is 2 c.
 #
 #   forward       h_t = a h_{t-1} + u_t,   y_t = sum_n Re(readout h_t)
 #   adjoint       G_t = readout dy_t + c_{t+1},   c_t = a G_t,   du_t = sum_n Re(G_t)
@@ -120,16 +120,21 @@ def advance(h: Planes, u: jax.Array, code, a: Planes, lacking: Planes | None = N
     return select(code, h, (drive, jnp.zeros_like(drive)), (real + drive, imaginary))
 
 
-def contract(readout: Planes, h: Planes) -> jax.Array:
+def contract(output_projection: Planes, h: Planes) -> jax.Array:
     """`Re(readout h)`, to be summed over N."""
-    return readout[0] * h[0] - readout[1] * h[1]
+    return output_projection[0] * h[0] - output_projection[1] * h[1]
 
 
 def retreat(
-    carry: Planes, dy: jax.Array, code, readout: Planes, a: Planes, lacking: Planes | None = None
+    carry: Planes,
+    dy: jax.Array,
+    code,
+    output_projection: Planes,
+    a: Planes,
+    lacking: Planes | None = None,
 ) -> tuple[Planes, Planes]:
     """`(G_t, c_t)` from `c_{t+1}` and the cotangent of `y_t`."""
-    gradient = (carry[0] + readout[0] * dy, carry[1] + readout[1] * dy)
+    gradient = (carry[0] + output_projection[0] * dy, carry[1] + output_projection[1] * dy)
     zero = numbers.zeros_like(carry)
     before = select(code, carry, zero, multiply(a, gradient, lacking))
     return (gradient if code is None else numbers.where(code == SKIP, zero, gradient)), before
@@ -143,16 +148,16 @@ def sensitivity(
     return select(code, p, numbers.zeros_like(p), after)
 
 
-def summary(run, config: Config, u, log_a, c, initial_state, runs):
+def summary(run, config: Config, u, log_a, c, initial_state, segment_index):
     """`(decay, state)`, each `(B, H, N)`; see `backend.summarize`."""
-    _, state = run(config, u, log_a, c, initial_state, runs)
+    _, state = run(config, u, log_a, c, initial_state, segment_index)
     batch, length = u.shape[:2]
     real = jnp.full((batch,), length, jnp.int32)
-    if runs is not None:
-        real = jnp.sum(runs != 0, axis=1, dtype=jnp.int32)
+    if segment_index is not None:
+        real = jnp.sum(segment_index != 0, axis=1, dtype=jnp.int32)
     decay = powers(log_a[None], real[:, None, None])
-    if runs is None:
+    if segment_index is None:
         return decay, state
-    restarts = step_codes(runs, reverse=config.reverse) == RESET
+    restarts = step_codes(segment_index, reverse=config.reverse) == RESET
     forgotten = jnp.any(restarts, axis=1)[:, None, None]
     return jnp.where(forgotten, jnp.zeros_like(decay), decay), state

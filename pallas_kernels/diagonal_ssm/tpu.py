@@ -60,7 +60,7 @@ def refusal(states: int) -> str | None:
     return f"{states} states a channel take {needed} bytes of VMEM, it has {_VMEM}"
 
 
-class _Job(NamedTuple):
+class _KernelShape(NamedTuple):
     """What is static about one kernel."""
 
     batch: int
@@ -92,26 +92,26 @@ class _Job(NamedTuple):
 # Tile bookkeeping: which block of which array a grid step sees.
 
 
-def _block(job: _Job) -> pl.BlockSpec:
+def _block(dims: _KernelShape) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, LANES),
-        index_map=lambda b, h, i: (b, job.time(i), h),
+        block_shape=(None, dims.tiles.steps, LANES),
+        index_map=lambda b, h, i: (b, dims.time(i), h),
     )
 
 
-def _codes_block(job: _Job) -> pl.BlockSpec:
+def _codes_block(dims: _KernelShape) -> pl.BlockSpec:
     return pl.BlockSpec(
-        block_shape=(None, job.tiles.steps, LANES),
-        index_map=lambda b, h, i: (b, job.time(i), 0),
+        block_shape=(None, dims.tiles.steps, LANES),
+        index_map=lambda b, h, i: (b, dims.time(i), 0),
     )
 
 
-def _parameters(job: _Job) -> pl.BlockSpec:
-    return pl.BlockSpec(block_shape=(job.states, LANES), index_map=lambda b, h, i: (0, h))
+def _parameters(dims: _KernelShape) -> pl.BlockSpec:
+    return pl.BlockSpec(block_shape=(dims.states, LANES), index_map=lambda b, h, i: (0, h))
 
 
-def _state(job: _Job) -> pl.BlockSpec:
-    return pl.BlockSpec(block_shape=(None, job.states, LANES), index_map=lambda b, h, i: (b, 0, h))
+def _state(dims: _KernelShape) -> pl.BlockSpec:
+    return pl.BlockSpec(block_shape=(None, dims.states, LANES), index_map=lambda b, h, i: (b, 0, h))
 
 
 # Loads and stores.
@@ -139,36 +139,36 @@ class _Group(NamedTuple):
         return tuple(x[j : j + 1] for x in self.inputs), code
 
 
-def _group(job: _Job, i, refs, codes_ref) -> _Group:
+def _group(dims: _KernelShape, i, refs, codes_ref) -> _Group:
     """The i-th group of the block in the direction of travel."""
-    groups = job.tiles.steps // SUBLANES
-    start = (groups - 1 - i if job.reverse else i) * SUBLANES
+    groups = dims.tiles.steps // SUBLANES
+    start = (groups - 1 - i if dims.reverse else i) * SUBLANES
     rows = pl.ds(pl.multiple_of(start, SUBLANES), SUBLANES)
     inputs = tuple(ref[rows, :].astype(jnp.float32) for ref in refs)
-    code = codes_ref[rows, :] if job.segmented else None
-    if job.ragged:
+    code = codes_ref[rows, :] if dims.segmented else None
+    if dims.ragged:
         place = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-        place = place + start + job.time(pl.program_id(2)) * job.tiles.steps
+        place = place + start + dims.time(pl.program_id(2)) * dims.tiles.steps
         if code is None:
-            first = job.length - 1 if job.forward_reverse else 0
-            code = jnp.where(place == first, segments.ENTER, segments.KEEP)
-        code = jnp.where(place < job.length, code, segments.SKIP)
+            first = dims.length - 1 if dims.forward_reverse else 0
+            code = jnp.where(place == first, segments.ENTER, segments.CONTINUE)
+        code = jnp.where(place < dims.length, code, segments.SKIP)
     if code is not None:
         inputs = tuple(jnp.where(code == segments.SKIP, jnp.zeros_like(x), x) for x in inputs)
     return _Group(rows, inputs, code)
 
 
-def _walk(job: _Job, refs, codes_ref, lacking_refs, body, carry, out_ref=None):
+def _walk(dims: _KernelShape, refs, codes_ref, lacking_refs, body, carry, out_ref=None):
     """`body((inputs, code), lacking, carry) -> (out, carry)` over the block in the direction of
     travel; `out (N, 128)` is summed over N and written to `out_ref`.
 
     What the rounded decay lacks is made good once in a group, for eight steps.
     """
     row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-    order = range(SUBLANES - 1, -1, -1) if job.reverse else range(SUBLANES)
+    order = range(SUBLANES - 1, -1, -1) if dims.reverse else range(SUBLANES)
 
     def group(i, carry):
-        now = _group(job, i, refs, codes_ref)
+        now = _group(dims, i, refs, codes_ref)
         out = jnp.zeros((SUBLANES, LANES), jnp.float32)
         for k, j in enumerate(order):
             lacking = None
@@ -183,7 +183,7 @@ def _walk(job: _Job, refs, codes_ref, lacking_refs, body, carry, out_ref=None):
             out_ref[now.rows, :] = out.astype(out_ref.dtype)
         return carry
 
-    return jax.lax.fori_loop(0, job.tiles.steps // SUBLANES, group, carry)
+    return jax.lax.fori_loop(0, dims.tiles.steps // SUBLANES, group, carry)
 
 
 # The kernels: maths on values between a load and a store.
@@ -195,58 +195,58 @@ def _take(refs: list, count: int) -> list:
     return taken
 
 
-def _forward_kernel(*all_refs, job: _Job):
+def _forward_kernel(*all_refs, dims: _KernelShape):
     refs = list(all_refs)
-    u_refs, a_refs, lacking_refs, readout_refs, initial_refs = (
+    u_refs, a_refs, lacking_refs, output_projection_refs, initial_refs = (
         _take(refs, n) for n in (1, 2, 2, 2, 2)
     )
-    codes_ref = refs.pop(0) if job.segmented else None
+    codes_ref = refs.pop(0) if dims.segmented else None
     (y_ref,), final_refs = _take(refs, 1), _take(refs, 2)
 
     @pl.when(sequence_begins())
     def _():
         _store(final_refs, _load(initial_refs))
 
-    a, readout = _load(a_refs), _load(readout_refs)
+    a, output_projection = _load(a_refs), _load(output_projection_refs)
 
     def body(step, lacking, h):
         (u,), code = step
         h = tile.advance(h, u, code, a, lacking)
-        return tile.contract(readout, h), h
+        return tile.contract(output_projection, h), h
 
     # The final state's block stays in VMEM over all of a sequence: it is the carry too.
-    h = _walk(job, u_refs, codes_ref, lacking_refs, body, _load(final_refs), y_ref)
+    h = _walk(dims, u_refs, codes_ref, lacking_refs, body, _load(final_refs), y_ref)
     _store(final_refs, h)
 
 
-def _adjoint_kernel(*all_refs, job: _Job):
+def _adjoint_kernel(*all_refs, dims: _KernelShape):
     refs = list(all_refs)
-    dy_refs, a_refs, lacking_refs, readout_refs, dfinal_refs = (
+    dy_refs, a_refs, lacking_refs, output_projection_refs, dfinal_refs = (
         _take(refs, n) for n in (1, 2, 2, 2, 2)
     )
-    codes_ref = refs.pop(0) if job.segmented else None
+    codes_ref = refs.pop(0) if dims.segmented else None
     (du_ref,), dinitial_refs = _take(refs, 1), _take(refs, 2)
 
     @pl.when(sequence_begins())
     def _():
         _store(dinitial_refs, _load(dfinal_refs))
 
-    a, readout = _load(a_refs), _load(readout_refs)
+    a, output_projection = _load(a_refs), _load(output_projection_refs)
 
     def body(step, lacking, carry):
         (dy,), code = step
-        gradient, carry = tile.retreat(carry, dy, code, readout, a, lacking)
+        gradient, carry = tile.retreat(carry, dy, code, output_projection, a, lacking)
         return gradient[0], carry
 
-    carry = _walk(job, dy_refs, codes_ref, lacking_refs, body, _load(dinitial_refs), du_ref)
+    carry = _walk(dims, dy_refs, codes_ref, lacking_refs, body, _load(dinitial_refs), du_ref)
     _store(dinitial_refs, carry)
 
 
-def _gradient_kernel(*all_refs, job: _Job):
+def _gradient_kernel(*all_refs, dims: _KernelShape):
     """`sum_t dy_t h_t`, `sum_t dy_t p_t`, and `h`, `p` after the last step."""
     refs = list(all_refs)
     input_refs, a_refs, lacking_refs, initial_refs = (_take(refs, n) for n in (2, 2, 2, 2))
-    codes_ref = refs.pop(0) if job.segmented else None
+    codes_ref = refs.pop(0) if dims.segmented else None
     h_sum_refs, p_sum_refs, h_refs, p_refs = (_take(refs, 2) for _ in range(4))
 
     @pl.when(sequence_begins())
@@ -267,7 +267,7 @@ def _gradient_kernel(*all_refs, job: _Job):
         return None, (h, p, h_sum, add(p_sum, tuple(dy * x for x in p)))
 
     all_state = (h_refs, p_refs, h_sum_refs, p_sum_refs)
-    carry = _walk(job, input_refs, codes_ref, lacking_refs, body, tuple(map(_load, all_state)))
+    carry = _walk(dims, input_refs, codes_ref, lacking_refs, body, tuple(map(_load, all_state)))
     for state_refs, value in zip(all_state, carry, strict=True):
         _store(state_refs, value)
 
@@ -275,21 +275,23 @@ def _gradient_kernel(*all_refs, job: _Job):
 # The calls.
 
 
-def _job(config: Config, u, log_a, runs, *, reverse: bool) -> _Job:
+def _kernel_shape(config: Config, u, log_a, segment_index, *, reverse: bool) -> _KernelShape:
     batch, length, width = u.shape
     states = round_up(log_a.shape[1], SUBLANES)
     tiles = config.tiles or choose_tiles(length, states)
-    return _Job(batch, length, width, states, tiles, runs is not None, config.reverse, reverse)
+    return _KernelShape(
+        batch, length, width, states, tiles, segment_index is not None, config.reverse, reverse
+    )
 
 
-def _parameter_planes(job: _Job, x) -> Planes:
+def _parameter_planes(dims: _KernelShape, x) -> Planes:
     """`(H, N) -> (N, H)`, states that do not exist are 0."""
-    return split(jnp.pad(x.T, ((0, job.states - x.shape[1]), (0, 0))))
+    return split(jnp.pad(x.T, ((0, dims.states - x.shape[1]), (0, 0))))
 
 
-def _state_planes(job: _Job, x) -> Planes:
+def _state_planes(dims: _KernelShape, x) -> Planes:
     """`(B, H, N) -> (B, N, H)`."""
-    x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, job.states - x.shape[2]), (0, 0)))
+    x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, dims.states - x.shape[2]), (0, 0)))
     return split(x)
 
 
@@ -298,12 +300,14 @@ def _from_planes(x, states: int):
     return join(tuple(x))[:, :states].swapaxes(1, 2)
 
 
-def _call(kernel, job: _Job, name: str, rows, parameters, states, codes, outputs, flops: int):
+def _call(
+    kernel, dims: _KernelShape, name: str, rows, parameters, states, codes, outputs, flops: int
+):
     """Run `kernel`; of its outputs, `outputs` gives a dtype for rows, None for a state."""
     operands = [*rows, *parameters, *states, *codes]
-    in_specs = [_block(job)] * len(rows) + [_parameters(job)] * len(parameters)
-    in_specs += [_state(job)] * len(states) + [_codes_block(job)] * len(codes)
-    state_shape = (job.batch, job.states, job.width)
+    in_specs = [_block(dims)] * len(rows) + [_parameters(dims)] * len(parameters)
+    in_specs += [_state(dims)] * len(states) + [_codes_block(dims)] * len(codes)
+    state_shape = (dims.batch, dims.states, dims.width)
     out_shape = [
         compat.out_struct(rows[0].shape, dtype, *operands)
         if dtype is not None
@@ -311,63 +315,63 @@ def _call(kernel, job: _Job, name: str, rows, parameters, states, codes, outputs
         for dtype in outputs
     ]
     return compat.pallas_call(
-        functools.partial(kernel, job=job),
+        functools.partial(kernel, dims=dims),
         backend="tpu",
         name=name,
-        grid=job.grid,
+        grid=dims.grid,
         in_specs=in_specs,
-        out_specs=[_state(job) if dtype is None else _block(job) for dtype in outputs],
+        out_specs=[_state(dims) if dtype is None else _block(dims) for dtype in outputs],
         out_shape=out_shape,
         compiler_params=compat.tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        flops=flops * job.batch * job.length * job.width * job.states,
+        flops=flops * dims.batch * dims.length * dims.width * dims.states,
     )(*operands)
 
 
-def forward(config: Config, u, log_a, c, initial_state, runs, *, return_residuals: bool):
+def forward(config: Config, u, log_a, c, initial_state, segment_index, *, return_residuals: bool):
     """`((y, final_state), residuals)`; arguments as in `reference.diagonal_ssm`."""
-    job = _job(config, u, log_a, runs, reverse=config.reverse)
-    parameters = [p for x in (*powers.decay(log_a), 2 * c) for p in _parameter_planes(job, x)]
+    dims = _kernel_shape(config, u, log_a, segment_index, reverse=config.reverse)
+    parameters = [p for x in (*powers.decay(log_a), 2 * c) for p in _parameter_planes(dims, x)]
     y, *final = _call(
         _forward_kernel,
-        job,
+        dims,
         "diagonal_ssm_forward",
         [u],
         parameters,
-        _state_planes(job, initial_state),
-        step_code_operands(runs, reverse=config.reverse),
+        _state_planes(dims, initial_state),
+        step_code_operands(segment_index, reverse=config.reverse),
         [u.dtype, None, None],
         flops=12,
     )
     outputs = y, _from_planes(final, c.shape[1])
-    return outputs, (u, log_a, c, initial_state, runs) if return_residuals else None
+    return outputs, (u, log_a, c, initial_state, segment_index) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """`(du, dlog_a, dc, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
-    (u, log_a, c, initial_state, runs), (dy, dfinal_state) = residuals, cotangents
-    job = _job(config, u, log_a, runs, reverse=config.reverse)
-    codes = step_code_operands(runs, reverse=config.reverse)
-    decays = [p for x in powers.decay(log_a) for p in _parameter_planes(job, x)]
+    (u, log_a, c, initial_state, segment_index), (dy, dfinal_state) = residuals, cotangents
+    dims = _kernel_shape(config, u, log_a, segment_index, reverse=config.reverse)
+    codes = step_code_operands(segment_index, reverse=config.reverse)
+    decays = [p for x in powers.decay(log_a) for p in _parameter_planes(dims, x)]
     du, *dinitial = _call(
         _adjoint_kernel,
-        job._replace(reverse=not config.reverse),
+        dims._replace(reverse=not config.reverse),
         "diagonal_ssm_adjoint",
         [dy],
-        [*decays, *_parameter_planes(job, 2 * c)],
-        _state_planes(job, dfinal_state),
+        [*decays, *_parameter_planes(dims, 2 * c)],
+        _state_planes(dims, dfinal_state),
         codes,
         [u.dtype, None, None],
         flops=12,
     )
     sums = _call(
         _gradient_kernel,
-        job,
+        dims,
         "diagonal_ssm_gradient",
         [u, dy],
         decays,
-        _state_planes(job, initial_state),
+        _state_planes(dims, initial_state),
         codes,
         [None] * 8,
         flops=24,

@@ -19,45 +19,46 @@ def choose(length: int) -> str:
     return "scan" if length == 1 else "chunked"
 
 
-def forward(config: Config, u, log_a, c, initial_state, runs, *, return_residuals: bool):
+def forward(config: Config, u, log_a, c, initial_state, segment_index, *, return_residuals: bool):
     """`((y, final_state), None)`; JAX differentiates it, the methods have rules of their own."""
     method = config.method or choose(u.shape[1])
-    runs_there = runs
+    runs_there = segment_index
     if config.reverse:
-        u = flip(u, runs)
-        runs_there = None if runs is None else _flipped_runs(runs)
+        u = flip(u, segment_index)
+        runs_there = None if segment_index is None else _flipped_index(segment_index)
     run = {"fft": fft, "chunked": chunked, "scan": stepwise}[method].diagonal_ssm
     y, final_state = run(u, log_a, c, initial_state, runs_there)
-    return (flip(y, runs) if config.reverse else y, final_state), None
+    return (flip(y, segment_index) if config.reverse else y, final_state), None
 
 
 BACKEND = Backend(forward)
 
 
-def flip(x: jax.Array, runs: jax.Array | None) -> jax.Array:
+def flip(x: jax.Array, segment_index: jax.Array | None) -> jax.Array:
     """`x (B, L, H)` with each row's real tokens in the opposite order; its own inverse."""
-    return jnp.flip(x, 1) if runs is None else _flip_real(x, runs)
+    return jnp.flip(x, 1) if segment_index is None else _flip_real(x, segment_index)
 
 
-def _flip_index(runs):
-    length = runs.shape[1]
-    real = (runs != 0).sum(1, keepdims=True, dtype=jnp.int32)
+def _flip_index(segment_index):
+    length = segment_index.shape[1]
+    real = (segment_index != 0).sum(1, keepdims=True, dtype=jnp.int32)
     t = jnp.arange(length, dtype=jnp.int32)[None]
     return jnp.where(t < real, real - 1 - t, t)
 
 
 @jax.custom_vjp
-def _flip_real(x, runs):
-    return jnp.take_along_axis(x, _flip_index(runs)[..., None], axis=1)
+def _flip_real(x, segment_index):
+    return jnp.take_along_axis(x, _flip_index(segment_index)[..., None], axis=1)
 
 
 # By hand, because a gather's derivative is a scatter where this one is the same gather.
 _flip_real.defvjp(
-    lambda x, runs: (_flip_real(x, runs), runs), lambda runs, dx: (_flip_real(dx, runs), None)
+    lambda x, segment_index: (_flip_real(x, segment_index), segment_index),
+    lambda segment_index, dx: (_flip_real(dx, segment_index), None),
 )
 
 
-def _flipped_runs(runs):
+def _flipped_index(segment_index):
     """Run numbers of the flipped rows, again 1, 2, ..."""
-    flipped = jnp.take_along_axis(runs, _flip_index(runs), axis=1)
-    return jnp.where(flipped == 0, 0, runs.max(1, keepdims=True) + 1 - flipped)
+    flipped = jnp.take_along_axis(segment_index, _flip_index(segment_index), axis=1)
+    return jnp.where(flipped == 0, 0, segment_index.max(1, keepdims=True) + 1 - flipped)

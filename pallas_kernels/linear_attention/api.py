@@ -13,10 +13,10 @@ from pallas_kernels.matrix_state.config import Config, row_decay, validate_argum
 from pallas_kernels.matrix_state.decode import one_token
 
 
-def _summary(run, config: Config, q, k, v, log_decay, initial_state, runs):
+def _summary(run, config: Config, q, k, v, log_decay, initial_state, segment_index):
     """`(decay, state)`, `(B, H, K or 1, 1)` and `(B, H, K, V)`; see `backend.summarize`."""
-    _, state = run(config, q, k, v, log_decay, initial_state, runs)
-    return row_decay(log_decay, runs, state), state
+    _, state = run(config, q, k, v, log_decay, initial_state, segment_index)
+    return row_decay(log_decay, segment_index, state), state
 
 
 _OP = "linear_attention"
@@ -93,11 +93,11 @@ def linear_attention(
             log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[3], value_size), state_dtype)
-    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     o, final_state = call_op(
         OP,
         Config(float(q.shape[3] ** -0.5 if scale is None else scale)),
-        *(q, k, v, log_decay, initial_state, runs),
+        *(q, k, v, log_decay, initial_state, segment_index),
         length=length,
         implementation=implementation,
     )

@@ -58,21 +58,23 @@ def _call(kernel, dims: KernelShape, name: str, *args, **options) -> dict[str, A
     return matrix_gpu.call(kernel, dims, name, *args, **options, flops=flops)
 
 
-def _kernel_shape(config: Config, q, v, log_decay, runs) -> KernelShape:
+def _kernel_shape(config: Config, q, v, log_decay, segment_index) -> KernelShape:
     def tiles(dims):
         return choose_tiles(KernelShape(*dims))
 
-    return KernelShape(*matrix_gpu.kernel_shape(config, q, v, log_decay, runs, tiles))
+    return KernelShape(*matrix_gpu.kernel_shape(config, q, v, log_decay, segment_index, tiles))
 
 
-def _operands(dims: KernelShape, q, k, v, log_decay, runs) -> dict[str, Any]:
-    return {"q": q, "k": k, "v": v, "g": log_decay, **matrix_gpu.run_operands(dims, runs)}
+def _operands(dims: KernelShape, q, k, v, log_decay, segment_index) -> dict[str, Any]:
+    return {"q": q, "k": k, "v": v, "g": log_decay, **matrix_gpu.run_operands(dims, segment_index)}
 
 
-def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_residuals: bool):
+def forward(
+    config: Config, q, k, v, log_decay, initial_state, segment_index, *, return_residuals: bool
+):
     """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
-    dims = _kernel_shape(config, q, v, log_decay, runs)
-    operands = _operands(dims, q, k, v, log_decay, runs)
+    dims = _kernel_shape(config, q, v, log_decay, segment_index)
+    operands = _operands(dims, q, k, v, log_decay, segment_index)
     initial = initial_state.swapaxes(2, 3)
     passed = _call(
         gpu_kernels.chunk_fwd_h,
@@ -95,15 +97,15 @@ def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_r
         warps=dims.tiles.warps,
     )
     outputs = read["o"], passed["final"].swapaxes(2, 3)
-    return outputs, (q, k, v, log_decay, runs, states) if return_residuals else None
+    return outputs, (q, k, v, log_decay, segment_index, states) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """The gradients of all arguments."""
-    q, k, v, log_decay, runs, states = residuals
+    q, k, v, log_decay, segment_index, states = residuals
     do, dfinal = cotangents
-    dims = _kernel_shape(config, q, v, log_decay, runs)
-    operands = _operands(dims, q, k, v, log_decay, runs) | {"do": do}
+    dims = _kernel_shape(config, q, v, log_decay, segment_index)
+    operands = _operands(dims, q, k, v, log_decay, segment_index) | {"do": do}
     dfinal = dfinal.swapaxes(2, 3)
     passed = _call(
         gpu_kernels.chunk_bwd_dh,

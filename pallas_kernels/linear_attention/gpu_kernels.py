@@ -156,9 +156,9 @@ def chunk_bwd_dh(dims: KernelShape, refs):
 def _live(at: _Head, tokens: Span, keys: Span | None) -> jax.Array:
     """Log decays ready to be summed."""
     g = jnp.maximum(at.log_decay(tokens, keys), decay_sums.MIN_LOG_DECAY)
-    if "runs" not in at.row.refs:
+    if "segment_index" not in at.row.refs:
         return g
-    return tile.zero_where_not((at.row.load("runs", tokens) > 0)[:, None], g)
+    return tile.zero_where_not((at.row.load("segment_index", tokens) > 0)[:, None], g)
 
 
 def _chunk_decay(at: _Head, n, keys: Span) -> jax.Array:

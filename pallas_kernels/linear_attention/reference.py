@@ -12,7 +12,7 @@ from pallas_kernels.matrix_state.config import Config
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
+def linear_attention(config: Config, q, k, v, log_decay, initial_state, segment_index):
     """`S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T`, `o_t = scale * S_t^T q_t`.
 
     Args:
@@ -20,7 +20,7 @@ def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
       q, k: `(B, L, G, K)`; v: `(B, L, H, V)`.
       log_decay: None, `(B, L, H)` or `(B, L, H, K)`.
       initial_state: `(B, H, K, V)`, in the dtype that is computed in.
-      runs: `(B, L)` int32 or None.
+      segment_index: `(B, L)` int32 or None.
     """
     dtype, heads = initial_state.dtype, v.shape[2]
     group = heads // q.shape[2]
@@ -28,7 +28,7 @@ def linear_attention(config: Config, q, k, v, log_decay, initial_state, runs):
     if log_decay is not None:
         log_decay = log_decay.astype(dtype)
         log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
-    codes = None if runs is None else segments.step_codes(runs)
+    codes = None if segment_index is None else segments.step_codes(segment_index)
 
     def step(state, token):
         q, k, v, g, code = token

@@ -30,11 +30,11 @@ class _Rows(NamedTuple):
     k: Any
     v: Any  # (N, C, G, R, V), R heads a group
     g: Any  # (N, C, G, R, 1 or K)
-    runs: Any  # (N, C)
+    segment_index: Any  # (N, C)
     entering_run: Any  # (N,)
 
 
-def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
+def _cut(config: Config, q, k, v, log_decay, segment_index) -> _Rows:
     """Chunks of the arguments, padded with tokens that change nothing."""
     length = v.shape[1]
     vector_decay = log_decay is not None and log_decay.ndim == 4
@@ -54,12 +54,12 @@ def _cut(config: Config, q, k, v, log_decay, runs) -> _Rows:
     if log_decay is not None:
         width = 1 if log_decay.ndim == 3 else log_decay.shape[3]
         g = cut(log_decay.astype(wide), *heads, width)
-    if runs is not None:
-        runs = jnp.pad(runs, ((0, 0), (0, padding)))
-        entering = masks.entering_runs(runs, size).reshape(-1)
-        runs = runs.reshape(-1, size)
+    if segment_index is not None:
+        segment_index = jnp.pad(segment_index, ((0, 0), (0, padding)))
+        entering = masks.entering_index(segment_index, size).reshape(-1)
+        segment_index = segment_index.reshape(-1, size)
     q, k = (cut(x, *x.shape[2:]) for x in (q, k))
-    return _Rows(q, k, cut(v, *heads, v.shape[3]), g, runs, entering)
+    return _Rows(q, k, cut(v, *heads, v.shape[3]), g, segment_index, entering)
 
 
 def _uncut(x, like):
@@ -70,10 +70,10 @@ def _uncut(x, like):
 
 def _documents(rows: _Rows) -> masks.SegmentMasks | None:
     """The masks of one chunk."""
-    if rows.runs is None:
+    if rows.segment_index is None:
         return None
     run = rows.entering_run[None, None]
-    return masks.segment_masks(rows.runs[:, None], rows.runs[None], run)
+    return masks.segment_masks(rows.segment_index[:, None], rows.segment_index[None], run)
 
 
 def _each(fn, rows: _Rows, *more):
@@ -202,22 +202,24 @@ def _chain(first, chunk_decay, carried, added, *, reverse: bool):
     return jnp.moveaxis(near, 0, 1).reshape(-1, *near.shape[2:]), last
 
 
-def forward(config: Config, q, k, v, log_decay, initial_state, runs, *, return_residuals: bool):
+def forward(
+    config: Config, q, k, v, log_decay, initial_state, segment_index, *, return_residuals: bool
+):
     """`((o, final_state), residuals)`: the arguments and the state that enters every chunk."""
-    rows = _cut(config, q, k, v, log_decay, runs)
+    rows = _cut(config, q, k, v, log_decay, segment_index)
     grouped = (v.shape[0], *rows.v.shape[2:4], *initial_state.shape[2:])
     first = initial_state.reshape(grouped).swapaxes(-1, -2)
     states, last = _chain(first, *_each(_state_maps, rows), reverse=False)
     o = _each(functools.partial(_output, config), rows, states)
     outputs = _uncut(o, v), last.swapaxes(-1, -2).reshape(initial_state.shape)
-    return outputs, (q, k, v, log_decay, runs, states) if return_residuals else None
+    return outputs, (q, k, v, log_decay, segment_index, states) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """Gradients of `forward`'s arrays, in its order, from those of `(o, final_state)`."""
-    q, k, v, log_decay, runs, states = residuals
+    q, k, v, log_decay, segment_index, states = residuals
     do, dfinal = cotangents
-    rows = _cut(config, q, k, v, log_decay, runs)
+    rows = _cut(config, q, k, v, log_decay, segment_index)
     do = _cut(config, q, k, do, log_decay, None).v
     grouped = (v.shape[0], *rows.v.shape[2:4], *dfinal.shape[2:])
     last = dfinal.reshape(grouped).swapaxes(-1, -2)

@@ -68,11 +68,11 @@ def linear_scan(
     state_dtype = _validate(a, b, initial_state, segment_ids)
     if initial_state is None:
         initial_state = jnp.zeros((b.shape[0], b.shape[2]), state_dtype)
-    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     h, final_state = call_op(
         OP,
         Config(reverse),
-        *(a, b, initial_state, runs),
+        *(a, b, initial_state, segment_index),
         length=b.shape[1],
         implementation=implementation,
     )

@@ -40,7 +40,7 @@ def choose_tiles(batch: int, length: int, width: int) -> Tiles:
     return Tiles(steps, strip, min(8, pl.next_power_of_2(steps)))
 
 
-class _Job(NamedTuple):
+class _KernelShape(NamedTuple):
     """What is static about one kernel."""
 
     batch: int
@@ -95,10 +95,10 @@ class _Strip(NamedTuple):
             )
 
 
-def _strip(job: _Job, row_axis: int = 1) -> _Strip:
-    start = pl.program_id(row_axis + 1) * job.tiles.width
-    valid = start + jnp.arange(job.tiles.width) < job.width
-    return _Strip(pl.program_id(row_axis), pl.ds(start, job.tiles.width), valid)
+def _strip(dims: _KernelShape, row_axis: int = 1) -> _Strip:
+    start = pl.program_id(row_axis + 1) * dims.tiles.width
+    valid = start + jnp.arange(dims.tiles.width) < dims.width
+    return _Strip(pl.program_id(row_axis), pl.ds(start, dims.tiles.width), valid)
 
 
 class _Step(NamedTuple):
@@ -109,33 +109,33 @@ class _Step(NamedTuple):
     code: jax.Array | None
 
 
-def _walk(job: _Job, strip: _Strip, codes_ref, body, carry):
+def _walk(dims: _KernelShape, strip: _Strip, codes_ref, body, carry):
     """`body(step, carry)` over the chunk in the direction of travel, some steps unrolled."""
     chunk = pl.program_id(0)
 
     def group(i, carry):
-        for j in range(job.tiles.unroll):
-            place = i * job.tiles.unroll + j
-            place = job.groups * job.tiles.unroll - 1 - place if job.reverse else place
-            t = chunk * job.tiles.steps + place
+        for j in range(dims.tiles.unroll):
+            place = i * dims.tiles.unroll + j
+            place = dims.groups * dims.tiles.unroll - 1 - place if dims.reverse else place
+            t = chunk * dims.tiles.steps + place
             live: jax.Array | bool = True
             code, mask, other = None, None, None
-            if job.guarded:
-                live = mask = (place < job.tiles.steps) & (t < job.length)
-                code = jnp.where(live, jnp.int32(segments.KEEP), jnp.int32(segments.SKIP))
+            if dims.guarded:
+                live = mask = (place < dims.tiles.steps) & (t < dims.length)
+                code = jnp.where(live, jnp.int32(segments.CONTINUE), jnp.int32(segments.SKIP))
                 other = segments.SKIP
-            if job.segmented:
+            if dims.segmented:
                 code = compat.triton.load(codes_ref.at[strip.row, t], mask=mask, other=other)
             carry = body(_Step(t, live, code), carry)
         return carry
 
-    return jax.lax.fori_loop(0, job.groups, group, carry)
+    return jax.lax.fori_loop(0, dims.groups, group, carry)
 
 
-def _decay(job: _Job, strip: _Strip, a_refs, step: _Step) -> Planes:
+def _decay(dims: _KernelShape, strip: _Strip, a_refs, step: _Step) -> Planes:
     """`a_t`, `(width,)`."""
-    index = () if job.constant else (strip.row, step.t)
-    return strip.load(a_refs, index, True if job.constant else step.live)
+    index = () if dims.constant else (strip.row, step.t)
+    return strip.load(a_refs, index, True if dims.constant else step.live)
 
 
 # The kernels: maths on values between a load and a store.
@@ -151,20 +151,20 @@ def _split_refs(refs, planes: int, groups: int, *, segmented: bool):
     return inputs, codes, outputs
 
 
-def _zeros(job: _Job) -> Planes:
-    return (jnp.zeros((job.tiles.width,), jnp.float32),) * job.planes
+def _zeros(dims: _KernelShape) -> Planes:
+    return (jnp.zeros((dims.tiles.width,), jnp.float32),) * dims.planes
 
 
-def _reduce_kernel(*refs, job: _Job, backward: bool):
+def _reduce_kernel(*refs, dims: _KernelShape, backward: bool):
     """The map of each chunk: `decay, flow (B, C, D)`."""
     (a_refs, x_refs), codes_ref, (decay_refs, flow_refs) = _split_refs(
-        refs, job.planes, 2, segmented=job.segmented
+        refs, dims.planes, 2, segmented=dims.segmented
     )
-    strip = _strip(job)
+    strip = _strip(dims)
 
     def body(step, carry):
         decay, flow = carry
-        a = _decay(job, strip, a_refs, step)
+        a = _decay(dims, strip, a_refs, step)
         x = strip.load(x_refs, (strip.row, step.t), step.live)
         if backward:
             _, flow = tile.retreat(flow, a, x, step.code)
@@ -172,98 +172,100 @@ def _reduce_kernel(*refs, job: _Job, backward: bool):
             flow = tile.advance(flow, a, x, step.code)
         return tile.compose(decay, a, step.code), flow
 
-    zero = _zeros(job)
-    decay, flow = _walk(job, strip, codes_ref, body, (planes.ones_like(zero), zero))
+    zero = _zeros(dims)
+    decay, flow = _walk(dims, strip, codes_ref, body, (planes.ones_like(zero), zero))
     chunk = (strip.row, pl.program_id(0))
     strip.store(decay_refs, chunk, decay)
     strip.store(flow_refs, chunk, flow)
 
 
-def _chain_kernel(*refs, job: _Job):
+def _chain_kernel(*refs, dims: _KernelShape):
     """The state that enters each chunk `(B, C, D)` and the one that leaves the last `(B, D)`."""
     (decay_refs, flow_refs, first_refs), _, (entering_refs, last_refs) = _split_refs(
-        refs, job.planes, 3, segmented=False
+        refs, dims.planes, 3, segmented=False
     )
-    strip = _strip(job, row_axis=0)
+    strip = _strip(dims, row_axis=0)
 
     def body(i, h):
-        chunk = (strip.row, job.chunks - 1 - i if job.reverse else i)
+        chunk = (strip.row, dims.chunks - 1 - i if dims.reverse else i)
         strip.store(entering_refs, chunk, h)
         decay, flow = strip.load(decay_refs, chunk), strip.load(flow_refs, chunk)
         return tile.apply(decay, flow, h, segmented=True)
 
     h = strip.load(first_refs, (strip.row,))
-    h = jax.lax.fori_loop(0, job.chunks, body, h)
+    h = jax.lax.fori_loop(0, dims.chunks, body, h)
     strip.store(last_refs, (strip.row,), h)
 
 
-def _forward_kernel(*refs, job: _Job):
+def _forward_kernel(*refs, dims: _KernelShape):
     (a_refs, b_refs, entering_refs), codes_ref, (h_refs, leaving_refs) = _split_refs(
-        refs, job.planes, 3, segmented=job.segmented
+        refs, dims.planes, 3, segmented=dims.segmented
     )
-    strip = _strip(job)
+    strip = _strip(dims)
     chunk = (strip.row, pl.program_id(0))
 
     def body(step, h):
-        a = _decay(job, strip, a_refs, step)
+        a = _decay(dims, strip, a_refs, step)
         b = strip.load(b_refs, (strip.row, step.t), step.live)
         h = tile.advance(h, a, b, step.code)
         visible = h
-        if job.segmented:
+        if dims.segmented:
             visible = planes.where(step.code == segments.SKIP, planes.zeros_like(h), h)
         strip.store(h_refs, (strip.row, step.t), visible, step.live)
         return h
 
-    h = _walk(job, strip, codes_ref, body, strip.load(entering_refs, chunk))
+    h = _walk(dims, strip, codes_ref, body, strip.load(entering_refs, chunk))
     strip.store(leaving_refs, chunk, h)
 
 
-def _backward_kernel(*refs, job: _Job):
+def _backward_kernel(*refs, dims: _KernelShape):
     (a_refs, h_refs, initial_refs, dh_refs, entering_refs), codes_ref, outputs = _split_refs(
-        refs, job.planes, 5, segmented=job.segmented
+        refs, dims.planes, 5, segmented=dims.segmented
     )
     da_refs, db_refs, leaving_refs = outputs
-    strip = _strip(job)
+    strip = _strip(dims)
     chunk = (strip.row, pl.program_id(0))
     initial = strip.load(initial_refs, (strip.row,))
 
     def body(step, carry):
         c, da_sum = carry
-        a = _decay(job, strip, a_refs, step)
+        a = _decay(dims, strip, a_refs, step)
         dh = strip.load(dh_refs, (strip.row, step.t), step.live)
         # This kernel travels against the forward pass: the state before is one step ahead.
-        before = step.t - 1 if job.reverse else step.t + 1
-        exists = (before >= 0) & (before < job.length)
+        before = step.t - 1 if dims.reverse else step.t + 1
+        exists = (before >= 0) & (before < dims.length)
         h_before = strip.load(h_refs, (strip.row, before), step.live & exists)
         h_before = planes.where(exists, h_before, initial)
         h_before = tile.state_before(h_before, initial, step.code)
         gradient, c = tile.retreat(c, a, dh, step.code)
         da = tile.decay_gradient(gradient, h_before, step.code)
         strip.store(db_refs, (strip.row, step.t), gradient, step.live)
-        if job.constant:
+        if dims.constant:
             da_sum = planes.add(da_sum, da)
         else:
             strip.store(da_refs, (strip.row, step.t), da, step.live)
         return c, da_sum
 
-    carry = strip.load(entering_refs, chunk), _zeros(job) if job.constant else ()
-    c, da_sum = _walk(job, strip, codes_ref, body, carry)
+    carry = strip.load(entering_refs, chunk), _zeros(dims) if dims.constant else ()
+    c, da_sum = _walk(dims, strip, codes_ref, body, carry)
     strip.store(leaving_refs, chunk, c)
-    if job.constant:
+    if dims.constant:
         strip.store(da_refs, chunk, da_sum)
 
 
 # The calls.
 
 
-def _job(a, b, runs, tiles: Tiles | None, *, reverse: bool) -> _Job:
+def _kernel_shape(a, b, segment_index, tiles: Tiles | None, *, reverse: bool) -> _KernelShape:
     batch, length, width = b.shape
     planes = 2 if jnp.iscomplexobj(b) else 1
     tiles = tiles or choose_tiles(batch, length, width)
-    return _Job(batch, length, width, planes, tiles, a.ndim == 1, runs is not None, reverse)
+    return _KernelShape(
+        batch, length, width, planes, tiles, a.ndim == 1, segment_index is not None, reverse
+    )
 
 
-def _call(kernel, job: _Job, name: str, grid, operands, outputs, flops: int):
+def _call(kernel, dims: _KernelShape, name: str, grid, operands, outputs, flops: int):
     """Run `kernel`; `outputs` are `(shape, dtype)` pairs, each made once a plane."""
     structs = [compat.out_struct(*output, *operands) for output in outputs]
     out = compat.pallas_call(
@@ -271,84 +273,92 @@ def _call(kernel, job: _Job, name: str, grid, operands, outputs, flops: int):
         backend="gpu",
         name=name,
         grid=grid,
-        out_shape=[struct for struct in structs for _ in range(job.planes)],
+        out_shape=[struct for struct in structs for _ in range(dims.planes)],
         compiler_params=compat.triton.CompilerParams(
-            num_warps=max(1, job.tiles.width // 32), num_stages=1
+            num_warps=max(1, dims.tiles.width // 32), num_stages=1
         ),
-        flops=flops * job.batch * job.length * job.width * job.planes**2,
+        flops=flops * dims.batch * dims.length * dims.width * dims.planes**2,
     )(*operands)
-    return [tuple(out[i : i + job.planes]) for i in range(0, len(out), job.planes)]
+    return [tuple(out[i : i + dims.planes]) for i in range(0, len(out), dims.planes)]
 
 
-def _entering(job: _Job, a: Planes, x: Planes, first: Planes, codes, *, backward: bool):
+def _entering(dims: _KernelShape, a: Planes, x: Planes, first: Planes, codes, *, backward: bool):
     """The state that enters each chunk, `(B, C, D)`, and what leaves the last if that is known."""
-    if job.chunks == 1:
+    if dims.chunks == 1:
         return tuple(p[:, None] for p in first), None
-    per_chunk = ((job.batch, job.chunks, job.width), jnp.float32)
+    per_chunk = ((dims.batch, dims.chunks, dims.width), jnp.float32)
     decay, flow = _call(
-        functools.partial(_reduce_kernel, job=job, backward=backward),
-        job,
+        functools.partial(_reduce_kernel, dims=dims, backward=backward),
+        dims,
         "linear_scan_reduce",
-        job.grid,
+        dims.grid,
         [*a, *x, *codes],
         [per_chunk, per_chunk],
         flops=4,
     )
     return _call(
-        functools.partial(_chain_kernel, job=job),
-        job,
+        functools.partial(_chain_kernel, dims=dims),
+        dims,
         "linear_scan_chain",
-        job.grid[1:],
+        dims.grid[1:],
         [*decay, *flow, *first],
-        [per_chunk, ((job.batch, job.width), jnp.float32)],
+        [per_chunk, ((dims.batch, dims.width), jnp.float32)],
         flops=0,
     )
 
 
-def _codes(runs, *, reverse: bool) -> list[jax.Array]:
-    return [] if runs is None else [segments.step_codes(runs, reverse=reverse)]
+def _codes(segment_index, *, reverse: bool) -> list[jax.Array]:
+    return [] if segment_index is None else [segments.step_codes(segment_index, reverse=reverse)]
 
 
-def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool):
+def forward(config: Config, a, b, initial_state, segment_index, *, return_residuals: bool):
     """`(h, final_state)`, and what `backward` reads; arguments as in `reference.forward`."""
     reverse = config.reverse
-    job = _job(a, b, runs, config.tiles, reverse=reverse)
-    a_planes, b_planes, codes = planes.split(a), planes.split(b), _codes(runs, reverse=reverse)
+    dims = _kernel_shape(a, b, segment_index, config.tiles, reverse=reverse)
+    a_planes, b_planes, codes = (
+        planes.split(a),
+        planes.split(b),
+        _codes(segment_index, reverse=reverse),
+    )
     entering, final_state = _entering(
-        job, a_planes, b_planes, planes.split(initial_state), codes, backward=False
+        dims, a_planes, b_planes, planes.split(initial_state), codes, backward=False
     )
     h_planes, leaving = _call(
-        functools.partial(_forward_kernel, job=job),
-        job,
+        functools.partial(_forward_kernel, dims=dims),
+        dims,
         "linear_scan_forward",
-        job.grid,
+        dims.grid,
         [*a_planes, *b_planes, *entering, *codes],
-        [(b.shape, b_planes[0].dtype), ((job.batch, job.chunks, job.width), jnp.float32)],
+        [(b.shape, b_planes[0].dtype), ((dims.batch, dims.chunks, dims.width), jnp.float32)],
         flops=2,
     )
     final_state = final_state or tuple(p[:, 0] for p in leaving)
     h, final_state = planes.join(h_planes), planes.join(final_state)
-    return (h, final_state), (a, h, initial_state, runs) if return_residuals else None
+    return (h, final_state), (a, h, initial_state, segment_index) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """`(da, db, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
-    (a, h, initial_state, runs), (dh, dfinal_state), reverse = residuals, cotangents, config.reverse
-    job = _job(a, h, runs, config.tiles, reverse=not reverse)
-    a_planes, h_planes, dh_planes = planes.split(a), planes.split(h), planes.split(dh)
-    codes = _codes(runs, reverse=reverse)
-    entering, dinitial = _entering(
-        job, a_planes, dh_planes, planes.split(dfinal_state), codes, backward=True
+    (a, h, initial_state, segment_index), (dh, dfinal_state), reverse = (
+        residuals,
+        cotangents,
+        config.reverse,
     )
-    per_chunk = ((job.batch, job.chunks, job.width), jnp.float32)
+    dims = _kernel_shape(a, h, segment_index, config.tiles, reverse=not reverse)
+    a_planes, h_planes, dh_planes = planes.split(a), planes.split(h), planes.split(dh)
+    codes = _codes(segment_index, reverse=reverse)
+    entering, dinitial = _entering(
+        dims, a_planes, dh_planes, planes.split(dfinal_state), codes, backward=True
+    )
+    per_chunk = ((dims.batch, dims.chunks, dims.width), jnp.float32)
     da, db, leaving = _call(
-        functools.partial(_backward_kernel, job=job),
-        job,
+        functools.partial(_backward_kernel, dims=dims),
+        dims,
         "linear_scan_backward",
-        job.grid,
+        dims.grid,
         [*a_planes, *h_planes, *planes.split(initial_state), *dh_planes, *entering, *codes],
         [
-            per_chunk if job.constant else (a.shape, a_planes[0].dtype),
+            per_chunk if dims.constant else (a.shape, a_planes[0].dtype),
             (h.shape, h_planes[0].dtype),
             per_chunk,
         ],
@@ -356,12 +366,12 @@ def backward(config: Config, residuals, cotangents):
     )
     dinitial = dinitial or tuple(p[:, 0] for p in leaving)
     da = planes.join(da)
-    if job.constant:
+    if dims.constant:
         da = da.sum((0, 1)).astype(a.dtype)
     return da, planes.join(db), planes.join(dinitial), None
 
 
-def unsupported(config: Config, a, b, initial_state, runs) -> str | None:
+def unsupported(config: Config, a, b, initial_state, segment_index) -> str | None:
     """Why the kernels cannot serve these arrays."""
     return no_wide_numbers(b) or beyond_addresses(b.shape[0], lambda: b.size)
 

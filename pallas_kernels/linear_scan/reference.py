@@ -10,7 +10,7 @@ from pallas_kernels.common.backend import Backend
 from pallas_kernels.linear_scan.tile import Config
 
 
-def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool = False):
+def forward(config: Config, a, b, initial_state, segment_index, *, return_residuals: bool = False):
     """`h_t = a_t * h_{t-1} + b_t`, by `jax.lax.scan` over tokens; see `api.linear_scan`.
 
     Differentiable by JAX itself, any number of times and in forward mode.
@@ -20,7 +20,7 @@ def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool
       a: `(B, L, D)` or `(D,)`.
       b: `(B, L, D)`.
       initial_state: `(B, D)` in the state's dtype.
-      runs: `(B, L)` int32 or None.
+      segment_index: `(B, L)` int32 or None.
 
     Returns:
       `(h (B, L, D), final_state (B, D))` and no residuals.
@@ -29,8 +29,8 @@ def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool
     batch, length, width = b.shape
     a = jnp.broadcast_to(a.astype(initial_state.dtype), (batch, length, width))
     codes = compat.match_vma(jnp.zeros((batch, length), jnp.int32), b)[0]
-    if runs is not None:
-        codes = segments.step_codes(runs, reverse=reverse)
+    if segment_index is not None:
+        codes = segments.step_codes(segment_index, reverse=reverse)
 
     def step(h, token):
         a_t, b_t, code = token

@@ -97,11 +97,11 @@ def row_decay(a: jax.Array, codes: jax.Array | None, length: int) -> jax.Array:
     return jnp.prod(a, axis=1)
 
 
-def summary(run, config: Config, a, b, initial_state, runs):
+def summary(run, config: Config, a, b, initial_state, segment_index):
     """`(decay, state)`, each `(B, D)`; see `backend.summarize`."""
-    codes = None if runs is None else step_codes(runs, reverse=config.reverse)
+    codes = None if segment_index is None else step_codes(segment_index, reverse=config.reverse)
     decay = row_decay(a.astype(initial_state.dtype), codes, b.shape[1])
-    _, state = run(config, a, b, initial_state, runs)
+    _, state = run(config, a, b, initial_state, segment_index)
     return jnp.broadcast_to(decay, state.shape), state
 
 

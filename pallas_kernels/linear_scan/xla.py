@@ -64,13 +64,13 @@ def _chunks(length: int, *, reverse: bool) -> _Chunks:
     return _Chunks(count, size, count * size - length, reverse)
 
 
-def _codes(runs, length: int, chunks: _Chunks, *, reverse: bool):
+def _codes(segment_index, length: int, chunks: _Chunks, *, reverse: bool):
     """Step codes cut into chunks, `(B, C, T, 1)`, or None where every step is a plain one."""
-    if runs is None and not chunks.padding:
+    if segment_index is None and not chunks.padding:
         return None
-    if runs is None:
-        runs = jnp.ones((1, length), jnp.int32)
-    codes = segments.step_codes(runs, reverse=reverse)
+    if segment_index is None:
+        segment_index = jnp.ones((1, length), jnp.int32)
+    codes = segments.step_codes(segment_index, reverse=reverse)
     codes = jnp.pad(codes, ((0, 0), (0, chunks.padding)), constant_values=segments.SKIP)
     return codes.reshape(codes.shape[0], chunks.count, chunks.size, 1)
 
@@ -135,13 +135,13 @@ def _entering(decay, flow, initial, *, reverse: bool):
     return jnp.moveaxis(entering, 0, 1), final
 
 
-def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool):
+def forward(config: Config, a, b, initial_state, segment_index, *, return_residuals: bool):
     """`(h, final_state)`, and what `backward` reads; arguments as in `reference.forward`."""
     batch, length, width = b.shape
     reverse, uncut_a = config.reverse, a
     chunks = _chunks(length, reverse=reverse)
     dtype = initial_state.dtype
-    codes = _codes(runs, length, chunks, reverse=reverse)
+    codes = _codes(segment_index, length, chunks, reverse=reverse)
     b = chunks.cut(b)
     a = _cut_decay(a, chunks)
     shape = (batch, chunks.count, width)
@@ -160,16 +160,25 @@ def forward(config: Config, a, b, initial_state, runs, *, return_residuals: bool
 
     _, h = _loop(chunks, write, (entering, _full(0, b.shape, b.dtype, b)))
     h = chunks.uncut(h)
-    return (h, final_state), (uncut_a, h, initial_state, runs) if return_residuals else None
+    return (h, final_state), (
+        uncut_a,
+        h,
+        initial_state,
+        segment_index,
+    ) if return_residuals else None
 
 
 def backward(config: Config, residuals, cotangents):
     """`(da, db, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
-    (a, h, initial_state, runs), (dh, dfinal_state), reverse = residuals, cotangents, config.reverse
+    (a, h, initial_state, segment_index), (dh, dfinal_state), reverse = (
+        residuals,
+        cotangents,
+        config.reverse,
+    )
     batch, length, width = h.shape
     chunks = _chunks(length, reverse=not reverse)
     dtype = initial_state.dtype
-    codes = _codes(runs, length, chunks, reverse=reverse)
+    codes = _codes(segment_index, length, chunks, reverse=reverse)
     h, dh = chunks.cut(h), chunks.cut(dh)
     constant = a.ndim == 1
     a_cut = _cut_decay(a, chunks)
@@ -211,14 +220,14 @@ def backward(config: Config, residuals, cotangents):
     return da.astype(a.dtype), chunks.uncut(db), dinitial_state, None
 
 
-def one_token(config: Config, a, b, initial_state, runs):
+def one_token(config: Config, a, b, initial_state, segment_index):
     """A decoding step: no loops; JAX differentiates it."""
     dtype = initial_state.dtype
     a = jnp.broadcast_to(a, b.shape)[:, 0].astype(dtype)
     h = a * initial_state + b[:, 0].astype(dtype)
-    if runs is None:
+    if segment_index is None:
         return h[:, None].astype(b.dtype), h
-    padding = runs == 0
+    padding = segment_index == 0
     visible = jnp.where(padding, jnp.zeros_like(h), h)
     return visible[:, None].astype(b.dtype), jnp.where(padding, initial_state, h)
 

@@ -18,19 +18,19 @@ class Shape(programs.Shape):
 
     Attributes:
       batch, length, width: B, L, H of `u (B, L, H)`.
-      taps: Lk, also Lr; None is L.
+      kernel_size: Lk, also Lr; None is L.
       two_sided: there is a `kernel_reverse`.
       dtype: "float32" or "bfloat16", of `u`; filters are float32.
     """
 
     width: int
-    taps: int | None = None
+    kernel_size: int | None = None
     two_sided: bool = False
     dtype: str = "float32"
 
     def operands(self) -> dict[str, Struct]:
         """`u (B, L, H)`, `kernel (H, Lk)` and, if two-sided, `kernel_reverse (H, Lk)`."""
-        kernel = Struct((self.width, self.taps or self.length), jnp.float32)
+        kernel = Struct((self.width, self.kernel_size or self.length), jnp.float32)
         operands = {"u": Struct((self.batch, self.length, self.width), self.dtype)}
         operands["kernel"] = kernel
         if self.two_sided:
@@ -53,8 +53,8 @@ SHAPES: dict[str, Shape] = {
         Shape("sgconv-text", f"{_SGCONV}, Text", 16, 4096, 256),
         Shape("hyena-153m", _HYENA, 4, 2048, 864, dtype="bfloat16"),
         Shape("hyena-64k", _HYENA, 1, 65536, 864, dtype="bfloat16"),
-        Shape("odd", _ODD, 3, 1000, 60, taps=333, two_sided=True),
-        Shape("short", _ODD, 2, 15, 130, taps=40),
+        Shape("odd", _ODD, 3, 1000, 60, kernel_size=333, two_sided=True),
+        Shape("short", _ODD, 2, 15, 130, kernel_size=40),
     )
 }
 

@@ -34,9 +34,9 @@ class Transform(NamedTuple):
     total: Callable[[Any], Any]
 
 
-def needed(length: int, taps: int, taps_reverse: int) -> int:
+def needed(length: int, kernel_size: int, kernel_size_reverse: int) -> int:
     """The shortest circle in which L tokens and a filter do not meet from behind."""
-    return length + max(taps - 1, taps_reverse)
+    return length + max(kernel_size - 1, kernel_size_reverse)
 
 
 def convolution(plan: Callable[[int, Any], Transform]) -> Callable[..., jax.Array]:
@@ -51,13 +51,15 @@ def convolution(plan: Callable[[int, Any], Transform]) -> Callable[..., jax.Arra
 
     def forward(u, kernel, kernel_reverse):
         length, dtype = u.shape[1], wide(u.dtype)
-        taps = min(kernel.shape[1], length)
-        taps_reverse = 0 if kernel_reverse is None else min(kernel_reverse.shape[1], length - 1)
-        transform = plan(needed(length, taps, taps_reverse), u.dtype)
-        circle = kernel[:, :taps].astype(dtype)
-        if taps_reverse:
-            gap = transform.size - taps - taps_reverse
-            back = jnp.flip(kernel_reverse[:, :taps_reverse].astype(dtype), 1)
+        kernel_size = min(kernel.shape[1], length)
+        kernel_size_reverse = (
+            0 if kernel_reverse is None else min(kernel_reverse.shape[1], length - 1)
+        )
+        transform = plan(needed(length, kernel_size, kernel_size_reverse), u.dtype)
+        circle = kernel[:, :kernel_size].astype(dtype)
+        if kernel_size_reverse:
+            gap = transform.size - kernel_size - kernel_size_reverse
+            back = jnp.flip(kernel_reverse[:, :kernel_size_reverse].astype(dtype), 1)
             circle = jnp.concatenate([jnp.pad(circle, ((0, 0), (0, gap))), back], 1)
         tokens = transform.forward(u.astype(dtype))
         filters = transform.forward(circle.T[None])
@@ -67,17 +69,21 @@ def convolution(plan: Callable[[int, Any], Transform]) -> Callable[..., jax.Arra
     def backward(residuals, dy):
         u, kernel, kernel_reverse, tokens, filters = residuals
         length, dtype = u.shape[1], wide(u.dtype)
-        taps = min(kernel.shape[1], length)
-        taps_reverse = 0 if kernel_reverse is None else min(kernel_reverse.shape[1], length - 1)
-        transform = plan(needed(length, taps, taps_reverse), u.dtype)
+        kernel_size = min(kernel.shape[1], length)
+        kernel_size_reverse = (
+            0 if kernel_reverse is None else min(kernel_reverse.shape[1], length - 1)
+        )
+        transform = plan(needed(length, kernel_size, kernel_size_reverse), u.dtype)
         cotangents = transform.forward(dy.astype(dtype))
         du = transform.inverse(transform.correlate(cotangents, filters), length)
         products = transform.total(transform.correlate(cotangents, tokens))
-        circle = transform.inverse(products, transform.size if taps_reverse else taps)[0].T
-        dkernel = _like(circle[:, :taps], kernel)
+        circle = transform.inverse(
+            products, transform.size if kernel_size_reverse else kernel_size
+        )[0].T
+        dkernel = _like(circle[:, :kernel_size], kernel)
         dreverse = None
         if kernel_reverse is not None:
-            back = circle[:, circle.shape[1] - taps_reverse :]
+            back = circle[:, circle.shape[1] - kernel_size_reverse :]
             dreverse = _like(jnp.flip(back, 1), kernel_reverse)
         return du.astype(u.dtype), dkernel, dreverse
 

@@ -93,12 +93,12 @@ def _validate_decay(op, log_decay, full, dtypes, because, shapes) -> None:
     validate.at_most_zero(op, "log_decay", log_decay, validate.LOG_DECAY)
 
 
-def row_decay(log_decay: Any, runs: Any, state: Any) -> Any:
+def row_decay(log_decay: Any, segment_index: Any, state: Any) -> Any:
     """What a row multiplies each key of an entering state by, `(B, H, K or 1, 1)` float32.
 
     Args:
       log_decay: None, `(B, L, H)` or `(B, L, H, K)`.
-      runs: `(B, L)` int32 or None; the decay is 0 where a document begins inside the row.
+      segment_index: `(B, L)` int32 or None; the decay is 0 where a document begins inside the row.
       state: an array of the state's dtype and batch.
     """
     batch, heads = state.shape[:2]
@@ -106,11 +106,11 @@ def row_decay(log_decay: Any, runs: Any, state: Any) -> Any:
         decay = jnp.ones((batch, heads, 1, 1), state.dtype)
     else:
         g = log_decay.astype(state.dtype)
-        if runs is not None:
-            real = (runs > 0).reshape(*runs.shape, *(1,) * (g.ndim - 2))
+        if segment_index is not None:
+            real = (segment_index > 0).reshape(*segment_index.shape, *(1,) * (g.ndim - 2))
             g = jnp.where(real, g, jnp.zeros_like(g))
         decay = jnp.exp(jnp.sum(g, axis=1)).reshape(batch, heads, -1, 1)
-    if runs is None:
+    if segment_index is None:
         return decay
-    restarts = jnp.any(segments.step_codes(runs) == segments.RESET, axis=1)
+    restarts = jnp.any(segments.step_codes(segment_index) == segments.RESET, axis=1)
     return jnp.where(restarts[:, None, None, None], jnp.zeros_like(decay), decay)

@@ -18,13 +18,13 @@ def one_token(
     v: Any,
     log_decay: Any,
     initial_state: Any,
-    runs: Any,
+    segment_index: Any,
     new_value: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lambda k, v, state: v,
 ) -> tuple[jax.Array, jax.Array]:
     """`(o (B, 1, H, V), state (B, H, K, V))` of rows of one token; JAX differentiates it.
 
     Args:
-      config, q, k, v, log_decay, initial_state, runs: as the ops' backends take them.
+      config, q, k, v, log_decay, initial_state, segment_index: as the ops' backends take them.
       new_value: what a token writes under its key, `(k (B, H, K), v (B, H, V), state)` after the
         state decayed; linear attention writes v.
     """
@@ -37,8 +37,8 @@ def one_token(
     v_new = new_value(k, v[:, 0].astype(dtype), state)
     state = state + k[..., None] * v_new[:, :, None]
     o = config.scale * jnp.sum(q[..., None] * state, axis=2)
-    if runs is not None:
-        padding = (runs == 0)[..., None]
+    if segment_index is not None:
+        padding = (segment_index == 0)[..., None]
         o = jnp.where(padding, 0.0, o)
         state = jnp.where(padding[..., None], initial_state, state)
     return o[:, None].astype(v.dtype), state

@@ -62,7 +62,12 @@ class KernelShape(NamedTuple):
 
 
 def kernel_shape(
-    config: Config, q: Any, v: Any, log_decay: Any, runs: Any, choose_tiles: Callable[..., Any]
+    config: Config,
+    q: Any,
+    v: Any,
+    log_decay: Any,
+    segment_index: Any,
+    choose_tiles: Callable[..., Any],
 ) -> KernelShape:
     """`KernelShape` of a call, with tiles of `choose_tiles(shape)` where `config` has none."""
     batch, length, heads, value_size = v.shape
@@ -70,7 +75,7 @@ def kernel_shape(
     if log_decay is not None:
         decay = "key" if log_decay.ndim == 4 else "head"
     dims = KernelShape(
-        batch, length, q.shape[2], heads, q.shape[3], value_size, decay, runs is not None,
+        batch, length, q.shape[2], heads, q.shape[3], value_size, decay, segment_index is not None,
         config.scale, v.dtype, None,
     )  # fmt: skip
     tiles = config.tiles or choose_tiles(dims)
@@ -107,13 +112,13 @@ def call(
     return dict(zip(outputs, out, strict=True))
 
 
-def run_operands(dims: KernelShape, runs: jax.Array | None) -> dict[str, jax.Array]:
+def run_operands(dims: KernelShape, segment_index: jax.Array | None) -> dict[str, jax.Array]:
     """The operands that `Row.documents` needs; none without segments."""
-    if runs is None:
+    if segment_index is None:
         return {}
     size = dims.tiles.chunk
-    filled = jnp.pad(runs, ((0, 0), (0, dims.chunks * size - dims.length)))
-    return {"runs": runs, "entering_run": masks.entering_runs(filled, size)}
+    filled = jnp.pad(segment_index, ((0, 0), (0, dims.chunks * size - dims.length)))
+    return {"segment_index": segment_index, "entering_run": masks.entering_index(filled, size)}
 
 
 def sum_over_group(dx: jax.Array, like: jax.Array) -> jax.Array:
@@ -270,9 +275,11 @@ class Row(NamedTuple):
         return ref.at[(self.row, *places)], mask
 
     def documents(self, tokens: Span, chunk: Any) -> SegmentMasks | None:
-        """The masks by `runs (B, L)` and `entering_run (B, chunks)`; None without segments."""
-        if "runs" not in self.refs:
+        """Masks from `segment_index (B, L)` and `entering_run (B, chunks)`; None without."""
+        if "segment_index" not in self.refs:
             return None
-        runs = self.load("runs", tokens)
+        segment_index = self.load("segment_index", tokens)
         entering = self.load("entering_run", Span(chunk, 1))
-        return masks.segment_masks(runs[:, None], runs[None, :], entering[:, None])
+        return masks.segment_masks(
+            segment_index[:, None], segment_index[None, :], entering[:, None]
+        )

@@ -1,7 +1,7 @@
 """Which tokens of a chunk meet: those of one segment, and those that part at one size of blocks.
 
 A row is cut into chunks of C tokens. Inside a chunk tokens meet pairwise; between chunks a state
-is handed on, which belongs to one document. All functions but `entering_runs` are of one chunk, on
+is handed on, which belongs to one document. All functions but `entering_index` are of one chunk, on
 values: for the portable path (under `jax.vmap`) and for TPU and GPU kernels alike.
 """
 
@@ -31,12 +31,12 @@ class SegmentMasks(NamedTuple):
     carried: jax.Array
 
 
-def entering_runs(runs: jax.Array, size: int) -> jax.Array:
+def entering_index(segment_index: jax.Array, size: int) -> jax.Array:
     """The run that the state entering each chunk belongs to, `(B, L) -> (B, L / size)` int32.
 
     Runs count up along a row and padding follows them, so it is the largest one so far.
     """
-    last = runs.reshape(runs.shape[0], -1, size).max(-1)
+    last = segment_index.reshape(segment_index.shape[0], -1, size).max(-1)
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=1)
     return jax.lax.cummax(jnp.maximum(before, 1), axis=1)
 
@@ -45,8 +45,8 @@ def segment_masks(column: jax.Array, row: jax.Array, entering_run: jax.Array) ->
     """`SegmentMasks` of one chunk.
 
     Args:
-      column, row: the runs of its tokens, `(C, 1)` and `(1, C)` int32, 0 on padding.
-      entering_run: of `entering_runs`, `(1, 1)`.
+      column, row: segment index of its tokens, `(C, 1)` and `(1, C)` int32, 0 on padding.
+      entering_run: of `entering_index`, `(1, 1)`.
     """
     leaving_run = jnp.maximum(entering_run, row.max(axis=1, keepdims=True))
     return SegmentMasks(

@@ -139,7 +139,7 @@ def vmem_bytes(kernels: Kernels, dims: KernelShape) -> int:
         blocks += 2 * 4 * size * heads * dims.key_size
     state = 4 * math.prod(dims.state)
     blocks += 3 * heads * state  # entering, and the gradients at both ends
-    blocks += 4 * size * LANES  # runs
+    blocks += 4 * size * LANES  # segment_index
     scratch = dims.steps_per_group * heads * state + 2 * 4 * size * groups * dims.key_size
     more = pair_decay_scratch(dims) | kernels.scratch(dims)
     scratch += sum(4 * math.prod(shape) for shape in more.values())
@@ -167,7 +167,7 @@ def _limits(config: Config) -> Limits:
     return config.tiles or Limits()
 
 
-def _untiled(config: Config, q, v, log_decay, runs) -> KernelShape:
+def _untiled(config: Config, q, v, log_decay, segment_index) -> KernelShape:
     """`KernelShape` of padded arguments, one head a step."""
     groups, key_size = q.shape[2:]
     decay: Literal["head", "key"] | None = None
@@ -176,18 +176,18 @@ def _untiled(config: Config, q, v, log_decay, runs) -> KernelShape:
     batch, length, heads, value_size = v.shape
     tiles = Tiles(config.chunk or _CHUNK, 1, _limits(config).solve_block)
     return KernelShape(
-        batch, length, groups, heads, key_size, value_size, decay, runs is not None,
+        batch, length, groups, heads, key_size, value_size, decay, segment_index is not None,
         config.scale, v.dtype, tiles,
     )  # fmt: skip
 
 
-def kernel_shape(kernels: Kernels, config: Config, q, v, log_decay, runs) -> KernelShape:
+def kernel_shape(kernels: Kernels, config: Config, q, v, log_decay, segment_index) -> KernelShape:
     """`KernelShape` of padded arguments."""
-    dims = _untiled(config, q, v, log_decay, runs)
+    dims = _untiled(config, q, v, log_decay, segment_index)
     return dims._replace(tiles=choose_tiles(kernels, dims, _limits(config)) or dims.tiles)
 
 
-def _groups_repeated(kernels: Kernels, config: Config, q, v, log_decay, runs) -> int:
+def _groups_repeated(kernels: Kernels, config: Config, q, v, log_decay, segment_index) -> int:
     """How often to repeat each group's queries and keys so that its heads fit.
 
     Raises:
@@ -196,7 +196,7 @@ def _groups_repeated(kernels: Kernels, config: Config, q, v, log_decay, runs) ->
     group = v.shape[2] // q.shape[2]
     for n in (n for n in range(1, group + 1) if group % n == 0):
         repeated = jax.ShapeDtypeStruct((*q.shape[:2], n * q.shape[2], q.shape[3]), q.dtype)
-        dims = _untiled(config, repeated, v, log_decay, runs)
+        dims = _untiled(config, repeated, v, log_decay, segment_index)
         if choose_tiles(kernels, dims, _limits(config)) is not None:
             return n
     raise ValueError(
@@ -287,16 +287,16 @@ def end(dims: KernelShape, *, last: bool) -> pl.BlockSpec:
     return pl.BlockSpec(block_shape=(None, dims.tiles.heads, *dims.state), index_map=index)
 
 
-def run_operands(dims: KernelShape, runs) -> dict[str, tuple[Any, pl.BlockSpec]]:
+def run_operands(dims: KernelShape, segment_index) -> dict[str, tuple[Any, pl.BlockSpec]]:
     """The operands that `masks.segment_masks` needs."""
     size = dims.tiles.chunk
-    entering = masks.entering_runs(runs, size)
+    entering = masks.entering_index(segment_index, size)
     column = spec(dims, (None, size, 1), lambda b, n, _: (b, n, 0))
     row = spec(dims, (None, 1, size), lambda b, n, _: (b, 0, n))
     one = spec(dims, (None, None, 1, 1), lambda b, n, _: (b, n, 0, 0))
     return {
-        "column": (runs[:, :, None], column),
-        "row": (runs[:, None], row),
+        "column": (segment_index[:, :, None], column),
+        "row": (segment_index[:, None], row),
         "entering_run": (entering[:, :, None, None], one),
     }
 
@@ -360,7 +360,7 @@ def _call(kernels: Kernels, dims: KernelShape, operands, out) -> dict[str, jax.A
     return dict(zip(out, results, strict=True))
 
 
-def _operands(kernels: Kernels, dims: KernelShape, q, k, v, further, log_decay, runs):
+def _operands(kernels: Kernels, dims: KernelShape, q, k, v, further, log_decay, segment_index):
     """`{name: (array, spec)}` of what forward and backward read."""
     operands = {
         "q": (to_lanes(q), group_tokens(dims)),
@@ -373,16 +373,16 @@ def _operands(kernels: Kernels, dims: KernelShape, q, k, v, further, log_decay, 
         operands["g"] = (to_lanes(log_decay), decays(dims))
     if dims.decay == "head":
         operands["g"] = (to_rows(dims, log_decay), decays(dims))
-    return operands | (run_operands(dims, runs) if dims.segmented else {})
+    return operands | (run_operands(dims, segment_index) if dims.segmented else {})
 
 
 def forward(
     kernels: Kernels, config: Config, q, k, v, *rest, return_residuals: bool
 ) -> tuple[Any, Any]:
     """`((o, final_state), residuals)`: the arguments and the state that enters each chunk."""
-    *further, log_decay, initial_state, runs = rest
-    dims = kernel_shape(kernels, config, q, v, log_decay, runs)
-    operands = _operands(kernels, dims, q, k, v, further, log_decay, runs)
+    *further, log_decay, initial_state, segment_index = rest
+    dims = kernel_shape(kernels, config, q, v, log_decay, segment_index)
+    operands = _operands(kernels, dims, q, k, v, further, log_decay, segment_index)
     operands["initial"] = (inside(dims, initial_state), end(dims, last=False))
     ends = (dims.batch, dims.heads, *dims.state)
     out = {
@@ -396,15 +396,15 @@ def forward(
     outputs = result["o"].reshape(v.shape), inside(dims, result["final"])
     if not return_residuals:
         return outputs, None
-    return outputs, (q, k, v, *further, log_decay, runs, result["states"])
+    return outputs, (q, k, v, *further, log_decay, segment_index, result["states"])
 
 
 def backward(kernels: Kernels, config: Config, residuals, cotangents) -> tuple[Any, ...]:
     """The gradients of all arguments."""
-    q, k, v, *further, log_decay, runs, entering = residuals
+    q, k, v, *further, log_decay, segment_index, entering = residuals
     do, dfinal = cotangents
-    dims = kernel_shape(kernels, config, q, v, log_decay, runs)._replace(backward=True)
-    operands = _operands(kernels, dims, q, k, v, further, log_decay, runs)
+    dims = kernel_shape(kernels, config, q, v, log_decay, segment_index)._replace(backward=True)
+    operands = _operands(kernels, dims, q, k, v, further, log_decay, segment_index)
     operands["do"] = (to_lanes(do), tokens(dims, dims.value_size))
     operands["states"] = (entering, states(dims))
     operands["dfinal"] = (inside(dims, dfinal), end(dims, last=False))
@@ -440,14 +440,14 @@ def prepare(kernels: Kernels, config: Config, q, k, v, *rest):
     Raises:
       ValueError: one head does not fit into a TPU's memory.
     """
-    *further, log_decay, initial_state, runs = rest
+    *further, log_decay, initial_state, segment_index = rest
     length, key_size, value_size = v.shape[1], q.shape[3], v.shape[3]
     pad = padding(config.chunk or _CHUNK, length, key_size, value_size)
     q, k = pad(q, "tokens", None, "keys"), pad(k, "tokens", None, "keys")
     v, further = pad(v, "tokens", None, "values"), [pad(x, "tokens") for x in further]
-    log_decay, runs = pad(log_decay, "tokens", None, "keys"), pad(runs, "tokens")
+    log_decay, segment_index = pad(log_decay, "tokens", None, "keys"), pad(segment_index, "tokens")
     # The states of a group stay in VMEM together: a group that is too large becomes several.
-    repeats = _groups_repeated(kernels, config, q, v, log_decay, runs)
+    repeats = _groups_repeated(kernels, config, q, v, log_decay, segment_index)
     if repeats > 1:
         q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
     state = pad(initial_state, None, "keys", "values")
@@ -456,7 +456,7 @@ def prepare(kernels: Kernels, config: Config, q, k, v, *rest):
         o, final = outputs
         return o[:, :length, :, :value_size], final[:, :, :key_size, :value_size]
 
-    return (q, k, v, *further, log_decay, state, runs), restore
+    return (q, k, v, *further, log_decay, state, segment_index), restore
 
 
 def unsupported(config: Config, q, k, v, *rest) -> str | None:
@@ -465,7 +465,7 @@ def unsupported(config: Config, q, k, v, *rest) -> str | None:
 
 
 def backend(kernels: Kernels) -> Backend:
-    """The family's implementation; its arrays are `q, k, v, *rows, log_decay, state, runs`."""
+    """The family's implementation; arrays: `q, k, v, *rows, log_decay, state, segment_index`."""
     return Backend(
         functools.partial(forward, kernels),
         functools.partial(backward, kernels),

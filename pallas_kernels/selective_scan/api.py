@@ -93,11 +93,11 @@ def selective_scan(
     batch, length = arrays["x"].shape[:2]
     if initial_state is None:
         initial_state = jnp.zeros((batch, *arrays["A"].shape), state_dtype)
-    runs = None if segment_ids is None else segments.runs(jnp.asarray(segment_ids))
+    segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     y, final_state = call_op(
         OP,
         Config(dt_softplus=dt_softplus, reverse=reverse),
-        *(*arrays.values(), initial_state, runs),
+        *(*arrays.values(), initial_state, segment_index),
         length=length,
         implementation=implementation,
     )

@@ -59,7 +59,7 @@ def largest_array(batch: int, length: int, width: int, states: int) -> int:
     return batch * max(length * width, kept, partial_sums)
 
 
-class _Job(NamedTuple):
+class _KernelShape(NamedTuple):
     """What is static about one kernel."""
 
     batch: int
@@ -128,19 +128,19 @@ _OF_CHANNELS = {"x", "dt", "gate", "y", "dy", "dx", "ddt", "dgate"}
 _OF_CHANNELS |= {"D", "dt_bias", "dD", "ddt_bias"}
 
 
-def _tile(job: _Job, names, refs) -> _Tile:
+def _tile(dims: _KernelShape, names, refs) -> _Tile:
     span, row, strip = map(pl.program_id, range(3))
-    start = strip * job.tiles.width
-    padded = pl.next_power_of_2(job.states)
+    start = strip * dims.tiles.width
+    padded = pl.next_power_of_2(dims.states)
     return _Tile(
         dict(zip(names, refs, strict=True)),
         span,
         row,
         strip,
         pl.ds(0, padded),
-        pl.ds(start, job.tiles.width),
-        (jnp.arange(padded) < job.states)[:, None],
-        (start + jnp.arange(job.tiles.width) < job.width)[None, :],
+        pl.ds(start, dims.tiles.width),
+        (jnp.arange(padded) < dims.states)[:, None],
+        (start + jnp.arange(dims.tiles.width) < dims.width)[None, :],
     )
 
 
@@ -166,10 +166,10 @@ class _Token(NamedTuple):
         return decay * h + (self.dt * self.x) * self.B, decay
 
 
-def _load_token(job: _Job, tile: _Tile, t) -> _Token:
-    inside = t < job.length
+def _load_token(dims: _KernelShape, tile: _Tile, t) -> _Token:
+    inside = t < dims.length
     live, reset = inside, None
-    if job.segmented:
+    if dims.segmented:
         code = compat.triton.load(
             tile.refs["codes"].at[tile.row, t], mask=inside, other=segments.SKIP
         )
@@ -178,18 +178,18 @@ def _load_token(job: _Job, tile: _Tile, t) -> _Token:
     raw = tile.load("dt", *place, live=live)
     if "dt_bias" in tile.refs:
         raw = raw + tile.load("dt_bias")
-    dt = _softplus(raw) if job.dt_softplus else raw
+    dt = _softplus(raw) if dims.dt_softplus else raw
     dt = jnp.where(live & tile.real_channels, dt, jnp.zeros_like(dt))
     x, B = tile.load("x", *place, live=live), tile.load("B", *place, live=live)
     return _Token(place, live, inside, reset, x, raw, dt, B)
 
 
-def _group(job: _Job, tile: _Tile, index, *, backward: bool = False):
+def _group(dims: _KernelShape, tile: _Tile, index, *, backward: bool = False):
     """`(place of the group, its times)` of this program's index-th group in the order of travel."""
-    forwards = job.reverse == backward
-    place = index if forwards else job.groups - 1 - index
-    place = tile.span * job.groups + place
-    times = [place * job.tiles.group + i for i in range(job.tiles.group)]
+    forwards = dims.reverse == backward
+    place = index if forwards else dims.groups - 1 - index
+    place = tile.span * dims.groups + place
+    times = [place * dims.tiles.group + i for i in range(dims.tiles.group)]
     return place, times if forwards else times[::-1]
 
 
@@ -222,15 +222,15 @@ def _read(tile: _Tile, token: _Token, C, h):
 # The kernels.
 
 
-def _reduce_kernel(*refs, job: _Job, names, backward: bool):
+def _reduce_kernel(*refs, dims: _KernelShape, names, backward: bool):
     """The map of each span, of the state or, backward, of its cotangent: `(B, spans, N, D)`."""
-    tile = _tile(job, names, refs)
+    tile = _tile(dims, names, refs)
     A = tile.load("A")
 
     def group(index, carry):
         product, flow = carry
-        for t in _group(job, tile, index, backward=backward)[1]:
-            token = _load_token(job, tile, t)
+        for t in _group(dims, tile, index, backward=backward)[1]:
+            token = _load_token(dims, tile, t)
             if backward:
                 dy = _gated(tile, token, tile.load("dy", *token.place, live=token.live))
                 C = tile.load("C", *token.place, live=token.live)
@@ -242,35 +242,35 @@ def _reduce_kernel(*refs, job: _Job, names, backward: bool):
         return product, flow
 
     zero = jnp.zeros_like(A)
-    product, flow = jax.lax.fori_loop(0, job.groups, group, (zero + 1.0, zero))
+    product, flow = jax.lax.fori_loop(0, dims.groups, group, (zero + 1.0, zero))
     span = tile.row, tile.span
     tile.store("product", span, product)
     tile.store("flow", span, flow)
 
 
-def _chain_kernel(*refs, job: _Job, names, backward: bool):
+def _chain_kernel(*refs, dims: _KernelShape, names, backward: bool):
     """What enters each span, `(B, spans, N, D)`."""
-    tile = _tile(job, names, refs)
+    tile = _tile(dims, names, refs)
 
     def body(i, h):
-        span = tile.row, (i if job.reverse == backward else job.spans - 1 - i)
+        span = tile.row, (i if dims.reverse == backward else dims.spans - 1 - i)
         tile.store("entering", span, h)
         product, flow = tile.load("product", *span), tile.load("flow", *span)
         # Behind a reset nothing of h is left, not even an infinity.
         return jnp.where(product == 0, flow, product * h + flow)
 
-    jax.lax.fori_loop(0, job.spans, body, tile.load("first", tile.row))
+    jax.lax.fori_loop(0, dims.spans, body, tile.load("first", tile.row))
 
 
-def _forward_kernel(*refs, job: _Job, names):
-    tile = _tile(job, names, refs)
+def _forward_kernel(*refs, dims: _KernelShape, names):
+    tile = _tile(dims, names, refs)
     A = tile.load("A")
 
     def group(index, h):
-        place, times = _group(job, tile, index)
+        place, times = _group(dims, tile, index)
         tile.store("before", (tile.row, place), h)
         for t in times:
-            token = _load_token(job, tile, t)
+            token = _load_token(dims, tile, t)
             h, _ = token.advance(A, token.kept(h))
             y = _read(tile, token, tile.load("C", *token.place, live=token.live), h)
             if "gate" in tile.refs:
@@ -281,7 +281,7 @@ def _forward_kernel(*refs, job: _Job, names):
         return h
 
     span = tile.row, tile.span
-    h = jax.lax.fori_loop(0, job.groups, group, tile.load("entering", *span))
+    h = jax.lax.fori_loop(0, dims.groups, group, tile.load("entering", *span))
     tile.store("leaving", span, h)
 
 
@@ -294,28 +294,28 @@ class _Sums(NamedTuple):
     ddt_bias: jax.Array  # (1, W)
 
 
-def _backward_kernel(*refs, job: _Job, names):
-    tile = _tile(job, names, refs)
+def _backward_kernel(*refs, dims: _KernelShape, names):
+    tile = _tile(dims, names, refs)
     A = tile.load("A")
 
     def group(index, sums):
-        place, times = _group(job, tile, index, backward=True)
+        place, times = _group(dims, tile, index, backward=True)
         h = tile.load("before", tile.row, place)
         before = []
         for t in times[::-1]:
-            token = _load_token(job, tile, t)
+            token = _load_token(dims, tile, t)
             h = token.kept(h)
             before.append(h)
             h, _ = token.advance(A, h)
             _gradients_of_reading(tile, token, h)
         for t, h in zip(times, before[::-1], strict=True):
-            sums = _retreat(job, tile, _load_token(job, tile, t), A, h, sums)
+            sums = _retreat(dims, tile, _load_token(dims, tile, t), A, h, sums)
         return sums
 
     span = tile.row, tile.span
-    c, zero = tile.load("entering", *span), jnp.zeros((1, job.tiles.width), jnp.float32)
+    c, zero = tile.load("entering", *span), jnp.zeros((1, dims.tiles.width), jnp.float32)
     sums = _Sums(c, jnp.zeros_like(A), zero, zero)
-    sums = jax.lax.fori_loop(0, job.groups, group, sums)
+    sums = jax.lax.fori_loop(0, dims.groups, group, sums)
     tile.store("leaving", span, sums.c)
     tile.store("dA", span, sums.dA)
     for name in ("dD", "ddt_bias"):
@@ -337,7 +337,7 @@ def _gradients_of_reading(tile: _Tile, token: _Token, h) -> None:
     tile.store("dC", (tile.row, tile.strip, token.place[1]), dC, token.inside)
 
 
-def _retreat(job: _Job, tile: _Tile, token: _Token, A, h, sums: _Sums) -> _Sums:
+def _retreat(dims: _KernelShape, tile: _Tile, token: _Token, A, h, sums: _Sums) -> _Sums:
     """One token backwards; `h` is the state that entered it."""
     dy = _gated(tile, token, tile.load("dy", *token.place, live=token.live))
     gradient = sums.c + tile.load("C", *token.place, live=token.live) * dy
@@ -346,7 +346,7 @@ def _retreat(job: _Job, tile: _Tile, token: _Token, A, h, sums: _Sums) -> _Sums:
     written = jnp.sum(gradient * token.B, axis=0)[None, :]
     dx = token.dt * written
     ddt = token.x * written + jnp.sum(dexponent * A, axis=0)[None, :]
-    if job.dt_softplus:
+    if dims.dt_softplus:
         ddt = ddt * _sigmoid(token.raw_dt)
     if "D" in tile.refs:
         dx = dx + tile.load("D") * dy
@@ -362,125 +362,143 @@ def _retreat(job: _Job, tile: _Tile, token: _Token, A, h, sums: _Sums) -> _Sums:
 # The calls.
 
 
-def _call(kernel, job: _Job, name: str, grid, operands, outputs, flops: int) -> dict[str, Any]:
+def _call(
+    kernel, dims: _KernelShape, name: str, grid, operands, outputs, flops: int
+) -> dict[str, Any]:
     """Run `kernel` on named operands, None left out; `outputs` are structs by name."""
     operands = {key: z for key, z in operands.items() if z is not None}
     out = compat.pallas_call(
-        functools.partial(kernel, job=job, names=(*operands, *outputs)),
+        functools.partial(kernel, dims=dims, names=(*operands, *outputs)),
         backend="gpu",
         name=f"selective_scan_{name}",
         grid=grid,
         out_shape=[compat.out_struct(*s, *operands.values()) for s in outputs.values()],
         compiler_params=compat.triton.CompilerParams(num_warps=1, num_stages=1),
-        flops=flops * job.batch * job.length * job.width * job.states,
+        flops=flops * dims.batch * dims.length * dims.width * dims.states,
     )(*operands.values())
     return dict(zip(outputs, out, strict=True))
 
 
-def _job(config: Config, x, A, runs) -> _Job:
+def _kernel_shape(config: Config, x, A, segment_index) -> _KernelShape:
     (batch, length, width), states = x.shape, A.shape[1]
     tiles = choose_tiles(batch, length, width, states)
-    segmented = runs is not None
+    segmented = segment_index is not None
     flags = config.dt_softplus, segmented, config.reverse
-    return _Job(batch, length, width, states, tiles, *flags)
+    return _KernelShape(batch, length, width, states, tiles, *flags)
 
 
-def _operands(config: Config, x, dt, A, B, C, D, gate, dt_bias, runs) -> dict[str, Any]:
-    """The inputs as the kernels view them: two axes last, A transposed, runs as codes."""
+def _operands(config: Config, x, dt, A, B, C, D, gate, dt_bias, segment_index) -> dict[str, Any]:
+    """The inputs as the kernels view them: two axes last, A transposed, step codes."""
     channels = {"x": x, "dt": dt, "gate": gate, "D": D, "dt_bias": dt_bias}
     views = {name: None if z is None else z[..., None, :] for name, z in channels.items()}
     views |= {"A": A.T, "B": B[..., None], "C": C[..., None]}
-    codes = None if runs is None else segments.step_codes(runs, reverse=config.reverse)
+    codes = (
+        None
+        if segment_index is None
+        else segments.step_codes(segment_index, reverse=config.reverse)
+    )
     return views | {"codes": codes}
 
 
-def _entering(job: _Job, operands, first, *, backward: bool):
+def _entering(dims: _KernelShape, operands, first, *, backward: bool):
     """What enters each span, `(B, spans, N, D)`, from what enters the row, `(B, D, N)`."""
     first = jnp.swapaxes(first, 1, 2)
-    if job.spans == 1:
+    if dims.spans == 1:
         return first[:, None]
-    per_span = ((job.batch, job.spans, job.states, job.width), jnp.float32)
+    per_span = ((dims.batch, dims.spans, dims.states, dims.width), jnp.float32)
     needed = ["x", "dt", "dt_bias", "A", "B", "codes"] + ["C", "gate", "dy"] * backward
     maps = _call(
         functools.partial(_reduce_kernel, backward=backward),
-        job,
+        dims,
         "reduce",
-        job.grid,
+        dims.grid,
         {name: operands[name] for name in needed},
         {"product": per_span, "flow": per_span},
         flops=6,
     )
     return _call(
         functools.partial(_chain_kernel, backward=backward),
-        job,
+        dims,
         "chain",
-        (1, *job.grid[1:]),
+        (1, *dims.grid[1:]),
         maps | {"first": first},
         {"entering": per_span},
         flops=0,
     )["entering"]
 
 
-def _leaving(job: _Job, leaving, *, backward: bool):
+def _leaving(dims: _KernelShape, leaving, *, backward: bool):
     """What leaves the last span in the direction of travel, `(B, D, N)`."""
-    last = -1 if job.reverse == backward else 0
+    last = -1 if dims.reverse == backward else 0
     return jnp.swapaxes(leaving[:, last], 1, 2)
 
 
 def forward(
-    config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs, *, return_residuals: bool
+    config: Config,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    gate,
+    dt_bias,
+    initial_state,
+    segment_index,
+    *,
+    return_residuals: bool,
 ):
     """`((y, final_state), residuals)`; arguments as in `reference.selective_scan`."""
-    job = _job(config, x, A, runs)
-    operands = _operands(config, x, dt, A, B, C, D, gate, dt_bias, runs)
-    entering = _entering(job, operands, initial_state, backward=False)
-    state = (job.states, job.width)
+    dims = _kernel_shape(config, x, A, segment_index)
+    operands = _operands(config, x, dt, A, B, C, D, gate, dt_bias, segment_index)
+    entering = _entering(dims, operands, initial_state, backward=False)
+    state = (dims.states, dims.width)
     out = _call(
         _forward_kernel,
-        job,
+        dims,
         "forward",
-        job.grid,
+        dims.grid,
         operands | {"entering": entering},
         {
-            "y": ((job.batch, job.length, 1, job.width), x.dtype),
-            "before": ((job.batch, job.spans * job.groups, *state), jnp.float32),
-            "leaving": ((job.batch, job.spans, *state), jnp.float32),
+            "y": ((dims.batch, dims.length, 1, dims.width), x.dtype),
+            "before": ((dims.batch, dims.spans * dims.groups, *state), jnp.float32),
+            "leaving": ((dims.batch, dims.spans, *state), jnp.float32),
         },
         flops=8,
     )
-    outputs = out["y"][:, :, 0], _leaving(job, out["leaving"], backward=False)
+    outputs = out["y"][:, :, 0], _leaving(dims, out["leaving"], backward=False)
     if not return_residuals:
         return outputs, None
-    return outputs, (x, dt, A, B, C, D, gate, dt_bias, runs, out["before"])
+    return outputs, (x, dt, A, B, C, D, gate, dt_bias, segment_index, out["before"])
 
 
 def backward(config: Config, residuals, cotangents):
     """Gradients of the arrays of `forward`, in its order, from those of `(y, final_state)`."""
-    x, dt, A, B, C, D, gate, dt_bias, runs, before = residuals
+    x, dt, A, B, C, D, gate, dt_bias, segment_index, before = residuals
     dy, dfinal_state = cotangents
-    job = _job(config, x, A, runs)
-    operands = _operands(config, x, dt, A, B, C, D, gate, dt_bias, runs)
+    dims = _kernel_shape(config, x, A, segment_index)
+    operands = _operands(config, x, dt, A, B, C, D, gate, dt_bias, segment_index)
     operands["dy"] = dy[:, :, None]
-    entering = _entering(job, operands, dfinal_state, backward=True)
-    rows = (job.batch, job.length)
-    per_span = (job.batch, job.spans)
-    per_strip = ((job.batch, job.strips, job.length, job.states, 1), jnp.float32)
+    entering = _entering(dims, operands, dfinal_state, backward=True)
+    rows = (dims.batch, dims.length)
+    per_span = (dims.batch, dims.spans)
+    per_strip = ((dims.batch, dims.strips, dims.length, dims.states, 1), jnp.float32)
     outputs = {
-        "dx": ((*rows, 1, job.width), x.dtype),
-        "ddt": ((*rows, 1, job.width), dt.dtype),
-        "dgate": None if gate is None else ((*rows, 1, job.width), gate.dtype),
-        "dA": ((*per_span, job.states, job.width), jnp.float32),
+        "dx": ((*rows, 1, dims.width), x.dtype),
+        "ddt": ((*rows, 1, dims.width), dt.dtype),
+        "dgate": None if gate is None else ((*rows, 1, dims.width), gate.dtype),
+        "dA": ((*per_span, dims.states, dims.width), jnp.float32),
         "dB": per_strip,
         "dC": per_strip,
-        "dD": None if D is None else ((*per_span, 1, job.width), jnp.float32),
-        "ddt_bias": None if dt_bias is None else ((*per_span, 1, job.width), jnp.float32),
-        "leaving": ((*per_span, job.states, job.width), jnp.float32),
+        "dD": None if D is None else ((*per_span, 1, dims.width), jnp.float32),
+        "ddt_bias": None if dt_bias is None else ((*per_span, 1, dims.width), jnp.float32),
+        "leaving": ((*per_span, dims.states, dims.width), jnp.float32),
     }
     out = _call(
         _backward_kernel,
-        job,
+        dims,
         "backward",
-        job.grid,
+        dims.grid,
         operands | {"before": before, "entering": entering},
         {name: s for name, s in outputs.items() if s is not None},
         flops=24,
@@ -494,7 +512,7 @@ def backward(config: Config, residuals, cotangents):
         None if D is None else out["dD"].sum((0, 1))[0],
         None if gate is None else out["dgate"][:, :, 0],
         None if dt_bias is None else out["ddt_bias"].sum((0, 1))[0],
-        _leaving(job, out["leaving"], backward=True),
+        _leaving(dims, out["leaving"], backward=True),
         None,
     )
 

@@ -10,7 +10,7 @@ from pallas_kernels.common.backend import Backend
 from pallas_kernels.selective_scan.tile import Config
 
 
-def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
+def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, segment_index):
     """`api.selective_scan` by `jax.lax.scan` over tokens.
 
     Differentiable by JAX itself, any number of times and in forward mode. Its backward pass keeps
@@ -24,13 +24,13 @@ def selective_scan(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_sta
       D, dt_bias: `(D,)` or None.
       gate: `(B, L, D)` or None.
       initial_state: `(B, D, N)`; all maths is in its dtype.
-      runs: `(B, L)` int32 or None.
+      segment_index: `(B, L)` int32 or None.
     """
     dtype = initial_state.dtype
-    if runs is None:
+    if segment_index is None:
         codes = compat.match_vma(jnp.zeros(x.shape[:2], jnp.int32), x)[0]
     else:
-        codes = segments.step_codes(runs, reverse=config.reverse)
+        codes = segments.step_codes(segment_index, reverse=config.reverse)
 
     def step(h, token):
         x_t, dt_t, B_t, C_t, gate_t, code = token

@@ -94,16 +94,16 @@ def retreat(
     return c_before, c_before * select(inside, h_before)
 
 
-def summary(run, config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
+def summary(run, config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, segment_index):
     """`(decay, state)`, each `(B, D, N)`; see `backend.summarize`."""
-    _, state = run(config, x, dt, A, B, C, None, None, dt_bias, initial_state, runs)
+    _, state = run(config, x, dt, A, B, C, None, None, dt_bias, initial_state, segment_index)
     bias = None if dt_bias is None else dt_bias[None, None]
     dt = step_size(dt.astype(initial_state.dtype), bias, softplus=config.dt_softplus)
-    if runs is not None:
-        dt = jnp.where((runs != 0)[:, :, None], dt, jnp.zeros_like(dt))
+    if segment_index is not None:
+        dt = jnp.where((segment_index != 0)[:, :, None], dt, jnp.zeros_like(dt))
     decay = jnp.exp(jnp.sum(dt, axis=1)[:, :, None] * A[None])
-    if runs is None:
+    if segment_index is None:
         return decay, state
-    restarts = segments.step_codes(runs, reverse=config.reverse) == segments.RESET
+    restarts = segments.step_codes(segment_index, reverse=config.reverse) == segments.RESET
     forgotten = jnp.any(restarts, axis=1)[:, None, None]
     return jnp.where(forgotten, jnp.zeros_like(decay), decay), state

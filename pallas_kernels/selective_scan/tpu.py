@@ -37,7 +37,7 @@ from pallas_kernels.common.tpu import (
 from pallas_kernels.selective_scan import tile
 from pallas_kernels.selective_scan.tile import Config
 from pallas_kernels.selective_scan.tpu_layout import (
-    Job,
+    KernelShape,
     Specs,
     Spread,
     Staged,
@@ -90,10 +90,10 @@ def choose_tiles(length: int, width: int, states: int, budget: int = VMEM_BUDGET
 # The kernels: maths on values between a load and a store.
 
 
-def _forward_kernel(refs: dict[str, Any], job: Job):
-    spread = Spread(refs["spread"], job)
+def _forward_kernel(refs: dict[str, Any], dims: KernelShape):
+    spread = Spread(refs["spread"], dims)
     dt_area, flow_area, y_area = (
-        Staged(refs[name], job) for name in ("dt_area", "flow_area", "area0")
+        Staged(refs[name], dims) for name in ("dt_area", "flow_area", "area0")
     )
 
     @pl.when(sequence_begins())
@@ -104,16 +104,16 @@ def _forward_kernel(refs: dict[str, Any], job: Job):
         refs["boundaries"][...] = refs["final"][...]
 
     def walk(i, h):
-        tiles = group_tokens(job, refs, job.place(i))
-        spread.fill(refs["shared"], job.place(i) * job.group)
+        tiles = group_tokens(dims, refs, dims.place(i))
+        spread.fill(refs["shared"], dims.place(i) * dims.group)
         live = spread.live()
         for j, at in enumerate(tiles):
             mask = at.exists(live)
             dt = at.step_size(mask)
             dt_area.put(j, dt)
             flow_area.put(j, dt * tile.select(mask, at.load("x")))
-        h, y = _advance_states(refs, job, spread, dt_area, flow_area, h)
-        for k in job.order:
+        h, y = _advance_states(refs, dims, spread, dt_area, flow_area, h)
+        for k in dims.order:
             y_area.put_token(k, y[k])
         for j, at in enumerate(tiles):
             y = _skip(at, y_area.get(j))
@@ -123,26 +123,34 @@ def _forward_kernel(refs: dict[str, Any], job: Job):
         return h
 
     # The final state's block stays in VMEM over all of a sequence: it is the carry too.
-    h = [refs["final"][n] for n in range(job.states)]
-    h = jax.lax.fori_loop(0, job.groups, walk, h)
-    for n in range(job.states):
+    h = [refs["final"][n] for n in range(dims.states)]
+    h = jax.lax.fori_loop(0, dims.groups, walk, h)
+    for n in range(dims.states):
         refs["final"][n] = h[n]
 
 
 def _advance_states(
-    refs, job: Job, spread: Spread, dt_area, flow_area, h, *, with_y: bool = True, keep=None
+    refs,
+    dims: KernelShape,
+    spread: Spread,
+    dt_area,
+    flow_area,
+    h,
+    *,
+    with_y: bool = True,
+    keep=None,
 ):
     """The states after a group, and y of its tokens; `keep(step, n, h)` sees each state.
 
     State by state, not token by token: fewer numbers are live at a time.
     """
-    dt = [dt_area.token(k) for k in range(job.group)]
-    flow = [flow_area.token(k) for k in range(job.group)]
-    y: list[Any] = [None] * job.group
+    dt = [dt_area.token(k) for k in range(dims.group)]
+    flow = [flow_area.token(k) for k in range(dims.group)]
+    y: list[Any] = [None] * dims.group
     after = []
-    for n in range(job.states):
+    for n in range(dims.states):
         A, state = refs["A"][n], h[n]
-        for step, k in enumerate(job.order):
+        for step, k in enumerate(dims.order):
             decay = tile.decay(dt[k], A)
             state = tile.advance(state, decay, flow[k] * spread.B(k, n), spread.inside(k))
             if keep is not None:
@@ -159,7 +167,7 @@ def _skip(at: Tokens, y: jax.Array) -> jax.Array:
     return y if D is None else y + D * at.load("x")
 
 
-def _backward_kernel(refs: dict[str, Any], job: Job):
+def _backward_kernel(refs: dict[str, Any], dims: KernelShape):
     @pl.when(sequence_begins())
     def _():
         refs["dinitial"][...] = refs["dfinal"][...]
@@ -168,48 +176,48 @@ def _backward_kernel(refs: dict[str, Any], job: Job):
                 refs[name][...] = jnp.zeros_like(refs[name])
 
     refs["sums"][...] = jnp.zeros_like(refs["sums"])
-    h = [refs["boundaries"][n] for n in range(job.states)]
-    for n in range(job.states):
-        _kept(refs, job, 0, 0).put(n, h[n])
-    again = job._replace(group=_FORWARD_GROUP)
+    h = [refs["boundaries"][n] for n in range(dims.states)]
+    for n in range(dims.states):
+        _kept(refs, dims, 0, 0).put(n, h[n])
+    again = dims._replace(group=_FORWARD_GROUP)
     recompute = functools.partial(_recompute_group, refs, again)
     jax.lax.fori_loop(0, again.groups, recompute, h)
-    at_once = _at_once(job)
+    at_once = _at_once(dims)
 
     def retreat(i, c):
         for slot in range(at_once):
-            c = _retreat_group(refs, job, job.groups - 1 - (i * at_once + slot), slot, c)
+            c = _retreat_group(refs, dims, dims.groups - 1 - (i * at_once + slot), slot, c)
         return c
 
-    c = [refs["dinitial"][n] for n in range(job.states)]
-    c = jax.lax.fori_loop(0, job.groups // at_once, retreat, c)
-    fold = States.fold(job)
-    parts = (refs["sums"][pl.ds(p, 2 * job.states, stride=fold), :] for p in range(fold))
-    refs["dshared"][...] = sum(parts)[:, : job.tiles.steps]
-    for n in range(job.states):
+    c = [refs["dinitial"][n] for n in range(dims.states)]
+    c = jax.lax.fori_loop(0, dims.groups // at_once, retreat, c)
+    fold = States.fold(dims)
+    parts = (refs["sums"][pl.ds(p, 2 * dims.states, stride=fold), :] for p in range(fold))
+    refs["dshared"][...] = sum(parts)[:, : dims.tiles.steps]
+    for n in range(dims.states):
         refs["dinitial"][n] = c[n]
 
 
-def _at_once(job: Job) -> int:
+def _at_once(dims: KernelShape) -> int:
     """Groups that a loop takes at once: the sums of one wait while the next one works.
 
     Each has a slot of its own in what they store, or the next one would wait too.
     """
-    return 2 if job.groups % 2 == 0 else 1
+    return 2 if dims.groups % 2 == 0 else 1
 
 
-def _kept(refs, job: Job, i, k: int) -> States:
+def _kept(refs, dims: KernelShape, i, k: int) -> States:
     """The states before the k-th step of the i-th group."""
-    return States(refs["kept"], job, (i * job.group + k) * job.states * job.rows)
+    return States(refs["kept"], dims, (i * dims.group + k) * dims.states * dims.rows)
 
 
-def _recompute_group(refs, job: Job, i, h):
+def _recompute_group(refs, dims: KernelShape, i, h):
     """Keep the states of the i-th group of a block; with a gate, its gradient needs them too."""
-    start = job.place(i) * job.group
-    dt_area, flow_area = (Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
-    y_area = Staged(refs["area0"], job)
-    tiles = group_tokens(job, refs, job.place(i))
-    spread = Spread(refs["spread"], job, start)
+    start = dims.place(i) * dims.group
+    dt_area, flow_area = (Staged(refs[name], dims, start) for name in ("dt_area", "flow_area"))
+    y_area = Staged(refs["area0"], dims)
+    tiles = group_tokens(dims, refs, dims.place(i))
+    spread = Spread(refs["spread"], dims, start)
     spread.fill(refs["shared"], start)
     live = spread.live()
     gated = "gate" in refs
@@ -220,11 +228,11 @@ def _recompute_group(refs, job: Job, i, h):
         flow_area.put(j, dt * tile.select(mask, at.load("x")))
 
     def keep(step, n, state):
-        _kept(refs, job, i, step + 1).put(n, state)
+        _kept(refs, dims, i, step + 1).put(n, state)
 
-    h, y = _advance_states(refs, job, spread, dt_area, flow_area, h, with_y=gated, keep=keep)
+    h, y = _advance_states(refs, dims, spread, dt_area, flow_area, h, with_y=gated, keep=keep)
     if gated:
-        for k in job.order:
+        for k in dims.order:
             y_area.put_token(k, y[k])
         for j, at in enumerate(tiles):
             slope = tile.silu_gradient(at.load("gate"))
@@ -233,26 +241,26 @@ def _recompute_group(refs, job: Job, i, h):
     return h
 
 
-def _retreat_group(refs, job: Job, i, slot: int, c):
+def _retreat_group(refs, dims: KernelShape, i, slot: int, c):
     """Take the i-th group of a block backwards; `slot` is its place in scratch."""
-    start = job.place(i) * job.group
-    dt_area, flow_area = (Staged(refs[name], job, start) for name in ("dt_area", "flow_area"))
+    start = dims.place(i) * dims.group
+    dt_area, flow_area = (Staged(refs[name], dims, start) for name in ("dt_area", "flow_area"))
     dy_area, dflow_area, slope_area = (
-        Staged(refs[f"area{a}"], job, slot * job.group) for a in range(3)
+        Staged(refs[f"area{a}"], dims, slot * dims.group) for a in range(3)
     )
-    cotangents = [_cotangents(refs, job, slot, k) for k in range(job.group)]
-    tiles = group_tokens(job, refs, job.place(i))
-    spread = Spread(refs["spread"], job, start)
+    cotangents = [_cotangents(refs, dims, slot, k) for k in range(dims.group)]
+    tiles = group_tokens(dims, refs, dims.place(i))
+    spread = Spread(refs["spread"], dims, start)
     live = spread.live()
     for j, at in enumerate(tiles):
         dy_area.put(j, _ungated(at, at.exists(live)))
     lane = jax.lax.broadcasted_iota(jnp.int32, refs["sums"].shape, 1) - start
     sums = jnp.zeros(refs["sums"].shape, jnp.float32)
-    c, dflow, slope = _retreat_states(refs, job, spread, i, dt_area, dy_area, cotangents, c)
-    for step, k in enumerate(job.order):
+    c, dflow, slope = _retreat_states(refs, dims, spread, i, dt_area, dy_area, cotangents, c)
+    for step, k in enumerate(dims.order):
         dflow_area.put_token(k, dflow[k])
         slope_area.put_token(k, slope[k])
-        h = _kept(refs, job, i, step + 1)
+        h = _kept(refs, dims, i, step + 1)
         over_channels = _channel_sums(cotangents[k], h, k, flow_area, dy_area)
         sums = jnp.where(lane == k, over_channels, sums)
     refs["sums"][...] += sums
@@ -272,19 +280,19 @@ def _ungated(at: Tokens, mask) -> jax.Array:
     return tile.select(mask, dy)
 
 
-def _retreat_states(refs, job: Job, spread: Spread, i, dt_area, dy_area, cotangents, c):
+def _retreat_states(refs, dims: KernelShape, spread: Spread, i, dt_area, dy_area, cotangents, c):
     """A group backwards: `(c_before, d(dt x), sum_n A P)`; adds to dA, keeps G."""
-    dt = [dt_area.token(k) for k in range(job.group)]
-    dy = [dy_area.token(k) for k in range(job.group)]
-    dflow: list[Any] = [None] * job.group
-    slope: list[Any] = [None] * job.group
+    dt = [dt_area.token(k) for k in range(dims.group)]
+    dy = [dy_area.token(k) for k in range(dims.group)]
+    dflow: list[Any] = [None] * dims.group
+    slope: list[Any] = [None] * dims.group
     before = []
-    for n in range(job.states):
+    for n in range(dims.states):
         A, c_n, dA = refs["A"][n], c[n], refs["dA"][n]
-        for step, k in reversed([*enumerate(job.order)]):
+        for step, k in reversed([*enumerate(dims.order)]):
             G = c_n + dy[k] * spread.C(k, n)
             cotangents[k].put(n, G)
-            h_before = _kept(refs, job, i, step).get(n)
+            h_before = _kept(refs, dims, i, step).get(n)
             c_n, P = tile.retreat(G, tile.decay(dt[k], A), h_before, spread.inside(k))
             dA = dA + P * dt[k]
             to_flow, to_slope = G * spread.B(k, n), P * A
@@ -295,9 +303,9 @@ def _retreat_states(refs, job: Job, spread: Spread, i, dt_area, dy_area, cotange
     return before, dflow, slope
 
 
-def _cotangents(refs, job: Job, slot: int, k: int) -> States:
+def _cotangents(refs, dims: KernelShape, slot: int, k: int) -> States:
     """The G of token k of the group in a slot."""
-    return States(refs["G"], job, (slot * job.group + k) * job.states * job.rows)
+    return States(refs["G"], dims, (slot * dims.group + k) * dims.states * dims.rows)
 
 
 def _channel_sums(G: States, h: States, k: int, flow_area, dy_area) -> jax.Array:
@@ -319,7 +327,7 @@ def _token_gradients(at: Tokens, mask, dt, dy, dflow, slope) -> None:
     dx = dt * dflow
     at.store("dx", dx if D is None else dx + D * dy)
     ddt = x * dflow + tile.LN_2 * slope
-    ddt = tile.step_size_gradient(at.load("dt"), at.maybe("bias"), ddt, softplus=at.job.softplus)
+    ddt = tile.step_size_gradient(at.load("dt"), at.maybe("bias"), ddt, softplus=at.dims.softplus)
     ddt = tile.select(mask, ddt)
     at.store("ddt", ddt)
     at.add("dD", dy * x)
@@ -329,10 +337,10 @@ def _token_gradients(at: Tokens, mask, dt, dy, dflow, slope) -> None:
 # The calls.
 
 
-def _job(config: Config, x, A, runs, group: int) -> Job:
+def _kernel_shape(config: Config, x, A, segment_index, group: int) -> KernelShape:
     batch, length, width = x.shape
     tiles = choose_tiles(length, width, A.shape[1])
-    return Job(
+    return KernelShape(
         batch,
         length,
         width,
@@ -341,22 +349,24 @@ def _job(config: Config, x, A, runs, group: int) -> Job:
         group,
         config.dt_softplus,
         config.reverse,
-        runs is not None,
+        segment_index is not None,
     )
 
 
-def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> dict[str, jax.Array]:
+def _call(
+    kernel, dims: KernelShape, name: str, operands, out, scratch, flops: int
+) -> dict[str, jax.Array]:
     """Run a kernel on named operands: name -> (array, spec); out: name -> (struct, spec)."""
     names = [*operands, *out, *scratch]
 
     def body(*refs):
-        kernel(dict(zip(names, refs, strict=True)), job)
+        kernel(dict(zip(names, refs, strict=True)), dims)
 
     results = compat.pallas_call(
         body,
         backend="tpu",
         name=name,
-        grid=job.grid,
+        grid=dims.grid,
         in_specs=[spec for _, spec in operands.values()],
         out_specs=[spec for _, spec in out.values()],
         out_shape=[struct for struct, _ in out.values()],
@@ -365,17 +375,19 @@ def _call(kernel, job: Job, name: str, operands, out, scratch, flops: int) -> di
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
-        flops=flops * job.batch * job.length * job.width * job.states,
+        flops=flops * dims.batch * dims.length * dims.width * dims.states,
     )(*(array for array, _ in operands.values()))
     return dict(zip(out, results, strict=True))
 
 
-def _operands(job: Job, specs: Specs, x, dt, A, B, C, D, gate, bias, runs) -> dict[str, Any]:
+def _operands(
+    dims: KernelShape, specs: Specs, x, dt, A, B, C, D, gate, bias, segment_index
+) -> dict[str, Any]:
     operands = {
-        "shared": (pack_shared(job, B, C, runs), specs.shared()),
+        "shared": (pack_shared(dims, B, C, segment_index), specs.shared()),
         "x": (x, specs.tokens()),
         "dt": (dt, specs.tokens()),
-        "A": (tiled(job, A * tile.LOG2_E), specs.decays()),
+        "A": (tiled(dims, A * tile.LOG2_E), specs.decays()),
     }
     if gate is not None:
         operands["gate"] = gate, specs.tokens()
@@ -385,28 +397,28 @@ def _operands(job: Job, specs: Specs, x, dt, A, B, C, D, gate, bias, runs) -> di
     return operands
 
 
-def _scratch(job: Job, *, backward: bool) -> dict[str, int]:
+def _scratch(dims: KernelShape, *, backward: bool) -> dict[str, int]:
     """Rows of 128 lanes of each scratch array."""
-    steps = job.tiles.steps if backward else job.group
+    steps = dims.tiles.steps if backward else dims.group
     # Of the backward kernel: what it recomputes, then the gradients of as many groups.
-    area = max(_FORWARD_GROUP, _at_once(job) * job.group) * job.rows
+    area = max(_FORWARD_GROUP, _at_once(dims) * dims.group) * dims.rows
     rows = {f"area{i}": area for i in range(3 if backward else 1)}
-    rows |= {"dt_area": steps * job.rows, "flow_area": steps * job.rows}
-    rows["spread"] = steps * round_up(job.shared, SUBLANES)
+    rows |= {"dt_area": steps * dims.rows, "flow_area": steps * dims.rows}
+    rows["spread"] = steps * round_up(dims.shared, SUBLANES)
     if backward:
-        rows["kept"] = (steps + 1) * job.states * job.rows
-        rows["G"] = _at_once(job) * job.group * job.states * job.rows
-        rows["sums"] = 2 * job.states * States.fold(job)
+        rows["kept"] = (steps + 1) * dims.states * dims.rows
+        rows["G"] = _at_once(dims) * dims.group * dims.states * dims.rows
+        rows["sums"] = 2 * dims.states * States.fold(dims)
     return rows
 
 
 def forward(config: Config, *arrays, return_residuals: bool):
     """`((y, final_state), residuals)`; the state that enters each block is kept for `backward`."""
-    x, dt, A, B, C, D, gate, bias, initial_state, runs = arrays
-    job = _job(config, x, A, runs, _FORWARD_GROUP)
-    specs = Specs(job, backward=False)
-    operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
-    operands["initial"] = tiled(job, initial_state), specs.state()
+    x, dt, A, B, C, D, gate, bias, initial_state, segment_index = arrays
+    dims = _kernel_shape(config, x, A, segment_index, _FORWARD_GROUP)
+    specs = Specs(dims, backward=False)
+    operands = _operands(dims, specs, x, dt, A, B, C, D, gate, bias, segment_index)
+    operands["initial"] = tiled(dims, initial_state), specs.state()
     given = [array for array, _ in operands.values()]
     state = operands["initial"][0].shape
     out = {
@@ -414,36 +426,36 @@ def forward(config: Config, *arrays, return_residuals: bool):
         "final": (compat.out_struct(state, jnp.float32, *given), specs.state()),
     }
     if return_residuals:
-        shape = (job.batch, job.blocks, *state[1:])
+        shape = (dims.batch, dims.blocks, *state[1:])
         out["boundaries"] = compat.out_struct(shape, jnp.float32, *given), specs.boundaries()
     result = _call(
         _forward_kernel,
-        job,
+        dims,
         "selective_scan_forward",
         operands,
         out,
-        _scratch(job, backward=False),
+        _scratch(dims, backward=False),
         flops=7,
     )
-    outputs = result["y"], untiled(job, result["final"])
+    outputs = result["y"], untiled(dims, result["final"])
     if not return_residuals:
         return outputs, None
-    return outputs, (*arrays[:8], result["boundaries"], runs)
+    return outputs, (*arrays[:8], result["boundaries"], segment_index)
 
 
 def backward(config: Config, residuals, cotangents):
     """The gradients of `selective_scan`'s arrays from the cotangents of its outputs."""
-    x, dt, A, B, C, D, gate, bias, boundaries, runs = residuals
+    x, dt, A, B, C, D, gate, bias, boundaries, segment_index = residuals
     dy, dfinal = cotangents
-    job = _job(config, x, A, runs, _BACKWARD_GROUP)
-    specs = Specs(job, backward=True)
-    operands = _operands(job, specs, x, dt, A, B, C, D, gate, bias, runs)
+    dims = _kernel_shape(config, x, A, segment_index, _BACKWARD_GROUP)
+    specs = Specs(dims, backward=True)
+    operands = _operands(dims, specs, x, dt, A, B, C, D, gate, bias, segment_index)
     operands["dy"] = dy, specs.tokens()
     operands["boundaries"] = boundaries, specs.boundaries()
-    operands["dfinal"] = tiled(job, dfinal), specs.state()
+    operands["dfinal"] = tiled(dims, dfinal), specs.state()
     given = [array for array, _ in operands.values()]
-    state, sums = operands["dfinal"][0].shape, (job.batch, job.group, job.width)
-    shared = (job.strips, job.batch, job.blocks, 2 * job.states, job.tiles.steps)
+    state, sums = operands["dfinal"][0].shape, (dims.batch, dims.group, dims.width)
+    shared = (dims.strips, dims.batch, dims.blocks, 2 * dims.states, dims.tiles.steps)
 
     def struct(shape, dtype=jnp.float32):
         return compat.out_struct(shape, dtype, *given)
@@ -460,22 +472,22 @@ def backward(config: Config, residuals, cotangents):
     for name, vector in (("dD", D), ("dbias", bias)):
         if vector is not None:
             out[name] = struct(sums), specs.channel_sums()
-    scratch = _scratch(job, backward=True)
+    scratch = _scratch(dims, backward=True)
     result = _call(
-        _backward_kernel, job, "selective_scan_backward", operands, out, scratch, flops=22
+        _backward_kernel, dims, "selective_scan_backward", operands, out, scratch, flops=22
     )
-    dB, dC = unpack_shared(job, result["dshared"])
+    dB, dC = unpack_shared(dims, result["dshared"])
     dD, dbias = (result[n].sum((0, 1)) if n in result else None for n in ("dD", "dbias"))
     return (
         result["dx"],
         result["ddt"],
-        untiled(job, result["dA"]).sum(0),
+        untiled(dims, result["dA"]).sum(0),
         dB.astype(B.dtype),
         dC.astype(C.dtype),
         dD,
         result.get("dgate"),
         dbias,
-        untiled(job, result["dinitial"]),
+        untiled(dims, result["dinitial"]),
         None,
     )
 

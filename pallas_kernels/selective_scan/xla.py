@@ -28,15 +28,15 @@ _STATES_A_STEP = 2**14
 _CHUNK = 64
 
 
-def prepare(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, runs):
+def prepare(config: Config, x, dt, A, B, C, D, gate, dt_bias, initial_state, segment_index):
     """The recurrence's own arrays; `restore` adds D and the gate. JAX differentiates both."""
     dtype = initial_state.dtype
-    live = None if runs is None else (runs != 0)[:, :, None]
+    live = None if segment_index is None else (segment_index != 0)[:, :, None]
     # Padding is a token that does nothing: dt = 0 keeps the state to the bit. What it holds is
     # dropped before anything is computed from it.
     x, dt, B, C, gate = (_where(live, z) for z in (x, dt, B, C, gate))
     dt = _where(live, step_size(config, dt.astype(dtype), dt_bias))
-    resets = None if runs is None else _resets(runs, reverse=config.reverse)
+    resets = None if segment_index is None else _resets(segment_index, reverse=config.reverse)
 
     def restore(outputs):
         y, final_state = outputs
@@ -62,8 +62,8 @@ def _where(live, z):
     return z if live is None or z is None else jnp.where(live, z, jnp.zeros_like(z))
 
 
-def _resets(runs, *, reverse: bool):
-    return segments.step_codes(runs, reverse=reverse) == segments.RESET
+def _resets(segment_index, *, reverse: bool):
+    return segments.step_codes(segment_index, reverse=reverse) == segments.RESET
 
 
 def one_token(config: Config, *arrays):

@@ -11,9 +11,9 @@ from seqmodels import ops
 from seqmodels.segments import Segments
 
 
-def uniform_taps(taps: int) -> Any:
-    """Initialiser: uniform within ``taps^(-1/2)`` of 0, as `torch.nn.Conv1d` has it by channel."""
-    bound = taps**-0.5
+def uniform(conv_size: int) -> Any:
+    """Initialiser: uniform within ``conv_size^(-1/2)`` of 0, as `torch.nn.Conv1d` by channel."""
+    bound = conv_size**-0.5
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -28,13 +28,13 @@ class ShortConv(nn.Module):
     `torch.nn.Conv1d` initialises them unless ``kernel_init``, ``bias_init`` say otherwise.
 
     Attributes:
-      taps: W.
+      conv_size: W.
       use_bias: whether there is a bias.
       activation: None or "silu".
       kernel_init, bias_init: initialisers; None for uniform within ``W^(-1/2)`` of 0.
     """
 
-    taps: int = 4
+    conv_size: int = 4
     use_bias: bool = True
     activation: Literal["silu"] | None = "silu"
     kernel_init: Any = None
@@ -61,8 +61,8 @@ class ShortConv(nn.Module):
           ValueError: ``window`` or ``segments`` of a wrong shape.
         """
         width = x.shape[-1]
-        init, taps = uniform_taps(self.taps), (self.taps, width)
-        kernel = self.param("kernel", self.kernel_init or init, taps, jnp.float32)
+        init, shape = uniform(self.conv_size), (self.conv_size, width)
+        kernel = self.param("kernel", self.kernel_init or init, shape, jnp.float32)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init or init, (width,), jnp.float32)
@@ -76,6 +76,6 @@ class ShortConv(nn.Module):
         )
 
 
-def start_window(batch_size: int, taps: int, width: int, dtype: Any) -> Float[Array, "b w d"]:
+def start_window(batch_size: int, conv_size: int, width: int, dtype: Any) -> Float[Array, "b w d"]:
     """The window before the first token: zeros ``(B, W - 1, D)``."""
-    return jnp.zeros((batch_size, taps - 1, width), dtype)
+    return jnp.zeros((batch_size, conv_size - 1, width), dtype)

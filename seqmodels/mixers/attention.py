@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels import ops
-from seqmodels.mixers.base import RecurrentState, Segments, runs_of
+from seqmodels.mixers.base import RecurrentState, Segments, index_of
 from seqmodels.mixers.softmax import (
     SoftmaxConfig,
     SoftmaxMixer,
-    all_runs,
+    all_segments,
     cleared,
     held,
     last_document,
@@ -63,13 +63,15 @@ class Attention(SoftmaxMixer[AttentionConfig]):
     ) -> tuple[Float[Array, "b l d"], Any]:
         positions = state.positions(segments, x.shape[1])
         q, k, v = self.tokens(x, positions)
-        runs = runs_of(segments)
+        segment_index = index_of(segments)
         if state.state is None:
-            o = ops.attention(q, k, v, causal=self.causal, q_segments=runs, k_segments=runs)
+            o = ops.attention(
+                q, k, v, causal=self.causal, q_segments=segment_index, k_segments=segment_index
+            )
             return self.output_projection(o), None
         before = held(state, segments)
-        runs = all_runs(x, segments)
-        chosen = runs == 1 if segments is None else last_document(segments)
+        segment_index = all_segments(x, segments)
+        chosen = segment_index == 1 if segments is None else last_document(segments)
         clean = state.state if segments is None else cleared(renewed(state, segments), state.state)
         kept = {
             name: write(clean[name], new, positions, chosen) for name, new in (("k", k), ("v", v))
@@ -80,7 +82,7 @@ class Attention(SoftmaxMixer[AttentionConfig]):
             # One token has only its own document to see: that in the cache, itself included.
             seen = jnp.where(slots <= before[:, None], jnp.int32(1), -1)
             past_k, past_v = (kept[name].astype(x.dtype) for name in ("k", "v"))
-            ones = jnp.ones_like(runs)
+            ones = jnp.ones_like(segment_index)
             o = ops.attention(q, past_k, past_v, causal=False, q_segments=ones, k_segments=seen)
         else:
             seen = jnp.where(slots < before[:, None], jnp.int32(1), -1)
@@ -88,8 +90,8 @@ class Attention(SoftmaxMixer[AttentionConfig]):
                 jnp.concatenate([state.state[name].astype(x.dtype), new], axis=1)
                 for name, new in (("k", k), ("v", v))
             )
-            keys = jnp.concatenate([seen, runs], axis=1)
-            o = ops.attention(q, all_k, all_v, q_segments=runs, k_segments=keys)
+            keys = jnp.concatenate([seen, segment_index], axis=1)
+            o = ops.attention(q, all_k, all_v, q_segments=segment_index, k_segments=keys)
         return overflow(self.output_projection(o), (positions < 0) | (positions >= capacity)), kept
 
     def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:

@@ -13,8 +13,8 @@ from seqmodels.arguments import segment_order
 from seqmodels.layers.positions import further
 from seqmodels.ranges import Checked
 from seqmodels.segments import Segments as Segments
+from seqmodels.segments import index_of as index_of
 from seqmodels.segments import mask_padding as mask_padding
-from seqmodels.segments import runs_of as runs_of
 
 State = Any
 """What a mixer carries from call to call: a pytree; ``None`` where a mixer is not stateful."""
@@ -88,7 +88,7 @@ class RecurrentState:
         last = jnp.maximum(lengths - 1, 0)[:, None]
         run, place, name = (
             jnp.take_along_axis(part, last, axis=1)[:, 0]
-            for part in (segments.runs, segments.positions, segments.ids)
+            for part in (segments.index, segments.positions, segments.ids)
         )
         before = jnp.where(run == 1, self._continued(segments), 0)
         some = lengths > 0
@@ -104,7 +104,7 @@ class RecurrentState:
             count = jnp.arange(length, dtype=jnp.int32)[None]
             return further(self.position[:, None], count)
         before = self._continued(segments)[:, None]
-        return further(jnp.where(segments.runs == 1, before, 0), segments.positions)
+        return further(jnp.where(segments.index == 1, before, 0), segments.positions)
 
     def _continued(self, segments: Segments) -> Int[Array, " b"]:
         """Tokens of each row's first document that earlier calls have seen."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import split_heads
 from seqmodels.mixers.base import NO_DECAY_LABEL, ParamLabel, RecurrentState, Segments
-from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
+from seqmodels.mixers.matrix import QKV, MatrixConfig, MatrixMixer, Sizes, check_layer
 from seqmodels.mixers.published import Published
 from seqmodels.ranges import Count, Size
 
@@ -79,7 +79,7 @@ class HGRN2(MatrixMixer[HGRN2Config]):
         v = self.project(x, self.width, "i_proj")
         logits = self.project(x, self.width, "f_proj").astype(jnp.float32)
         decay, k = self._gate(logits)
-        tokens = Tokens(*(split_heads(part, size) for part in (q, k.astype(x.dtype), v)))
+        tokens = QKV(*(split_heads(part, size) for part in (q, k.astype(x.dtype), v)))
         decay = split_heads(decay, size)
         initial_state = state.reset_at_document_start(segments)["state"]
         o, final_state = self.linear_attention(tokens, decay, initial_state, segments)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from seqmodels.mixers.base import RecurrentState, Segments
-from seqmodels.mixers.matrix import MatrixConfig, MatrixMixer, Sizes, Tokens, check_layer
+from seqmodels.mixers.matrix import QKV, MatrixConfig, MatrixMixer, Sizes, check_layer
 from seqmodels.mixers.published import Published
 from seqmodels.ranges import Count, Size
 
@@ -67,7 +67,7 @@ class Lightning(MatrixMixer[LightningConfig]):
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
         config, sizes = self.config, self.sizes
-        tokens = Tokens(*(jax.nn.silu(part) for part in self.tokens(x)))
+        tokens = QKV(*(jax.nn.silu(part) for part in self.tokens(x)))
         decay = -slopes(config.heads, config.layer, config.layers)
         initial_state = state.reset_at_document_start(segments)["state"]
         o, final_state = self.linear_attention(tokens, decay, initial_state, segments, scale=1.0)

@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
     value: int
 
 
-class Tokens(NamedTuple):
+class QKV(NamedTuple):
     """Queries and keys ``(B, L, G, K)``, values ``(B, L, H, V)``."""
 
     q: Array
@@ -122,10 +122,10 @@ class MatrixMixer(Mixer[Config]):
         init = nn.initializers.normal(self.config.init_std)
         return dense(x, features, name, kernel_init=init)
 
-    def tokens(self, x: Float[Array, "b l d"]) -> Tokens:
+    def tokens(self, x: Float[Array, "b l d"]) -> QKV:
         """Queries, keys and values as linear functions of ``x``."""
         sizes = self.sizes
-        return Tokens(
+        return QKV(
             split_heads(self.project(x, sizes.groups * sizes.key, "q_proj"), sizes.key),
             split_heads(self.project(x, sizes.groups * sizes.key, "k_proj"), sizes.key),
             split_heads(self.project(x, sizes.heads * sizes.value, "v_proj"), sizes.value),
@@ -133,7 +133,7 @@ class MatrixMixer(Mixer[Config]):
 
     def linear_attention(
         self,
-        tokens: Tokens,
+        tokens: QKV,
         log_decay: Float[np.ndarray, " h"] | Float[Array, "b l h *k"] | None,
         initial_state: Float[Array, "b hp k vp"],
         segments: Segments | None,
@@ -157,7 +157,7 @@ class MatrixMixer(Mixer[Config]):
 
     def delta_rule(
         self,
-        tokens: Tokens,
+        tokens: QKV,
         beta: Float[Array, "b l h"],
         log_decay: Float[Array, "b l h *k"] | None,
         initial_state: Float[Array, "b hp k vp"],
@@ -205,12 +205,12 @@ class DeltaConfig(MatrixConfig):
     """Configuration that all delta rules have.
 
     Attributes:
-      taps: of the short convolutions over queries, keys and values.
+      conv_size: of the short convolutions over queries, keys and values.
       negative_eigenvalues: doubles beta, so that the state may change sign along a key (Grazzi et
         al., "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", 2024).
     """
 
-    taps: Size = 4
+    conv_size: Size = 4
     negative_eigenvalues: bool = False
 
 
@@ -229,22 +229,22 @@ class DeltaMixer(MatrixMixer[AnyDelta]):
     ) -> RecurrentState:
         start = super().initial_state(batch_size).state
         for name, width in self._channels().items():
-            start[f"{name}_window"] = start_window(batch_size, self.config.taps, width, dtype)
+            start[f"{name}_window"] = start_window(batch_size, self.config.conv_size, width, dtype)
         return RecurrentState.start(start, batch_size)
 
     def convolved(
         self, x: Float[Array, "b l d"], entering: dict[str, Array], segments: Segments | None
-    ) -> tuple[Tokens, dict[str, Array]]:
+    ) -> tuple[QKV, dict[str, Array]]:
         """``silu`` of short convolutions, queries and keys of norm 1; the windows after them."""
         windows, parts = {}, {}
         for name, channels in self._channels().items():
             part = self.project(x, channels, f"{name}_proj")
-            conv = ShortConv(self.config.taps, use_bias=False, name=f"{name}_conv")
+            conv = ShortConv(self.config.conv_size, use_bias=False, name=f"{name}_conv")
             window = f"{name}_window"
             parts[name], windows[window] = conv(part, entering[window], segments=segments)
         sizes = self.sizes
         q, k = (l2_normalise(split_heads(parts[name], sizes.key)) for name in "qk")
-        return Tokens(q, k, split_heads(parts["v"], sizes.value)), windows
+        return QKV(q, k, split_heads(parts["v"], sizes.value)), windows
 
     def beta(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h"]:
         """How much of the old value each head replaces: in (0, 1), or in (0, 2)."""
@@ -262,7 +262,7 @@ def pieces(value: int) -> int:
     return next(n for n in range(1, value + 1) if value % n == 0 and value // n <= WIDEST)
 
 
-def _folded(tokens: Tokens, split: int) -> Tokens:
+def _folded(tokens: QKV, split: int) -> QKV:
     batch, length, heads, value = tokens.v.shape
     return tokens._replace(v=tokens.v.reshape(batch, length, heads * split, value // split))
 

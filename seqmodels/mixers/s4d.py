@@ -112,5 +112,5 @@ def _next_token(y: Float[Array, "b l h"], segments: Segments | None) -> Float[Ar
     y = jnp.pad(y[:, 1:], ((0, 0), (0, 1), (0, 0)))
     if segments is None:
         return y
-    following = jnp.pad(segments.runs[:, 1:], ((0, 0), (0, 1)))
-    return jnp.where((following == segments.runs)[..., None], y, jnp.zeros_like(y))
+    following = jnp.pad(segments.index[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where((following == segments.index)[..., None], y, jnp.zeros_like(y))

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 from seqmodels import ops
 from seqmodels.layers.positions import clipped
-from seqmodels.mixers.base import RecurrentState, Segments, runs_of
+from seqmodels.mixers.base import RecurrentState, Segments, index_of
 from seqmodels.mixers.softmax import (
     SoftmaxConfig,
     SoftmaxMixer,
-    all_runs,
+    all_segments,
     held,
     last_document,
     renewed,
@@ -74,14 +74,14 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
         positions = state.positions(segments, x.shape[1])
         q, k, v = self.tokens(x, positions)
         positions = clipped(positions)
-        runs = runs_of(segments)
-        key_runs, key_positions, all_k, all_v = runs, positions, k, v
+        segment_index = index_of(segments)
+        key_index, key_positions, all_k, all_v = segment_index, positions, k, v
         if state.state is None:
             state = dataclasses.replace(state, state=self.empty(x.shape[0], None, x.dtype))
         else:
-            runs = all_runs(x, segments)
-            past_runs, past_positions = self._past(clipped(held(state, segments)))
-            key_runs = jnp.concatenate([past_runs, runs], axis=1)
+            segment_index = all_segments(x, segments)
+            past_index, past_positions = self._past(clipped(held(state, segments)))
+            key_index = jnp.concatenate([past_index, segment_index], axis=1)
             key_positions = jnp.concatenate([past_positions, positions], axis=1)
             past = {name: part.astype(x.dtype) for name, part in state.state.items()}
             parts = ("sink_", "") if config.sinks else ("",)
@@ -95,8 +95,8 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
             all_v,
             window=config.window,
             sinks=config.sinks,
-            q_segments=runs,
-            k_segments=key_runs,
+            q_segments=segment_index,
+            k_segments=key_index,
             k_positions=key_positions if config.sinks else None,
         )
         return self.output_projection(o), self._keep(k, v, positions, segments, state, after)

@@ -181,9 +181,9 @@ class SoftmaxMixer(CachingMixer[Config]):
         return self.project(merge_heads(o), self.width, "o_proj", self.config.use_out_bias)
 
 
-def all_runs(x: Array, segments: Segments | None) -> Int[Array, "b l"]:
+def all_segments(x: Array, segments: Segments | None) -> Int[Array, "b l"]:
     """Numbers of the documents along each row; 1 everywhere without segments."""
-    return jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments.runs
+    return jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments.index
 
 
 def held(state: RecurrentState, segments: Segments | None) -> Int[Array, " b"]:
@@ -197,12 +197,12 @@ def renewed(state: RecurrentState, segments: Segments | None) -> Bool[Array, " b
         return jnp.zeros(state.position.shape, bool)
     some = segments.ids[:, 0] != 0
     started = some & (segments.ids[:, 0] != state.segment)
-    return started | (jnp.max(segments.runs, axis=1) > 1)
+    return started | (jnp.max(segments.index, axis=1) > 1)
 
 
 def last_document(segments: Segments) -> Bool[Array, "b l"]:
     """The tokens of each row's last document."""
-    return (segments.runs == jnp.max(segments.runs, axis=1, keepdims=True)) & segments.mask
+    return (segments.index == jnp.max(segments.index, axis=1, keepdims=True)) & segments.mask
 
 
 def cleared(rows: Bool[Array, " b"], caches: Any) -> Any:

@@ -125,9 +125,12 @@ def test_what_a_kernel_does_not_serve_is_refused_with_the_reason(name, implement
                 NotImplementedError, match=rf"{name}: .*{implementation}: .*{reason}"
             ):
                 operands.call(name, requested)(args)
-        for requested, runs in (((implementation, "reference"), "reference"), (None, "xla")):
+        for requested, segment_index in (
+            ((implementation, "reference"), "reference"),
+            (None, "xla"),
+        ):
             choices = explain(operands.call(name, requested), args)
-            assert {c.implementation for c in choices if c.op == name} == {runs}
+            assert {c.implementation for c in choices if c.op == name} == {segment_index}
 
 
 @each_family

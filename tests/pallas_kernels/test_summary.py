@@ -132,8 +132,8 @@ def measure(name, implementation, packed):
 
     def arrays(timed, ids, state):
         order = timed | fixed
-        runs = None if ids is None else segments.runs(ids)
-        return (*(order[i] for i in sorted(order)), state, runs)
+        segment_index = None if ids is None else segments.index(ids)
+        return (*(order[i] for i in sorted(order)), state, segment_index)
 
     def everything(timed, ids, initial):
         def piece(start, stop):

@@ -160,7 +160,7 @@ def test_tokens_outside_the_vocabulary_are_refused(kind):
 def left_padded():
     """Segments that were built without a check, as under jit."""
     ids = jnp.asarray(LEFT)
-    return Segments(ids=ids, runs=ids, positions=ids, single=True)
+    return Segments(ids=ids, segment_index=ids, positions=ids, single=True)
 
 
 def through_mixer():
@@ -184,7 +184,7 @@ def through_classifier():
     [
         lambda: Segments.from_ids(LEFT),
         lambda: Segments.from_ids(jnp.asarray(LEFT)),
-        lambda: jax.jit(lambda: Segments.from_ids(LEFT).runs)(),
+        lambda: jax.jit(lambda: Segments.from_ids(LEFT).segment_index)(),
         through_mixer,
         through_scanned_backbone,
         through_classifier,
@@ -215,6 +215,6 @@ def test_other_wrong_segment_ids(ids, single, message):
 
 def test_traced_ids_are_held_to_shape_and_dtype_only():
     segments = jax.eval_shape(Segments.from_ids, jnp.asarray(LEFT))
-    assert segments.runs.shape == LEFT.shape
+    assert segments.index.shape == LEFT.shape
     with pytest.raises(ValueError, match="must be integers"):
         jax.eval_shape(Segments.from_ids, jnp.ones((1, 2)))

@@ -18,7 +18,7 @@ class Case:
         self,
         *,
         length,
-        taps=4,
+        conv_size=4,
         dtype="float32",
         batch=2,
         width=5,
@@ -32,10 +32,10 @@ class Case:
             return jnp.asarray(rng.standard_normal(shape), dtype)
 
         weights = "float32" if dtype == "bfloat16" else dtype
-        window = (batch, taps - 1, width)
+        window = (batch, conv_size - 1, width)
         self.args = (
             normal(batch, length, width),
-            normal(taps, width, dtype=weights),
+            normal(conv_size, width, dtype=weights),
             normal(width, dtype=weights),
             normal(*window),
         )
@@ -63,8 +63,8 @@ def _conv(x, weight, bias, initial_state, **options):
 
 
 def _reference(*args, segment_ids, activation):
-    runs = None if segment_ids is None else segments.runs(segment_ids)
-    return reference.with_state(Config(activation), *args, runs)
+    segment_index = None if segment_ids is None else segments.index(segment_ids)
+    return reference.with_state(Config(activation), *args, segment_index)
 
 
 def _present(result):

@@ -24,7 +24,7 @@ def _strict_promotion():
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("length", "taps", "activation"),
+    ("length", "conv_size", "activation"),
     [
         (1, 4, "silu"),
         (2, 4, None),
@@ -37,8 +37,8 @@ def _strict_promotion():
         (1000, 4, "silu"),
     ],
 )
-def test_xla_equals_the_oracle(length, taps, activation, packed):
-    case = Case(length=length, taps=taps, activation=activation, packed=packed)
+def test_xla_equals_the_oracle(length, conv_size, activation, packed):
+    case = Case(length=length, conv_size=conv_size, activation=activation, packed=packed)
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
@@ -57,7 +57,7 @@ def test_xla_keeps_double_precision(length):
 
 
 def test_the_oracle_is_the_convolution():
-    case = Case(length=9, taps=3)
+    case = Case(length=9, conv_size=3)
     x, weight, bias, initial = (np.asarray(a, np.float64) for a in case.args)
     rows = np.concatenate([initial, x], axis=1)
     pre = bias + sum(weight[j] * rows[:, j : j + 9] for j in range(3))
@@ -83,7 +83,7 @@ def test_bfloat16_against_the_float32_oracle():
 @pytest.mark.parametrize("lengths", [(9, 1, 2, 6, 5), (2, 1, 20), (1, 1), (30, 2)])
 def test_packed_equals_one_document_a_row(implementation, lengths):
     real, padding = sum(lengths), 3
-    x, weight, bias, initial = Case(length=real + padding, batch=1, taps=5).args
+    x, weight, bias, initial = Case(length=real + padding, batch=1, conv_size=5).args
     ids = np.zeros((1, real + padding), np.int32)
     borders = [0, *np.cumsum(lengths)]
     documents = [slice(*pair) for pair in itertools.pairwise(borders)]
@@ -221,22 +221,22 @@ def test_second_order_and_forward_mode_through_the_reference():
 
 @settings(max_examples=25)
 @given(
-    taps=st.sampled_from([2, 4, 7]),
+    conv_size=st.sampled_from([2, 4, 7]),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=10),
     ids=st.permutations(range(1, 11)),
     seed=st.integers(0, 99),
 )
-def test_any_segmentation_equals_the_oracle(taps, lengths, ids, seed):
-    case = Case(length=40, taps=taps, batch=1, width=3, seed=seed)
+def test_any_segmentation_equals_the_oracle(conv_size, lengths, ids, seed):
+    case = Case(length=40, conv_size=conv_size, batch=1, width=3, seed=seed)
     row = np.repeat(ids[: len(lengths)], lengths)[:40]
     case.ids = jnp.asarray(np.pad(row, (0, 40 - len(row)))[None], jnp.int32)
-    compiled, sequential = _both(taps)
+    compiled, sequential = _both(conv_size)
     arguments = (case.args, case.ids, case.cotangents)
     testing.assert_close(compiled(*arguments), sequential(*arguments), testing.FLOAT32_TOLERANCE)
 
 
 @functools.cache
-def _both(taps):
+def _both(conv_size):
     """The value and gradients by xla and by the reference, compiled once."""
 
     def run(implementation, args, ids, cotangents):

@@ -38,14 +38,14 @@ def interpreted(case, backend, **options):
 FEATURES = [
     {},
     {"packed": True},
-    {"taps": 1, "width": 3, "packed": True},
-    {"taps": 8, "activation": None, "packed": True},
-    {"taps": 9, "width": 3},
-    {"taps": 12, "width": 3, "packed": True},
+    {"conv_size": 1, "width": 3, "packed": True},
+    {"conv_size": 8, "activation": None, "packed": True},
+    {"conv_size": 9, "width": 3},
+    {"conv_size": 12, "width": 3, "packed": True},
     {"dtype": "bfloat16", "packed": True},
     {"length": 48, "width": 3, "activation": None},
     {"length": 1, "width": 3},
-    {"length": 2, "width": 3, "taps": 7, "packed": True},
+    {"length": 2, "width": 3, "conv_size": 7, "packed": True},
 ]
 
 
@@ -92,10 +92,10 @@ def broken_carry_shifted_by_one(monkeypatch):
 
 
 def broken_edge_of_another_block(monkeypatch):
-    def edge(job):
-        spec = tpu._edge_of(job)
+    def edge(dims):
+        spec = tpu._edge_of(dims)
         return tpu.pl.BlockSpec(
-            block_shape=spec.block_shape, index_map=lambda b, d, i: (b, job.time(i), d)
+            block_shape=spec.block_shape, index_map=lambda b, d, i: (b, dims.time(i), d)
         )
 
     monkeypatch.setattr(tpu, "_edge_of", tpu._edge, raising=False)
@@ -126,24 +126,24 @@ def test_rows_of_other_groups(by):
 
 
 def test_reach_and_ahead_of_short_documents():
-    runs = jnp.array([[1, 1, 2, 3, 3, 3, 3, 3, 0, 0]], jnp.int32)
-    np.testing.assert_array_equal(tile.reach(runs, 4)[0], [3, 3, 0, 0, 1, 2, 3, 3, -1, -1])
-    np.testing.assert_array_equal(tile.ahead(runs, 4)[0], [1, 0, 0, 3, 3, 2, 1, 0, -1, -1])
-    [codes] = tpu._codes(runs, 4)
+    segment_index = jnp.array([[1, 1, 2, 3, 3, 3, 3, 3, 0, 0]], jnp.int32)
+    np.testing.assert_array_equal(tile.reach(segment_index, 4)[0], [3, 3, 0, 0, 1, 2, 3, 3, -1, -1])
+    np.testing.assert_array_equal(tile.ahead(segment_index, 4)[0], [1, 0, 0, 3, 3, 2, 1, 0, -1, -1])
+    [codes] = tpu._codes(segment_index, 4)
     decoded = jnp.where(codes < 0, codes, codes & 0xFFFF)[0, :, 0]
-    np.testing.assert_array_equal(decoded, tile.reach(runs, 4)[0])
-    np.testing.assert_array_equal((codes >> 16)[0, :, 0], tile.ahead(runs, 4)[0])
+    np.testing.assert_array_equal(decoded, tile.reach(segment_index, 4)[0])
+    np.testing.assert_array_equal((codes >> 16)[0, :, 0], tile.ahead(segment_index, 4)[0])
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 1), (15, 60), (1000, 2560), (8192, 5376)])
-@pytest.mark.parametrize("taps", [1, 4, 9, 30])
-def test_tpu_tiles_fit_the_smallest_memory(length, width, taps):
-    tiles = CHOOSE_TPU(length, width, taps)
+@pytest.mark.parametrize("conv_size", [1, 4, 9, 30])
+def test_tpu_tiles_fit_the_smallest_memory(length, width, conv_size):
+    tiles = CHOOSE_TPU(length, width, conv_size)
     assert tiles.steps % tiles.slab == 0
-    assert tiles.steps % (8 * -(-max(taps - 1, 1) // 8)) == 0
+    assert tiles.steps % (8 * -(-max(conv_size - 1, 1) // 8)) == 0
     assert tiles.width % 128 == 0
     assert tiles.width - 128 < width
-    assert tpu.vmem_bytes(tiles, taps) <= 12 * 2**20
+    assert tpu.vmem_bytes(tiles, conv_size) <= 12 * 2**20
 
 
 def test_the_tile_chooser_obeys_the_memory_estimator():

@@ -410,9 +410,9 @@ def test_slots_of_packed_rows_in_numpy():
     ids, interval, offset, held = testing.random_ids(rng, 3, 60), 3, [5, 0, 7], [1, 0, 2]
     k = jnp.asarray(rng.standard_normal((3, 60, 1, 2)), jnp.float32)
     past = jnp.asarray(rng.standard_normal((3, 2, 1, 2)), jnp.float32)
-    runs = pallas_kernels.common.segments.runs(jnp.asarray(ids))
+    segment_index = pallas_kernels.common.segments.index(jnp.asarray(ids))
     counts = (jnp.asarray(x, jnp.int32) for x in (held, offset))
-    got = slots.slots(Config(1.0, interval), k, k, k, past, past, *counts, runs)
+    got = slots.slots(Config(1.0, interval), k, k, k, past, past, *counts, segment_index)
     for b in range(3):
         position, run, before = offset[b] - 1, 1, [past[b, i] for i in range(held[b])]
         for t in range(60):

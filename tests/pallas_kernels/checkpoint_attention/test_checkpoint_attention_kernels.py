@@ -62,7 +62,7 @@ def test_kernels_equal_the_oracle(name, backend, small):
 @pytest.mark.parametrize("packed", [False, True])
 def test_several_strips_of_slots(packed, small, monkeypatch):
     """Keys of 4 strips, each with 2 steps."""
-    monkeypatch.setattr(tpu, "choose_tiles", lambda job: job.tiles._replace(strip=16))
+    monkeypatch.setattr(tpu, "choose_tiles", lambda dims: dims.tiles._replace(strip=16))
     monkeypatch.setattr(tpu, "_TOKENS", 32)
     case = Case(**(SMALL | {"interval": 1, "heads": 1, "packed": packed}))
     testing.assert_close(interpreted(case, "tpu"), case.oracle(), testing.FLOAT32_TOLERANCE)
@@ -105,21 +105,21 @@ def test_any_segmentation(backend, small, lengths, padding):
 
 
 def tpu_sums_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu, "begins", lambda job, at: at.row < 0)
+    monkeypatch.setattr(tpu, "begins", lambda dims, at: at.row < 0)
 
 
 def tpu_slots_shifted_by_one(monkeypatch):
     visible = tpu.visible
 
-    def shifted(job, step, count):
-        return visible(job, step._replace(base=step.base + 1), count)
+    def shifted(dims, step, count):
+        return visible(dims, step._replace(base=step.base + 1), count)
 
     monkeypatch.setattr(tpu, "visible", shifted)
 
 
 def gpu_slots_shifted_by_one(monkeypatch):
     visible = gpu.visible
-    monkeypatch.setattr(gpu, "visible", lambda job, tokens, slot: visible(job, tokens, slot + 1))
+    monkeypatch.setattr(gpu, "visible", lambda dims, tokens, slot: visible(dims, tokens, slot + 1))
 
 
 @pytest.mark.parametrize(
@@ -144,31 +144,31 @@ def job_of(shape):
     count = 512 << (count // 512 - 1).bit_length()
     sizes = (shape.batch, length, count, shape.groups, shape.heads, keys, values, shape.interval)
     tiles = tpu.Tiles(tpu._TOKENS, tpu._SLOTS, count)
-    return tpu.Job(*sizes, 1.0, True, False, jnp.dtype(shape.dtype), tiles)
+    return tpu.KernelShape(*sizes, 1.0, True, False, jnp.dtype(shape.dtype), tiles)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tiles_fit_every_generation(chip, name):
-    job = job_of(SHAPES[name])
-    tiles = choose_tpu_tiles(job)
-    job = job._replace(tiles=tiles)
+    dims = job_of(SHAPES[name])
+    tiles = choose_tpu_tiles(dims)
+    dims = dims._replace(tiles=tiles)
     capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
-    assert tpu.vmem_bytes(job) <= capacity // 2
-    assert job.strips * job.steps * tiles.slots == job.slots
+    assert tpu.vmem_bytes(dims) <= capacity // 2
+    assert dims.strips * dims.steps * tiles.slots == dims.slots
 
 
 def test_the_chooser_obeys_the_estimator():
-    job = job_of(SHAPES["long"])
-    job = job._replace(tiles=choose_tpu_tiles(job))
-    budget = tpu.vmem_bytes(job) - 1
-    tight = choose_tpu_tiles(job, budget)
-    assert tight.strip < job.tiles.strip
-    assert tpu.vmem_bytes(job._replace(tiles=tight)) <= budget
+    dims = job_of(SHAPES["long"])
+    dims = dims._replace(tiles=choose_tpu_tiles(dims))
+    budget = tpu.vmem_bytes(dims) - 1
+    tight = choose_tpu_tiles(dims, budget)
+    assert tight.strip < dims.tiles.strip
+    assert tpu.vmem_bytes(dims._replace(tiles=tight)) <= budget
 
 
 def test_what_does_not_fit_vmem_is_refused(monkeypatch):
-    monkeypatch.setattr(tpu, "choose_tiles", lambda job: choose_tpu_tiles(job, 2**16))
+    monkeypatch.setattr(tpu, "choose_tiles", lambda dims: choose_tpu_tiles(dims, 2**16))
     with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
         jax.eval_shape(lambda: Case(**SMALL).run("tpu"))
 

@@ -63,13 +63,15 @@ def on_a_gpu(monkeypatch, capability):
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
 
 
-@pytest.mark.parametrize(("capability", "runs"), [("7.5", "xla"), ("8.0", "gpu"), ("10.0", "gpu")])
-def test_an_old_gpu_takes_the_portable_path(monkeypatch, capability, runs):
+@pytest.mark.parametrize(
+    ("capability", "segment_index"), [("7.5", "xla"), ("8.0", "gpu"), ("10.0", "gpu")]
+)
+def test_an_old_gpu_takes_the_portable_path(monkeypatch, capability, segment_index):
     x = jnp.ones((1, 4, 3)) / 2
     on_a_gpu(monkeypatch, capability)
     choices = {c.platform: c for c in explain(linear_scan, x, x)}
-    assert choices["cuda"].implementation == runs
-    if runs == "xla":
+    assert choices["cuda"].implementation == segment_index
+    if segment_index == "xla":
         assert "of this machine has compute capability 7.5" in choices["cuda"].skipped["gpu"]
 
 

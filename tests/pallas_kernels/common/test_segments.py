@@ -1,4 +1,4 @@
-"""Segment ids to runs, positions and step codes."""
+"""Segment ids to segment index, positions and step codes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,24 +7,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.common import segments
-from pallas_kernels.common.segments import ENTER, KEEP, RESET, SKIP
+from pallas_kernels.common.segments import CONTINUE, ENTER, RESET, SKIP
 
 
 def test_a_repeated_id_is_another_document():
     ids = jnp.array([[1, 1, 2, 1, 0], [5, 5, 5, 5, 5], [0, 0, 0, 0, 0]], jnp.int32)
-    runs = segments.runs(ids)
-    np.testing.assert_array_equal(runs, [[1, 1, 2, 3, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+    segment_index = segments.index(ids)
     np.testing.assert_array_equal(
-        segments.positions(runs), [[0, 1, 0, 0, 0], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]]
+        segment_index, [[1, 1, 2, 3, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
     )
-    np.testing.assert_array_equal(segments.starts(runs)[0], [True, False, True, True, False])
+    np.testing.assert_array_equal(
+        segments.positions(segment_index), [[0, 1, 0, 0, 0], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        segments.starts(segment_index)[0], [True, False, True, True, False]
+    )
 
 
 def test_step_codes_in_both_directions():
-    runs = jnp.array([[1, 1, 2, 3, 0]], jnp.int32)
-    np.testing.assert_array_equal(segments.step_codes(runs)[0], [ENTER, KEEP, RESET, RESET, SKIP])
+    segment_index = jnp.array([[1, 1, 2, 3, 0]], jnp.int32)
     np.testing.assert_array_equal(
-        segments.step_codes(runs, reverse=True)[0], [KEEP, RESET, RESET, ENTER, SKIP]
+        segments.step_codes(segment_index)[0], [ENTER, CONTINUE, RESET, RESET, SKIP]
+    )
+    np.testing.assert_array_equal(
+        segments.step_codes(segment_index, reverse=True)[0], [CONTINUE, RESET, RESET, ENTER, SKIP]
     )
 
 
@@ -37,8 +43,8 @@ def test_positions_count_from_each_start(documents):
         count = count + 1 if i == before and i else 0
         expected.append(count)
         before = i
-    runs = segments.runs(jnp.array([ids], jnp.int32))
-    np.testing.assert_array_equal(segments.positions(runs)[0], expected)
+    segment_index = segments.index(jnp.array([ids], jnp.int32))
+    np.testing.assert_array_equal(segments.positions(segment_index)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def _value_and_gradients(args, ids, cotangents):
 
     def op(args):
         given = [args.get(name) for name in NAMES]
-        return gpu.BACKEND(config, *given, None if ids is None else segments.runs(ids))
+        return gpu.BACKEND(config, *given, None if ids is None else segments.index(ids))
 
     outputs, pullback = jax.vjp(op, args)
     return {"outputs": outputs, "gradients": pullback(cotangents)[0]}

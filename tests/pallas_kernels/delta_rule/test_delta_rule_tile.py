@@ -43,9 +43,11 @@ def inputs(decay, dtype="float64", size=(SIZE, KEYS, VALUES), seed=0):
     return args, (normal(tokens, values), normal(values, keys, dtype=wide))
 
 
-def documents(runs, entering=1):
-    runs = jnp.asarray(runs, jnp.int32)
-    return masks.segment_masks(runs[:, None], runs[None], jnp.full((1, 1), entering, jnp.int32))
+def documents(segment_index, entering=1):
+    segment_index = jnp.asarray(segment_index, jnp.int32)
+    return masks.segment_masks(
+        segment_index[:, None], segment_index[None], jnp.full((1, 1), entering, jnp.int32)
+    )
 
 
 SOME = documents([1] * 5 + [2] * 4 + [3] * 5 + [0] * 2)

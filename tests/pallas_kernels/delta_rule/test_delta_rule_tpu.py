@@ -43,7 +43,7 @@ SMALL, ANY = Limits(heads=1, heads_vector_decay=1, solve_block=CHUNK // 2), Limi
 def _value_and_gradients(args, ids, cotangents, config):
     def op(args):
         given = [args.get(name) for name in NAMES]
-        return tpu.BACKEND(config, *given, None if ids is None else segments.runs(ids))
+        return tpu.BACKEND(config, *given, None if ids is None else segments.index(ids))
 
     outputs, pullback = jax.vjp(op, args)
     return {"outputs": outputs, "gradients": pullback(cotangents)[0]}
@@ -115,8 +115,10 @@ def test_extreme_decays(decay):
 
 @functools.partial(jax.jit, static_argnames="limits")
 def _run(args, ids, limits=ANY):
-    runs = segments.runs(ids)
-    return tpu.BACKEND(Config(8**-0.5, CHUNK, limits), *(args[name] for name in NAMES), runs)
+    segment_index = segments.index(ids)
+    return tpu.BACKEND(
+        Config(8**-0.5, CHUNK, limits), *(args[name] for name in NAMES), segment_index
+    )
 
 
 def test_the_same_call_twice_is_bitwise_equal():

@@ -392,8 +392,8 @@ def test_the_method_that_xla_takes(length, method):
 
 
 def test_documents_of_a_chunk():
-    runs = jnp.array([[1, 1, 2, 2, 2, 3, 3, 0, 0]], jnp.int32)
-    cut = chunked.documents(runs, 3)
+    segment_index = jnp.array([[1, 1, 2, 2, 2, 3, 3, 0, 0]], jnp.int32)
+    cut = chunked.documents(segment_index, 3)
     np.testing.assert_array_equal(cut.place, [[[0, 0, 1], [0, 0, 1], [0, -1, -1]]])
     np.testing.assert_array_equal(cut.first, [[[1, 1, 0], [1, 1, 0], [1, 0, 0]]])
     np.testing.assert_array_equal(cut.last, [[[0, 0, 1], [0, 0, 1], [1, 0, 0]]])

@@ -100,20 +100,20 @@ def planes(rng):
 def test_a_step_back_is_the_derivative_of_a_step(code):
     """`retreat` against `jax.vjp` of `advance` and `contract`."""
     rng = np.random.default_rng(2)
-    h, a, lacking, readout, carry = (planes(rng) for _ in range(5))
+    h, a, lacking, output_projection, carry = (planes(rng) for _ in range(5))
     u, dy = jnp.ones((1, 3)), jnp.full((1, 3), 0.7)
     code = None if code is None else jnp.full((1, 3), code, jnp.int32)
 
     def step(h, u):
         after = tile.advance(h, u, code, a, lacking)
-        y = tile.contract(readout, after).sum(0, keepdims=True)
+        y = tile.contract(output_projection, after).sum(0, keepdims=True)
         return after, y
 
     # Planes of a cotangent are those of its conjugate: what JAX gives of a complex array.
     _, pullback = jax.vjp(step, h, u)
     skipped = code is not None and int(code[0, 0]) == 2
     dh, du = pullback(((carry[0], -carry[1]), jnp.zeros_like(dy) if skipped else dy))
-    gradient, before = tile.retreat(carry, dy, code, readout, a, lacking)
+    gradient, before = tile.retreat(carry, dy, code, output_projection, a, lacking)
     testing.assert_close((dh[0], -dh[1]), before, testing.FLOAT32_TOLERANCE)
     testing.assert_close(gradient[0].sum(0, keepdims=True), du, testing.FLOAT32_TOLERANCE)
 

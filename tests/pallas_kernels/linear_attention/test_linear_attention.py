@@ -224,10 +224,10 @@ def test_second_order_and_forward_mode_through_the_reference():
 def test_backward_keeps_one_state_a_chunk_and_no_pairs():
     case = Case(length=1024, decay="head", batch=1, key_size=16, value_size=16)
     args = case.args
-    runs = None
+    segment_index = None
 
     def forward(q, k, v, g, initial):
-        return xla.BACKEND(Config(1.0), q, k, v, g, initial, runs)
+        return xla.BACKEND(Config(1.0), q, k, v, g, initial, segment_index)
 
     _, pullback = jax.eval_shape(lambda *x: jax.vjp(forward, *x), *args.values())
     kept = sum(x.size for x in jax.tree.leaves(pullback))

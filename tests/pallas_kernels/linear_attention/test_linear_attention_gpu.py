@@ -30,14 +30,14 @@ def _strict_promotion():
 def interpreted(case, tiles=TILES, ids=None):
     """What `Case.run` gives, with these tiles."""
     args, ids = dict(case.args), case.ids if ids is None else ids
-    runs = None if ids is None else segments.runs(ids)
+    segment_index = None if ids is None else segments.index(ids)
     config = Config(args["q"].shape[3] ** -0.5, tiles=tiles)
 
     def op(args):
         q, k, v, log_decay, state = (args[name] for name in NAMES)
         if log_decay is not None and log_decay.ndim == 1:
             log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
-        return gpu.BACKEND(config, q, k, v, log_decay, state, runs)
+        return gpu.BACKEND(config, q, k, v, log_decay, state, segment_index)
 
     with testing.interpret():
         result = testing.value_and_gradients(op, args, cotangents=case.cotangents)
@@ -100,9 +100,11 @@ def test_extreme_decays(decay):
 
 @jax.jit
 def _run(args, ids):
-    runs = segments.runs(ids)
+    segment_index = segments.index(ids)
     q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
-    return gpu.BACKEND(Config(5**-0.5, tiles=TILES), q, k, v, args["log_decay"], state, runs)
+    return gpu.BACKEND(
+        Config(5**-0.5, tiles=TILES), q, k, v, args["log_decay"], state, segment_index
+    )
 
 
 def test_the_same_call_twice_is_bitwise_equal():

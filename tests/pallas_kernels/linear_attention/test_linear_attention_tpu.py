@@ -42,14 +42,14 @@ SMALL, ANY = Limits(heads=1, heads_vector_decay=1), Limits()
 def interpreted(case, limits=SMALL, ids=None):
     """What `Case.run` gives, in chunks of `CHUNK` tokens."""
     args, ids = dict(case.args), case.ids if ids is None else ids
-    runs = None if ids is None else segments.runs(ids)
+    segment_index = None if ids is None else segments.index(ids)
     config = Config(args["q"].shape[3] ** -0.5, CHUNK, limits)
 
     def op(args):
         q, k, v, log_decay, state = (args[name] for name in NAMES)
         if log_decay is not None and log_decay.ndim == 1:
             log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
-        return tpu.BACKEND(config, q, k, v, log_decay, state, runs)
+        return tpu.BACKEND(config, q, k, v, log_decay, state, segment_index)
 
     with testing.interpret():
         result = testing.value_and_gradients(op, args, cotangents=case.cotangents)
@@ -109,9 +109,11 @@ def test_extreme_decays(decay):
 
 @functools.partial(jax.jit, static_argnames="limits")
 def _run(args, ids, limits=ANY):
-    runs = segments.runs(ids)
+    segment_index = segments.index(ids)
     q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
-    return tpu.BACKEND(Config(5**-0.5, CHUNK, limits), q, k, v, args["log_decay"], state, runs)
+    return tpu.BACKEND(
+        Config(5**-0.5, CHUNK, limits), q, k, v, args["log_decay"], state, segment_index
+    )
 
 
 def test_the_same_call_twice_is_bitwise_equal():

@@ -25,7 +25,9 @@ def _strict_promotion():
         yield
 
 
-def arguments(length, taps, taps_reverse=0, *, batch=2, width=3, dtype="float32", seed=0):
+def arguments(
+    length, kernel_size, kernel_size_reverse=0, *, batch=2, width=3, dtype="float32", seed=0
+):
     """Random `(u, kernel[, kernel_reverse])` and a cotangent."""
     rng = np.random.default_rng(seed)
     wide = "float64" if dtype == "float64" else "float32"
@@ -33,9 +35,9 @@ def arguments(length, taps, taps_reverse=0, *, batch=2, width=3, dtype="float32"
     def normal(dtype, *shape):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    args = [normal(dtype, batch, length, width), normal(wide, width, taps)]
-    if taps_reverse:
-        args.append(normal(wide, width, taps_reverse))
+    args = [normal(dtype, batch, length, width), normal(wide, width, kernel_size)]
+    if kernel_size_reverse:
+        args.append(normal(wide, width, kernel_size_reverse))
     return args, normal(dtype, batch, length, width)
 
 
@@ -69,12 +71,14 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("length", "taps", "taps_reverse"), KINDS)
+@pytest.mark.parametrize(("length", "kernel_size", "kernel_size_reverse"), KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_equal_the_oracle(method, length, taps, taps_reverse):
-    case = arguments(length, taps, taps_reverse)
+def test_methods_equal_the_oracle(method, length, kernel_size, kernel_size_reverse):
+    case = arguments(length, kernel_size, kernel_size_reverse)
     actual = run(*case, method=method)
-    testing.assert_close(actual, expected(length, taps, taps_reverse), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(
+        actual, expected(length, kernel_size, kernel_size_reverse), testing.FLOAT32_TOLERANCE
+    )
 
 
 @functools.cache
@@ -156,14 +160,14 @@ def test_taps_that_meet_no_token_get_no_gradient(method):
 
 @hypothesis.given(
     length=strategies.sampled_from([3, 40]),
-    taps=strategies.sampled_from([1, 17, 64]),
-    taps_reverse=strategies.sampled_from([0, 2, 50]),
+    kernel_size=strategies.sampled_from([1, 17, 64]),
+    kernel_size_reverse=strategies.sampled_from([0, 2, 50]),
     method=strategies.sampled_from(METHODS),
     seed=strategies.integers(0, 3),
 )
 @hypothesis.settings(max_examples=10)
-def test_any_lengths(length, taps, taps_reverse, method, seed):
-    case = arguments(length, taps, taps_reverse, batch=1, width=2, seed=seed)
+def test_any_lengths(length, kernel_size, kernel_size_reverse, method, seed):
+    case = arguments(length, kernel_size, kernel_size_reverse, batch=1, width=2, seed=seed)
     testing.assert_close(run(*case, method=method), oracle(*case), testing.FLOAT32_TOLERANCE)
 
 

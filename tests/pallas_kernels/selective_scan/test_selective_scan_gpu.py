@@ -60,8 +60,8 @@ def broken_boundary(monkeypatch):
     """The state kept for the backward pass is the one after the group."""
     original = gpu._group
 
-    def shifted(job, tile, index, *, backward=False):
-        place, times = original(job, tile, index, backward=backward)
+    def shifted(dims, tile, index, *, backward=False):
+        place, times = original(dims, tile, index, backward=backward)
         return (place + 1 if backward else place), times
 
     monkeypatch.setattr(gpu, "_group", shifted)
@@ -71,9 +71,11 @@ def broken_chain(monkeypatch):
     """Every span begins with what enters the row."""
     chain = gpu._chain_kernel
 
-    def unchained(*refs, job, names, backward):
+    def unchained(*refs, dims, names, backward):
         refs = dict(zip(names, refs, strict=True))
-        chain(*(refs | {"flow": refs["product"]}).values(), job=job, names=names, backward=backward)
+        chain(
+            *(refs | {"flow": refs["product"]}).values(), dims=dims, names=names, backward=backward
+        )
 
     monkeypatch.setattr(gpu, "_chain_kernel", unchained)
 

@@ -91,8 +91,8 @@ def broken_carry_not_reset(monkeypatch):
 def broken_carry_shifted_by_one(monkeypatch):
     whole = tpu._advance_states
 
-    def shifted(refs, job, *args, **options):
-        return whole(refs, job, *args[:-1], [jnp.roll(h, 1, 1) for h in args[-1]], **options)
+    def shifted(refs, dims, *args, **options):
+        return whole(refs, dims, *args[:-1], [jnp.roll(h, 1, 1) for h in args[-1]], **options)
 
     monkeypatch.setattr(tpu, "_advance_states", shifted)
 
@@ -119,8 +119,8 @@ def test_states_of_the_next_block_are_caught():
 
     def gradients(*arrays):
         _, kept = tpu.forward(config, *arrays, None, return_residuals=True)
-        *residuals, boundaries, runs = kept
-        residuals = (*residuals, jnp.roll(boundaries, 1, 1), runs)
+        *residuals, boundaries, segment_index = kept
+        residuals = (*residuals, jnp.roll(boundaries, 1, 1), segment_index)
         _, dt, A, _, C, *_ = tpu.backward(config, residuals, case.cotangents)
         return dt, A, C
 

@@ -71,12 +71,16 @@ def packed(length, past=0):
     ids = 1 + np.cumsum(ends, axis=1)
     ids[0, -7:] = 0
     segments = Segments.from_ids(jnp.asarray(ids, jnp.int32))
-    runs, positions = np.array(segments.runs), np.array(segments.positions)
+    segment_index, positions = np.array(segments.index), np.array(segments.positions)
     if past:
-        runs[1, : past // 2] = -1
+        segment_index[1, : past // 2] = -1
         positions[1, : past // 2] = -1
-        positions[1] -= np.where(runs[1] == 1, past // 2, 0)
-    masks = {"q_segments": runs[:, past:], "k_segments": runs, "k_positions": positions}
+        positions[1] -= np.where(segment_index[1] == 1, past // 2, 0)
+    masks = {
+        "q_segments": segment_index[:, past:],
+        "k_segments": segment_index,
+        "k_positions": positions,
+    }
     return {name: jnp.asarray(mask) for name, mask in masks.items()}
 
 

@@ -16,8 +16,8 @@ def unit(x):
 
 def convolved(x, p, name):
     """A projection, its short convolution, silu."""
-    taps = p[f"{name}_conv/kernel"]
-    return oracles.silu(oracles.causal_conv(x @ p[f"{name}_proj/kernel"], taps, 0.0))
+    conv_size = p[f"{name}_conv/kernel"]
+    return oracles.silu(oracles.causal_conv(x @ p[f"{name}_proj/kernel"], conv_size, 0.0))
 
 
 def attention(q, k, v, decay, scale):

@@ -14,7 +14,7 @@ WIDTH, LENGTH = 4, 9
 
 def test_equations():
     config = GatedDeltaNetConfig(
-        heads=4, key_heads=2, head_size=2, expand_v=1.5, taps=3, init_std=0.5
+        heads=4, key_heads=2, head_size=2, expand_v=1.5, conv_size=3, init_std=0.5
     )
     p, inputs, outputs = oracles.initialised(config, WIDTH, LENGTH)
     for x, y in zip(inputs, outputs, strict=True):
