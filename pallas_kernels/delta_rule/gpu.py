@@ -103,7 +103,9 @@ def _intra_chunk(dims: KernelShape, q, k, beta, log_decay, documents) -> dict[st
 
 def _factors(made: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Those of what `_intra_chunk` made that a kernel reads, as far as there are."""
-    return {name: made[name] for name in (*names, "segment_index", "entering_run") if name in made}
+    return {
+        name: made[name] for name in (*names, "segment_index", "entering_segment") if name in made
+    }
 
 
 def forward(

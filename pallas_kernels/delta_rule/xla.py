@@ -110,7 +110,7 @@ def _arguments(config: Config, q, k, v, beta, log_decay, segment_index):
         segment_index = jnp.moveaxis(tokens.segment_index, 1, 2).reshape(
             sizes.blocks * sizes.rows, -1
         )
-        entering = masks.entering_index(segment_index, sizes.size)
+        entering = masks.entering_segment(segment_index, sizes.size)
         entering = jnp.moveaxis(entering.reshape(sizes.blocks, sizes.rows, -1), 2, 1)
     return sizes, tokens, entering
 

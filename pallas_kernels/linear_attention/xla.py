@@ -31,7 +31,7 @@ class _Rows(NamedTuple):
     v: Any  # (N, C, G, R, V), R heads a group
     g: Any  # (N, C, G, R, 1 or K)
     segment_index: Any  # (N, C)
-    entering_run: Any  # (N,)
+    entering_segment: Any  # (N,)
 
 
 def _cut(config: Config, q, k, v, log_decay, segment_index) -> _Rows:
@@ -56,7 +56,7 @@ def _cut(config: Config, q, k, v, log_decay, segment_index) -> _Rows:
         g = cut(log_decay.astype(wide), *heads, width)
     if segment_index is not None:
         segment_index = jnp.pad(segment_index, ((0, 0), (0, padding)))
-        entering = masks.entering_index(segment_index, size).reshape(-1)
+        entering = masks.entering_segment(segment_index, size).reshape(-1)
         segment_index = segment_index.reshape(-1, size)
     q, k = (cut(x, *x.shape[2:]) for x in (q, k))
     return _Rows(q, k, cut(v, *heads, v.shape[3]), g, segment_index, entering)
@@ -72,7 +72,7 @@ def _documents(rows: _Rows) -> masks.SegmentMasks | None:
     """The masks of one chunk."""
     if rows.segment_index is None:
         return None
-    run = rows.entering_run[None, None]
+    run = rows.entering_segment[None, None]
     return masks.segment_masks(rows.segment_index[:, None], rows.segment_index[None], run)
 
 
@@ -104,7 +104,7 @@ def _pair_decay(decay: tile.Decay, mask):
 
 
 def _state_maps(rows: _Rows):
-    """`(keep, keeps, added)` of a chunk: what its state's map is."""
+    """`(chunk_decay, carried, added)` of a chunk: what its state's map is."""
     docs = _documents(rows)
 
     def head(q, k, v, g):
@@ -133,8 +133,8 @@ def _output(config: Config, rows: _Rows, state):
 
 
 def _state_gradient(config: Config, rows: _Rows, do):
-    """`(keep, keeps, gradient)` of a chunk: what its map is, and what its outputs give to the state
-    that enters it."""
+    """`(chunk_decay, carried, gradient)` of a chunk: its map, and what its outputs give to
+    the state that enters it."""
     docs = _documents(rows)
 
     def head(q, k, v, g, do):

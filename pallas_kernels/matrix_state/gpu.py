@@ -118,7 +118,10 @@ def run_operands(dims: KernelShape, segment_index: jax.Array | None) -> dict[str
         return {}
     size = dims.tiles.chunk
     filled = jnp.pad(segment_index, ((0, 0), (0, dims.chunks * size - dims.length)))
-    return {"segment_index": segment_index, "entering_run": masks.entering_index(filled, size)}
+    return {
+        "segment_index": segment_index,
+        "entering_segment": masks.entering_segment(filled, size),
+    }
 
 
 def sum_over_group(dx: jax.Array, like: jax.Array) -> jax.Array:
@@ -275,11 +278,11 @@ class Row(NamedTuple):
         return ref.at[(self.row, *places)], mask
 
     def documents(self, tokens: Span, chunk: Any) -> SegmentMasks | None:
-        """Masks from `segment_index (B, L)` and `entering_run (B, chunks)`; None without."""
+        """Masks from `segment_index (B, L)` and `entering_segment (B, chunks)`; None without."""
         if "segment_index" not in self.refs:
             return None
         segment_index = self.load("segment_index", tokens)
-        entering = self.load("entering_run", Span(chunk, 1))
+        entering = self.load("entering_segment", Span(chunk, 1))
         return masks.segment_masks(
             segment_index[:, None], segment_index[None, :], entering[:, None]
         )

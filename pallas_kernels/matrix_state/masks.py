@@ -1,8 +1,8 @@
 """Which tokens of a chunk meet: those of one segment, and those that part at one size of blocks.
 
 A row is cut into chunks of C tokens. Inside a chunk tokens meet pairwise; between chunks a state
-is handed on, which belongs to one document. All functions but `entering_index` are of one chunk, on
-values: for the portable path (under `jax.vmap`) and for TPU and GPU kernels alike.
+is handed on, which belongs to one document. All functions but `entering_segment` are of one chunk,
+on values: for the portable path (under `jax.vmap`) and for TPU and GPU kernels alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SegmentMasks(NamedTuple):
     carried: jax.Array
 
 
-def entering_index(segment_index: jax.Array, size: int) -> jax.Array:
+def entering_segment(segment_index: jax.Array, size: int) -> jax.Array:
     """The run that the state entering each chunk belongs to, `(B, L) -> (B, L / size)` int32.
 
     Runs count up along a row and padding follows them, so it is the largest one so far.
@@ -41,20 +41,20 @@ def entering_index(segment_index: jax.Array, size: int) -> jax.Array:
     return jax.lax.cummax(jnp.maximum(before, 1), axis=1)
 
 
-def segment_masks(column: jax.Array, row: jax.Array, entering_run: jax.Array) -> SegmentMasks:
+def segment_masks(column: jax.Array, row: jax.Array, entering_segment: jax.Array) -> SegmentMasks:
     """`SegmentMasks` of one chunk.
 
     Args:
       column, row: segment index of its tokens, `(C, 1)` and `(1, C)` int32, 0 on padding.
-      entering_run: of `entering_index`, `(1, 1)`.
+      entering_segment: what the function of this name returns, `(1, 1)`.
     """
-    leaving_run = jnp.maximum(entering_run, row.max(axis=1, keepdims=True))
+    leaving_segment = jnp.maximum(entering_segment, row.max(axis=1, keepdims=True))
     return SegmentMasks(
         same=(column == row) & (row > 0),
         real=column > 0,
-        entering=column == entering_run,
-        leaving=column == leaving_run,
-        carried=entering_run == leaving_run,
+        entering=column == entering_segment,
+        leaving=column == leaving_segment,
+        carried=entering_segment == leaving_segment,
     )
 
 

@@ -290,14 +290,14 @@ def end(dims: KernelShape, *, last: bool) -> pl.BlockSpec:
 def run_operands(dims: KernelShape, segment_index) -> dict[str, tuple[Any, pl.BlockSpec]]:
     """The operands that `masks.segment_masks` needs."""
     size = dims.tiles.chunk
-    entering = masks.entering_index(segment_index, size)
+    entering = masks.entering_segment(segment_index, size)
     column = spec(dims, (None, size, 1), lambda b, n, _: (b, n, 0))
     row = spec(dims, (None, 1, size), lambda b, n, _: (b, 0, n))
     one = spec(dims, (None, None, 1, 1), lambda b, n, _: (b, n, 0, 0))
     return {
         "column": (segment_index[:, :, None], column),
         "row": (segment_index[:, None], row),
-        "entering_run": (entering[:, :, None, None], one),
+        "entering_segment": (entering[:, :, None, None], one),
     }
 
 

@@ -58,10 +58,10 @@ class StepMasks(NamedTuple):
 def segment_masks(dims, refs) -> StepMasks | None:
     if not dims.segmented:
         return None
-    column, row, run = (refs[name][...] for name in ("column", "row", "entering_run"))
+    column, row, run = (refs[name][...] for name in ("column", "row", "entering_segment"))
     down = masks.segment_masks(column, row, run)
-    leaving_run = jnp.maximum(run, row.max(axis=1, keepdims=True))
-    across = down._replace(real=row > 0, entering=row == run, leaving=row == leaving_run)
+    leaving_segment = jnp.maximum(run, row.max(axis=1, keepdims=True))
+    across = down._replace(real=row > 0, entering=row == run, leaving=row == leaving_segment)
     return StepMasks(down, across)
 
 

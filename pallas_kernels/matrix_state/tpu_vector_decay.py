@@ -94,7 +94,9 @@ class Step(NamedTuple):
 def step_of(dims, refs) -> Step:
     docs, size = None, dims.tiles.chunk
     if dims.segmented:
-        docs = masks.segment_masks(*(refs[name][...] for name in ("column", "row", "entering_run")))
+        docs = masks.segment_masks(
+            *(refs[name][...] for name in ("column", "row", "entering_segment"))
+        )
     row, column = masks.token_indices(size)
     level = sum(((row ^ column) >= s).astype(jnp.int32) for s in masks.level_sizes(size))
     mask = tile.causal(size, docs)

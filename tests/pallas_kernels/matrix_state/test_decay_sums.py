@@ -61,7 +61,7 @@ def test_an_extreme_decay_takes_no_digits_from_its_neighbours(kind):
 def test_documents():
     ids = jnp.asarray([[1, 1, 1, 2, 2, 3, 3, 0], [5, 5, 5, 5, 5, 5, 5, 5]], jnp.int32)
     segment_index = segments.index(ids)
-    entering = masks.entering_index(segment_index, 4)
+    entering = masks.entering_segment(segment_index, 4)
     np.testing.assert_array_equal(entering, [[1, 2], [1, 1]])
 
     def docs(row, chunk):
@@ -81,7 +81,7 @@ def test_documents():
 
 
 def test_a_row_of_padding_keeps_the_first_run():
-    np.testing.assert_array_equal(masks.entering_index(jnp.zeros((1, 8), jnp.int32), 4), [[1, 1]])
+    np.testing.assert_array_equal(masks.entering_segment(jnp.zeros((1, 8), jnp.int32), 4), [[1, 1]])
 
 
 def test_clamped_decays_have_no_gradient():
