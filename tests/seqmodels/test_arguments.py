@@ -160,7 +160,7 @@ def test_tokens_outside_the_vocabulary_are_refused(kind):
 def left_padded():
     """Segments that were built without a check, as under jit."""
     ids = jnp.asarray(LEFT)
-    return Segments(ids=ids, segment_index=ids, positions=ids, single=True)
+    return Segments(ids=ids, index=ids, positions=ids, single=True)
 
 
 def through_mixer():
