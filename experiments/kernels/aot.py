@@ -13,11 +13,13 @@ and output once), but for families whose loops it would simulate for hours or in
 there is (their benchmark has it for a part of the length); on a GPU what ptxas says of registers
 and spills. On "cpu" the portable path runs, on zeros and at most 512 tokens. Compiled ahead of time
 is not run: no cell here needs a TPU or a GPU. Cells are written as they come and kept. A cell is
-stale when its shape, or code that its op imports, has changed since in more than words; it is done
-again then, or when it did not pass.
+stale when its shape, or code that its op imports, has changed since in more than words. Then its
+program is traced: where it is the one that was compiled, the cell holds for the new code too;
+otherwise, or when it did not pass, it is done again.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -35,7 +37,7 @@ import rich.table
 
 from experiments import terminal
 from experiments.command_line import run_command
-from pallas_kernels.tools import aot
+from pallas_kernels.tools import aot, programs
 from pallas_kernels.tools import sources as code
 from pallas_kernels.tools.families import FAMILIES
 from pallas_kernels.tools.programs import MODES
@@ -120,6 +122,7 @@ class Cell(Checked):
       sources: digest of what decided it, as `digests` gives it.
       commit: of the checkout; `dirty` if it had changes.
       seconds: wall time.
+      program: fingerprint of what was compiled; None of cells older than fingerprints.
     """
 
     family: str
@@ -133,6 +136,7 @@ class Cell(Checked):
     commit: str | None
     dirty: bool | None
     seconds: float
+    program: str | None = None
 
     @property
     def key(self) -> Key:
@@ -227,7 +231,35 @@ def measure(keys: Iterable[Key], *, estimate: bool = True) -> Iterator[Cell]:
             outcome, figures, reason = judge(answer)
             seconds, start = time.perf_counter() - start, time.perf_counter()
             digest = now[family, key.shape]
-            yield Cell(*key, outcome, figures, reason, digest, **version, seconds=seconds)
+            yield Cell(
+                *(*key, outcome, figures, reason, digest),
+                **version,
+                seconds=seconds,
+                program=fingerprint(key),
+            )
+
+
+def fingerprint(key: Key) -> str | None:
+    """Of the program of a cell; None if it cannot be traced."""
+    implementation, scale = _implementation(key.family, key.chip), _scale(key)
+    return _fingerprint(*key[:3], implementation, scale)
+
+
+@functools.cache
+def _fingerprint(family: str, shape: str, mode: str, implementation: str, scale: str) -> str | None:
+    try:
+        return programs.fingerprint(*FAMILIES[family].case(shape, implementation, mode, scale))
+    except Exception:  # whatever it is, compiling says it
+        return None
+
+
+def renewed(cells: Cells, keys: Iterable[Key]) -> Iterator[Cell]:
+    """The cells of `keys` that passed and whose program is still the same, with today's sources."""
+    now = digests({key.family for key in keys})
+    for key in keys:
+        cell = cells.get(key)
+        if cell and cell.outcome == PASSED and cell.program and cell.program == fingerprint(key):
+            yield dataclasses.replace(cell, sources=now[key.family, key.shape])
 
 
 def _answers(family: str, chip: str, keys: list[Key], estimate: bool) -> Iterator[Any]:
@@ -236,14 +268,11 @@ def _answers(family: str, chip: str, keys: list[Key], estimate: bool) -> Iterato
         return (_run_here(family, key) for key in keys)
     if reason := aot.missing(chip):
         return (ImportError(reason) for _ in keys)
-    known = FAMILIES[family]
-    implementation = "tpu" if chip in aot.TPUS else "gpu"
+    known, implementation = FAMILIES[family], _implementation(family, chip)
     if chip in aot.TPUS:
         unread = chip != ESTIMATED or not estimate or known.slow_to_estimate
     else:
         unread = not known.has_kernels
-    if not known.has_kernels:
-        implementation = "xla"
     if unread:
         return (_compile_here(family, key, implementation) for key in keys)
     arguments = [[key.shape, implementation, key.mode] for key in keys]
@@ -255,6 +284,19 @@ def _answers(family: str, chip: str, keys: list[Key], estimate: bool) -> Iterato
         _compile_here(family, key, implementation) if isinstance(answer, RuntimeError) else answer
         for key, answer in zip(keys, answers, strict=True)
     )
+
+
+def _implementation(family: str, chip: str) -> str:
+    """What is compiled for a chip."""
+    if chip == "cpu" or not FAMILIES[family].has_kernels:
+        return "xla"
+    return "tpu" if chip in aot.TPUS else "gpu"
+
+
+def _scale(key: Key) -> str:
+    """Factor on the length: of all, but at most 512 tokens where the program is run."""
+    length = FAMILIES[key.family].shapes[key.shape].length
+    return repr(min(1.0, 512 / length)) if key.chip == "cpu" else "1"
 
 
 def _compile_here(family: str, key: Key, implementation: str) -> Exception:
@@ -269,10 +311,8 @@ def _compile_here(family: str, key: Key, implementation: str) -> Exception:
 
 def _run_here(family: str, key: Key) -> Exception | None:
     """Runs the portable path on zeros, at no more than 512 tokens."""
-    known = FAMILIES[family]
-    scale = min(1.0, 512 / known.shapes[key.shape].length)
     try:
-        fn, *operands = known.case(key.shape, "xla", key.mode, repr(scale))
+        fn, *operands = FAMILIES[family].case(key.shape, "xla", key.mode, _scale(key))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operands)
         jax.block_until_ready(jax.jit(fn)(*zeros))
     except Exception as error:
@@ -317,6 +357,10 @@ def run(config: AotConfig, console: rich.console.Console) -> Cells:
     cells = {key: cell for key, cell in load(config.output).items() if key in exist}
     start = time.perf_counter()
     keys = wanted(config, cells)
+    if not config.again:
+        cells |= {cell.key: cell for cell in renewed(cells, keys)}
+        save(config.output, cells, config, time.perf_counter() - start)
+        keys = wanted(config, cells)
     for cell in rich.progress.track(
         measure(keys, estimate=config.estimate),
         total=len(keys),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -84,6 +86,20 @@ def program(op: Callable[..., Any], shape: Shape, mode: str) -> Program:
 
     cotangent = jax.eval_shape(lambda *x: forward(*x)[0], *operands)
     return forward_backward, (*operands, Struct(cotangent.shape, cotangent.dtype))
+
+
+def fingerprint(fn: Callable[..., Any], *operands: Any) -> str:
+    """Digest of the program that `fn` is traced to, kernels included, for the installed jax.
+
+    Names of functions and kernels do not count: a program that was only moved or renamed keeps its
+    fingerprint.
+
+    Args:
+      fn: any function of pytrees of arrays.
+      *operands: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    text = re.sub(r"\bname=[^\s\]]+", "", str(jax.make_jaxpr(fn)(*operands)))
+    return hashlib.sha256(f"{jax.__version__} {text}".encode()).hexdigest()[:16]
 
 
 def as_pairs(fn: Callable[..., Any], operands: tuple[Struct, ...]) -> tuple[Any, ...]:

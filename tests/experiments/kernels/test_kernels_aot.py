@@ -178,10 +178,28 @@ def test_a_run_is_merged_and_does_only_what_is_not_known(tmp_path, monkeypatch):
     assert len(record["cells"]) == 2
     changed = {("linear_scan", name): "changed" for name in FAMILIES["linear_scan"].shapes}
     monkeypatch.setattr(table, "digests", lambda families=(): changed)
+    monkeypatch.setattr(table, "fingerprint", lambda key: "another")
     table.run(config, QUIET)
     assert len(asked) == 3
     table.run(dataclasses.replace(config, again=True), QUIET)
     assert len(asked) == 4
+
+
+def test_a_cell_outlives_a_change_of_code_that_leaves_its_program_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(table, "_run_here", lambda family, key: asked.append(key))
+    config = AotConfig(("linear_scan",), ("cpu",), ("odd", "short"), output=tmp_path / "aot.json")
+    before = table.run(config, QUIET)
+    changed = {("linear_scan", name): "changed" for name in FAMILIES["linear_scan"].shapes}
+    monkeypatch.setattr(table, "digests", lambda families=(): changed)
+    monkeypatch.setattr(
+        table, "fingerprint", lambda key: before[key].program if key.shape == "odd" else "another"
+    )
+    after = table.run(config, QUIET)
+    assert [key.shape for key in asked] == ["odd", "short", "short"]
+    assert {cell.sources for cell in after.values()} == {"changed"}
+    odd = Key("linear_scan", "odd", "forward+backward", "cpu")
+    assert dataclasses.replace(after[odd], sources=before[odd].sources) == before[odd]
 
 
 def test_cells_of_three_chips(tmp_path, monkeypatch):
