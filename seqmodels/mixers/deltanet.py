@@ -55,5 +55,7 @@ class DeltaNet(DeltaMixer[DeltaNetConfig]):
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
         entering = state.reset_at_document_start(segments)
         tokens, windows = self.convolved(x, entering, segments)
-        o, final_state = self.delta_rule(tokens, self.beta(x), None, entering["state"], segments)
-        return self.output_projection(o), {"state": final_state, **windows}
+        o, final_state = self.delta_rule(
+            tokens, self.beta(x), None, entering["recurrent_state"], segments
+        )
+        return self.output_projection(o), {"recurrent_state": final_state, **windows}

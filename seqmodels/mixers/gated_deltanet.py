@@ -83,10 +83,10 @@ class GatedDeltaNet(DeltaMixer[GatedDeltaNetConfig]):
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
         entering, sizes = state.reset_at_document_start(segments), self.sizes
         tokens, windows = self.convolved(x, entering, segments)
-        decay, initial_state = self._log_decay(x), entering["state"]
+        decay, initial_state = self._log_decay(x), entering["recurrent_state"]
         o, final_state = self.delta_rule(tokens, self.beta(x), decay, initial_state, segments)
         gate = self.project(x, sizes.heads * sizes.value, "g_proj")
-        return self.output_projection(o, gate), {"state": final_state, **windows}
+        return self.output_projection(o, gate), {"recurrent_state": final_state, **windows}
 
     def _log_decay(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h"]:
         heads = self.config.heads

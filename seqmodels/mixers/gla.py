@@ -69,7 +69,7 @@ class GLA(MatrixMixer[GLAConfig]):
             name="gk_proj",
         )(x)
         decay = jax.nn.log_sigmoid(split_heads(logits, sizes.key)) / config.gate_temperature
-        initial_state = state.reset_at_document_start(segments)["state"]
+        initial_state = state.reset_at_document_start(segments)["recurrent_state"]
         o, final_state = self.linear_attention(self.tokens(x), decay, initial_state, segments)
         gate = self.project(x, sizes.heads * sizes.value, "g_proj")
-        return self.output_projection(o, gate), {"state": final_state}
+        return self.output_projection(o, gate), {"recurrent_state": final_state}

@@ -81,9 +81,9 @@ class HGRN2(MatrixMixer[HGRN2Config]):
         decay, k = self._gate(logits)
         tokens = QKV(*(split_heads(part, size) for part in (q, k.astype(x.dtype), v)))
         decay = split_heads(decay, size)
-        initial_state = state.reset_at_document_start(segments)["state"]
+        initial_state = state.reset_at_document_start(segments)["recurrent_state"]
         o, final_state = self.linear_attention(tokens, decay, initial_state, segments)
-        return self.output_projection(o, per_head=False), {"state": final_state}
+        return self.output_projection(o, per_head=False), {"recurrent_state": final_state}
 
     def _gate(
         self, logits: Float[Array, "b l d"]

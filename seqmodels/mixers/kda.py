@@ -66,10 +66,13 @@ class KDA(DeltaMixer[KDAConfig]):
     ) -> tuple[Float[Array, "b l d"], dict[str, Array]]:
         entering = state.reset_at_document_start(segments)
         tokens, windows = self.convolved(x, entering, segments)
-        decay, initial_state = self._log_decay(x), entering["state"]
+        decay, initial_state = self._log_decay(x), entering["recurrent_state"]
         o, final_state = self.delta_rule(tokens, self.beta(x), decay, initial_state, segments)
         gate = self._low_rank("g_proj", use_bias=self.config.gate_bias)(x)
-        return self.output_projection(o, gate, jax.nn.sigmoid), {"state": final_state, **windows}
+        return self.output_projection(o, gate, jax.nn.sigmoid), {
+            "recurrent_state": final_state,
+            **windows,
+        }
 
     def _low_rank(self, name: str, *, use_bias: bool = False, dtype: Any = None) -> LowRank:
         config = self.config

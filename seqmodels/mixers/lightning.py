@@ -69,11 +69,11 @@ class Lightning(MatrixMixer[LightningConfig]):
         config, sizes = self.config, self.sizes
         tokens = QKV(*(jax.nn.silu(part) for part in self.tokens(x)))
         decay = -slopes(config.heads, config.layer, config.layers)
-        initial_state = state.reset_at_document_start(segments)["state"]
+        initial_state = state.reset_at_document_start(segments)["recurrent_state"]
         o, final_state = self.linear_attention(tokens, decay, initial_state, segments, scale=1.0)
         gate = self.project(x, sizes.heads * sizes.value, "g_proj")
         y = self.output_projection(o, gate, jax.nn.sigmoid, per_head=False)
-        return y, {"state": final_state}
+        return y, {"recurrent_state": final_state}
 
 
 def slopes(heads: int, layer: int, layers: int) -> np.ndarray:

@@ -117,24 +117,24 @@ class Mamba(Mixer[MambaConfig]):
             C=c,
             gate=gate,
             dt_softplus=True,
-            initial_state=entering["state"],
+            initial_state=entering["recurrent_state"],
             segments=segments,
             implementation=config.implementation,
             **parameters,
         )
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
-        state = state.update({"conv": window, "state": final_state}, segments, x.shape[1])
+        state = state.update({"conv": window, "recurrent_state": final_state}, segments, x.shape[1])
         return mask_padding(y, segments), state
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"state"``
+        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"recurrent_state"``
         float32 ``(B, E, N)``."""
         zeros = jnp.zeros((batch_size, self.inner, self.config.state_size), jnp.float32)
         window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
-        return RecurrentState.start({"conv": window, "state": zeros}, batch_size)
+        return RecurrentState.start({"conv": window, "recurrent_state": zeros}, batch_size)
 
     @property
     def inner(self) -> int:

@@ -73,23 +73,23 @@ class Mamba2(Mixer[Mamba2Config]):
         gate, parts, dt = jnp.split(parts, [inner, 2 * (inner + shared)], axis=-1)
         conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")
         parts, window = conv(parts, entering["conv"], segments=segments)
-        y, final_state = self._recur(parts, dt, entering["state"], segments)
+        y, final_state = self._recur(parts, dt, entering["recurrent_state"], segments)
         y = GatedGroupNorm(config.groups, config.norm_epsilon, name="norm")(y, gate)
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
-        state = state.update({"conv": window, "state": final_state}, segments, x.shape[1])
+        state = state.update({"conv": window, "recurrent_state": final_state}, segments, x.shape[1])
         return mask_padding(y, segments), state
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
         """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E + 2 G N)`` in ``dtype``,
-        ``"state"`` float32 ``(B, H, N, P)``."""
+        ``"recurrent_state"`` float32 ``(B, H, N, P)``."""
         config, (inner, heads, shared) = self.config, self._sizes
         shape = (batch_size, heads, config.state_size, config.head_size)
         window = start_window(batch_size, config.conv_size, inner + 2 * shared, dtype)
         return RecurrentState.start(
-            {"conv": window, "state": jnp.zeros(shape, jnp.float32)}, batch_size
+            {"conv": window, "recurrent_state": jnp.zeros(shape, jnp.float32)}, batch_size
         )
 
     @property

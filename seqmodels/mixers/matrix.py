@@ -75,7 +75,7 @@ Config = TypeVar("Config", bound=MatrixConfig)
 class MatrixMixer(Mixer[Config]):
     """A mixer whose heads each keep a matrix ``(K, V)``.
 
-    ``state`` of the state is a dict: ``"state"`` float32 ``(B, H', K, V')``, one matrix a head,
+    ``state`` of the state is a dict: ``"recurrent_state"`` float32 ``(B, H', K, V')``, one matrix a head,
     where a head of values wider than 256 is stored as several (see ``pieces``), and what the mixer
     adds to it. Subclasses say their ``sizes`` and write ``mix``.
     """
@@ -113,7 +113,7 @@ class MatrixMixer(Mixer[Config]):
         sizes = self.sizes
         split = pieces(sizes.value)
         shape = (batch_size, sizes.heads * split, sizes.key, sizes.value // split)
-        return RecurrentState.start({"state": jnp.zeros(shape, jnp.float32)}, batch_size)
+        return RecurrentState.start({"recurrent_state": jnp.zeros(shape, jnp.float32)}, batch_size)
 
     def project(
         self, x: Float[Array, "b l d"], features: int, name: str

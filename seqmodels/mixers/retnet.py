@@ -61,13 +61,13 @@ class RetNet(MatrixMixer[RetNetConfig]):
         tokens = self.tokens(x)
         positions = state.positions(segments, x.shape[1])
         q, k = (rotary(part, positions, config.rotary_base) for part in (tokens.q, tokens.k))
-        initial_state = state.reset_at_document_start(segments)["state"]
+        initial_state = state.reset_at_document_start(segments)["recurrent_state"]
         tokens = tokens._replace(q=q, k=k)
         o, final_state = self.linear_attention(
             tokens, log_decays(config.heads), initial_state, segments
         )
         gate = self.project(x, sizes.heads * sizes.value, "g_proj")
-        return self.output_projection(o, gate), {"state": final_state}
+        return self.output_projection(o, gate), {"recurrent_state": final_state}
 
 
 def log_decays(heads: int) -> np.ndarray:

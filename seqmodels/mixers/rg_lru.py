@@ -105,21 +105,21 @@ class RGLRU(Mixer[RGLRUConfig]):
         inner, window = conv(inner, entering["conv"], segments=segments)
         first = state.positions(segments, length) == 0
         unit = RealGatedUnit(config, name="rg_lru")
-        h, final_state = unit(inner, entering["state"], first, segments)
+        h, final_state = unit(inner, entering["recurrent_state"], first, segments)
         y = jax.nn.gelu(gate, approximate=True) * h
         init = nn.initializers.variance_scaling(2.0 / config.layers, "fan_in", "normal")
         y = dense(y, self.width, "linear_out", use_bias=True, kernel_init=init)
-        state = state.update({"conv": window, "state": final_state}, segments, length)
+        state = state.update({"conv": window, "recurrent_state": final_state}, segments, length)
         return mask_padding(y, segments), state
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"state"``
+        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"recurrent_state"``
         float32 ``(B, E)``."""
         window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
         zeros = jnp.zeros((batch_size, self.inner), jnp.float32)
-        return RecurrentState.start({"conv": window, "state": zeros}, batch_size)
+        return RecurrentState.start({"conv": window, "recurrent_state": zeros}, batch_size)
 
     @property
     def inner(self) -> int:

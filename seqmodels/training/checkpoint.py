@@ -61,7 +61,7 @@ def _storable(state: TrainState) -> TrainState:
 class Checkpoints:
     """The checkpoints of one run, in ``directory/<step>``.
 
-    Keeps the ``keep`` latest ones and, of those saved with a score, the best one. Use it as a
+    Keeps the ``max_to_keep`` latest ones and, of those saved with a score, the best one. Use it as a
     context manager: leaving it waits for a save under way.
     """
 
@@ -70,7 +70,7 @@ class Checkpoints:
         directory: Path,
         config_dict: Mapping[str, Any],
         *,
-        keep: int = 2,
+        max_to_keep: int = 2,
         read_only: bool = False,
     ) -> None:
         self.directory = Path(directory).absolute()
@@ -79,7 +79,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         preserve: Any = policies.AnyPreservationPolicy(
             [
-                policies.LatestN(keep),
+                policies.LatestN(max_to_keep),
                 policies.BestN(
                     get_metric_fn=_score,
                     n=1,

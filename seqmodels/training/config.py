@@ -86,7 +86,7 @@ class TrainConfig(Checked):
     select: Literal["accuracy", "loss", "last"] = "accuracy"
     """The checkpoint to test: on the validation split of highest "accuracy" or of lowest "loss", or
     the "last" one."""
-    keep: Size = 2
+    max_to_keep: Size = 2
     """Latest checkpoints to keep, beside the best one."""
     seed: Seed = 0
     """Seed of the parameters and of dropout."""

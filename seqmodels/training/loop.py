@@ -163,7 +163,9 @@ def fit(
     tell = on_event or (lambda what, step: None)
     tell("prepared", 0)
     iterator: Any = iter(batches)
-    with Checkpoints(run_dir / "checkpoints", run.config_dict, keep=config.keep) as checkpoints:
+    with Checkpoints(
+        run_dir / "checkpoints", run.config_dict, max_to_keep=config.max_to_keep
+    ) as checkpoints:
         progress = Progress()
         if resume and checkpoints.steps():
             template = abstract_state(task, config, mesh)
