@@ -130,8 +130,8 @@ class Mamba(Mixer[MambaConfig]):
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"recurrent_state"``
-        float32 ``(B, E, N)``."""
+        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``,
+        ``"recurrent_state"`` float32 ``(B, E, N)``."""
         zeros = jnp.zeros((batch_size, self.inner, self.config.state_size), jnp.float32)
         window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
         return RecurrentState.start({"conv": window, "recurrent_state": zeros}, batch_size)

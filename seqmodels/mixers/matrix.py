@@ -75,9 +75,9 @@ Config = TypeVar("Config", bound=MatrixConfig)
 class MatrixMixer(Mixer[Config]):
     """A mixer whose heads each keep a matrix ``(K, V)``.
 
-    ``state`` of the state is a dict: ``"recurrent_state"`` float32 ``(B, H', K, V')``, one matrix a head,
-    where a head of values wider than 256 is stored as several (see ``pieces``), and what the mixer
-    adds to it. Subclasses say their ``sizes`` and write ``mix``.
+    ``state`` of the state is a dict: ``"recurrent_state"`` float32 ``(B, H', K, V')``, one
+    matrix a head, where a head of values wider than 256 is stored as several (see ``pieces``), and
+    what the mixer adds to it. Subclasses say their ``sizes`` and write ``mix``.
     """
 
     @property

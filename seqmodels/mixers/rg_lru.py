@@ -115,8 +115,8 @@ class RGLRU(Mixer[RGLRUConfig]):
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``, ``"recurrent_state"``
-        float32 ``(B, E)``."""
+        """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``,
+        ``"recurrent_state"`` float32 ``(B, E)``."""
         window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
         zeros = jnp.zeros((batch_size, self.inner), jnp.float32)
         return RecurrentState.start({"conv": window, "recurrent_state": zeros}, batch_size)

@@ -61,8 +61,8 @@ def _storable(state: TrainState) -> TrainState:
 class Checkpoints:
     """The checkpoints of one run, in ``directory/<step>``.
 
-    Keeps the ``max_to_keep`` latest ones and, of those saved with a score, the best one. Use it as a
-    context manager: leaving it waits for a save under way.
+    Keeps the ``max_to_keep`` latest ones and, of those saved with a score, the best one. Use it as
+    a context manager: leaving it waits for a save under way.
     """
 
     def __init__(
