@@ -46,9 +46,24 @@ class Choice(NamedTuple):
         return f"{self.op} on {self.platform}: {self.implementation or 'nothing'}{why}"
 
 
+# Part of jax's trace cache: what is traced inside the context never runs outside, nor vice versa.
+_preferred = jax.make_user_context(default_value=None)
+
 _record: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
     "record", default=None
 )
+
+
+@contextlib.contextmanager
+def preferring(implementation: str) -> Iterator[None]:
+    """Where the caller of an op leaves `implementation` open, take this one, if it serves the call.
+
+    For tests and measurements of what calls several ops, such as a layer. Holds for what is traced
+    inside; the name is taken at its word as a single forced name is. Rows of one token are not
+    concerned.
+    """
+    with _preferred(implementation):
+        yield
 
 
 def run(
@@ -72,6 +87,8 @@ def run(
       NotImplementedError: a forced implementation, or all of a sequence, cannot serve the
         arguments; the reasons are in the message.
     """
+    if requested is None and _preferred.value in implementations.keys() - unsupported.keys():
+        requested = _preferred.value
     names = _names(op, implementations, requested)
     choices = [_choose(op, platform, names, unsupported, requested) for platform in PLATFORMS]
     if all(choice.implementation is None for choice in choices):

@@ -25,9 +25,8 @@ from seqmodels.mixers import (
     SlidingWindowConfig,
 )
 
-# Kernels have tests of their own; token by token they compile faster. Initial values as of a width
-# of 2048 would be tiny here.
-_MATRIX: dict[str, Any] = {"implementation": "reference", "init_std": 0.5}
+# Initial values as of a width of 2048 would be tiny here.
+_MATRIX: dict[str, Any] = {"init_std": 0.5}
 
 CASES = {
     "s5": S5Config(state_size=8, blocks=2),
@@ -40,10 +39,10 @@ CASES = {
     "s4d-bidirectional": S4DConfig(state_size=6, bidirectional=True),
     "lru": LRUConfig(state_size=3),
     "lru-bidirectional": LRUConfig(state_size=3, bidirectional=True),
-    "mamba": MambaConfig(state_size=3, implementation="reference"),
-    "rg_lru": RGLRUConfig(lru_width=6, heads=3, implementation="reference"),
-    "mamba2": Mamba2Config(state_size=3, head_size=2, groups=2, implementation="reference"),
-    "hydra": HydraConfig(state_size=3, head_size=2, groups=2, implementation="reference"),
+    "mamba": MambaConfig(state_size=3),
+    "rg_lru": RGLRUConfig(lru_width=6, heads=3),
+    "mamba2": Mamba2Config(state_size=3, head_size=2, groups=2),
+    "hydra": HydraConfig(state_size=3, head_size=2, groups=2),
     # Larger, so that no head has a row of outputs near zero before its norm, which would amplify
     # the rounding of it beyond what the contract allows (seen on one kind of CPU).
     "gla": GLAConfig(heads=2, expand_k=1.0, gate_rank=3, **(_MATRIX | {"init_std": 1.0})),
@@ -51,8 +50,8 @@ CASES = {
     "lightning": LightningConfig(heads=2, head_size=3, layer=1, layers=3, **_MATRIX),
     "hgrn2": HGRN2Config(head_size=2, layer=1, layers=3, **_MATRIX),
     "deltanet": DeltaNetConfig(heads=2, **_MATRIX),
-    "gated_deltanet": GatedDeltaNetConfig(heads=4, key_heads=2, head_size=2, **_MATRIX),
-    "kda": KDAConfig(heads=2, head_size=2, **_MATRIX),
+    "gated_deltanet": GatedDeltaNetConfig(heads=4, key_heads=2, head_size=8, **_MATRIX),
+    "kda": KDAConfig(heads=2, head_size=8, **_MATRIX),
     "attention": AttentionConfig(heads=2, init_std=0.5),
     "attention-grouped": AttentionConfig(
         heads=4, kv_heads=2, head_size=2, rotary_base=None, qk_norm=True, init_std=0.5
@@ -62,24 +61,20 @@ CASES = {
     "sliding_window-sinks": SlidingWindowConfig(
         heads=1, window=4, sinks=2, rotary_fraction=0.5, init_std=0.5
     ),
-    "rat": RATConfig(chunk=3, heads=2, groups=1, implementation="reference", init_std=0.5),
-    "rat-chunks-of-one": RATConfig(
-        chunk=1, heads=1, groups=1, rotary_base=None, implementation="reference", init_std=0.5
-    ),
-    "scout": SCOUTConfig(heads=2, interval=3, implementation="reference", init_std=0.5),
+    "rat": RATConfig(chunk=3, heads=2, groups=1, init_std=0.5),
+    "rat-chunks-of-one": RATConfig(chunk=1, heads=1, groups=1, rotary_base=None, init_std=0.5),
+    "scout": SCOUTConfig(heads=2, interval=3, init_std=0.5),
     "scout-window": SCOUTConfig(
         heads=2,
         kv_heads=1,
         interval=2,
         local=SlidingWindowConfig(heads=1, window=2, init_std=0.5),
-        implementation="reference",
         init_std=0.5,
     ),
     "scout-mamba": SCOUTConfig(
         heads=1,
         interval=3,
-        local=MambaConfig(state_size=2, implementation="reference"),
-        implementation="reference",
+        local=MambaConfig(state_size=2),
         init_std=0.5,
     ),
 }

@@ -1,4 +1,8 @@
-"""The contract of every registered mixer, in every mode."""
+"""The contract of every registered mixer, in every mode, on the path that users get.
+
+`test_a_mixer_as_users_get_it` makes all checks on a few programs of each mixer; a check of its own
+for what only some modules could get wrong runs with `--everything`.
+"""
 
 import dataclasses
 import functools
@@ -8,40 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, Segments, build
+from pallas_kernels.tools import testing
+from seqmodels.mixers import REGISTRY, S4DConfig, S5Config, build
 from seqmodels.mixers.base import RecurrentState
+from tests import tolerances
+from tests.seqmodels.mixers import calls
+from tests.seqmodels.mixers.calls import LENGTH, PIECE, WIDTH
 from tests.seqmodels.mixers.cases import CASES, FLAGS, GROWING
 from tests.tiers import one_of_many
-
-WIDTH = 4
-from_ids = jax.jit(Segments.from_ids, static_argnames="single")
 
 STREAMING = [case for case, flags in FLAGS.items() if flags[1]]
 PACKING = [case for case, flags in FLAGS.items() if flags[2]]
 UNPACKING = [case for case, flags in FLAGS.items() if not flags[2]]
-STREAMING_SINGLE = [
-    (case, single) for case in STREAMING for single in (False, True) if single or case in PACKING
-]
 BIDIRECTIONAL = [case for case, flags in FLAGS.items() if not flags[0]]
-
-# Two documents of one id each side of another, and padding; one row full; one row of padding only.
-IDS = np.array([[1] * 5 + [2] * 3 + [1] * 4 + [0] * 2, [3] * 9 + [4] * 5, [0] * 14], np.int32)
-LENGTH = IDS.shape[1]
-# One document a row, what mixers that do not pack are given.
-ALONE = np.where(np.arange(LENGTH)[None] < np.array([[9], [LENGTH], [0]]), 7, 0)
-
+# Mixers that take other paths where a row is promised to be one document.
+SHORTCUTS = {"s5", "s5-bidirectional", "lru", "bidirectional", "s4d-bidirectional"}
 
 # Variants of a mixer that take the same paths as its other cases.
 VARIANTS = {
     "s5-bilinear", "s4-bidirectional", "s4d-tied-legs", "s4d-bidirectional", "lru-bidirectional",
-    "rat-chunks-of-one", "scout-mamba", "bidirectional-tied",
+    "rat-chunks-of-one", "scout-mamba", "bidirectional-tied", "attention-grouped",
+    "sliding_window-sinks", "scout-window",
 }  # fmt: skip
 
 
 def each(cases):
     """Cases as parameters; variants only run in `test-all`."""
-    names = [case if isinstance(case, str) else case[0] for case in cases]
-    return one_of_many(cases, [c for c, n in zip(cases, names, strict=True) if n not in VARIANTS])
+    return one_of_many(cases, [case for case in cases if case not in VARIANTS])
 
 
 @pytest.fixture(autouse=True)
@@ -50,48 +47,36 @@ def _strict_promotion():
         yield
 
 
-@functools.cache
-def setup(case):
-    """A mixer, its parameters, an input, and the jitted call ``run(x, segments, state)``."""
-    mixer = build(CASES[case], WIDTH)
-    x = jax.random.normal(jax.random.key(1), (*IDS.shape, WIDTH))
-    variables = jax.jit(mixer.init)(jax.random.key(0), x)
-
-    @jax.jit
-    def run(x, segments=None, state=None):
-        if state is None and case in GROWING:
-            state = start(mixer, x.shape[0])
-        return mixer.apply(variables, x, segments=segments, state=state)
-
-    return mixer, variables, x, run
+@pytest.fixture(autouse=True, scope="module")
+def _forget():
+    yield
+    for kept in (calls.program, calls.parameters, calls.entered, calls.whole):
+        kept.cache_clear()
 
 
-def start(mixer, batch):
-    return mixer.initial_state(batch, max_length=2 * LENGTH, dtype=jnp.float32)
+def close_values(actual, expected):
+    """Outputs and states of two results."""
+    testing.assert_close(actual.y, expected.y, tolerances.FLOAT32)
+    if actual.state is not None:
+        testing.assert_close(actual.state, expected.state, tolerances.FLOAT32)
 
 
-def close(actual, expected, tolerance=2e-6):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape
-    error = np.sqrt(np.mean(np.abs(actual - expected) ** 2))
-    assert error <= tolerance * max(np.sqrt(np.mean(np.abs(expected) ** 2)), 1e-3)
+def close_gradients(actual, expected, names=("params", "x")):
+    for name in names:
+        testing.assert_close(
+            actual.gradients[name], expected.gradients[name], tolerances.FLOAT32_MIXER_GRADIENTS
+        )
 
 
-def close_states(actual, expected):
-    jax.tree.map(close, actual.state, expected.state)
-    np.testing.assert_array_equal(actual.position, expected.position)
-    np.testing.assert_array_equal(actual.segment, expected.segment)
+def parallel(case, x, ids, **options):
+    """A call without a state, as in training."""
+    run = calls.program(case, **options)
+    return run(calls.parameters(case), x, ids, None, np.float32(0))
 
 
-def in_pieces(mixer, run, x, ids, cuts):
-    """Outputs and last state when the row is fed in pieces that end at ``cuts``."""
-    single = not mixer.supports_packing
-    state, outputs = start(mixer, x.shape[0]), []
-    for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
-        segments = None if ids is None else from_ids(ids[:, begin:end], single=single)
-        y, state = run(x[:, begin:end], segments, state)
-        outputs.append(y)
-    return jnp.concatenate(outputs, axis=1), state
+def training(case, x=None):
+    ids = calls.ids_of(calls.documents_of(case))
+    return parallel(case, calls.inputs() if x is None else x, ids)
 
 
 def test_every_registered_mixer_is_covered():
@@ -101,222 +86,266 @@ def test_every_registered_mixer_is_covered():
         assert config_class.mixer == name
 
 
-@pytest.mark.parametrize("case", each(list(CASES)))
-def test_flags(case):
-    mixer = build(CASES[case], WIDTH)
-    assert (mixer.causal, mixer.stateful, mixer.supports_packing) == FLAGS[case]
+@pytest.mark.parametrize("case", each(CASES))
+def test_a_mixer_as_users_get_it(case):
+    has_the_shapes_and_marks(case)
+    equals_the_reference(case)
+    keeps_to_documents_and_padding(case)
+    is_causal_or_not(case)
+    rounds_in_bfloat16(case)
+    trains_without_documents(case)
+    if case in STREAMING:
+        is_the_same_in_pieces_and_step_by_step(case)
+        uses_the_carried_state(case)
+        trains_as_it_streams(case)
+    if case in PACKING:
+        isolates_documents_bit_for_bit(case)
+        gives_each_document_what_it_gives_it_alone(case)
+    if case in SHORTCUTS:
+        takes_single_documents_as_general_ones(case)
 
 
-@pytest.mark.parametrize("case", each(list(CASES)))
-def test_shapes_dtypes_and_marks(case):
-    _, variables, x, run = setup(case)
-    y, _ = run(x)
-    assert (y.shape, y.dtype) == (x.shape, jnp.float32)
-    low, _ = run(x.astype(jnp.bfloat16))
-    assert low.dtype == jnp.bfloat16
-    close(low.astype(jnp.float32), y, 2e-2)
-    paths = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
+def has_the_shapes_and_marks(case):
+    y, params = calls.whole(case).y, calls.parameters(case)
+    assert (y.shape, y.dtype) == ((3, LENGTH, WIDTH), np.float32)
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
     names = {"/".join(entry.key for entry in path) for path, _ in paths}
     assert set(CASES[case].param_labels()) <= names
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("case", each(list(CASES)))
-def test_causality(case):
-    mixer, _, x, run = setup(case)
-    early = np.abs(run(x.at[:, 7].add(1.0))[0] - run(x)[0])[:, :7].max()
-    assert (early < 1e-5) == mixer.causal
+def equals_the_reference(case):
+    """Values and every gradient, with documents, padding and a carried state."""
+    actual, expected = calls.whole(case), calls.whole(case, "reference")
+    close_values(actual, expected)
+    close_gradients(actual, expected, ("params", "x", "state"))
 
 
-@pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("case", each(STREAMING))
-def test_whole_is_split_is_step_by_step(case, named):
-    mixer, _, x, run = setup(case)
-    ids, positions, names = None, [LENGTH] * 3, [1] * 3
-    if named and mixer.supports_packing:
-        ids, positions, names = IDS, [4, 5, 0], [1, 4, 0]
-    elif named:
-        ids, positions, names = ALONE, [9, LENGTH, 0], [7, 7, 0]
-    whole, state = run(x, None if ids is None else from_ids(ids, single=not mixer.supports_packing))
-    # 5 is a document boundary of row 0, 4 and 9 a token beside one. Few lengths, for each compiles.
-    for cuts in ([5, 9], [5, 10], [4, 9], list(range(1, LENGTH))):
-        pieces, last = in_pieces(mixer, run, x, ids, cuts)
-        close(pieces, whole)
-        close_states(last, state)
-    np.testing.assert_array_equal(state.position, positions)
-    np.testing.assert_array_equal(state.segment, names)
+def rounds_in_bfloat16(case):
+    """The same program, in bfloat16 against float32; gradients as one vector."""
+    actual, expected = calls.whole(case, dtype="bfloat16"), calls.whole(case, "reference")
+    assert actual.y.dtype == jnp.bfloat16
+    testing.assert_close(actual.y, expected.y, tolerances.BFLOAT16_MIXER)
+    one, two = (
+        np.concatenate([np.ravel(leaf).astype(np.float32) for leaf in jax.tree.leaves(gradients)])
+        for gradients in (
+            [result.gradients[name] for name in ("params", "x")] for result in (actual, expected)
+        )
+    )
+    testing.assert_close(one, two, tolerances.BFLOAT16_MIXER)
 
 
-@pytest.mark.parametrize("case", each(PACKING))
-def test_packed_equals_unpacked(case):
-    _, _, x, run = setup(case)
-    packed, _ = run(x, from_ids(IDS))
-    expected = np.zeros_like(packed)
-    for row, begin, end in [(0, 0, 5), (0, 5, 8), (0, 8, 12), (1, 0, 9), (1, 9, 14)]:
-        expected[row, begin:end] = run(x[row : row + 1, begin:end])[0][0]
-    close(packed, expected)
-    assert not np.any(np.asarray(packed)[IDS == 0])
+def keeps_to_documents_and_padding(case):
+    result, entering = calls.whole(case), calls.entered(case)
+    padding = calls.ids_of(calls.documents_of(case)) == 0
+    for part in (result.y, result.gradients["x"]):
+        assert not np.any(part[padding])
+        assert np.all(np.any(part[~padding], -1))
+    if entering is None:
+        assert result.state is None
+        return
+    packs = case in PACKING
+    np.testing.assert_array_equal(
+        result.state.position, [57 if packs else LENGTH + 190, 72 if packs else LENGTH, LENGTH]
+    )
+    np.testing.assert_array_equal(result.state.segment, [1, 4, 5])
+    for before, after, gradient in zip(
+        *map(jax.tree.leaves, (entering.state, result.state.state, result.gradients["state"])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(after[2], before[2])  # a row of padding
+        assert not np.any(gradient[1])  # a new document
+        assert np.any(gradient[0])
 
 
-@pytest.mark.parametrize("case", each(PACKING))
-def test_documents_are_isolated_bit_for_bit(case):
-    _, _, x, run = setup(case)
-    segments = from_ids(IDS)
-    cotangent = jax.random.normal(jax.random.key(5), x.shape)
+def is_causal_or_not(case):
+    at = (1, PIECE + 3)
+    x = calls.inputs()
+    x[at] += 1.0
+    early = np.abs(training(case, x).y - training(case).y)[1, : at[1]].max()
+    assert (early < tolerances.LOOK_AHEAD) == calls.mixer_of(case).causal
 
-    @jax.jit
-    def outputs_and_gradient(x):
-        y, vjp = jax.vjp(lambda x: run(x, segments)[0], x)
-        return y, vjp(cotangent)[0]
 
-    for document in ((0, slice(0, 5)), (0, slice(5, 8)), (1, slice(9, 14))):
-        other = x.at[document].set(1e4 * x[document] + 3.0)
-        inside = np.zeros(IDS.shape, bool)
-        inside[document] = True
-        before, after = outputs_and_gradient(x), outputs_and_gradient(other)
-        for one, two in zip(before, after, strict=True):
+def is_the_same_in_pieces_and_step_by_step(case):
+    result, ids = calls.whole(case), calls.ids_of(calls.documents_of(case))
+    thirds = [PIECE, 2 * PIECE]
+    for cuts in (thirds, [*range(PIECE, 2 * PIECE), 2 * PIECE]):
+        y, state = calls.in_pieces(case, calls.inputs(), ids, calls.entered(case), cuts)
+        close_values(calls.Result(y, state), result)
+
+
+def uses_the_carried_state(case):
+    """Row 0 goes on with its document, the others do not."""
+    ids = calls.ids_of(calls.documents_of(case))
+    run = calls.program(case)
+    fresh = run(calls.parameters(case), calls.inputs(), ids, calls.start(case), np.float32(1))
+    first = calls.whole(case).y[0, :PIECE]
+    assert np.abs(first - fresh.y[0, :PIECE]).max() > 1e-3
+    np.testing.assert_array_equal(calls.whole(case).y[1], fresh.y[1])
+
+
+def trains_as_it_streams(case):
+    """Without a state, and with that before the first token."""
+    ids = calls.ids_of(calls.documents_of(case))
+    run = calls.program(case)
+    fresh = run(calls.parameters(case), calls.inputs(), ids, calls.start(case), np.float32(0))
+    testing.assert_close(training(case).y, fresh.y, tolerances.FLOAT32)
+    close_gradients(training(case), fresh)
+
+
+def trains_without_documents(case):
+    """Row 1 is full; the others count on as if they were."""
+    full = calls.ids_of((((3, 0, LENGTH),),) * 3)
+    without, named = (parallel(case, calls.inputs(), ids) for ids in (None, full))
+    testing.assert_close(without.y, named.y, tolerances.FLOAT32)
+    close_gradients(without, named)
+
+
+def isolates_documents_bit_for_bit(case):
+    x = calls.inputs()
+    ids = calls.ids_of(calls.DOCUMENTS)
+    before = training(case, x)
+    for row, begin, end in ((0, 67, 133), (1, 129, LENGTH), (0, 0, 67)):
+        other, inside = x.copy(), np.zeros(ids.shape, bool)
+        inside[row, begin:end] = True
+        other[inside] = 1e4 * x[inside] + 3.0
+        after = training(case, other)
+        for one, two in ((before.y, after.y), (before.gradients["x"], after.gradients["x"])):
             np.testing.assert_array_equal(one[~inside], two[~inside])
-        assert np.any(before[0][inside] != after[0][inside])
+        assert np.any(before.y[inside] != after.y[inside])
 
 
-@pytest.mark.parametrize("case", each(PACKING))
+def gives_each_document_what_it_gives_it_alone(case):
+    x, packed = calls.inputs(), training(case).y
+    spans = [(row, *span) for row, names in enumerate(calls.DOCUMENTS) for _, *span in names]
+    for some in (spans[:3], spans[3:]):
+        moved, documents = np.zeros_like(x), [()] * 3
+        for i, (row, begin, end) in enumerate(some):
+            moved[i, : end - begin] = x[row, begin:end]
+            documents[i] = ((7, 0, end - begin),)
+        alone = parallel(case, moved, calls.ids_of(documents)).y
+        for i, (row, begin, end) in enumerate(some):
+            testing.assert_close(
+                alone[i, : end - begin], packed[row, begin:end], tolerances.FLOAT32
+            )
+
+
+def takes_single_documents_as_general_ones(case):
+    ids = calls.ids_of(calls.ALONE)
+    single, general = (parallel(case, calls.inputs(), ids, single=s) for s in (True, False))
+    close_values(single, general)
+    close_gradients(single, general)
+    for part in (single.y, single.gradients["x"]):
+        assert not np.any(part[ids == 0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", sorted(set(PACKING) - SHORTCUTS))
 def test_single_document_rows_agree_with_the_general_path(case):
-    mixer, _, x, run = setup(case)
-    cotangent = jax.random.normal(jax.random.key(5), x.shape)
-
-    @jax.jit
-    def differentiate(x, segments):
-        y, vjp, state = jax.vjp(lambda x: run(x, segments), x, has_aux=True)
-        return y, vjp(cotangent)[0], state
-
-    single = differentiate(x, from_ids(ALONE, single=True))
-    general = differentiate(x, from_ids(ALONE))
-    close(single[0], general[0])
-    close(single[1], general[1])
-    assert not np.any(np.asarray(single[0])[ALONE == 0])
-    assert not np.any(np.asarray(single[1])[ALONE == 0])
-    if mixer.stateful:
-        close_states(single[2], general[2])
-        np.testing.assert_array_equal(single[2].position, [9, LENGTH, 0])
+    takes_single_documents_as_general_ones(case)
 
 
 @pytest.mark.parametrize("case", each(UNPACKING))
 def test_mixers_of_single_documents_refuse_packed_rows_and_ignore_padding(case):
-    _, _, x, run = setup(case)
+    params, x, end = calls.parameters(case), calls.inputs(), calls.ALONE[0][0][2]
     with pytest.raises(ValueError, match=r"several documents a row are not supported"):
-        run(x, from_ids(IDS))
-    cotangent = jax.random.normal(jax.random.key(5), x.shape)
-
-    @jax.jit
-    def differentiate(x, cotangent, segments=None):
-        y, vjp = jax.vjp(lambda x: run(x, segments)[0], x)
-        return y, vjp(cotangent)[0]
-
-    segments = from_ids(ALONE, single=True)
-    padded = differentiate(x, cotangent, segments)
-    for part, whole, short in zip(
-        padded,
-        differentiate(x, cotangent),
-        differentiate(x[:1, :9], cotangent[:1, :9]),
-        strict=True,
+        calls.forward(case, params, x, calls.ids_of(calls.DOCUMENTS), single=False)
+    padded = training(case)
+    short = parallel(case, x[:1, :end], None)
+    testing.assert_close(padded.y[0, :end], short.y[0], tolerances.FLOAT32)
+    other = x.copy()
+    other[0, end:], other[2] = 1e4, 1e4
+    for one, two in zip(
+        jax.tree.leaves(padded), jax.tree.leaves(training(case, other)), strict=True
     ):
-        close(part[1], whole[1])
-        close(part[0, :9], short[0])
-        assert not np.any(np.asarray(part)[ALONE == 0])
+        np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize(("case", "single"), each(STREAMING_SINGLE))
-def test_padding_leaves_the_state_untouched(case, single):
-    _, _, x, run = setup(case)
-    _, state = run(x)
-    padding = from_ids(np.zeros_like(IDS), single=single)
-    y, after = run(x, padding, state)
-    jax.tree.map(np.testing.assert_array_equal, after, state)
-    assert not np.any(np.asarray(y))
+@pytest.mark.full
+@pytest.mark.parametrize("cuts", [[5, 130], [66, 68, 128], [1, 200]], ids=str)
+@pytest.mark.parametrize("case", STREAMING)
+def test_whole_is_split_anywhere(case, cuts):
+    ids = calls.ids_of(calls.documents_of(case))
+    y, state = calls.in_pieces(case, calls.inputs(), ids, calls.entered(case), cuts)
+    close_values(calls.Result(y, state), calls.whole(case))
 
 
-@pytest.mark.parametrize(("case", "single"), each(STREAMING_SINGLE))
-def test_carried_state_is_used_and_zeroed_by_a_new_document(case, single):
-    mixer, _, x, run = setup(case)
-    _, state = run(x, from_ids(np.full_like(IDS, 3), single=not mixer.supports_packing))
-    second = np.repeat(np.array([[3], [8], [0]], np.int32), LENGTH, axis=1)
-    y, after = run(x, from_ids(second, single=single), state)
-    whole, _ = run(jnp.concatenate([x, x], axis=1))
-    fresh, _ = run(x)
-    close(y[0], whole[0, LENGTH:])
-    close(y[1], fresh[1])
-    assert np.abs(whole[1, LENGTH:] - fresh[1]).max() > 1e-3
-    np.testing.assert_array_equal(after.position, [2 * LENGTH, LENGTH, LENGTH])
-    np.testing.assert_array_equal(after.segment, [3, 8, 3])
-
-
-@pytest.mark.parametrize("case", each(STREAMING))
+@pytest.mark.full
+@pytest.mark.parametrize("case", STREAMING)
 def test_gradients_flow_through_the_carried_state(case):
-    _, _, x, run = setup(case)
+    params, x = calls.parameters(case), calls.inputs()
 
-    def whole(x):
-        return jnp.sum(jnp.sin(run(x)[0]))
+    def split(x, cuts):
+        state, total = calls.start(case), 0.0
+        for begin, end in zip([0, *cuts], [*cuts, LENGTH], strict=True):
+            result = calls.forward(case, params, x[:, begin:end], None, state)
+            state, total = result.state, total + jnp.sum(jnp.sin(result.y))
+        return total
 
-    def split(x):
-        first, state = run(x[:, :4])
-        second, _ = run(x[:, 4:], None, state)
-        return jnp.sum(jnp.sin(first)) + jnp.sum(jnp.sin(second))
-
-    close(jax.jit(jax.grad(split))(x), jax.jit(jax.grad(whole))(x))
-
-
-@pytest.mark.parametrize("case", each(STREAMING))
-def test_state_size_is_that_of_the_real_state(case):
-    mixer = build(CASES[case], WIDTH)
-    leaves = jax.tree.leaves(mixer.initial_state(1, max_length=100))
-    assert mixer.state_bytes(100) == sum(leaf.nbytes for leaf in leaves)
+    pieces, whole = (jax.jit(jax.grad(functools.partial(split, cuts=c)))(x) for c in ([70], []))
+    testing.assert_close(pieces, whole, tolerances.FLOAT32_MIXER_GRADIENTS)
 
 
-@pytest.mark.parametrize("case", each(sorted(GROWING)))
+@pytest.mark.parametrize("case", each(CASES))
+def test_flags_and_the_size_of_the_state(case):
+    mixer = calls.mixer_of(case)
+    assert (mixer.causal, mixer.stateful, mixer.supports_packing) == FLAGS[case]
+    if mixer.stateful:
+        leaves = jax.tree.leaves(mixer.initial_state(1, max_length=100))
+        assert mixer.state_bytes(100) == sum(leaf.nbytes for leaf in leaves)
+
+
+@pytest.mark.parametrize("case", one_of_many(sorted(GROWING), ["attention", "rat", "scout"]))
 def test_growing_states_need_a_length(case):
-    mixer, variables, x, run = setup(case)
-    y, state = jax.jit(mixer.apply)(variables, x, segments=from_ids(IDS))
-    close(y, run(x, from_ids(IDS))[0])
+    mixer, params, x = calls.mixer_of(case), calls.parameters(case), calls.inputs()[:, :14]
+    run = calls.program(case, calls.forward)
     with pytest.raises(ValueError, match=r"holds no cache; begin with initial_state\(.*max_length"):
-        run(x, None, state)
+        run(params, x, None, RecurrentState.start(None, 3))
     with pytest.raises(ValueError, match="max_length=None must be positive"):
         mixer.initial_state(3)
     assert mixer.state_bytes(200) > mixer.state_bytes(100)
-    room = mixer.initial_state(3, max_length=LENGTH - 6, dtype=jnp.float32)
-    late, _ = run(x, None, room)
-    assert np.all(np.isfinite(late[:, : LENGTH - 6]))
+    late = run(params, x, None, mixer.initial_state(3, max_length=8, dtype=jnp.float32)).y
+    assert np.all(np.isfinite(late[:, :8]))
     assert np.all(np.isnan(late[:, -1]))
 
 
 @pytest.mark.parametrize("case", each(STREAMING))
 def test_states_can_be_donated(case):
-    mixer, _, x, run = setup(case)
-    places = []
-    for leaf in jax.tree.leaves(start(mixer, 3)) + jax.tree.leaves(run(x)[1]):
-        places.append(leaf.unsafe_buffer_pointer())
+    run = jax.jit(functools.partial(calls.forward, case))
+    after = run(calls.parameters(case), calls.inputs()[:, :1], None, calls.start(case)).state
+    leaves = jax.tree.leaves((calls.start(case), after))
+    places = [leaf.unsafe_buffer_pointer() for leaf in leaves]
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize("case", each(list(CASES)))
+def traced(case, x, ids=None, state=None):
+    """What a call returns, without its numbers."""
+    return jax.eval_shape(
+        functools.partial(calls.forward, case), calls.parameters(case), x, ids, state
+    )
+
+
+@pytest.mark.parametrize("case", each(CASES))
 def test_bad_arguments_are_refused(case):
-    mixer, _, x, run = setup(case)
-    with pytest.raises(ValueError, match=r"x has shape .* expected \(batch, length, 4\)"):
-        run(x[..., :3])
+    x, ids = calls.inputs(), calls.ids_of(calls.ALONE)
+    with pytest.raises(ValueError, match=rf"x has shape .* expected \(batch, length, {WIDTH}\)"):
+        traced(case, x[..., :3])
     with pytest.raises(ValueError, match=r"segments.ids has shape \(3, 6\)"):
-        run(x, from_ids(IDS[:, :6]))
-    if mixer.stateful:
+        traced(case, x, ids[:, :6])
+    if case in STREAMING:
+        few = calls.mixer_of(case).initial_state(2, max_length=9)
         with pytest.raises(ValueError, match=r"state is for a batch of 2, .* initial_state\(3\)"):
-            run(x, None, start(mixer, 2))
+            traced(case, x, None, few)
 
 
 @pytest.mark.parametrize("case", each(BIDIRECTIONAL))
 def test_bidirectional_mixers_refuse_a_state(case):
-    mixer, _, x, run = setup(case)
-    assert run(x)[1] is None
+    mixer, x = calls.mixer_of(case), calls.inputs()
+    assert traced(case, x).state is None
     state = RecurrentState.start(jnp.zeros((3, 4), jnp.complex64), 3)
     fix = "(set bidirectional=False|take [a-z0-9]+( alone)?) to stream"
     with pytest.raises(ValueError, match=f"mixer: state is refused.*{fix}"):
-        run(x, None, state)
+        traced(case, x, None, state)
     with pytest.raises(ValueError, match=f"initial_state is refused.*{fix}"):
         mixer.initial_state(3)
     with pytest.raises(ValueError, match=fix):
@@ -345,5 +374,5 @@ def test_unregistered_names_and_indivisible_widths_are_refused():
     with pytest.raises(ValueError, match=r"mixer='unknown' is not registered; known: .*s4d, s5"):
         build(Unknown(), WIDTH)
     mixer = build(S4DConfig(n_ssm=3), WIDTH)
-    with pytest.raises(ValueError, match="n_ssm=3 must divide the width 4"):
+    with pytest.raises(ValueError, match=f"n_ssm=3 must divide the width {WIDTH}"):
         mixer.init(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
