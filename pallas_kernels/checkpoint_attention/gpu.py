@@ -302,7 +302,7 @@ def _kernel_shape(config: Config, q, k, slots: Slots) -> _KernelShape:
     batch, length, heads, key_size = q.shape
     _, count, groups, value_size = slots.v.shape
     narrow = q.dtype == jnp.bfloat16
-    tiles = choose_tiles(length, count, key_size, value_size, narrow=narrow)
+    tiles = config.tiles or choose_tiles(length, count, key_size, value_size, narrow=narrow)
     return _KernelShape(
         batch, length, count, groups, heads, key_size, value_size, config.interval,
         config.scale, k is not None, slots.last is None, tiles,

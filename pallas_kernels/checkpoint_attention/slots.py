@@ -22,12 +22,13 @@ class Config(NamedTuple):
     Attributes:
       scale: factor on the scores.
       interval: every how many tokens there is a checkpoint.
-      tiles: (tokens, checkpoints) met at once; None for what suits the backend.
+      tiles: (tokens, checkpoints) met at once by `xla`, `tpu.Limits`, `gpu.Tiles`; None for what
+        suits the backend.
     """
 
     scale: float
     interval: int
-    tiles: tuple[int, int] | None = None
+    tiles: Any = None
 
 
 class Slots(NamedTuple):

@@ -27,8 +27,24 @@ from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.tpu import LANES, SUBLANES, VMEM_BUDGET, VMEM_LIMIT, round_up
 
-_TOKENS, _SLOTS = 1024, 512  # of a step at most
 _PARTS = 4  # how finely a block of slots is cut off behind the last visible one
+
+
+class Limits(NamedTuple):
+    """What a call may take of a chip.
+
+    Attributes:
+      tokens, slots: of a step of the grid, at most.
+      strip: slots kept in VMEM at most; None for as many as fit.
+      lanes: of a register, the unit of all sizes.
+      vmem_bytes: see the function of this name.
+    """
+
+    tokens: int = 1024
+    slots: int = 512
+    strip: int | None = None
+    lanes: int = LANES
+    vmem_bytes: int = VMEM_BUDGET
 
 
 class Tiles(NamedTuple):
@@ -55,6 +71,7 @@ class KernelShape(NamedTuple):
     plain: bool  # one document from its start
     dtype: Any
     tiles: Tiles
+    lanes: int = LANES
     backward: bool = False
 
     @property
@@ -122,8 +139,8 @@ def vmem_bytes(dims: KernelShape) -> int:
     return 2 * (tokens + strip) + scratch + between
 
 
-def choose_tiles(dims: KernelShape, budget: int = VMEM_BUDGET) -> Tiles:
-    """The longest strip that fits, of all slots if they do.
+def choose_tiles(dims: KernelShape, limits: Limits) -> Tiles:
+    """The longest strip within the limits, of all slots if they are.
 
     Raises:
       ValueError: the smallest does not fit.
@@ -132,7 +149,8 @@ def choose_tiles(dims: KernelShape, budget: int = VMEM_BUDGET) -> Tiles:
         if dims.slots % 2**halvings or dims.slots >> halvings < dims.tiles.slots:
             break
         tiles = dims.tiles._replace(strip=dims.slots >> halvings)
-        if vmem_bytes(dims._replace(tiles=tiles)) <= budget:
+        short = limits.strip is None or tiles.strip <= limits.strip
+        if short and vmem_bytes(dims._replace(tiles=tiles)) <= limits.vmem_bytes:
             return tiles
     raise ValueError(
         f"checkpoint_attention: a head of K={dims.key_size} and V={dims.value_size} does not fit a "
@@ -248,7 +266,7 @@ def visible(dims: KernelShape, step: Step, count: int):
 def for_visible(dims: KernelShape, refs, step: Step, meet: Callable[[int], None]) -> None:
     """`meet(count)` with as many of the block's slots as its last token sees, in whole parts."""
     size = dims.tiles.slots
-    part = max(LANES, size // _PARTS)
+    part = max(dims.lanes, size // _PARTS)
     if dims.plain:
         last_token = (step.at.block + 1) * dims.tiles.tokens - 1
 
@@ -307,7 +325,7 @@ def forward_kernel(dims: KernelShape, refs) -> None:
             refs["total"][...] = jnp.zeros_like(refs["total"])
 
     def meet(count: int):
-        slots = pl.ds(pl.multiple_of(step.at.step * dims.tiles.slots, LANES), count)
+        slots = pl.ds(pl.multiple_of(step.at.step * dims.tiles.slots, dims.lanes), count)
         scores = dims.scale * tile.dot(refs["slot_k"][slots], refs["q"][...], "nt")
         maximum, total, factor, p = tile.block(
             refs["maximum"][...], refs["total"][...], scores, visible(dims, step, count), 0
@@ -350,7 +368,7 @@ def backward_kernel(dims: KernelShape, refs) -> None:
             refs[name][...] = jnp.zeros_like(refs[name])
 
     def meet(count: int):
-        slots = pl.ds(pl.multiple_of(at.step * dims.tiles.slots, LANES), count)
+        slots = pl.ds(pl.multiple_of(at.step * dims.tiles.slots, dims.lanes), count)
         q, do, mask = refs["q"][...], refs["do"][...], visible(dims, step, count)
         scores = dims.scale * tile.dot(refs["slot_k"][slots], q, "nt")
         p = tile.probabilities(scores, mask, refs["lse"][...])
@@ -439,13 +457,13 @@ def _kernel_shape(config: Config, q, k, slots: Slots) -> KernelShape:
     """The static part of a call with arguments as `prepare` leaves them."""
     batch, length, heads, key_size = q.shape
     count, groups = slots.k.shape[1:3]
-    tokens, block = config.tiles or (_TOKENS, _SLOTS)
-    tiles = Tiles(min(tokens, length), min(block, count), count)
+    limits = config.tiles or Limits()
+    tiles = Tiles(min(limits.tokens, length), min(limits.slots, count), count)
     dims = KernelShape(
         batch, length, count, groups, heads, key_size, slots.v.shape[3], config.interval,
-        config.scale, k is not None, slots.last is None, q.dtype, tiles,
+        config.scale, k is not None, slots.last is None, q.dtype, tiles, limits.lanes,
     )  # fmt: skip
-    return dims._replace(tiles=choose_tiles(dims))
+    return dims._replace(tiles=choose_tiles(dims, limits))
 
 
 def _lanes(x):
@@ -540,17 +558,18 @@ def prepare(config: Config, q, k, v, *rest):
     """The slots of the arguments, and whole tiles of everything; see `Backend.prepare`."""
     slots = find_slots(config, q, k, v, *rest)
     length, count, value_size = q.shape[1], slots.k.shape[1], slots.v.shape[3]
-    size = config.tiles or (_TOKENS, _SLOTS)
-    tokens = -length % min(size[0], round_up(length, LANES))
+    limits = config.tiles or Limits()
+    tokens = -length % min(limits.tokens, round_up(length, limits.lanes))
     # Whole blocks, and a power of two of them, so that strips can be halved.
-    block = min(size[1], round_up(count, LANES))
+    block = min(limits.slots, round_up(count, limits.lanes))
     blocks = 1 << (-(-count // block) - 1).bit_length()
 
     def pad(x, rows: int, value=0):
         """More rows, and whole tiles of lanes."""
         if x is None:
             return None
-        widths = [(0, 0), (0, rows), *([(0, 0), (0, -x.shape[-1] % LANES)] if x.ndim > 2 else ())]
+        widths = [(0, 0), (0, rows)]
+        widths += [(0, 0), (0, -x.shape[-1] % limits.lanes)] if x.ndim > 2 else []
         return jnp.pad(x, widths, constant_values=value)
 
     arrays = (

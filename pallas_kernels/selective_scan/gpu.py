@@ -381,7 +381,7 @@ def _call(
 
 def _kernel_shape(config: Config, x, A, segment_index) -> _KernelShape:
     (batch, length, width), states = x.shape, A.shape[1]
-    tiles = choose_tiles(batch, length, width, states)
+    tiles = config.tiles or choose_tiles(batch, length, width, states)
     segmented = segment_index is not None
     flags = config.dt_softplus, segmented, config.reverse
     return _KernelShape(batch, length, width, states, tiles, *flags)

@@ -15,7 +15,7 @@ decay is exactly 1 and its flow exactly 0.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,13 @@ class Config(NamedTuple):
     Attributes:
       dt_softplus: dt goes through a softplus.
       reverse: from the last token to the first.
+      tiles: the backend's own `Tiles`, or of `xla` how many states a step touches; None for what
+        suits the shape.
     """
 
     dt_softplus: bool
     reverse: bool
+    tiles: Any = None
 
 
 LOG2_E = math.log2(math.e)

@@ -51,7 +51,7 @@ from pallas_kernels.selective_scan.tpu_layout import (
     untiled,
 )
 
-_FORWARD_GROUP, _BACKWARD_GROUP = 16, 8  # steps unrolled at a time
+_BACKWARD_GROUP = 8  # steps unrolled at a time
 
 
 def vmem_bytes(tiles: Tiles, states: int) -> int:
@@ -67,7 +67,7 @@ def vmem_bytes(tiles: Tiles, states: int) -> int:
     per_channel = 4 * SUBLANES * lane_tiles * row  # D, dt_bias and their gradients
     kept = (tiles.steps + 1 + 2 * _BACKWARD_GROUP) * states * lane_tiles * row
     spread = tiles.steps * round_up(2 * states + 1, SUBLANES) * row
-    staged = (2 * tiles.steps + 3 * _FORWARD_GROUP) * lane_tiles * row
+    staged = (2 * tiles.steps + 3 * tiles.group) * lane_tiles * row
     sums = 4 * states * row
     return 2 * (tokens + shared + per_state + per_channel) + kept + spread + staged + sums
 
@@ -179,7 +179,7 @@ def _backward_kernel(refs: dict[str, Any], dims: KernelShape):
     h = [refs["boundaries"][n] for n in range(dims.states)]
     for n in range(dims.states):
         _kept(refs, dims, 0, 0).put(n, h[n])
-    again = dims._replace(group=_FORWARD_GROUP)
+    again = dims._replace(group=dims.tiles.group)
     recompute = functools.partial(_recompute_group, refs, again)
     jax.lax.fori_loop(0, again.groups, recompute, h)
     at_once = _at_once(dims)
@@ -337,16 +337,16 @@ def _token_gradients(at: Tokens, mask, dt, dy, dflow, slope) -> None:
 # The calls.
 
 
-def _kernel_shape(config: Config, x, A, segment_index, group: int) -> KernelShape:
+def _kernel_shape(config: Config, x, A, segment_index, *, backward: bool) -> KernelShape:
     batch, length, width = x.shape
-    tiles = choose_tiles(length, width, A.shape[1])
+    tiles = config.tiles or choose_tiles(length, width, A.shape[1])
     return KernelShape(
         batch,
         length,
         width,
         A.shape[1],
         tiles,
-        group,
+        _BACKWARD_GROUP if backward else tiles.group,
         config.dt_softplus,
         config.reverse,
         segment_index is not None,
@@ -401,7 +401,7 @@ def _scratch(dims: KernelShape, *, backward: bool) -> dict[str, int]:
     """Rows of 128 lanes of each scratch array."""
     steps = dims.tiles.steps if backward else dims.group
     # Of the backward kernel: what it recomputes, then the gradients of as many groups.
-    area = max(_FORWARD_GROUP, _at_once(dims) * dims.group) * dims.rows
+    area = max(dims.tiles.group, _at_once(dims) * dims.group) * dims.rows
     rows = {f"area{i}": area for i in range(3 if backward else 1)}
     rows |= {"dt_area": steps * dims.rows, "flow_area": steps * dims.rows}
     rows["spread"] = steps * round_up(dims.shared, SUBLANES)
@@ -415,7 +415,7 @@ def _scratch(dims: KernelShape, *, backward: bool) -> dict[str, int]:
 def forward(config: Config, *arrays, return_residuals: bool):
     """`((y, final_state), residuals)`; the state that enters each block is kept for `backward`."""
     x, dt, A, B, C, D, gate, bias, initial_state, segment_index = arrays
-    dims = _kernel_shape(config, x, A, segment_index, _FORWARD_GROUP)
+    dims = _kernel_shape(config, x, A, segment_index, backward=False)
     specs = Specs(dims, backward=False)
     operands = _operands(dims, specs, x, dt, A, B, C, D, gate, bias, segment_index)
     operands["initial"] = tiled(dims, initial_state), specs.state()
@@ -447,7 +447,7 @@ def backward(config: Config, residuals, cotangents):
     """The gradients of `selective_scan`'s arrays from the cotangents of its outputs."""
     x, dt, A, B, C, D, gate, bias, boundaries, segment_index = residuals
     dy, dfinal = cotangents
-    dims = _kernel_shape(config, x, A, segment_index, _BACKWARD_GROUP)
+    dims = _kernel_shape(config, x, A, segment_index, backward=True)
     specs = Specs(dims, backward=True)
     operands = _operands(dims, specs, x, dt, A, B, C, D, gate, bias, segment_index)
     operands["dy"] = dy, specs.tokens()

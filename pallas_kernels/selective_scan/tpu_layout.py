@@ -16,10 +16,11 @@ _HALF = SUBLANES // 2
 
 
 class Tiles(NamedTuple):
-    """`(steps, width)` of a block."""
+    """`(steps, width)` of a block, in which the forward pass unrolls `group` steps at a time."""
 
     steps: int
     width: int
+    group: int = 16
 
 
 class KernelShape(NamedTuple):

@@ -120,9 +120,10 @@ class _Cut(NamedTuple):
         return jnp.swapaxes(h, 1, 2)
 
 
-def cut(batch: int, length: int, states: int) -> _Cut:
-    """How rows with `states` numbers each and `length` tokens are cut."""
-    groups = symbolic.known(-(-batch // max(1, _STATES_A_STEP // states)), 1)
+def cut(batch: int, length: int, states: int, at_once: int | None = None) -> _Cut:
+    """How rows with `states` numbers each and `length` tokens are cut; a step touches `at_once`."""
+    at_once = at_once or _STATES_A_STEP
+    groups = symbolic.known(-(-batch // max(1, at_once // states)), 1)
     chunks = -(-length // _CHUNK)
     return _Cut(batch, length, groups, -(-batch // groups), chunks, -(-length // chunks))
 
@@ -191,7 +192,7 @@ def forward(config: Config, x, dt, A, B, C, initial_state, resets, *, return_res
       resets: `(B, L)` bool, where a document begins that is not the row's first, or None.
     """
     dtype = initial_state.dtype
-    sizes = cut(x.shape[0], x.shape[1], A.size)
+    sizes = cut(x.shape[0], x.shape[1], A.size, config.tiles)
 
     def step(h, token):
         *token, C_t = token
@@ -218,7 +219,7 @@ def backward(config: Config, residuals, cotangents):
     x, dt, A, B, C, entering, resets = residuals
     dy, dfinal_state = cotangents
     dtype = dfinal_state.dtype
-    sizes = cut(x.shape[0], x.shape[1], A.size)
+    sizes = cut(x.shape[0], x.shape[1], A.size, config.tiles)
     ones = jnp.ones((sizes.rows, A.shape[1]), dtype)
 
     def again(h, token):

@@ -6,8 +6,10 @@ import numpy as np
 
 from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d import reference
-from pallas_kernels.causal_conv1d.tile import Config
+from pallas_kernels.causal_conv1d.api import OP
+from pallas_kernels.causal_conv1d.tile import Config, final_window
 from pallas_kernels.common import segments
+from pallas_kernels.common.backend import call_op
 from pallas_kernels.tools import testing
 
 
@@ -51,15 +53,28 @@ class Case:
             result = run(args, {"segment_ids": self.ids}, cotangents)
             return _present(jax.tree.map(np.asarray, result))
 
-    def run(self, implementation, *, args=None, ids=None):
+    def run(self, implementation, *, tiles=None, args=None, ids=None):
         ids = self.ids if ids is None else ids
         options = {"activation": self.activation, "implementation": implementation}
-        run = testing.program(_conv, **options)
+        if tiles is None:
+            run = testing.program(_conv, **options)
+        else:
+            run = testing.program(_conv_in_tiles, **options, tiles=tiles)
         return _present(run(args or self.args, {"segment_ids": ids}, self.cotangents))
 
 
 def _conv(x, weight, bias, initial_state, **options):
     return causal_conv1d(x, weight, bias, initial_state=initial_state, **options)
+
+
+def _conv_in_tiles(
+    x, weight, bias, initial_state, *, segment_ids, activation, tiles, implementation
+):
+    index = None if segment_ids is None else segments.index(segment_ids)
+    arrays = x, weight, bias, initial_state, index
+    config = Config(activation, tiles)
+    (y,) = call_op(OP, config, *arrays, length=x.shape[1], implementation=implementation)
+    return y, final_window(x, initial_state, index)
 
 
 def _reference(*args, segment_ids, activation):

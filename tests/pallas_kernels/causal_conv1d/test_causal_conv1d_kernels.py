@@ -18,9 +18,7 @@ TILES = {"tpu": tpu.Tiles(16, 128, 16), "gpu": gpu.Tiles(16, 32, 4)}
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles_and_strict_promotion(monkeypatch):
-    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: TILES["tpu"])
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: TILES["gpu"])
+def _strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 
@@ -29,9 +27,10 @@ def case_for(backend, **options):
     return Case(**({"length": LENGTH, "width": WIDTH[backend]} | options))
 
 
-def interpreted(case, backend, **options):
+def interpreted(case, backend, tiles=None, **options):
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run(backend, **options))
+        result = case.run(backend, tiles=tiles or TILES[backend], **options)
+        return jax.tree.map(np.asarray, result)
 
 
 # Each feature with each other at least once, not the full product: interpretation is slow.
@@ -74,10 +73,9 @@ def test_the_same_call_twice_is_bitwise_equal(backend):
         np.testing.assert_array_equal(x, y)
 
 
-def test_one_chunk_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(64, 32, 8))
-    case = case_for("gpu", packed=True)
-    testing.assert_close(interpreted(case, "gpu"), case.oracle(), testing.FLOAT32_TOLERANCE)
+def test_one_chunk_on_a_gpu():
+    case, tiles = case_for("gpu", packed=True), gpu.Tiles(64, 32, 8)
+    testing.assert_close(interpreted(case, "gpu", tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 def broken_carry_not_reset(monkeypatch):
@@ -138,7 +136,7 @@ def test_reach_and_ahead_of_short_documents():
 @pytest.mark.parametrize(("length", "width"), [(1, 1), (15, 60), (1000, 2560), (8192, 5376)])
 @pytest.mark.parametrize("conv_size", [1, 4, 9, 30])
 def test_tpu_tiles_fit_the_smallest_memory(length, width, conv_size):
-    tiles = CHOOSE_TPU(length, width, conv_size)
+    tiles = tpu.choose_tiles(length, width, conv_size)
     assert tiles.steps % tiles.slab == 0
     assert tiles.steps % (8 * -(-max(conv_size - 1, 1) // 8)) == 0
     assert tiles.width % 128 == 0
@@ -147,10 +145,7 @@ def test_tpu_tiles_fit_the_smallest_memory(length, width, conv_size):
 
 
 def test_the_tile_chooser_obeys_the_memory_estimator():
-    free = CHOOSE_TPU(8192, 2560, 4)
-    assert CHOOSE_TPU(8192, 2560, 4, tpu.vmem_bytes(free, 4) - 1).width < free.width
+    free = tpu.choose_tiles(8192, 2560, 4)
+    assert tpu.choose_tiles(8192, 2560, 4, tpu.vmem_bytes(free, 4) - 1).width < free.width
     with pytest.raises(ValueError, match="weight has 4 taps"):
-        CHOOSE_TPU(8192, 2560, 4, 2**10)
-
-
-CHOOSE_TPU = tpu.choose_tiles
+        tpu.choose_tiles(8192, 2560, 4, 2**10)

@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import checkpoint_attention
+from pallas_kernels.checkpoint_attention.api import OP
+from pallas_kernels.checkpoint_attention.slots import Config
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import call_op
 from pallas_kernels.tools import testing
 
 FLOATS = ("q", "k", "v", "past_k", "past_v")
@@ -71,19 +75,34 @@ class Case:
             result = self._run(testing.oracle, "reference", args, cotangents)
             return jax.tree.map(np.asarray, result)
 
-    def run(self, implementation):
+    def run(self, implementation, tiles=None):
         """`{"outputs": (o, lse), "gradients": {name: ...}}`; -inf in `lse` is 0."""
-        return self._run(testing.program, implementation, self.args, self.cotangents)
+        return self._run(testing.program, implementation, self.args, self.cotangents, tiles)
 
-    def _run(self, program, implementation, args, cotangents):
+    def _run(self, program, implementation, args, cotangents, tiles=None):
         data = {n: x for n, x in self.options.items() if hasattr(x, "shape")}
         static = {n: x for n, x in self.options.items() if n not in data}
-        run = program(_attention, **static, implementation=implementation)
-        return run(args, data, cotangents)
+        op = _attention
+        if tiles is not None:
+            op, static = _attention_in_tiles, static | {"tiles": tiles}
+        return program(op, **static, implementation=implementation)(args, data, cotangents)
 
 
 def _attention(**options):
-    o, lse = checkpoint_attention(**options, return_lse=True)
+    return _present(*checkpoint_attention(**options, return_lse=True))
+
+
+def _attention_in_tiles(
+    q, k, v, past_k=None, past_v=None, past_length=None, offset=None, segment_ids=None,
+    *, interval, tiles, implementation,
+):  # fmt: skip
+    index = None if segment_ids is None else segments.index(segment_ids)
+    arrays = q, k, v, past_k, past_v, past_length, offset, index
+    config = Config(float(q.shape[3] ** -0.5), interval, tiles)
+    return _present(*call_op(OP, config, *arrays, length=q.shape[1], implementation=implementation))
+
+
+def _present(o, lse):
     return o, jnp.where(jnp.isneginf(lse), 0.0, lse)
 
 

@@ -13,7 +13,7 @@ from pallas_kernels.common import compat
 from pallas_kernels.tools import testing
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 
-BACKENDS = {"tpu": tpu, "gpu": gpu}
+BACKENDS = ("tpu", "gpu")
 CHIPS = {
     "v5e": compat.tpu.ChipVersion.TPU_V5E,
     "v5p": compat.tpu.ChipVersion.TPU_V5P,
@@ -22,7 +22,7 @@ CHIPS = {
 }
 # 3 blocks of tokens and 2 or 3 of slots, 2 heads; no length and no width divides.
 SMALL = {"length": 41, "interval": 2, "heads": 2, "batch": 1}
-choose_tpu_tiles, choose_gpu_tiles = tpu.choose_tiles, gpu.choose_tiles
+TILES = {"tpu": tpu.Limits(tokens=16, slots=8, lanes=8), "gpu": gpu.Tiles(16, 8, 4)}
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +31,9 @@ def _strict_promotion():
         yield
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(tpu, "_TOKENS", 16)
-    monkeypatch.setattr(tpu, "_SLOTS", 8)
-    monkeypatch.setattr(tpu, "LANES", 8)
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_, **__: gpu.Tiles(16, 8, 4))
-
-
-def interpreted(case, backend):
+def interpreted(case, backend, tiles=None):
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run(backend))
+        return jax.tree.map(np.asarray, case.run(backend, tiles or TILES[backend]))
 
 
 # Each feature with each other at least once, not the full product: interpretation is slow.
@@ -54,22 +46,21 @@ FEATURES = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FEATURES)
-def test_kernels_equal_the_oracle(name, backend, small):
+def test_kernels_equal_the_oracle(name, backend):
     case = Case(**(SMALL | FEATURES[name]))
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_several_strips_of_slots(packed, small, monkeypatch):
+def test_several_strips_of_slots(packed):
     """Keys of 4 strips, each with 2 steps."""
-    monkeypatch.setattr(tpu, "choose_tiles", lambda dims: dims.tiles._replace(strip=16))
-    monkeypatch.setattr(tpu, "_TOKENS", 32)
+    tiles = TILES["tpu"]._replace(tokens=32, strip=16)
     case = Case(**(SMALL | {"interval": 1, "heads": 1, "packed": packed}))
-    testing.assert_close(interpreted(case, "tpu"), case.oracle(), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(interpreted(case, "tpu", tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_against_the_float32_oracle(backend, small):
+def test_bfloat16_against_the_float32_oracle(backend):
     case = Case(**(SMALL | {"dtype": "bfloat16", "heads": 1, "key_size": 32, "value_size": 16}))
     actual, expected = interpreted(case, backend), case.oracle()
     assert [x.dtype.name for x in actual["outputs"]] == ["bfloat16", "float32"]
@@ -78,25 +69,23 @@ def test_bfloat16_against_the_float32_oracle(backend, small):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_documents_are_isolated_to_the_bit(backend, small):
+def test_documents_are_isolated_to_the_bit(backend):
     case = Case(**(SMALL | {"heads": 1, "past": 2}))
     assert_isolated(lambda case: interpreted(case, backend), case)
 
 
-def test_the_same_call_twice_is_bitwise_equal(small):
+def test_the_same_call_twice_is_bitwise_equal():
     case = Case(**(SMALL | {"heads": 1, "packed": True}))
     once, twice = (interpreted(case, "tpu") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, once, twice)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@hypothesis.settings(
-    max_examples=3, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=3)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
 )
-def test_any_segmentation(backend, small, lengths, padding):
+def test_any_segmentation(backend, lengths, padding):
     ids = np.repeat(np.arange(len(lengths)) + 1, lengths)[: 41 - padding]
     ids = np.pad(ids, (0, 41 - len(ids)))
     case = Case(**(SMALL | {"heads": 1}))
@@ -125,7 +114,7 @@ def gpu_slots_shifted_by_one(monkeypatch):
 @pytest.mark.parametrize(
     "mutant", [tpu_sums_not_reset, tpu_slots_shifted_by_one, gpu_slots_shifted_by_one]
 )
-def test_mutants_are_caught(mutant, monkeypatch, small):
+def test_mutants_are_caught(mutant, monkeypatch):
     case = Case(**(SMALL | {"heads": 1}))
     expected = case.oracle()
     mutant(monkeypatch)
@@ -139,11 +128,12 @@ def test_mutants_are_caught(mutant, monkeypatch, small):
 
 def job_of(shape):
     keys, values = (-(-size // 128) * 128 for size in (shape.key_size, shape.value_size))
-    length = -(-shape.length // tpu._TOKENS) * tpu._TOKENS
-    count = -(-(shape.length // shape.interval + shape.past) // 512) * 512
-    count = 512 << (count // 512 - 1).bit_length()
+    tokens, slots = tpu.Limits().tokens, tpu.Limits().slots
+    length = -(-shape.length // tokens) * tokens
+    count = -(-(shape.length // shape.interval + shape.past) // slots) * slots
+    count = slots << (count // slots - 1).bit_length()
     sizes = (shape.batch, length, count, shape.groups, shape.heads, keys, values, shape.interval)
-    tiles = tpu.Tiles(tpu._TOKENS, tpu._SLOTS, count)
+    tiles = tpu.Tiles(tokens, slots, count)
     return tpu.KernelShape(*sizes, 1.0, True, False, jnp.dtype(shape.dtype), tiles)
 
 
@@ -151,7 +141,7 @@ def job_of(shape):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tiles_fit_every_generation(chip, name):
     dims = job_of(SHAPES[name])
-    tiles = choose_tpu_tiles(dims)
+    tiles = tpu.choose_tiles(dims, tpu.Limits())
     dims = dims._replace(tiles=tiles)
     capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
     assert tpu.vmem_bytes(dims) <= capacity // 2
@@ -160,23 +150,22 @@ def test_tiles_fit_every_generation(chip, name):
 
 def test_the_chooser_obeys_the_estimator():
     dims = job_of(SHAPES["long"])
-    dims = dims._replace(tiles=choose_tpu_tiles(dims))
+    dims = dims._replace(tiles=tpu.choose_tiles(dims, tpu.Limits()))
     budget = tpu.vmem_bytes(dims) - 1
-    tight = choose_tpu_tiles(dims, budget)
+    tight = tpu.choose_tiles(dims, tpu.Limits(vmem_bytes=budget))
     assert tight.strip < dims.tiles.strip
     assert tpu.vmem_bytes(dims._replace(tiles=tight)) <= budget
 
 
-def test_what_does_not_fit_vmem_is_refused(monkeypatch):
-    monkeypatch.setattr(tpu, "choose_tiles", lambda dims: choose_tpu_tiles(dims, 2**16))
+def test_what_does_not_fit_vmem_is_refused():
     with pytest.raises(ValueError, match="K=128 and V=128 does not fit"):
-        jax.eval_shape(lambda: Case(**SMALL).run("tpu"))
+        jax.eval_shape(lambda: Case(**SMALL).run("tpu", tpu.Limits(vmem_bytes=2**16)))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gpu_tiles_are_powers_of_two_that_registers_hold(shape):
     narrow = shape.dtype == "bfloat16"
     sizes = shape.length, shape.length // shape.interval, shape.key_size, shape.value_size
-    tiles = choose_gpu_tiles(*sizes, narrow=narrow)
+    tiles = gpu.choose_tiles(*sizes, narrow=narrow)
     assert all(size & (size - 1) == 0 and size >= 16 for size in tiles[:2])
     assert tiles.tokens * (tiles.slots + shape.value_size) <= 32 * tiles.warps * 128

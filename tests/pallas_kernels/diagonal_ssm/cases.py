@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import diagonal_ssm
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import call_op
+from pallas_kernels.diagonal_ssm.api import OP
+from pallas_kernels.diagonal_ssm.tile import Config
 from pallas_kernels.tools import testing
 
 
@@ -56,18 +60,30 @@ class Case:
             run = testing.oracle(_ssm, reverse=self.reverse, implementation="reference")
             return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
-    def run(self, implementation, *, args=None, ids=None):
+    def run(self, implementation, *, tiles=None, args=None, ids=None):
         ids = self.ids if ids is None else ids
         options = {"reverse": self.reverse, "method": self.method, "implementation": implementation}
         if self.method == "fft" and ids is not None:  # wants to know the ids when it is traced
             op = functools.partial(_ssm, segment_ids=ids, **options)
             return testing.value_and_gradients(op, *(args or self.args), cotangents=self.cotangents)
-        run = testing.program(_ssm, **options)
+        if tiles is None:
+            run = testing.program(_ssm, **options)
+        else:
+            run = testing.program(_ssm_in_tiles, **options, tiles=tiles)
         return run(args or self.args, {"segment_ids": ids}, self.cotangents)
 
 
 def _ssm(u, log_a, c, initial_state, **options):
     return diagonal_ssm(u, log_a, c, initial_state=initial_state, **options)
+
+
+def _ssm_in_tiles(
+    u, log_a, c, initial_state, *, segment_ids, reverse, method, tiles, implementation
+):
+    index = None if segment_ids is None else segments.index(segment_ids)
+    arrays = u, log_a, c, initial_state, index
+    config = Config(reverse, method, tiles)
+    return call_op(OP, config, *arrays, length=u.shape[1], implementation=implementation)
 
 
 def assert_isolated(run, case):

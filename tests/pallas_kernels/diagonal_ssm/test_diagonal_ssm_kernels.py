@@ -13,13 +13,10 @@ from tests.pallas_kernels.diagonal_ssm.cases import Case, assert_isolated
 # Small tiles: 3 blocks of time and 2 strips of channels, neither of which divides.
 LENGTH, WIDTH = 37, {"tpu": 130, "gpu": 20}
 TILES = {"tpu": tpu.Tiles(16), "gpu": gpu.Tiles(16, 16, 4)}
-CHOOSE = {"tpu": tpu.choose_tiles, "gpu": gpu.choose_tiles}
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles_and_strict_promotion(monkeypatch):
-    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: TILES["tpu"])
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: TILES["gpu"])
+def _strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 
@@ -28,9 +25,10 @@ def case_for(backend, **options):
     return Case(**({"length": LENGTH, "width": WIDTH[backend], "states": 3} | options))
 
 
-def interpreted(case, backend, **options):
+def interpreted(case, backend, tiles=None, **options):
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run(backend, **options))
+        result = case.run(backend, tiles=tiles or TILES[backend], **options)
+        return jax.tree.map(np.asarray, result)
 
 
 # Each feature with each other at least once, not the full product: interpretation is slow.
@@ -87,19 +85,20 @@ def test_padding_leaves_the_state_untouched(backend):
     np.testing.assert_array_equal(result["outputs"][1][2], case.args[3][2])
 
 
-def test_one_chunk_on_a_gpu_that_the_batch_fills(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(64, 16, 4))
-    case = case_for("gpu", packed=True, width=3)
-    testing.assert_close(interpreted(case, "gpu"), case.oracle(), testing.FLOAT32_TOLERANCE)
+def test_one_chunk_on_a_gpu_that_the_batch_fills():
+    case, tiles = case_for("gpu", packed=True, width=3), gpu.Tiles(64, 16, 4)
+    testing.assert_close(interpreted(case, "gpu", tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", ["tpu", "gpu"])
-def test_slow_decays_do_not_drift(backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "tiles"), [("tpu", tpu.Tiles(128)), ("gpu", gpu.Tiles(128, 16, 4))]
+)
+def test_slow_decays_do_not_drift(backend, tiles):
     """A million steps of memory; the correction of rounded decays is what keeps this exact."""
     case = case_for(backend, length=128, batch=1, width=2, states=2, decay=(1e-6, 1e-5))
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(128, 16, 4))
-    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: tpu.Tiles(128))
-    testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(
+        interpreted(case, backend, tiles), case.oracle(), testing.FLOAT32_TOLERANCE
+    )
 
 
 def broken_carry_not_reset(monkeypatch):
@@ -126,7 +125,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
 @pytest.mark.parametrize("states", [8, 32, 256, 512])
 def test_tpu_tiles_obey_the_estimate(length, states):
     assert tpu.refusal(states) is None
-    tiles = CHOOSE["tpu"](length, states)
+    tiles = tpu.choose_tiles(length, states)
     assert tiles.steps % 16 == 0
     assert tiles.steps < length + 16
     for kernel in ("forward", "adjoint", "gradient"):
@@ -157,4 +156,4 @@ def test_vmem_of_a_known_tile():
     ],
 )
 def test_gpu_tiles(batch, length, width, states, expected):
-    assert CHOOSE["gpu"](batch, length, width, states) == expected
+    assert gpu.choose_tiles(batch, length, width, states) == expected

@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import linear_scan
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import call_op
+from pallas_kernels.linear_scan.api import OP
+from pallas_kernels.linear_scan.tile import Config
 from pallas_kernels.tools import testing
 
 COMPLEX, REAL = "complex64", "float32"
@@ -50,14 +54,25 @@ class Case:
             run = testing.oracle(_scan, reverse=self.reverse, implementation="reference")
             return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
-    def run(self, implementation, *, args=None, ids=None):
+    def run(self, implementation, *, tiles=None, args=None, ids=None):
         ids = self.ids if ids is None else ids
-        run = testing.program(_scan, reverse=self.reverse, implementation=implementation)
+        options = {"reverse": self.reverse, "implementation": implementation}
+        if tiles is None:
+            run = testing.program(_scan, **options)
+        else:
+            run = testing.program(_scan_in_tiles, **options, tiles=tiles)
         return run(args or self.args, {"segment_ids": ids}, self.cotangents)
 
 
 def _scan(a, b, initial_state, **options):
     return linear_scan(a, b, initial_state=initial_state, **options)
+
+
+def _scan_in_tiles(a, b, initial_state, *, segment_ids, reverse, tiles, implementation):
+    index = None if segment_ids is None else segments.index(segment_ids)
+    arrays = a, b, initial_state, index
+    config = Config(reverse, tiles)
+    return call_op(OP, config, *arrays, length=b.shape[1], implementation=implementation)
 
 
 def assert_isolated(run, case):

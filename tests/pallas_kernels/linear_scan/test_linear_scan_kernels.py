@@ -16,9 +16,7 @@ TILES = {"tpu": tpu.Tiles(16, 128), "gpu": gpu.Tiles(16, 32, 4)}
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles_and_strict_promotion(monkeypatch):
-    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: TILES["tpu"])
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: TILES["gpu"])
+def _strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 
@@ -27,9 +25,10 @@ def case_for(backend, **options):
     return Case(**({"length": LENGTH[backend], "width": WIDTH[backend]} | options))
 
 
-def interpreted(case, backend, **options):
+def interpreted(case, backend, tiles=None, **options):
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run(backend, **options))
+        result = case.run(backend, tiles=tiles or TILES[backend], **options)
+        return jax.tree.map(np.asarray, result)
 
 
 # Each feature with each other at least once, not the full product: interpretation is slow.
@@ -75,10 +74,9 @@ def test_the_same_call_twice_is_bitwise_equal(backend):
         np.testing.assert_array_equal(x, y)
 
 
-def test_one_chunk_on_a_gpu_that_the_batch_fills(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(64, 32, 4))
-    case = case_for("gpu", packed=True)
-    testing.assert_close(interpreted(case, "gpu"), case.oracle(), testing.FLOAT32_TOLERANCE)
+def test_one_chunk_on_a_gpu_that_the_batch_fills():
+    case, tiles = case_for("gpu", packed=True), gpu.Tiles(64, 32, 4)
+    testing.assert_close(interpreted(case, "gpu", tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 def broken_carry_not_reset(monkeypatch):
@@ -101,7 +99,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
 @pytest.mark.parametrize(("length", "width"), [(1, 1), (15, 60), (1000, 2560), (8192, 1024)])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_tpu_tiles_fit_the_smallest_memory(length, width, planes):
-    tiles = CHOOSE_TPU(length, width, planes)
+    tiles = tpu.choose_tiles(length, width, planes)
     assert tiles.steps % 16 == 0
     assert tiles.width % 128 == 0
     assert tiles.width - 128 < width
@@ -109,9 +107,6 @@ def test_tpu_tiles_fit_the_smallest_memory(length, width, planes):
 
 
 def test_tpu_tiles_shrink_with_the_memory():
-    tiles = CHOOSE_TPU(8192, 1024, 1, 2**21)
+    tiles = tpu.choose_tiles(8192, 1024, 1, 2**21)
     assert tpu.vmem_bytes(tiles, 1) <= 2**21
     assert tiles.width < 1024
-
-
-CHOOSE_TPU = tpu.choose_tiles

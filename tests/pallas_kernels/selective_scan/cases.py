@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import selective_scan
+from pallas_kernels.common import segments
+from pallas_kernels.common.backend import call_op
+from pallas_kernels.selective_scan.api import OP
+from pallas_kernels.selective_scan.tile import Config
 from pallas_kernels.tools import testing
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "initial_state")
@@ -65,11 +69,22 @@ class Case:
             run = testing.oracle(selective_scan, **self.options, implementation="reference")
             return jax.tree.map(np.asarray, run(args, {"segment_ids": self.ids}, cotangents))
 
-    def run(self, implementation, *, args=None, ids=None):
+    def run(self, implementation, *, tiles=None, args=None, ids=None):
         """`{"outputs": (y, final_state), "gradients": {name: gradient}}`."""
         ids = self.ids if ids is None else ids
-        run = testing.program(selective_scan, **self.options, implementation=implementation)
+        options = self.options | {"implementation": implementation}
+        if tiles is None:
+            run = testing.program(selective_scan, **options)
+        else:
+            run = testing.program(_scan_in_tiles, **options, tiles=tiles)
         return run(_present(args or self.args), {"segment_ids": ids}, self.cotangents)
+
+
+def _scan_in_tiles(*, segment_ids, dt_softplus, reverse, tiles, implementation, **args):
+    index = None if segment_ids is None else segments.index(segment_ids)
+    arrays = *map(args.get, NAMES), index
+    config, length = Config(dt_softplus, reverse, tiles), args["x"].shape[1]
+    return call_op(OP, config, *arrays, length=length, implementation=implementation)
 
 
 def _present(args):

@@ -40,11 +40,11 @@ def test_xla_equals_the_oracle(length, full, packed, reverse):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_few_rows_at_a_time(packed, monkeypatch):
-    monkeypatch.setattr(xla, "_STATES_A_STEP", 2 * 7 * 4)
-    assert xla.cut(5, 70, 7 * 4) == (5, 70, 3, 2, 2, 35)
+def test_a_few_rows_at_a_time(packed):
+    states = 2 * 7 * 4
+    assert xla.cut(5, 70, 7 * 4, states) == (5, 70, 3, 2, 2, 35)
     case = Case(length=70, batch=5, width=7, packed=packed)
-    testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(case.run("xla", tiles=states), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
 def test_xla_keeps_double_precision():

@@ -15,15 +15,14 @@ LENGTH, WIDTH, TILES = 17, 5, gpu.Tiles(6, 4, 2)
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles_and_strict_promotion(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: TILES)
+def _strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
-def interpreted(case, **options):
+def interpreted(case, tiles=TILES, **options):
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run("gpu", **options))
+        return jax.tree.map(np.asarray, case.run("gpu", tiles=tiles, **options))
 
 
 # Each feature with most others, not the full product: interpretation is slow.
@@ -44,10 +43,11 @@ def test_kernels_equal_the_oracle(features):
     testing.assert_close(interpreted(case), case.oracle(), tolerance)
 
 
-def test_one_span_where_the_batch_fills_the_gpu(monkeypatch):
-    monkeypatch.setattr(gpu, "choose_tiles", lambda *_: gpu.Tiles(18, 4, 2))
+def test_one_span_where_the_batch_fills_the_gpu():
     case = Case(length=LENGTH, width=WIDTH, packed=True)
-    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(
+        interpreted(case, gpu.Tiles(18, 4, 2)), case.oracle(), testing.FLOAT32_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -93,13 +93,10 @@ def test_mutants_are_caught(mutant, monkeypatch):
 @pytest.mark.parametrize("length", [1, 100, 2048, 65536])
 @pytest.mark.parametrize("states", [1, 16, 100])
 def test_tiles_cover_the_row_and_hold_few_registers(batch, length, states):
-    tiles = CHOOSE_TILES(batch, length, 1536, states)
+    tiles = gpu.choose_tiles(batch, length, 1536, states)
     spans = -(-length // tiles.span)
     assert tiles.span % tiles.group == 0
     assert (spans - 1) * tiles.span < length
     # States before each step of a group, in 32-bit registers of 32 threads.
     padded = 2 ** (states - 1).bit_length()
     assert tiles.group * tiles.width * padded / 32 <= 64
-
-
-CHOOSE_TILES = gpu.choose_tiles

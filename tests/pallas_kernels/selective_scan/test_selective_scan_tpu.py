@@ -15,14 +15,11 @@ from pallas_kernels.tools import testing
 from tests.pallas_kernels.selective_scan.cases import Case, assert_isolated
 
 # Small tiles: 3 blocks of time; a width of 200 makes 2 strips. Neither divides.
-LENGTH, STATES, TILES = 21, 2, tpu.Tiles(8, 128)
-choose_tiles = tpu.choose_tiles
+LENGTH, STATES, TILES = 21, 2, tpu.Tiles(8, 128, group=8)
 
 
-@pytest.fixture
-def _small_tiles(monkeypatch):
-    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: TILES)
-    monkeypatch.setattr(tpu, "_FORWARD_GROUP", 8)
+@pytest.fixture(autouse=True)
+def _strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 
@@ -31,9 +28,9 @@ def case_of(**options):
     return Case(**({"length": LENGTH, "width": 5, "states": STATES, "batch": 1} | options))
 
 
-def interpreted(case, **options):
+def interpreted(case, tiles=TILES, **options):
     with testing.interpret():
-        return jax.tree.map(np.asarray, case.run("tpu", **options))
+        return jax.tree.map(np.asarray, case.run("tpu", tiles=tiles, **options))
 
 
 # Each feature with most others, not the full product: interpretation is slow.
@@ -45,7 +42,6 @@ FEATURES = [
 ]
 
 
-@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("features", FEATURES, ids=lambda f: "-".join(map(str, f)))
 def test_kernels_equal_the_oracle(features):
     case = case_of(**features)
@@ -54,14 +50,11 @@ def test_kernels_equal_the_oracle(features):
     testing.assert_close(interpreted(case), case.oracle(), tolerance)
 
 
-@pytest.mark.usefixtures("_small_tiles")
-def test_a_strip_of_six_lane_tiles_and_two_groups_at_once(monkeypatch):
-    monkeypatch.setattr(tpu, "choose_tiles", lambda *_: tpu.Tiles(16, 768))
-    case = case_of(full=False, length=15, width=700)
-    testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
+def test_a_strip_of_six_lane_tiles_and_two_groups_at_once():
+    case, tiles = case_of(full=False, length=15, width=700), tpu.Tiles(16, 768, group=8)
+    testing.assert_close(interpreted(case, tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.usefixtures("_small_tiles")
 def test_extreme_decays_have_finite_gradients():
     case = case_of(full=False, length=16)
     case.args["A"] = jnp.full_like(case.args["A"], -1e4)
@@ -69,14 +62,12 @@ def test_extreme_decays_have_finite_gradients():
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_documents_are_isolated_to_the_bit(reverse):
     case = case_of(reverse=reverse, states=1)
     assert_isolated(functools.partial(interpreted, case), case)
 
 
-@pytest.mark.usefixtures("_small_tiles")
 def test_the_same_call_twice_is_bitwise_equal():
     case = case_of(packed=True, full=False, length=9, states=1)
     once, twice = interpreted(case), interpreted(case)
@@ -97,7 +88,6 @@ def broken_carry_shifted_by_one(monkeypatch):
     monkeypatch.setattr(tpu, "_advance_states", shifted)
 
 
-@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = case_of(full=False, batch=2)
@@ -105,17 +95,16 @@ def test_mutants_are_caught(mutant, monkeypatch):
     mutant(monkeypatch)
     with testing.interpret():
         arrays = (*case.args.values(), None)
-        outputs = jax.jit(lambda *a: tpu.BACKEND(Config(False, False), *a))(*arrays)
+        outputs = jax.jit(lambda *a: tpu.BACKEND(Config(False, False, TILES), *a))(*arrays)
         outputs = jax.tree.map(np.asarray, outputs)
     with pytest.raises(AssertionError, match=r"not finite|>"):
         testing.assert_close(outputs, expected, testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.usefixtures("_small_tiles")
 def test_states_of_the_next_block_are_caught():
     case = case_of(full=False, length=16)
     expected = [case.oracle()["gradients"][name] for name in ("dt", "A", "C")]
-    config = Config(False, False)
+    config = Config(False, False, TILES)
 
     def gradients(*arrays):
         _, kept = tpu.forward(config, *arrays, None, return_residuals=True)
@@ -134,7 +123,7 @@ def test_states_of_the_next_block_are_caught():
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_tiles_fit_every_generation(chip, name):
     shape = SHAPES[name]
-    tiles = choose_tiles(shape.length, shape.width, shape.states)
+    tiles = tpu.choose_tiles(shape.length, shape.width, shape.states)
     version = {
         "v5e": compat.tpu.ChipVersion.TPU_V5E,
         "v5p": compat.tpu.ChipVersion.TPU_V5P,
@@ -148,11 +137,11 @@ def test_tiles_fit_every_generation(chip, name):
 
 
 def test_the_chooser_obeys_the_estimator():
-    roomy = choose_tiles(4096, 2048, 16)
+    roomy = tpu.choose_tiles(4096, 2048, 16)
     assert roomy == tpu.Tiles(128, 1024)
     budget = tpu.vmem_bytes(roomy, 16) - 1
-    tight = choose_tiles(4096, 2048, 16, budget)
+    tight = tpu.choose_tiles(4096, 2048, 16, budget)
     assert tight != roomy
     assert tpu.vmem_bytes(tight, 16) <= budget
     with pytest.raises(ValueError, match="N=16"):
-        choose_tiles(4096, 2048, 16, 0)
+        tpu.choose_tiles(4096, 2048, 16, 0)

@@ -61,7 +61,7 @@ def parameters(case):
 def inputs(seed=1, dtype="float32"):
     """`(B, L, D)`, numbers that bfloat16 has too."""
     x = jax.random.normal(jax.random.key(seed), (len(DOCUMENTS), LENGTH, WIDTH))
-    return np.asarray(x.astype(jnp.bfloat16).astype(dtype))
+    return np.array(x.astype(jnp.bfloat16).astype(dtype))
 
 
 def start(case, dtype="float32"):

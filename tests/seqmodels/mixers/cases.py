@@ -54,7 +54,7 @@ CASES = {
     "kda": KDAConfig(heads=2, head_size=8, **_MATRIX),
     "attention": AttentionConfig(heads=2, init_std=0.5),
     "attention-grouped": AttentionConfig(
-        heads=4, kv_heads=2, head_size=2, rotary_base=None, qk_norm=True, init_std=0.5
+        heads=4, kv_heads=2, head_size=8, rotary_base=None, qk_norm=True, init_std=0.5
     ),
     "attention-bidirectional": AttentionConfig(heads=1, bidirectional=True, init_std=0.5),
     "sliding_window": SlidingWindowConfig(heads=2, kv_heads=1, window=3, init_std=0.5),

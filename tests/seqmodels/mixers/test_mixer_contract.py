@@ -28,6 +28,10 @@ BIDIRECTIONAL = [case for case, flags in FLAGS.items() if not flags[0]]
 # Mixers that take other paths where a row is promised to be one document.
 SHORTCUTS = {"s5", "s5-bidirectional", "lru", "bidirectional", "s4d-bidirectional"}
 
+# No op of ours in them, or, in S4 with a state, one step for each token: what they are held against
+# is each other's way, `trains_as_it_streams`, and the mixers' own oracles.
+WITHOUT_REFERENCE = {case for case in CASES if case.startswith(("attention", "sliding"))} | {"s4"}
+
 # Variants of a mixer that take the same paths as its other cases.
 VARIANTS = {
     "s5-bilinear", "s4-bidirectional", "s4d-tied-legs", "s4d-bidirectional", "lru-bidirectional",
@@ -89,7 +93,8 @@ def test_every_registered_mixer_is_covered():
 @pytest.mark.parametrize("case", each(CASES))
 def test_a_mixer_as_users_get_it(case):
     has_the_shapes_and_marks(case)
-    equals_the_reference(case)
+    if case not in WITHOUT_REFERENCE:
+        equals_the_reference(case)
     keeps_to_documents_and_padding(case)
     is_causal_or_not(case)
     rounds_in_bfloat16(case)
@@ -121,9 +126,13 @@ def equals_the_reference(case):
     close_gradients(actual, expected, ("params", "x", "state"))
 
 
+def reference(case):
+    return None if case in WITHOUT_REFERENCE else "reference"
+
+
 def rounds_in_bfloat16(case):
     """The same program, in bfloat16 against float32; gradients as one vector."""
-    actual, expected = calls.whole(case, dtype="bfloat16"), calls.whole(case, "reference")
+    actual, expected = calls.whole(case, dtype="bfloat16"), calls.whole(case, reference(case))
     assert actual.y.dtype == jnp.bfloat16
     testing.assert_close(actual.y, expected.y, tolerances.BFLOAT16_MIXER)
     one, two = (
