@@ -18,6 +18,7 @@ from pallas_kernels.linear_scan.shapes import Shape
 from pallas_kernels.tools import aot
 from seqmodels.mixers import S5Config
 from seqmodels.models import BackboneConfig, ClassifierConfig
+from tests import tolerances
 
 TINY = Shape("tiny", "a test", 2, 6, 4, "complex64")
 
@@ -33,7 +34,7 @@ def test_baselines_compute_what_the_op_computes(name, constant, reverse):
         expected = linear_scan(a, b, initial_state=initial, reverse=reverse)
         actual = baseline(a, b, initial_state=initial, reverse=reverse)
         for x, y in zip(expected, actual, strict=True):
-            np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(y, x, **tolerances.EACH_FLOAT32_LAYER)
 
 
 @pytest.mark.parametrize("name", baselines.SCANS)
@@ -98,7 +99,7 @@ def test_s5_step_compares_scans_and_gives_the_shares_of_its_parts():
     compiled, args = s5_step.programs(config, 2, 4)
     step, other = (jax.tree.leaves(compiled[n](*args)) for n in ("step", "associative_scan"))
     for x, y in zip(step, other, strict=True):
-        np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(y, x, **tolerances.EACH_FLOAT32_TIMED)
     parts = ("scan", "norm", "gate")
     for part in parts:
         flops = {name: run.cost_analysis()["flops"] for name, run in compiled.items()}

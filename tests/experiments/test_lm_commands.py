@@ -18,6 +18,7 @@ from seqmodels import generation
 from seqmodels.data import text
 from seqmodels.generation import Sampling
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
+from tests import tolerances
 from tests.seqmodels.training.compilation import compiled_once
 
 STORY = " ".join(f"{n} bottles of beer on the wall, {n} bottles of beer." for n in range(40))
@@ -78,7 +79,7 @@ def test_the_result_says_what_was_run(carrying, folder):
     assert result["validation_loss"] == min(r["loss"] for r in evaluations)
     size = result["validation_bytes"]
     bits = result["validation_loss"] * (size + 1) / size / math.log(2)  # the end is predicted too
-    np.testing.assert_allclose(result["bits_per_byte"], bits, rtol=1e-12)
+    np.testing.assert_allclose(result["bits_per_byte"], bits, **tolerances.EACH_FLOAT64_EQUAL)
     assert (folder / "results" / "s5-tiny-carry-seed0.json").exists()
 
 
@@ -137,7 +138,7 @@ def test_evaluation_carries_the_states_through_the_text(carrying, folder, capsys
     logits = jax.jit(trained.model.apply)(trained.variables, tokens[:, :-1])[0]
     lost = -np.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).sum()
     expected = lost / len(STORY) / math.log(2)
-    np.testing.assert_allclose(figures, expected, atol=1e-4)
+    np.testing.assert_allclose(figures, expected, **tolerances.EACH_FLOAT32_SECOND)
     assert evaluate(carrying, folder / "story.txt", "--context", "8") == 0
     assert abs(figure(capsys) - expected) > 1e-3
     assert evaluate(carrying, folder / "story.txt", "--no-average") == 0

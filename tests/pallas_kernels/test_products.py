@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import products
+from tests import tolerances
 
 EQUATION = "blhi,hij->blhj"  # refused by XLA's CPU backend where L or B is above 1
 
@@ -26,10 +27,10 @@ def test_value_and_gradients_on_a_cpu(arrays):
     for run in (jax.jit(products.einsum, static_argnums=0), products.einsum):
         found = run(EQUATION, *arrays)
         assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found, expected, **tolerances.EACH_FLOAT32_NEAR_ONE)
     for found, wanted in zip(jax.jit(gradients)(*arrays), gradients(*wide), strict=True):
         assert found.dtype == jnp.bfloat16
-        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, **tolerances.EACH_BFLOAT16)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

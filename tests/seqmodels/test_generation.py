@@ -10,6 +10,7 @@ import pytest
 from seqmodels.generation import Sampling, decode, feed, generate, sample, start
 from seqmodels.mixers import S4DConfig, S5Config
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
+from tests import tolerances
 
 VOCABULARY = 11
 GREEDY = Sampling(temperature=0.0)
@@ -64,7 +65,7 @@ def test_a_stream_fed_in_chunks_equals_one_fed_at_once():
     stream = start(model, 2)
     for at in (0, 3):
         stream = feed(model, variables, stream, tokens[:, at : at + 3])
-    np.testing.assert_allclose(stream.logits, whole.logits, atol=1e-5)
+    np.testing.assert_allclose(stream.logits, whole.logits, **tolerances.EACH_FLOAT32_OUTPUT)
     ids = np.array([[1, 1, 0], [0, 0, 0]])
     before = np.asarray(stream.logits)
     padded = feed(model, variables, stream, tokens[:, :3], ids)
@@ -82,7 +83,7 @@ def test_the_stream_after_decoding_has_seen_the_new_tokens():
     assert lengths.tolist() == [4]
     text = np.concatenate([prompt, tokens], axis=1)
     again = feed(model, variables, start(model, 1), text)
-    np.testing.assert_allclose(stream.logits, again.logits, atol=1e-5)
+    np.testing.assert_allclose(stream.logits, again.logits, **tolerances.EACH_FLOAT32_OUTPUT)
 
 
 def draws(logits, sampling, count=400):

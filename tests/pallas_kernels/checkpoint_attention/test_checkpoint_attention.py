@@ -15,6 +15,7 @@ from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import Cache, merge, slots, tile, xla
 from pallas_kernels.checkpoint_attention.slots import Config
 from pallas_kernels.tools import testing
+from tests import tolerances
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 
 
@@ -69,8 +70,12 @@ def test_the_oracle_is_masked_softmax_attention():
     scores = np.where(mask, np.einsum("btk,bsk->bts", q, k) * 5**-0.5, -np.inf)
     p = np.exp(scores)
     o, lse = case.run("reference")["outputs"]
-    np.testing.assert_allclose(o[:, :, 0], p @ v / p.sum(2, keepdims=True), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(lse[:, :, 0], np.log(p.sum(2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        o[:, :, 0], p @ v / p.sum(2, keepdims=True), **tolerances.EACH_FLOAT32_TERMS_OF_ONE
+    )
+    np.testing.assert_allclose(
+        lse[:, :, 0], np.log(p.sum(2)), **tolerances.EACH_FLOAT32_TERMS_OF_ONE
+    )
 
 
 def test_every_token_a_checkpoint_is_causal_attention():
@@ -84,8 +89,8 @@ def test_bfloat16_against_the_float32_oracle():
     case = Case(length=300, dtype="bfloat16", packed=True, key_size=32, value_size=16, heads=4)
     actual, expected = case.run("xla"), case.oracle()
     assert [x.dtype.name for x in actual["outputs"]] == ["bfloat16", "float32"]
-    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
-    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+    testing.assert_close(actual["outputs"], expected["outputs"], tolerances.BFLOAT16)
+    testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -276,7 +281,11 @@ def test_bad_parts_are_named():
 def test_extreme_scores(scale):
     """Softmax that is one key, all keys alike, or of negative scale."""
     case = Case(length=130).replaced(scale=scale)
-    testing.assert_close(case.run("xla"), case.oracle(), 2e-5 if scale == 100.0 else 2e-6)
+    testing.assert_close(
+        case.run("xla"),
+        case.oracle(),
+        tolerances.FLOAT32_LARGE_SCORES if scale == 100.0 else tolerances.FLOAT32,
+    )
 
 
 def test_grouped_heads_equal_repeated_keys_and_values():
@@ -320,7 +329,9 @@ def test_second_order_and_forward_mode_through_the_reference():
         return jnp.sum(o**2)
 
     _, tangent = jax.jit(lambda q: jax.jvp(loss, (q,), (jnp.ones_like(q),)))(q)
-    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(q).sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        tangent, jax.jit(jax.grad(loss))(q).sum(), **tolerances.EACH_FLOAT32_TOTAL
+    )
     assert np.isfinite(jax.jit(jax.hessian(loss))(q)).all()
 
 
@@ -359,7 +370,7 @@ def test_any_segmentation(lengths, padding, interval, offset, seed):
         offset=jnp.asarray([offset], jnp.int32),
         past_length=jnp.asarray([min(8, offset // interval)], jnp.int32),
     )
-    testing.assert_close(case.run("xla"), case.run("reference"), 5e-6)  # both are float32
+    testing.assert_close(case.run("xla"), case.run("reference"), tolerances.FLOAT32_BOTH)
 
 
 def test_training_in_bfloat16_stays_finite_and_learns():
@@ -401,8 +412,10 @@ def test_blocks_in_any_order_make_the_softmax():
     expected = np.where(mask, np.exp(scores), 0).sum(1, keepdims=True)
     lse = tile.or_infinity(tile.log_sum_exp(maximum, total))
     with np.errstate(divide="ignore"):
-        np.testing.assert_allclose(lse, np.log(expected), rtol=1e-6)
-    np.testing.assert_allclose(summed * tile.inverse(total), expected > 0, rtol=1e-6)
+        np.testing.assert_allclose(lse, np.log(expected), **tolerances.EACH_FLOAT32_TERMS)
+    np.testing.assert_allclose(
+        summed * tile.inverse(total), expected > 0, **tolerances.EACH_FLOAT32_TERMS
+    )
 
 
 def test_slots_of_packed_rows_in_numpy():

@@ -11,6 +11,7 @@ from pallas_kernels.checkpoint_attention import gpu, tpu
 from pallas_kernels.checkpoint_attention.shapes import SHAPES
 from pallas_kernels.common import compat
 from pallas_kernels.tools import testing
+from tests import tolerances
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 
 BACKENDS = ("tpu", "gpu")
@@ -64,8 +65,8 @@ def test_bfloat16_against_the_float32_oracle(backend):
     case = Case(**(SMALL | {"dtype": "bfloat16", "heads": 1, "key_size": 32, "value_size": 16}))
     actual, expected = interpreted(case, backend), case.oracle()
     assert [x.dtype.name for x in actual["outputs"]] == ["bfloat16", "float32"]
-    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
-    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+    testing.assert_close(actual["outputs"], expected["outputs"], tolerances.BFLOAT16)
+    testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

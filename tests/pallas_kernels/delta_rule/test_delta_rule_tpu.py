@@ -16,6 +16,7 @@ from pallas_kernels.matrix_state import tpu as matrix_tpu
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.matrix_state.tpu import KernelShape, Limits, Tiles, choose_tiles, vmem_bytes
 from pallas_kernels.tools import testing
+from tests import tolerances
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
 
 CHUNK = 16
@@ -91,8 +92,8 @@ def test_bfloat16_against_the_float32_oracle(decay):
     assert actual["outputs"][1].dtype == np.float32
     assert actual["gradients"]["log_decay"].dtype == np.float32
     assert actual["gradients"]["beta"].dtype == jnp.bfloat16
-    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
-    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+    testing.assert_close(actual["outputs"], expected["outputs"], tolerances.BFLOAT16)
+    testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])

@@ -14,6 +14,7 @@ import pallas_kernels
 from pallas_kernels import diagonal_ssm
 from pallas_kernels.diagonal_ssm import chunked, xla
 from pallas_kernels.tools import testing
+from tests import tolerances
 from tests.pallas_kernels.diagonal_ssm.cases import Case, assert_isolated
 
 METHODS = ("fft", "chunked", "scan")
@@ -275,9 +276,11 @@ def test_second_order_and_forward_mode_through_the_reference():
         return jnp.sum(jnp.square(diagonal_ssm(u, log_a, c, implementation="reference")[0]))
 
     _, tangent = jax.jit(lambda u: jax.jvp(loss, (u,), (jnp.ones_like(u),)))(u)
-    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(u).sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        tangent, jax.jit(jax.grad(loss))(u).sum(), **tolerances.EACH_FLOAT32_TOTAL
+    )
     hessian = np.asarray(jax.jit(jax.hessian(loss))(u)).reshape(u.size, u.size)
-    np.testing.assert_allclose(hessian, hessian.T, atol=1e-4)
+    np.testing.assert_allclose(hessian, hessian.T, **tolerances.EACH_FLOAT32_SECOND)
     assert np.abs(hessian).max() > 1
 
 
@@ -376,7 +379,7 @@ def test_checked_finds_bad_values_under_jit():
     run = jax.jit(pallas_kernels.checked(diagonal_ssm))
     error, (y, _) = run(**GOOD, segment_ids=jnp.ones((2, 5), jnp.int32))
     error.throw()
-    np.testing.assert_allclose(y[0, 0], 8, rtol=1e-6)
+    np.testing.assert_allclose(y[0, 0], 8, **tolerances.EACH_FLOAT32_TERMS)
     growing = {"log_a": jnp.ones((3, 4), jnp.complex64)}
     error, _ = run(**(GOOD | growing), segment_ids=jnp.ones((2, 5), jnp.int32))
     with pytest.raises(Exception, match="log_a must be at most 0"):

@@ -16,6 +16,7 @@ from pallas_kernels.linear_attention import xla
 from pallas_kernels.linear_attention.shapes import Shape
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
+from tests import tolerances
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 
 
@@ -68,8 +69,8 @@ def test_the_oracle_is_the_recurrence():
         state = state + np.einsum("k,hv->hkv", args["k"][t, 0], args["v"][t])
         outputs.append(5**-0.5 * np.einsum("k,hkv->hv", args["q"][t, 0], state))
     o, final = Case(length=6, decay="key").run("reference")["outputs"]
-    np.testing.assert_allclose(o[0], outputs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(final[0], state, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(o[0], outputs, **tolerances.EACH_FLOAT32_LAYER)
+    np.testing.assert_allclose(final[0], state, **tolerances.EACH_FLOAT32_LAYER)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_bfloat16_against_the_float32_oracle(decay, packed):
     actual, expected = case.run("xla"), case.oracle()
     assert actual["outputs"][0].dtype == jnp.bfloat16
     assert actual["outputs"][1].dtype == jnp.float32
-    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
-    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+    testing.assert_close(actual["outputs"], expected["outputs"], tolerances.BFLOAT16)
+    testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -217,7 +218,9 @@ def test_second_order_and_forward_mode_through_the_reference():
         return linear_attention(**args, log_decay=g, implementation="reference")[0].sum()
 
     _, tangent = jax.jit(lambda g: jax.jvp(loss, (g,), (jnp.ones_like(g),)))(g)
-    np.testing.assert_allclose(tangent, jax.jit(jax.grad(loss))(g).sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        tangent, jax.jit(jax.grad(loss))(g).sum(), **tolerances.EACH_FLOAT32_TOTAL
+    )
     assert np.isfinite(jax.jit(jax.hessian(loss))(g)).all()
 
 
@@ -251,7 +254,7 @@ def test_any_segmentation(lengths, padding, decay, seed):
     case = Case(length=total, batch=1, decay=decay, seed=seed)
     ids = jnp.asarray(ids[None], jnp.int32)
     expected = case.run("reference", ids=ids)
-    testing.assert_close(case.run("xla", ids=ids), expected, 5e-6)  # both are float32
+    testing.assert_close(case.run("xla", ids=ids), expected, tolerances.FLOAT32_BOTH)
 
 
 def test_training_in_bfloat16_stays_finite_and_learns():

@@ -14,6 +14,7 @@ from pallas_kernels.linear_attention import gpu, gpu_kernels
 from pallas_kernels.linear_attention.shapes import SHAPES
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
+from tests import tolerances
 from tests.pallas_kernels.linear_attention.cases import NAMES, Case, assert_isolated
 
 # Three chunks where there are 37 tokens, two blocks where there are more than 16 keys or values.
@@ -76,8 +77,8 @@ def test_bfloat16_against_the_float32_oracle(decay):
     assert actual["outputs"][0].dtype == jnp.bfloat16
     assert actual["outputs"][1].dtype == np.float32
     assert actual["gradients"]["log_decay"].dtype == np.float32
-    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
-    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+    testing.assert_close(actual["outputs"], expected["outputs"], tolerances.BFLOAT16)
+    testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])

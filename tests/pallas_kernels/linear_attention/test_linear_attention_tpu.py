@@ -18,6 +18,7 @@ from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.matrix_state.tpu import KernelShape, Limits, Tiles, choose_tiles, vmem_bytes
 from pallas_kernels.matrix_state.tpu_scalar_decay import slab_sums
 from pallas_kernels.tools import testing
+from tests import tolerances
 from tests.pallas_kernels.linear_attention.cases import NAMES, Case, assert_isolated
 
 CHUNK = 16
@@ -85,8 +86,8 @@ def test_bfloat16_against_the_float32_oracle(decay):
     assert actual["outputs"][0].dtype == jnp.bfloat16
     assert actual["outputs"][1].dtype == np.float32
     assert actual["gradients"]["log_decay"].dtype == np.float32
-    testing.assert_close(actual["outputs"], expected["outputs"], 5e-3)
-    testing.assert_close(actual["gradients"], expected["gradients"], 1e-2)
+    testing.assert_close(actual["outputs"], expected["outputs"], tolerances.BFLOAT16)
+    testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
 @pytest.mark.parametrize("decay", ["head", "key"])
@@ -173,23 +174,35 @@ def test_sums_between_slabs():
     before, inside, prefix, start = slab_sums(jnp.asarray(g), jnp.roll)
     for j in range(32):
         slab, place = divmod(j, 8)
-        np.testing.assert_allclose(prefix[:, j], g[:, slab * 8 : j + 1].sum(1), rtol=1e-6)
-        np.testing.assert_allclose(start[:, j], g[:, : slab * 8].sum(1), rtol=1e-6)
+        np.testing.assert_allclose(
+            prefix[:, j], g[:, slab * 8 : j + 1].sum(1), **tolerances.EACH_FLOAT32_TERMS
+        )
+        np.testing.assert_allclose(
+            start[:, j], g[:, : slab * 8].sum(1), **tolerances.EACH_FLOAT32_TERMS
+        )
         for n in range(5):
-            np.testing.assert_allclose(before[n][:, j], g[:, j + 1 : n * 8].sum(1), rtol=1e-6)
+            np.testing.assert_allclose(
+                before[n][:, j], g[:, j + 1 : n * 8].sum(1), **tolerances.EACH_FLOAT32_TERMS
+            )
         for r in range(8):
             expected = g[:, j + 1 : slab * 8 + r + 1].sum(1)
-            np.testing.assert_allclose(inside[r][:, j], expected, rtol=1e-6, err_msg=str(place))
+            np.testing.assert_allclose(
+                inside[r][:, j], expected, **tolerances.EACH_FLOAT32_TERMS, err_msg=str(place)
+            )
 
 
 def test_products_up_the_tree_are_exponentials_of_sums():
     g = -np.random.default_rng(0).uniform(0, 0.5, (64, 3)).astype(np.float32)
     actual = tpu_vector_decay.factors(jnp.exp(jnp.asarray(g)), 0.5, jnp.roll)
     sums = decay_sums.BY_HALVES.cumsum(jnp.asarray(g))
-    testing.assert_close(actual.level_factors, [np.exp(x) for x in sums.level_sums], 1e-6)
-    testing.assert_close(actual.from_start, 0.5 * np.exp(sums.g_cumsum), 1e-6)
     testing.assert_close(
-        (actual.to_end, actual.chunk_decay), (np.exp(sums.g_to_end), np.exp(sums.g_last)), 1e-6
+        actual.level_factors, [np.exp(x) for x in sums.level_sums], tolerances.FLOAT32_TERMS
+    )
+    testing.assert_close(actual.from_start, 0.5 * np.exp(sums.g_cumsum), tolerances.FLOAT32_TERMS)
+    testing.assert_close(
+        (actual.to_end, actual.chunk_decay),
+        (np.exp(sums.g_to_end), np.exp(sums.g_last)),
+        tolerances.FLOAT32_TERMS,
     )
 
 
@@ -200,7 +213,11 @@ def test_log_gradient_is_the_transpose_of_the_sums():
     into, out = (jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(2))
     zero = jnp.zeros((1, 3), jnp.float32)
     expected = summation.cumsum_vjp(decay_sums.DecaySums(levels, into, out, zero))
-    testing.assert_close(tpu_vector_decay.log_gradient(levels, into, out, jnp.roll), expected, 1e-6)
+    testing.assert_close(
+        tpu_vector_decay.log_gradient(levels, into, out, jnp.roll),
+        expected,
+        tolerances.FLOAT32_TERMS,
+    )
 
 
 # Memory.

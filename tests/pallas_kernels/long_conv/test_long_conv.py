@@ -15,6 +15,7 @@ from pallas_kernels.long_conv import blocked, fft, spectrum
 from pallas_kernels.long_conv.shapes import SHAPES, Shape, case, named
 from pallas_kernels.tools import aot, testing
 from pallas_kernels.tools.programs import program
+from tests import tolerances
 
 METHODS = ("fft", "blocked")
 
@@ -145,7 +146,7 @@ def test_later_tokens_reach_only_through_the_reverse_filter(method):
     u = jnp.zeros((1, 6, 1)).at[0, 3, 0].set(1.0)
     kernel, behind = jnp.array([[2.0, 3.0, 5.0]]), jnp.array([[7.0, 11.0]])
     y = long_conv(u, kernel, kernel_reverse=behind, method=method)
-    np.testing.assert_allclose(y[0, :, 0], [0, 11, 7, 2, 3, 5], atol=1e-5)
+    np.testing.assert_allclose(y[0, :, 0], [0, 11, 7, 2, 3, 5], **tolerances.EACH_FLOAT32_OUTPUT)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.common import segments
 from pallas_kernels.matrix_state import decay_sums, masks
+from tests import tolerances
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +28,20 @@ def test_decay_between_every_two_tokens(kind, size):
     g = -np.random.default_rng(0).uniform(0, 2, (size, 3)).astype(np.float32)
     sums = SUMMATIONS[kind].cumsum(jnp.asarray(g))
     total = np.cumsum(g.astype(np.float64), 0)
-    np.testing.assert_allclose(sums.g_cumsum, total, rtol=1e-6)
-    np.testing.assert_allclose(sums.g_to_end, total[-1] - total, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(sums.g_last[0], total[-1], rtol=1e-6)
+    np.testing.assert_allclose(sums.g_cumsum, total, **tolerances.EACH_FLOAT32_TERMS)
+    np.testing.assert_allclose(
+        sums.g_to_end, total[-1] - total, **tolerances.EACH_FLOAT32_TERMS_OF_ONE
+    )
+    np.testing.assert_allclose(sums.g_last[0], total[-1], **tolerances.EACH_FLOAT32_TERMS)
     seen = np.eye(size, dtype=bool)
     for s, level in zip(masks.level_sizes(size), np.asarray(sums.level_sums), strict=True):
         parted = np.asarray(masks.parted(size, s))
         assert not (seen & parted).any()
         seen |= parted
         for i, j in np.argwhere(parted):
-            np.testing.assert_allclose(level[i] + level[j], total[i] - total[j], rtol=1e-5)
+            np.testing.assert_allclose(
+                level[i] + level[j], total[i] - total[j], **tolerances.EACH_FLOAT32_SUM
+            )
     np.testing.assert_array_equal(seen, np.tri(size, dtype=bool))
 
 
@@ -47,7 +52,9 @@ def test_down_is_the_transpose_of_up(kind):
     up, down = SUMMATIONS[kind]
     sums, pullback = jax.vjp(up, g)
     cotangents = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), sums)
-    np.testing.assert_allclose(down(cotangents), pullback(cotangents)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        down(cotangents), pullback(cotangents)[0], **tolerances.EACH_FLOAT32_LAYER
+    )
 
 
 @pytest.mark.parametrize("kind", SUMMATIONS)

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.matrix_state import decay_sums, masks
 from pallas_kernels.matrix_state import gpu as matrix_gpu
 from pallas_kernels.tools import testing
+from tests import tolerances
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +30,10 @@ def test_sums_by_halves(size):
         blocks = g.reshape(-1, 2, s, 3)
         behind = np.cumsum(blocks[:, 0, ::-1], 1)[:, ::-1] - blocks[:, 0]
         expected = np.stack([behind, np.cumsum(blocks[:, 1], 1)], 1).reshape(size, 3)
-        testing.assert_close(level, expected, 1e-6)
-    testing.assert_close(sums.g_cumsum, np.cumsum(g, 0), 1e-6)
-    testing.assert_close(sums.g_to_end, np.cumsum(g[::-1], 0)[::-1] - g, 1e-6)
-    testing.assert_close(sums.g_last, g.sum(0, keepdims=True), 1e-6)
+        testing.assert_close(level, expected, tolerances.FLOAT32_TERMS)
+    testing.assert_close(sums.g_cumsum, np.cumsum(g, 0), tolerances.FLOAT32_TERMS)
+    testing.assert_close(sums.g_to_end, np.cumsum(g[::-1], 0)[::-1] - g, tolerances.FLOAT32_TERMS)
+    testing.assert_close(sums.g_last, g.sum(0, keepdims=True), tolerances.FLOAT32_TERMS)
 
 
 def test_the_transpose_of_sums_by_halves():
@@ -41,7 +42,7 @@ def test_the_transpose_of_sums_by_halves():
     g = normal(rng, 16, 3)
     cotangents = jax.tree.map(lambda x: normal(rng, *x.shape), jax.eval_shape(up, g))
     [expected] = jax.jit(lambda g, c: jax.vjp(up, g)[1](c))(g, cotangents)
-    testing.assert_close(jax.jit(down)(cotangents), expected, 1e-6)
+    testing.assert_close(jax.jit(down)(cotangents), expected, tolerances.FLOAT32_TERMS)
 
 
 def test_halves_keep_an_infinite_gradient_with_the_tokens_it_sums():
@@ -61,10 +62,14 @@ def test_pair_sums_are_sums_between_tokens():
     column = jnp.asarray(g[:, None], jnp.float32)
     sums = jax.jit(matrix_gpu.pair_sums)(column, column.reshape(1, -1))
     between = [[g[j + 1 : i + 1].sum() for j in range(16)] for i in range(16)]
-    testing.assert_close(sums.g_between, np.array(between), 1e-6)
-    testing.assert_close(sums.g_cumsum[:, 0], np.cumsum(g), 1e-6)
-    testing.assert_close(sums.g_to_end[:, 0], np.array([g[j + 1 :].sum() for j in range(16)]), 1e-6)
-    testing.assert_close(sums.g_last, g.sum()[None, None], 1e-6)
+    testing.assert_close(sums.g_between, np.array(between), tolerances.FLOAT32_TERMS)
+    testing.assert_close(sums.g_cumsum[:, 0], np.cumsum(g), tolerances.FLOAT32_TERMS)
+    testing.assert_close(
+        sums.g_to_end[:, 0],
+        np.array([g[j + 1 :].sum() for j in range(16)]),
+        tolerances.FLOAT32_TERMS,
+    )
+    testing.assert_close(sums.g_last, g.sum()[None, None], tolerances.FLOAT32_TERMS)
 
 
 def test_nothing_is_taken_from_a_sum_by_an_extreme_neighbour():
@@ -83,4 +88,4 @@ def test_the_transpose_of_pair_sums():
     sums = jax.tree.map(lambda x: normal(rng, *x.shape), up(g))
     sums = sums._replace(g_between=jnp.tril(sums.g_between, -1))
     [expected] = jax.jit(lambda g, c: jax.vjp(up, g)[1](c))(g, sums)
-    testing.assert_close(matrix_gpu.pair_sums_vjp(sums)[0], expected, 1e-6)
+    testing.assert_close(matrix_gpu.pair_sums_vjp(sums)[0], expected, tolerances.FLOAT32_TERMS)

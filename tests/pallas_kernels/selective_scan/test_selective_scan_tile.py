@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.selective_scan import tile
+from tests import tolerances
 
 X = jnp.asarray([-200.0, -30.0, -7.0, -1.0, -1e-3, 0.0, 0.5, 3.0, 30.0, 200.0])
 
@@ -17,17 +18,17 @@ def _strict_promotion():
 
 
 def test_sigmoid_and_silu_equal_jax():
-    np.testing.assert_allclose(tile.sigmoid(X), jax.nn.sigmoid(X), rtol=1e-6)
-    np.testing.assert_allclose(tile.silu(X), jax.nn.silu(X), rtol=1e-6)
+    np.testing.assert_allclose(tile.sigmoid(X), jax.nn.sigmoid(X), **tolerances.EACH_FLOAT32_TERMS)
+    np.testing.assert_allclose(tile.silu(X), jax.nn.silu(X), **tolerances.EACH_FLOAT32_TERMS)
 
 
 def test_slopes_equal_autodiff():
     slope = jax.vmap(jax.grad(jax.nn.silu))(X)
-    np.testing.assert_allclose(tile.silu_gradient(X), slope, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(tile.silu_gradient(X), slope, **tolerances.EACH_FLOAT32_SMALL_TERMS)
     bias = jnp.full_like(X, 0.25)
     slope = jax.vmap(jax.grad(lambda x: jax.nn.softplus(x + 0.25)))(X)
     ours = tile.step_size_gradient(X, bias, jnp.ones_like(X), softplus=True)
-    np.testing.assert_allclose(ours, slope, rtol=1e-5)
+    np.testing.assert_allclose(ours, slope, **tolerances.EACH_FLOAT32_SUM)
 
 
 @pytest.mark.parametrize("bias", [None, 0.25])
@@ -35,14 +36,16 @@ def test_step_size_is_exact_where_softplus_is_small(bias):
     exact = np.logaddexp(0.0, np.asarray(X, np.float64) + (bias or 0.0))
     ours = tile.step_size(X, None if bias is None else jnp.full_like(X, bias), softplus=True)
     # Subnormal results flush to zero.
-    np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(ours, exact, **tolerances.EACH_FLOAT32_NORMAL)
     assert tile.step_size(X, None, softplus=False) is X
 
 
 def test_decay_at_extremes():
     dt = jnp.asarray([0.0, 1e-3, 100.0])
     A_log2 = jnp.asarray([-1e4, -1.0, -1e4]) * tile.LOG2_E
-    np.testing.assert_allclose(tile.decay(dt, A_log2), [1.0, np.exp(-1e-3), 0.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        tile.decay(dt, A_log2), [1.0, np.exp(-1e-3), 0.0], **tolerances.EACH_FLOAT32_TERMS
+    )
 
 
 def test_a_document_that_overflowed_does_not_reach_the_next():
@@ -62,5 +65,5 @@ def test_retreat_is_the_derivative_of_advance():
     _, pullback = jax.vjp(step, h, dt)
     dh, ddt = pullback(G)
     c_before, P = tile.retreat(G, tile.decay(dt, A * tile.LOG2_E), h)
-    np.testing.assert_allclose(c_before, dh, rtol=1e-6)
-    np.testing.assert_allclose(P * A, ddt, rtol=1e-6)
+    np.testing.assert_allclose(c_before, dh, **tolerances.EACH_FLOAT32_TERMS)
+    np.testing.assert_allclose(P * A, ddt, **tolerances.EACH_FLOAT32_TERMS)

@@ -12,6 +12,7 @@ from seqmodels.layers.attention import attend
 from seqmodels.layers.splash import splash
 from seqmodels.mixers import Segments
 from seqmodels.parallel import batch_sharding, make_mesh, on_mesh
+from tests import tolerances
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,7 @@ def close(actual, expected, real=None):
     if real is not None:
         actual, expected = actual[real], expected[real]
     error = np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
-    assert error < 1e-6
+    assert error < tolerances.FLOAT32_TERMS
 
 
 @pytest.mark.parametrize("past", [0, 90])

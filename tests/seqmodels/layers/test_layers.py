@@ -11,6 +11,7 @@ from seqmodels.layers.dropout import tied_dropout
 from seqmodels.layers.embedding import Embedding
 from seqmodels.layers.gates import Gate
 from seqmodels.layers.norms import BatchNorm, Norm
+from tests import tolerances
 
 X = jax.random.normal(jax.random.key(0), (3, 5, 4)) * 2.0 + 1.0
 MASK = jnp.arange(5)[None] < jnp.array([[5], [2], [0]])
@@ -28,9 +29,11 @@ def test_batch_norm_matches_flax():
     flax_norm = nn.BatchNorm(use_running_average=False, momentum=0.9)
     variables = flax_norm.init(jax.random.key(1), X)
     expected, updates = flax_norm.apply(variables, X, mask=MASK[..., None], mutable=["batch_stats"])
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, expected, **tolerances.EACH_FLOAT32_LAYER)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats, updates["batch_stats"]
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_SUM),
+        stats,
+        updates["batch_stats"],
     )
 
 
@@ -38,13 +41,19 @@ def test_batch_norm_statistics_are_those_of_the_real_tokens():
     norm = BatchNorm(momentum=0.0)
     real = np.asarray(X)[np.asarray(MASK)]
     y, variables, stats = trained(norm, X, MASK)
-    np.testing.assert_allclose(np.asarray(y)[np.asarray(MASK)].mean(0), 0, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(y)[np.asarray(MASK)].var(0), 1, rtol=1e-4)
-    np.testing.assert_allclose(stats["mean"], real.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(stats["var"], real.var(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(y)[np.asarray(MASK)].mean(0), 0, **tolerances.EACH_FLOAT32_FLIPPED
+    )
+    np.testing.assert_allclose(
+        np.asarray(y)[np.asarray(MASK)].var(0), 1, **tolerances.EACH_FLOAT32_TOTAL
+    )
+    np.testing.assert_allclose(stats["mean"], real.mean(0), **tolerances.EACH_FLOAT32_SUM)
+    np.testing.assert_allclose(stats["var"], real.var(0), **tolerances.EACH_FLOAT32_SUM)
     later = norm.apply(variables | {"batch_stats": stats}, X, deterministic=True)
     np.testing.assert_allclose(
-        np.asarray(later)[np.asarray(MASK)], np.asarray(y)[np.asarray(MASK)], atol=1e-5
+        np.asarray(later)[np.asarray(MASK)],
+        np.asarray(y)[np.asarray(MASK)],
+        **tolerances.EACH_FLOAT32_OUTPUT,
     )
 
 
@@ -79,7 +88,7 @@ def test_batch_norm_is_global_over_a_mesh():
     spec = NamedSharding(mesh, PartitionSpec("data", "seq"))
     sharded = run(jax.device_put(x, spec), jax.device_put(mask, spec))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_LAYER),
         sharded,
         run(x, mask),
     )
@@ -92,9 +101,9 @@ def test_norm_kinds(kind):
     assert set(variables["params"]) == {kind}
     y, _ = norm.apply(variables, X, MASK, deterministic=False, mutable=["batch_stats"])
     if kind == "rms":
-        np.testing.assert_allclose(np.mean(np.square(y), -1), 1, rtol=1e-4)
+        np.testing.assert_allclose(np.mean(np.square(y), -1), 1, **tolerances.EACH_FLOAT32_TOTAL)
     if kind == "layer":
-        np.testing.assert_allclose(np.mean(y, -1), 0, atol=1e-5)
+        np.testing.assert_allclose(np.mean(y, -1), 0, **tolerances.EACH_FLOAT32_OUTPUT)
 
 
 @pytest.mark.parametrize("kind", ["batch", "layer", "rms", "zero_centered_rms"])
@@ -111,7 +120,7 @@ def test_norms_add_epsilon_to_the_square(kind):
     square = np.square(x - centre).mean(axes, keepdims=True)
     gain = 1.0 + scale if kind == "zero_centered_rms" else scale
     expected = gain * (x - centre) / np.sqrt(square + 1e-3)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(y, expected, **tolerances.EACH_FLOAT32_STEP)
 
 
 def test_a_zero_centered_scale_starts_at_zero():
@@ -141,7 +150,9 @@ def test_gates(kind):
         "gelu": lambda: z,
         "glu": lambda: dense("gate")[..., :4] * _sigmoid(dense("gate")[..., 4:]),
     }[kind]()
-    np.testing.assert_allclose(gate.apply({"params": params}, X), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        gate.apply({"params": params}, X), expected, **tolerances.EACH_FLOAT32_LAYERS
+    )
 
 
 def test_dropout_shares_its_mask_over_time():
@@ -201,5 +212,7 @@ def test_batch_norm_has_the_gradients_of_its_definition():
     expected = jax.vjp(definition, X, params)[1](cotangents)
     actual = jax.vjp(layer, X, params)[1](cotangents)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_LAYERS),
+        actual,
+        expected,
     )

@@ -7,6 +7,7 @@ import pytest
 
 from seqmodels.layers.positions import clipped, further
 from seqmodels.layers.rotary import rotary
+from tests import tolerances
 
 FAR = [0, 1, 1000, 10**6, 2**24, 2**24 + 12_345, 2**30 + 7, 2**31 - 1, 2**31]
 
@@ -27,8 +28,8 @@ def test_angles_are_exact(base, size):
         part = np.float64(2**bit) * frequency.astype(np.longdouble) % (2 * np.pi)
         on = (np.asarray(FAR, np.int64) >> bit & 1)[:, None]
         angle = (angle + on * part.astype(np.float64)) % (2 * np.pi)
-    np.testing.assert_allclose(y[:, :pairs], np.cos(angle), atol=1e-5)
-    np.testing.assert_allclose(y[:, pairs:], np.sin(angle), atol=1e-5)
+    np.testing.assert_allclose(y[:, :pairs], np.cos(angle), **tolerances.EACH_FLOAT32_OUTPUT)
+    np.testing.assert_allclose(y[:, pairs:], np.sin(angle), **tolerances.EACH_FLOAT32_OUTPUT)
 
 
 @pytest.mark.parametrize("start", [2**24, 2**31 - 40, 2**31 + 10, 2**32 - 40])
@@ -40,7 +41,9 @@ def test_angles_between_tokens_are_those_at_the_start(start):
     for first in (0, start):
         y = rotary(x, further(jnp.broadcast_to(as_int32([[first]]), count.shape), count))
         scores.append(jnp.einsum("bqhk,bshk->bhqs", y, y, precision="highest"))
-    np.testing.assert_allclose(scores[1], scores[0], atol=1e-5 * np.abs(scores[0]).max())
+    np.testing.assert_allclose(
+        scores[1], scores[0], atol=tolerances.FLOAT32_OF_LARGEST * np.abs(scores[0]).max()
+    )
 
 
 def test_positions_count_up_and_never_come_back():

@@ -7,6 +7,7 @@ import pytest
 
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.segments import Segments
+from tests import tolerances
 
 TAPS, WIDTH = 3, 4
 IDS = np.array([[1] * 4 + [2] * 2 + [3] * 1 + [0] * 2], np.int32)
@@ -35,7 +36,7 @@ def test_sum_over_taps_and_carried_window(use_bias, activation):
             if names[t + j] == names[t + TAPS - 1]:
                 pre = pre + p["kernel"][j] * tokens[t + j]
         expected = pre / (1 + np.exp(-pre)) if activation else pre
-        np.testing.assert_allclose(y[0, t], expected, atol=2e-6)
+        np.testing.assert_allclose(y[0, t], expected, **tolerances.EACH_FLOAT32_CONV)
     assert not np.any(np.asarray(y)[0, 7:])
     np.testing.assert_array_equal(window[0], np.stack([np.zeros(WIDTH), np.asarray(x)[0, 6]]))
 

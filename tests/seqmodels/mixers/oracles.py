@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels.mixers import build
+from tests import tolerances
 
 
 def initialised(config, width, length, seed=0):
@@ -52,7 +53,7 @@ def count(config, width):
     return sum(int(np.prod(shape)) for shape in shapes(config, width).values())
 
 
-def assert_close(actual, expected, tolerance=2e-6):
+def assert_close(actual, expected, tolerance=tolerances.FLOAT32):
     error = np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
     assert error < tolerance
 

@@ -7,6 +7,7 @@ import pytest
 
 from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import BidirectionalConfig, MixerConfig, S5Config, Segments, build
+from tests import tolerances
 from tests.seqmodels.mixers.cases import CASES
 
 WIDTH = 4
@@ -39,7 +40,7 @@ def test_reverse_is_flip(case):
         alone = x[row : row + 1, part]
         expected[row, part] += run(params["left"], alone)[0]
         expected[row, part] += np.flip(run(params["right"], jnp.flip(alone, 1))[0], 0)
-    np.testing.assert_allclose(y, expected, atol=2e-5)
+    np.testing.assert_allclose(y, expected, **tolerances.EACH_FLOAT32_OUTPUTS)
 
 
 def test_tied_directions_share_parameters():
@@ -48,7 +49,9 @@ def test_tied_directions_share_parameters():
     variables = jax.jit(mixer.init)(jax.random.key(0), x)
     assert variables["params"].keys() == {"left"}
     run = jax.jit(lambda x: mixer.apply(variables, x)[0])
-    np.testing.assert_allclose(run(jnp.flip(x, 1)), jnp.flip(run(x), 1), atol=1e-6)
+    np.testing.assert_allclose(
+        run(jnp.flip(x, 1)), jnp.flip(run(x), 1), **tolerances.EACH_FLOAT32_FLIPPED
+    )
 
 
 def test_config():

@@ -18,6 +18,7 @@ from seqmodels.mixers import (
     SlidingWindowConfig,
     build,
 )
+from tests import tolerances
 
 WIDTH, SEEN, MORE = 8, 9, 6
 STARTS = [2**24, 2**31 - 1 - SEEN, 2**31 - SEEN - 4, -SEEN - 2]
@@ -50,7 +51,9 @@ def test_a_stream_has_no_end(case, named):
     expected, _ = after(start, jnp.asarray([100], jnp.int32))
     for position in STARTS:
         y, last = after(start, jnp.asarray([position], jnp.int32))
-        np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            y, expected, atol=tolerances.FLOAT32_OF_LARGEST * np.abs(expected).max()
+        )
         distance = (int(last[0]) - position) % 2**31
         assert distance == SEEN + MORE
 

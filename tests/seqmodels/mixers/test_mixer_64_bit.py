@@ -14,6 +14,7 @@ from seqmodels.training.config import TrainConfig
 from seqmodels.training.language import language
 from seqmodels.training.state import create_state, optimizer_of
 from seqmodels.training.step import make_train_step
+from tests import tolerances
 from tests.seqmodels.mixers.cases import CASES
 from tests.tiers import one_of_many
 
@@ -113,4 +114,4 @@ def check_language_model(mixer, width):
         tokens_64, trained_64 = run()
     assert tokens_64 == tokens
     assert dtypes(trained_64) == dtypes(trained)
-    testing.assert_close(trained_64, trained, 1e-5)
+    testing.assert_close(trained_64, trained, tolerances.FLOAT32_TRAINED)

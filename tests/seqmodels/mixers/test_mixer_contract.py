@@ -172,7 +172,7 @@ def is_causal_or_not(case):
     x = calls.inputs()
     x[at] += 1.0
     early = np.abs(training(case, x).y - training(case).y)[1, : at[1]].max()
-    assert (early < tolerances.LOOK_AHEAD) == calls.mixer_of(case).causal
+    assert (early < tolerances.FLOAT32_LOOK_AHEAD) == calls.mixer_of(case).causal
 
 
 def is_the_same_in_pieces_and_step_by_step(case):

@@ -8,6 +8,7 @@ import pytest
 
 from seqmodels.mixers import build
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
+from tests import tolerances
 from tests.seqmodels.mixers.cases import CASES, GROWING
 
 # One configuration of each mixer, the first.
@@ -41,7 +42,7 @@ def test_vmap_remat_and_eval_shape(case):
     plain = jax.jit(jax.grad(lambda x: loss(mixer, params, x)))
     mapped = jax.jit(jax.vmap(jax.grad(jax.checkpoint(lambda x: loss(mixer, params, x)))))(X)
     for one, x in zip(mapped, X, strict=True):
-        np.testing.assert_allclose(one, plain(x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one, plain(x), **tolerances.EACH_FLOAT32_LAYERS)
     y, state = jax.eval_shape(lambda x: mixer.apply({"params": params}, x), X[0])
     assert (y.shape, y.dtype) == (X.shape[1:], X.dtype)
     if mixer.stateful and case not in GROWING:

@@ -4,6 +4,7 @@ import numpy as np
 
 from seqmodels.mixers import RetNetConfig
 from seqmodels.mixers.retnet import RETNET_1_3B, log_decays
+from tests import tolerances
 from tests.seqmodels.mixers import matrix_oracle, oracles
 from tests.seqmodels.mixers.matrix_oracle import heads, output_projection
 
@@ -31,7 +32,9 @@ def test_equations():
 
 def test_decays():
     gamma = [0.96875, 0.984375, 0.9921875, 0.99609375]
-    np.testing.assert_allclose(np.exp(log_decays(4).astype(np.float64)), gamma, rtol=1e-8)
+    np.testing.assert_allclose(
+        np.exp(log_decays(4).astype(np.float64)), gamma, **tolerances.EACH_FLOAT64_DECAY
+    )
 
 
 def test_published_size():

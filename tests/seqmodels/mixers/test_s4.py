@@ -10,6 +10,7 @@ import pytest
 from seqmodels.mixers import S4Config, build, hippo
 from seqmodels.mixers.s4 import Model, convolution, recurrence, truncated
 from seqmodels.mixers.s4_kernel import s4_kernel
+from tests import tolerances
 from tests.seqmodels.mixers.oracles import assert_close, fresh, initialised
 
 WIDTH = 4
@@ -76,7 +77,9 @@ def test_initial_system_is_hippo_legs():
     n = np.arange(8)
     root = np.sqrt(2 * n + 1)
     wanted = -np.tril(np.outer(root, root), -1) - np.diag(n + 1)
-    np.testing.assert_allclose(basis @ a @ basis.conj().T, wanted, atol=2e-5)
+    np.testing.assert_allclose(
+        basis @ a @ basis.conj().T, wanted, **tolerances.EACH_FLOAT32_OUTPUTS
+    )
 
 
 STEPS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -101,9 +104,9 @@ def at_length():
 @pytest.mark.parametrize("channel", range(len(STEPS)), ids=map(str, STEPS))
 def test_convolution_is_recurrence_at_sixteen_thousand_tokens(channel):
     convolved, recurred, wanted = (x[:, channel] for x in at_length())
-    assert_close(convolved, recurred, 1e-5)
-    assert_close(convolved, wanted, 1e-5)
-    assert_close(recurred, wanted, 1e-5)
+    assert_close(convolved, recurred, tolerances.FLOAT32_S4_KERNEL)
+    assert_close(convolved, wanted, tolerances.FLOAT32_S4_KERNEL)
+    assert_close(recurred, wanted, tolerances.FLOAT32_S4_KERNEL)
 
 
 @pytest.mark.parametrize("length", [1, 6, 13])
@@ -115,7 +118,7 @@ def test_truncated_c(length):
         a, _ = discrete(float(model.step[h]), *parts)
         c = np.asarray(model.c[0, h], np.complex128)
         wanted = np.r_[c, c.conj()] @ (np.eye(6) - np.linalg.matrix_power(a, length))
-        np.testing.assert_allclose(actual[0, h], wanted[:3], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual[0, h], wanted[:3], **tolerances.EACH_FLOAT32_TERMS_OF_ONE)
 
 
 def test_memory_of_the_kernel_with_its_gradients():

@@ -7,6 +7,7 @@ import pytest
 
 from seqmodels.mixers import S4DConfig, S5Config, build, hippo
 from seqmodels.mixers.s4d import initial_system
+from tests import tolerances
 
 WIDTH, LENGTH = 4, 9
 
@@ -42,7 +43,7 @@ def rule(eigenvalues, step, name):
 
 def assert_close(actual, expected):
     error = np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
-    assert error < 1e-6
+    assert error < tolerances.FLOAT32_TERMS
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -105,14 +106,16 @@ def test_hippo_eigenvectors_diagonalise_the_normal_part(size):
     values, vectors = hippo.normal_eigen(size)
     assert np.all(values.imag < 0)
     assert np.all(np.diff(values.imag) > 0)
-    np.testing.assert_allclose(values.real, -0.5, atol=1e-12)
-    np.testing.assert_allclose(vectors.conj().T @ vectors, np.eye(size // 2), atol=1e-12)
-    np.testing.assert_allclose(vectors[0].imag, 0, atol=1e-12)
+    np.testing.assert_allclose(values.real, -0.5, **tolerances.EACH_FLOAT64_BASIS)
+    np.testing.assert_allclose(
+        vectors.conj().T @ vectors, np.eye(size // 2), **tolerances.EACH_FLOAT64_BASIS
+    )
+    np.testing.assert_allclose(vectors[0].imag, 0, **tolerances.EACH_FLOAT64_BASIS)
     assert np.all(vectors[0].real > 0)
     both = np.concatenate([vectors, vectors.conj()], axis=1)
     spectrum = np.concatenate([values, values.conj()])
     rebuilt = both @ np.diag(spectrum) @ both.conj().T
-    np.testing.assert_allclose(rebuilt, legs + np.outer(p, p), atol=1e-9)
+    np.testing.assert_allclose(rebuilt, legs + np.outer(p, p), **tolerances.EACH_FLOAT64_REBUILT)
 
 
 def test_hippo_blocks_and_clipped_input():

@@ -10,6 +10,7 @@ import pytest
 from seqmodels.mixers import HGRN2Config, LightningConfig, S4DConfig, S5Config, Segments
 from seqmodels.mixers.lightning import slopes
 from seqmodels.models import Backbone, BackboneConfig, param_labels, stack_layers, unstack_layers
+from tests import tolerances
 
 S5_SMALL = S5Config(state_size=4, blocks=1)
 S4D_SMALL = S4DConfig(state_size=4)
@@ -78,7 +79,9 @@ def test_scanned_equals_unrolled_with_state_segments_and_gradients():
     assert jax.tree.structure(outputs) == jax.tree.structure(scanned_outputs)
     scanned_gradient = unstack_layers(CONFIG, scanned_gradient)
     for one, two in ((outputs, scanned_outputs), (dict(gradient), scanned_gradient)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_MODEL), one, two
+        )
 
 
 def test_layers_of_a_scan_start_different():
@@ -98,7 +101,7 @@ def test_remat_changes_no_gradient(remat):
         return jax.jit(jax.grad(loss))(params)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_LAYERS),
         gradient(dataclasses.replace(config, remat=remat)),
         gradient(config),
     )
@@ -110,7 +113,9 @@ def test_block_order(prenorm):
         layout=("s5",), mixers=(S5_SMALL,), width=4, norm="layer", prenorm=prenorm
     )
     y = np.asarray(jax.jit(Backbone(config).apply)(init(config), X)[0])
-    normalised = np.allclose(y.mean(-1), 0, atol=1e-5) and np.allclose(y.var(-1), 1, atol=1e-3)
+    normalised = np.allclose(y.mean(-1), 0, **tolerances.EACH_FLOAT32_OUTPUT) and np.allclose(
+        y.var(-1), 1, atol=1e-3
+    )
     assert normalised != prenorm
 
 
@@ -145,7 +150,7 @@ def test_mlp_kinds(mlp_kind, mlp_bias):
         hidden = gelu(hidden)
     else:
         hidden = hidden * (gelu if mlp_kind == "geglu" else silu)(linear(normed, "mlp_gate"))
-    np.testing.assert_allclose(y, x + linear(hidden, "mlp_out"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, x + linear(hidden, "mlp_out"), **tolerances.EACH_FLOAT32_LAYERS)
 
 
 def test_a_float32_residual_adds_up_small_branches():
@@ -176,7 +181,7 @@ def test_chunks_with_carried_state_equal_the_whole():
     first, carried = run(X[:, :4], model.initial_state(2))
     second, carried = run(X[:, 4:], carried)
     pieces = np.concatenate([first, second], axis=1)
-    np.testing.assert_allclose(pieces, whole, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(pieces, whole, **tolerances.EACH_FLOAT32_MODEL)
     assert jax.tree.structure(carried) == jax.tree.structure(state)
 
 
@@ -240,4 +245,4 @@ def test_lightning_decays_less_in_deeper_layers():
     mixer = LightningConfig(heads=2, head_size=2)
     config = BackboneConfig(("lightning",) * 2, (mixer,), width=4)
     first, last = (slopes(2, config.mixer(i).layer, config.mixer(i).layers) for i in range(2))
-    np.testing.assert_allclose(last / first, 1e-5 / (1 + 1e-5), rtol=1e-4)
+    np.testing.assert_allclose(last / first, 1e-5 / (1 + 1e-5), **tolerances.EACH_FLOAT32_TOTAL)

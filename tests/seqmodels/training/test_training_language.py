@@ -20,6 +20,7 @@ from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
 from seqmodels.training.run_directory import open_run
 from seqmodels.training.state import Average, abstract_state, create_state, optimizer_of
 from seqmodels.training.step import gradients, make_eval_step, make_train_step
+from tests import tolerances
 from tests.seqmodels.training.compilation import compiled_once
 
 RNG = np.random.default_rng(0)
@@ -73,7 +74,7 @@ def test_the_loss_of_pieces_with_carried_states_is_that_of_the_whole():
     step = make_eval_step(task, mesh)
     in_pieces = evaluate(step, variables, pieces, mesh, task.start)
     whole = evaluate(step, variables, [joined(pieces)], mesh, task.start)
-    np.testing.assert_allclose(in_pieces.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(in_pieces.loss, whole.loss, **tolerances.EACH_FLOAT32_SUM)
     assert (in_pieces.accuracy, in_pieces.examples) == (whole.accuracy, whole.examples)
     forgetful = evaluate(step, variables, pieces[1:], mesh, task.start)
     rest = (whole.loss * 5 - evaluate(step, variables, pieces[:1], mesh, task.start).loss) / 4
@@ -99,7 +100,9 @@ def test_the_gradient_is_that_of_the_last_piece_alone():
     *_, carry = run(variables, first, CARRYING.start(3))
     actual, *_ = run(variables, second, carry)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), actual, expected
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_STEP),
+        actual,
+        expected,
     )
 
 
@@ -115,7 +118,9 @@ def test_micro_batches_carry_their_own_rows():
         )
         *_, carry = run(first, CARRYING.start(4))
         results.append(run(second, carry))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), *results)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_LAYERS), *results
+    )
 
 
 def steps(mesh, count, *, poison=(), task=CARRYING):
@@ -136,9 +141,11 @@ def steps(mesh, count, *, poison=(), task=CARRYING):
 def test_eight_devices_equal_one():
     (*_, one), losses = steps(one_device(), 3)
     (*_, eight), others = steps(make_mesh(), 3)
-    np.testing.assert_allclose(losses, others, rtol=1e-5)
+    np.testing.assert_allclose(losses, others, **tolerances.EACH_FLOAT32_SUM)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), one.carry, eight.carry
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_DEVICES),
+        one.carry,
+        eight.carry,
     )
 
 
@@ -157,8 +164,8 @@ def test_the_average_weighs_all_updates_and_nothing_else():
     shares = 0.8 ** np.arange(3, -1, -1)
     expected = np.einsum("n,nvd->vd", shares / shares.sum(), np.stack(history))
     average = states[-1].averaged["params"]["embedding"]["embedding"]
-    np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
-    assert not np.allclose(average, history[-1], rtol=1e-5)
+    np.testing.assert_allclose(average, expected, **tolerances.EACH_FLOAT32_SMALL_TERMS)
+    assert not np.allclose(average, history[-1], **tolerances.EACH_FLOAT32_SUM)
     jax.tree.map(np.testing.assert_array_equal, states[0].averaged, states[0].variables)
 
 
@@ -169,7 +176,9 @@ def test_the_average_of_many_updates_keeps_its_digits():
     for value in values:
         average = update(average, {"p": jnp.float32(value)})
     shares = 0.9999 ** np.arange(199, -1, -1)
-    np.testing.assert_allclose(average.params["p"], shares @ values / shares.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        average.params["p"], shares @ values / shares.sum(), **tolerances.EACH_FLOAT32_SUM
+    )
 
 
 class Stopped(Exception):

@@ -9,6 +9,7 @@ from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.training.evaluation import evaluate
 from seqmodels.training.state import create_state, optimizer_of
 from seqmodels.training.step import gradients, make_eval_step, make_train_step
+from tests import tolerances
 from tests.seqmodels.training.compilation import compiled_once
 from tests.seqmodels.training.toy import CONFIG, VALIDATION, make_batch, toy_task
 
@@ -52,8 +53,16 @@ def test_accumulated_gradients_equal_the_big_batch(count):
     key = jax.random.key(1)
     big, big_sums, *_ = grad(task, variables, batch, key, 1)
     small, small_sums, *_ = grad(task, variables, batch, key, count)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), big, small)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), big_sums, small_sums)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_TERMS_OF_ONE),
+        big,
+        small,
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_TERMS),
+        big_sums,
+        small_sums,
+    )
 
 
 def test_accumulation_updates_the_statistics_by_each_micro_batch():
@@ -65,7 +74,7 @@ def test_accumulation_updates_the_statistics_by_each_micro_batch():
         _, _, stats, _ = grad(task, variables, half, key, 1)
         variables = {**variables, "batch_stats": stats}
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_TERMS_OF_ONE),
         statistics,
         variables["batch_stats"],
     )
@@ -79,10 +88,10 @@ def test_eight_devices_equal_one():
     single, single_metrics = train(one_device(), dropout=0.0)
     sharded, sharded_metrics = train(make_mesh(), dropout=0.0)
     for a, b in zip(single_metrics, sharded_metrics, strict=True):
-        np.testing.assert_allclose(a.sums.loss, b.sums.loss, rtol=1e-5)
+        np.testing.assert_allclose(a.sums.loss, b.sums.loss, **tolerances.EACH_FLOAT32_SUM)
         assert a.sums.correct == b.sums.correct
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_LAYERS),
         (single.params, single.batch_stats),
         (sharded.params, sharded.batch_stats),
     )
@@ -151,7 +160,7 @@ def test_rows_of_weight_0_do_not_count():
     filled = evaluate(eval_step, state.variables, [padded], mesh)
     assert filled.examples == whole.examples == 8
     assert filled.accuracy == whole.accuracy
-    np.testing.assert_allclose(filled.loss, whole.loss, rtol=1e-6)
+    np.testing.assert_allclose(filled.loss, whole.loss, **tolerances.EACH_FLOAT32_TERMS)
 
 
 def test_evaluating_nothing_is_an_error():
