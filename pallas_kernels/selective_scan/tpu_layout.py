@@ -92,7 +92,7 @@ class Specs(NamedTuple):
 
     def tokens(self) -> pl.BlockSpec:
         """Block of an array `(B, L, D)`."""
-        steps, width = self.dims.tiles
+        steps, width, _ = self.dims.tiles
         return pl.BlockSpec(
             block_shape=(None, steps, width), index_map=lambda b, d, i: (b, self.time(i), d)
         )

@@ -102,15 +102,23 @@ def both_ways(case, params, x, ids, state, share, *, single=None) -> Result:
         return _weighed(result.y) + share * _weighed(after), result
 
     kept = None if state is None else state.state
-    gradients, result = jax.grad(loss, (0, 1, 2), has_aux=True)(params, x, kept)
+    derivative = jax.grad(loss, (0, 1, 2), has_aux=True, allow_int=True)
+    gradients, result = jax.tree.map(_number, derivative(params, x, kept))
     result.gradients = dict(zip(("params", "x", "state"), gradients, strict=True))
     return result
+
+
+def _number(x):
+    """The gradient of an integer, such as a position, as a number."""
+    return jnp.zeros(x.shape, jnp.float32) if x.dtype == jax.dtypes.float0 else x
 
 
 def _weighed(tree):
     """A sum of all numbers of ``tree`` in which each has another weight, in every row the same."""
     total = jnp.zeros((), jnp.float32)
     for leaf in jax.tree.leaves(tree):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
         weights = jnp.cos(jnp.arange(leaf[0].size, dtype=jnp.float32)).reshape(leaf[0].shape)
         for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
             total += jnp.sum(part.astype(jnp.float32) * weights[None])

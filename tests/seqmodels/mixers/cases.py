@@ -51,7 +51,7 @@ CASES = {
     "hgrn2": HGRN2Config(head_size=2, layer=1, layers=3, **_MATRIX),
     "deltanet": DeltaNetConfig(heads=2, **_MATRIX),
     "gated_deltanet": GatedDeltaNetConfig(heads=4, key_heads=2, head_size=8, **_MATRIX),
-    "kda": KDAConfig(heads=2, head_size=8, **_MATRIX),
+    "kda": KDAConfig(heads=2, head_size=16, **_MATRIX),
     "attention": AttentionConfig(heads=2, init_std=0.5),
     "attention-grouped": AttentionConfig(
         heads=4, kv_heads=2, head_size=8, rotary_base=None, qk_norm=True, init_std=0.5

@@ -27,6 +27,12 @@ KINDS = {
     "gated_deltanet": {"delta_rule", "causal_conv1d"},
     "rat": {"linear_scan", "checkpoint_attention"},
 }
+# Every kind, every backend and eight devices at least once each time; the rest in `test-all`.
+ALWAYS = {
+    "tpu": {"lru", "s4d"},
+    "gpu": {"lru", "mamba", "rat"},
+    "devices": {"lru", "gla", "gated_deltanet"},
+}
 # Of the rows of `calls`, tokens that go on with a document, and of which some begin one.
 PART = slice(120, 141)
 
@@ -55,8 +61,13 @@ def taken(case, args):
     return {(c.op, c.implementation) for c in choices if c.platform == "cpu"}
 
 
-@pytest.mark.parametrize("backend", ["tpu", "gpu"])
-@pytest.mark.parametrize("case", one_of_many(KINDS, list(KINDS)))
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    one_of_many(
+        [(case, backend) for case in KINDS for backend in ("tpu", "gpu")],
+        [(case, backend) for backend in ("tpu", "gpu") for case in ALWAYS[backend]],
+    ),
+)
 def test_interpreted_kernels(case, backend):
     args = arguments(case, 3)
     with testing.interpret():
@@ -66,7 +77,7 @@ def test_interpreted_kernels(case, backend):
     assert_close(actual, calls.program(case, implementation="reference")(*args))
 
 
-@pytest.mark.parametrize("case", one_of_many(KINDS, list(KINDS)))
+@pytest.mark.parametrize("case", one_of_many(KINDS, ALWAYS["devices"]))
 def test_eight_devices(case):
     mesh, args = make_mesh(), arguments(case, 8)
     assert mesh.shape["data"] == 8
