@@ -57,6 +57,19 @@ def test_a_function_that_has_been_compiled_is_explained_too():
     assert run._cache_size() == 1
 
 
+def test_a_preference_holds_inside_and_where_the_call_names_none():
+    run, x = jax.jit(linear_scan), jnp.ones((1, 4, 3)) / 2
+    usual = taken(run, x, x)
+    with dispatch.preferring("reference"):
+        assert taken(run, x, x) == {"linear_scan": everywhere("reference")}
+        named = taken(linear_scan, x, x, implementation="xla")
+        assert named == {"linear_scan": everywhere("xla")}
+        assert taken(run, x[:, :1], x[:, :1]) == {"linear_scan": everywhere("xla")}
+    assert taken(run, x, x) == usual
+    with dispatch.preferring("tpu"):  # which has no kernel for it
+        assert taken(long_conv, x, x[0].T)["long_conv"] == everywhere("xla")
+
+
 def on_a_gpu(monkeypatch, capability):
     gpu = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

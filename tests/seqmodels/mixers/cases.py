@@ -79,8 +79,13 @@ CASES = {
     ),
 }
 
-CASES["bidirectional"] = BidirectionalConfig(CASES["mamba"])
+CASES["bidirectional"] = BidirectionalConfig(CASES["lru"])
 CASES["bidirectional-tied"] = BidirectionalConfig(CASES["s4"], tied=True)
+
+# One of each kind, on which everything is checked every time.
+KINDS = {
+    "s5", "s4", "s4d", "mamba", "rg_lru", "gla", "gated_deltanet", "hydra", "attention", "rat",
+}  # fmt: skip
 
 # States of these hold a cache that grows: they begin with initial_state(.., max_length=..).
 GROWING = {

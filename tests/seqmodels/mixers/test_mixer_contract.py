@@ -18,7 +18,7 @@ from seqmodels.mixers.base import RecurrentState
 from tests import tolerances
 from tests.seqmodels.mixers import calls
 from tests.seqmodels.mixers.calls import LENGTH, PIECE, WIDTH
-from tests.seqmodels.mixers.cases import CASES, FLAGS, GROWING
+from tests.seqmodels.mixers.cases import CASES, FLAGS, GROWING, KINDS
 from tests.tiers import one_of_many
 
 STREAMING = [case for case, flags in FLAGS.items() if flags[1]]
@@ -31,11 +31,6 @@ SHORTCUTS = {"s5", "s5-bidirectional", "lru", "bidirectional", "s4d-bidirectiona
 # No op of ours in them, or, in S4 with a state, one step for each token: what they are held against
 # is each other's way, `trains_as_it_streams`, and the mixers' own oracles.
 WITHOUT_REFERENCE = {case for case in CASES if case.startswith(("attention", "sliding"))} | {"s4"}
-
-# One of each kind, on which everything is checked every time.
-KINDS = {
-    "s5", "s4", "s4d", "mamba", "rg_lru", "gla", "gated_deltanet", "hydra", "attention", "rat",
-}  # fmt: skip
 
 # Variants of a mixer that take the same paths as its other cases.
 VARIANTS = {

@@ -9,7 +9,8 @@ import pytest
 from seqmodels.mixers import build
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
 from tests import tolerances
-from tests.seqmodels.mixers.cases import CASES, GROWING
+from tests.seqmodels.mixers.cases import CASES, GROWING, KINDS
+from tests.tiers import one_of_many
 
 # One configuration of each mixer, the first.
 FIRST = list({config.mixer: case for case, config in reversed(CASES.items())}.values())[::-1]
@@ -26,8 +27,13 @@ def loss(mixer, params, x):
     return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    one_of_many(
+        [(case, dtype) for dtype in ("float32", "bfloat16") for case in FIRST],
+        [(case, "float32") for case in FIRST] + [(case, "bfloat16") for case in KINDS],
+    ),
+)
 def test_gradients_of_extreme_inputs_are_finite(case, dtype):
     mixer, params = setup(case)
     gradient = jax.jit(jax.grad(lambda p, x: loss(mixer, p, x.astype(dtype)), argnums=(0, 1)))
@@ -36,7 +42,7 @@ def test_gradients_of_extreme_inputs_are_finite(case, dtype):
             assert np.all(np.isfinite(leaf)), (path, x.max())
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", one_of_many(FIRST, KINDS))
 def test_vmap_remat_and_eval_shape(case):
     mixer, params = setup(case)
     plain = jax.jit(jax.grad(lambda x: loss(mixer, params, x)))
@@ -51,7 +57,7 @@ def test_vmap_remat_and_eval_shape(case):
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, kept)
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", one_of_many(FIRST, KINDS))
 def test_learns_to_copy(case):
     """Each token's predecessor, of five equally likely ones, in 200 steps of Adam."""
     backbone = BackboneConfig((CASES[case].mixer,), (CASES[case],), width=8, norm="rms", mlp=16)
