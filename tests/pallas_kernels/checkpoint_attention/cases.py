@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import checkpoint_attention
+from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.api import OP
 from pallas_kernels.checkpoint_attention.slots import Config
 from pallas_kernels.common import segments
@@ -99,7 +100,9 @@ def _attention_in_tiles(
     index = None if segment_ids is None else segments.index(segment_ids)
     arrays = q, k, v, past_k, past_v, past_length, offset, index
     config = Config(float(q.shape[3] ** -0.5), interval, tiles)
-    return _present(*call_op(OP, config, *arrays, length=q.shape[1], implementation=implementation))
+    length = q.shape[1]
+    o, lse = call_op(OP, config, *arrays, length=length, implementation=implementation)
+    return _present(o, tile.or_infinity(lse))
 
 
 def _present(o, lse):
