@@ -234,6 +234,7 @@ def isolates_documents_bit_for_bit(case):
         after = fresh(case, other)
         for one, two in ((before.y, after.y), (before.gradients["x"], after.gradients["x"])):
             np.testing.assert_array_equal(one[~inside], two[~inside])
+            assert np.isfinite(two[~inside]).all()
         assert np.any(before.y[inside] != after.y[inside])
 
 
