@@ -1,8 +1,9 @@
 """Settings of the whole suite: 8 simulated devices, no silent rank promotion, no timed asserts.
 
 Most of the suite's time is XLA compiling small programs. Unless `--everything` is given, tests
-marked `full` are left out, and XLA compiles for CPUs with its quick code generator, except where a
-portable operator's numbers are tested: those are compiled as users compile them.
+marked `full` are left out, and XLA compiles for CPUs with its quick code generator, except for the
+tests marked `optimised`: those of the portable operators' numbers, and of runs that are compared bit
+for bit with those of processes of their own.
 """
 
 import hypothesis
@@ -40,29 +41,32 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
 
 
-def _optimised(path):
-    """Whether the module's programs are compiled as users compile them.
-
-    Tests of an operator's numbers, pallas_kernels/<op>/test_<op>.py; and the training loop, whose
-    runs are compared bit for bit with those of processes of their own.
-    """
-    operator = (
-        path.parent.parent.name == "pallas_kernels" and path.stem == f"test_{path.parent.name}"
-    )
-    return operator or path.stem == "test_training_loop"
-
-
 @pytest.fixture(autouse=True, scope="module")
-def _compilation(request):
-    """How the module's programs are compiled; afterwards they are dropped.
+def _module_compilation(request):
+    """As `_compilation`, for fixtures of a module; afterwards its programs are dropped.
 
-    Thousands of compiled programs take more memory than a small machine has, and none may be found
-    again by a module that wants it compiled otherwise.
+    Thousands of compiled programs take more memory than a small machine has.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        if not (request.config.getoption(_EVERYTHING) or _optimised(request.path)):
-            patch.setattr(compiler, "get_compile_options", _quick_on_cpus)
-        yield
+    _compile_as_wanted(request)
+    yield
+    _drop_programs()
+
+
+@pytest.fixture(autouse=True)
+def _compilation(request, _module_compilation):
+    """With `--everything` or the mark `optimised` programs are compiled as users compile them."""
+    _compile_as_wanted(request)
+
+
+def _compile_as_wanted(request):
+    as_users = request.config.getoption(_EVERYTHING) or request.node.get_closest_marker("optimised")
+    wanted = _get_compile_options if as_users else _quick_on_cpus
+    if compiler.get_compile_options is not wanted:
+        _drop_programs()  # none may be found again that was compiled otherwise
+        compiler.get_compile_options = wanted
+
+
+def _drop_programs():
     testing.program.cache_clear()
     testing.oracle.cache_clear()
     jax.clear_caches()

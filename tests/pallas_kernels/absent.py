@@ -18,13 +18,12 @@ def needs_compiler(chip: str) -> None:
 def on_tpus(shapes, always, modes=("forward+backward", "forward")):
     """``(chip, shape, mode)``: every named shape on every TPU.
 
-    Those of ``always``, one of each kind, always run: in the first mode on `TPUS`, in others on the
-    first of them. The rest is `full`.
+    Those of ``always``, one of each kind, always run in the first mode, on `TPUS` in turn, the
+    first one on all of `TPUS`. The rest is `full`.
     """
+    chosen = _in_turn(always, TPUS)
     return [
-        _always(
-            shape in always and chip in (TPUS if mode == modes[0] else TPUS[:1]), chip, shape, mode
-        )
+        _always(mode == modes[0] and (chip, shape) in chosen, chip, shape, mode)
         for mode in modes
         for shape in shapes
         for chip in aot.TPUS
@@ -32,18 +31,21 @@ def on_tpus(shapes, always, modes=("forward+backward", "forward")):
 
 
 def on_gpus(shapes, always):
-    """``(chip, shape)``: every named shape on every GPU; ``always`` runs always, on `GPUS`."""
-    return [
-        _always(shape in always and chip in GPUS, chip, shape)
-        for shape in shapes
-        for chip in aot.GPUS
-    ]
+    """``(chip, shape)``: every named shape on every GPU; ``always`` as for TPUs, on `GPUS`."""
+    chosen = _in_turn(always, GPUS)
+    return [_always((chip, shape) in chosen, chip, shape) for shape in shapes for chip in aot.GPUS]
 
 
-def for_spills(chips, shapes):
-    """``(chip, shapes)``: the first shape on the first GPU, and as `full` all on ``chips``."""
+def for_spills(chips, shapes, *, always=False):
+    """``(chip, shapes)``, as `full`; with ``always`` the first shape always, on the first GPU."""
     every = [pytest.param(chip, shapes, marks=pytest.mark.full) for chip in chips]
-    return [(GPUS[0], shapes[:1]), *every]
+    return [(GPUS[0], shapes[:1]), *every] if always else every
+
+
+def _in_turn(shapes, chips):
+    """``(chip, shape)``: the first shape on every chip, each of the others on one."""
+    others = {(chips[i % len(chips)], shape) for i, shape in enumerate(shapes)}
+    return others | {(chip, shapes[0]) for chip in chips}
 
 
 def _always(always, *case):

@@ -23,6 +23,7 @@ def _strict_promotion():
         yield
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("length", "conv_size", "activation"),

@@ -56,8 +56,8 @@ def test_forward_moves_two_arrays_and_backward_three():
     ("shape", "mode", "bound"),
     [
         ("mamba-370m-f32", "forward", 1.05),
-        ("mamba-370m-f32", "forward+backward", 1.3),
-        ("mamba-2.8b", "forward", 1.5),
+        pytest.param("mamba-370m-f32", "forward+backward", 1.3, marks=pytest.mark.full),
+        pytest.param("mamba-2.8b", "forward", 1.5, marks=pytest.mark.full),
     ],
 )
 def test_cost_on_a_tpu(shape, mode, bound):

@@ -36,13 +36,13 @@ def interpreted(case, backend, tiles=None, **options):
 # Each feature with each other at least once, not the full product: interpretation is slow.
 FEATURES = [
     {},
-    {"packed": True},
+    pytest.param({"packed": True}, marks=pytest.mark.full),
     {"conv_size": 1, "width": 3, "packed": True},
     {"conv_size": 8, "activation": None, "packed": True},
-    {"conv_size": 9, "width": 3},
+    pytest.param({"conv_size": 9, "width": 3}, marks=pytest.mark.full),
     {"conv_size": 12, "width": 3, "packed": True},
     {"dtype": "bfloat16", "packed": True},
-    {"length": 48, "width": 3, "activation": None},
+    pytest.param({"length": 48, "width": 3, "activation": None}, marks=pytest.mark.full),
     {"length": 1, "width": 3},
     {"length": 2, "width": 3, "conv_size": 7, "packed": True},
 ]

@@ -48,6 +48,7 @@ PLAIN = [
 ]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("features", PLAIN, ids=lambda f: "-".join(map(str, f.values())))
 def test_xla_equals_the_oracle(features):
     case = Case(**features)

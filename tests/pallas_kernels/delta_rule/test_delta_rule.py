@@ -42,6 +42,7 @@ def assert_same(first, second):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("length", "decay", "packed"), LENGTHS)
 def test_xla_equals_the_oracle(length, decay, packed):
     case = Case(length=length, decay=decay, packed=packed)

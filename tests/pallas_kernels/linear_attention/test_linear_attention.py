@@ -46,6 +46,7 @@ PLAIN = [
 ]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("length", "decay", "packed"), PLAIN)
 def test_xla_equals_the_oracle(length, decay, packed):
     case = Case(length=length, decay=decay, packed=packed, groups=2, heads=4, batch=1)

@@ -34,6 +34,7 @@ SHAPES = [(65, REAL, *kind) for kind in KINDS] + [
 ]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("length", "dtype", "constant", "packed", "reverse"), SHAPES)
 def test_xla_equals_the_oracle(length, dtype, constant, packed, reverse):
     case = Case(length=length, dtype=dtype, constant=constant, packed=packed, reverse=reverse)

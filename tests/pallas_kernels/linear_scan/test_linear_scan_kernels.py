@@ -34,16 +34,16 @@ def interpreted(case, backend, tiles=None, **options):
 # Each feature with each other at least once, not the full product: interpretation is slow.
 FEATURES = [
     {},
-    {"reverse": True},
+    pytest.param({"reverse": True}, marks=pytest.mark.full),
     {"dtype": COMPLEX, "packed": True},
-    {"dtype": COMPLEX, "constant": True, "reverse": True},
-    {"packed": True, "reverse": True},
-    {"constant": True, "packed": True},
+    pytest.param({"dtype": COMPLEX, "constant": True, "reverse": True}, marks=pytest.mark.full),
+    pytest.param({"packed": True, "reverse": True}, marks=pytest.mark.full),
+    pytest.param({"constant": True, "packed": True}, marks=pytest.mark.full),
     {"dtype": "bfloat16", "packed": True},
     {"length": 48, "packed": True, "constant": True, "reverse": True, "dtype": COMPLEX},
     {"length": 1, "width": 3},
     {"length": 2, "packed": True, "dtype": COMPLEX},
-    {"length": 15, "reverse": True},
+    pytest.param({"length": 15, "reverse": True}, marks=pytest.mark.full),
 ]
 
 

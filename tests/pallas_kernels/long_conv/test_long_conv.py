@@ -72,6 +72,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("length", "kernel_size", "kernel_size_reverse"), KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_equal_the_oracle(method, length, kernel_size, kernel_size_reverse):

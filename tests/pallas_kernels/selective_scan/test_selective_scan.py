@@ -34,6 +34,7 @@ CASES = [(65, *kind) for kind in KINDS if sum(kind) % 2 == 0] + [
 ]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("length", "full", "packed", "reverse"), CASES)
 def test_xla_equals_the_oracle(length, full, packed, reverse):
     case = Case(length=length, full=full, packed=packed, reverse=reverse)

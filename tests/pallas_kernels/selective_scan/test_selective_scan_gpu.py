@@ -28,8 +28,8 @@ def interpreted(case, tiles=TILES, **options):
 # Each feature with most others, not the full product: interpretation is slow.
 FEATURES = [
     {"states": 3},
-    {"full": False, "reverse": True},
-    {"packed": True, "full": False},
+    pytest.param({"full": False, "reverse": True}, marks=pytest.mark.full),
+    pytest.param({"packed": True, "full": False}, marks=pytest.mark.full),
     {"packed": True, "reverse": True, "states": 3},
     {"dtype": "bfloat16"},
 ]

@@ -29,6 +29,9 @@ from tests import tolerances
 from tests.seqmodels.training.compilation import compiled_once
 from tests.seqmodels.training.toy import CONFIG, ToyBatches, run_toy, toy_task
 
+# Compared bit for bit with runs of other processes.
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).parents[3]
 
 
