@@ -176,6 +176,7 @@ def test_reverse_is_flip_run_flip(method):
     testing.assert_close(final, last, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("method", METHODS)
 def test_extreme_decays(method):
     """No memory at all, no forgetting, phases of thousands of turns, each in its own channel."""
@@ -185,6 +186,7 @@ def test_extreme_decays(method):
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("method", "length", "decay"),
     [
