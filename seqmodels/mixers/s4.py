@@ -14,7 +14,6 @@ from jaxtyping import Array, Complex, Float
 from seqmodels import ops
 from seqmodels.mixers import hippo
 from seqmodels.mixers.base import SSM_LABEL, ParamLabel, Segments
-from seqmodels.mixers.s4_kernel import s4_kernel
 from seqmodels.mixers.siso import SISOConfig, SISOMixer
 
 _TOGETHER = 32
@@ -87,7 +86,7 @@ def convolution(model: Model, u: Float[Array, "b l h"]) -> Float[Array, "b l h"]
     """The whole of a row from a state of zero, both directions."""
     length = u.shape[1]
     c = truncated(model, length)
-    kernels = s4_kernel(model.step, model.eigenvalues, model.p, model.b, c, length)
+    kernels = ops.s4_kernel(model.step, model.eigenvalues, model.p, model.b, c, length=length)
     return ops.long_conv(u, kernels[0], kernel_reverse=kernels[1] if len(kernels) == 2 else None)
 
 
