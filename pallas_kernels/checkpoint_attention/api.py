@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checkpoint_attention import gpu, reference, tile, tpu, xla
 from pallas_kernels.checkpoint_attention.slots import Config
@@ -30,55 +30,55 @@ OP = Op(
 
 @overload
 def checkpoint_attention(
-    q: ArrayLike,
-    k: ArrayLike | None,
-    v: ArrayLike | None,
+    q: Float[ArrayLike, "b l h k"],
+    k: Float[ArrayLike, "b l g k"] | None,
+    v: Float[ArrayLike, "b l g v"] | None,
     *,
     interval: int,
     scale: float | None = None,
-    segment_ids: ArrayLike | None = None,
-    offset: ArrayLike | None = None,
-    past_k: ArrayLike | None = None,
-    past_v: ArrayLike | None = None,
-    past_length: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
+    offset: Int[ArrayLike, " b"] | None = None,
+    past_k: Float[ArrayLike, "b p g k"] | None = None,
+    past_v: Float[ArrayLike, "b p g v"] | None = None,
+    past_length: Int[ArrayLike, " b"] | None = None,
     return_lse: Literal[False] = False,
     implementation: dispatch.Implementation = None,
-) -> jax.Array: ...
+) -> Float[Array, "b l h v"]: ...
 
 
 @overload
 def checkpoint_attention(
-    q: ArrayLike,
-    k: ArrayLike | None,
-    v: ArrayLike | None,
+    q: Float[ArrayLike, "b l h k"],
+    k: Float[ArrayLike, "b l g k"] | None,
+    v: Float[ArrayLike, "b l g v"] | None,
     *,
     interval: int,
     scale: float | None = None,
-    segment_ids: ArrayLike | None = None,
-    offset: ArrayLike | None = None,
-    past_k: ArrayLike | None = None,
-    past_v: ArrayLike | None = None,
-    past_length: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
+    offset: Int[ArrayLike, " b"] | None = None,
+    past_k: Float[ArrayLike, "b p g k"] | None = None,
+    past_v: Float[ArrayLike, "b p g v"] | None = None,
+    past_length: Int[ArrayLike, " b"] | None = None,
     return_lse: Literal[True],
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]: ...
+) -> tuple[Float[Array, "b l h v"], Float[Array, "b l h"]]: ...
 
 
 def checkpoint_attention(
-    q,
-    k,
-    v,
+    q: Float[ArrayLike, "b l h k"],
+    k: Float[ArrayLike, "b l g k"] | None,
+    v: Float[ArrayLike, "b l g v"] | None,
     *,
-    interval,
-    scale=None,
-    segment_ids=None,
-    offset=None,
-    past_k=None,
-    past_v=None,
-    past_length=None,
-    return_lse=False,
-    implementation=None,
-):
+    interval: int,
+    scale: float | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
+    offset: Int[ArrayLike, " b"] | None = None,
+    past_k: Float[ArrayLike, "b p g k"] | None = None,
+    past_v: Float[ArrayLike, "b p g v"] | None = None,
+    past_length: Int[ArrayLike, " b"] | None = None,
+    return_lse: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> Any:
     """Softmax attention of each token to itself and to every `interval`-th token of its past.
 
         o_t = sum_s softmax_s(scale * q_t k_s) v_s    over s = t and the checkpoints before t

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend, beyond_addresses, by_chunks, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.planes import Planes, add, join, mul, split, where, zeros_like
 from pallas_kernels.diagonal_ssm import powers, tile
@@ -358,8 +358,15 @@ def _call(kernel, dims: _KernelShape, name: str, grid, operands, outputs, *, flo
 def _entering(dims: _KernelShape, ops: _Operands, x, first: Planes, *, adjoint: bool):
     """The state that enters each chunk, `(B, C, N, H)`, and the one that leaves the last or None
     where there is one chunk."""
-    if dims.chunks == 1:
-        return tuple(p[:, None] for p in first), None
+    whole, chained = _whole, functools.partial(_chained, dims, adjoint=adjoint)
+    return by_chunks("diagonal_ssm", dims.chunks, whole, chained, ops, x, first)
+
+
+def _whole(ops: _Operands, x, first: Planes):
+    return tuple(p[:, None] for p in first), None
+
+
+def _chained(dims: _KernelShape, ops: _Operands, x, first: Planes, *, adjoint: bool):
     per_chunk = ((dims.batch, dims.chunks, dims.states, dims.width), jnp.float32)
     flow = _call(
         functools.partial(_reduce_kernel, dims=dims, adjoint=adjoint),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, planes, segments
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend, beyond_addresses, by_chunks, no_wide_numbers
 from pallas_kernels.common.compat import pl
 from pallas_kernels.common.planes import Planes
 from pallas_kernels.linear_scan import tile
@@ -284,8 +284,15 @@ def _call(kernel, dims: _KernelShape, name: str, grid, operands, outputs, flops:
 
 def _entering(dims: _KernelShape, a: Planes, x: Planes, first: Planes, codes, *, backward: bool):
     """The state that enters each chunk, `(B, C, D)`, and what leaves the last if that is known."""
-    if dims.chunks == 1:
-        return tuple(p[:, None] for p in first), None
+    whole, chained = _whole, functools.partial(_chained, dims, backward=backward)
+    return by_chunks("linear_scan", dims.chunks, whole, chained, a, x, first, codes)
+
+
+def _whole(a: Planes, x: Planes, first: Planes, codes):
+    return tuple(p[:, None] for p in first), None
+
+
+def _chained(dims: _KernelShape, a: Planes, x: Planes, first: Planes, codes, *, backward: bool):
     per_chunk = ((dims.batch, dims.chunks, dims.width), jnp.float32)
     decay, flow = _call(
         functools.partial(_reduce_kernel, dims=dims, backward=backward),

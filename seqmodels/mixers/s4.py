@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+from pallas_kernels.common import dispatch
 from seqmodels import ops
 from seqmodels.mixers import hippo
 from seqmodels.mixers.base import SSM_LABEL, ParamLabel, Segments
@@ -68,9 +69,23 @@ class S4(SISOMixer[S4Config]):
         segments: Segments | None,
         initial_state: Complex[Array, "b h n"] | None,
     ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
-        model = self._model()
-        if initial_state is not None or (self.stateful and u.shape[1] == 1):
-            return recurrence(model, u, segments, initial_state)
+        unsupported = {}
+        if initial_state is not None:
+            unsupported["convolution"] = "it begins without a state"
+        elif self.stateful and u.shape[1] == 1:
+            unsupported["convolution"] = "one token is one step"
+        return dispatch.choose(
+            "s4",
+            {"recurrence": recurrence, "convolution": self._convolved},
+            *(self._model(), u, segments, initial_state),
+            default="recurrence",
+            everywhere="convolution",
+            unsupported=unsupported,
+        )
+
+    def _convolved(
+        self, model: Model, u: Float[Array, "b l h"], segments: Segments | None, _: None
+    ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
         final = recurrence(model, u, segments, None)[1] if self.stateful else None
         return convolution(model, u), final
 
