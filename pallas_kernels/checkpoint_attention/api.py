@@ -120,16 +120,16 @@ def checkpoint_attention(
         by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
-    arrays = tuple(None if x is None else jnp.asarray(x) for x in (q, k, v, past_k, past_v))
-    q, k, v, past_k, past_v = arrays
-    _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length)
+    queries = jnp.asarray(q)
+    others = tuple(None if x is None else jnp.asarray(x) for x in (k, v, past_k, past_v))
+    _validate(queries, *others, interval, segment_ids, offset, past_length)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     integers = (None if x is None else jnp.asarray(x) for x in (past_length, offset))
     o, lse = call_op(
         OP,
-        Config(float(q.shape[3] ** -0.5 if scale is None else scale), int(interval)),
-        *(*arrays, *integers, segment_index),
-        length=q.shape[1],
+        Config(float(queries.shape[3] ** -0.5 if scale is None else scale), int(interval)),
+        *(queries, *others, *integers, segment_index),
+        length=queries.shape[1],
         implementation=implementation,
     )
     return (o, tile.or_infinity(lse)) if return_lse else o

@@ -72,7 +72,8 @@ def slots(config: Config, like, k, v, past_k, past_v, past_length, offset, segme
 def _strided(config: Config, like, k, v, *_) -> Slots:
     """Every n-th token of rows of one document each from its start."""
     count = (like.shape[1] - 1) // config.interval
-    return Slots(*(_every(x, count, config.interval) for x in (k, v)), None, None)
+    slot_k, slot_v = (_every(x, count, config.interval) for x in (k, v))
+    return Slots(slot_k, slot_v, None, None)
 
 
 def _gathered(config: Config, like, k, v, past_k, past_v, past_length, offset, segment_index):

@@ -164,7 +164,10 @@ def call_op(
 def _by_length(op: Op, length: int, config: Any, *arrays: Any) -> Any:
     """The portable path, for rows of one token the cheap step."""
     assert op.one_token is not None
-    ways = {"whole": op.backends["xla"], "one token": op.one_token}
+    ways: dict[str, Callable[..., Any]] = {
+        "whole": op.backends["xla"],
+        "one token": op.one_token,
+    }
     return dispatch.choose(
         f"{op.name} rows",
         {name: functools.partial(way, config) for name, way in ways.items()},

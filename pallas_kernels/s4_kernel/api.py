@@ -66,16 +66,15 @@ def s4_kernel(
       NotImplementedError: a forced implementation that there is not: "tpu", "gpu".
     """
     arrays = tuple(map(jnp.asarray, (dt, eigenvalues, p, b, c)))
-    _validate(*arrays, length)
+    _validate(arrays, length)
     (kernel,) = call_op(
         OP, Config(int(length)), *arrays, length=int(length), implementation=implementation
     )
     return kernel
 
 
-def _validate(
-    dt: jax.Array, eigenvalues: jax.Array, p: jax.Array, b: jax.Array, c: jax.Array, length: int
-) -> None:
+def _validate(arrays: tuple[jax.Array, ...], length: int) -> None:
+    dt, eigenvalues, p, b, c = arrays
     validate.shape(_OP, "dt", dt, "(H,)", (None,))
     validate.shape(_OP, "eigenvalues", eigenvalues, "(H, N/2)", (dt.shape[0], None))
     if 0 in eigenvalues.shape:

@@ -184,9 +184,9 @@ def backward(config: Config, residuals, cotangents):
 
 def one_token(config: Config, *arrays):
     """`2 Re C B̄`: the sums at the one root of unity, whose angle is 0; JAX differentiates it."""
-    terms, _ = prepare(config, *arrays)
-    zero = jnp.zeros(1, terms[0].dtype)
-    real, _ = _block(*terms, zero, zero)
+    (decay, imaginary, low, weights), _ = prepare(config, *arrays)
+    zero = jnp.zeros(1, decay.dtype)
+    real, _ = _block(decay, imaginary, low, weights, zero, zero)
     return (real,)
 
 
