@@ -121,7 +121,7 @@ def checkpoint_attention(
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     queries = jnp.asarray(q)
-    others = tuple(None if x is None else jnp.asarray(x) for x in (k, v, past_k, past_v))
+    others = [None if x is None else jnp.asarray(x) for x in (k, v, past_k, past_v)]
     _validate(queries, *others, interval, segment_ids, offset, past_length)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     integers = (None if x is None else jnp.asarray(x) for x in (past_length, offset))
