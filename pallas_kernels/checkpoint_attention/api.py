@@ -122,7 +122,7 @@ def checkpoint_attention(
     """
     queries = jnp.asarray(q)
     others = [None if x is None else jnp.asarray(x) for x in (k, v, past_k, past_v)]
-    _validate(queries, *others, interval, segment_ids, offset, past_length)
+    _validate((queries, *others), interval, segment_ids, offset, past_length)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     integers = (None if x is None else jnp.asarray(x) for x in (past_length, offset))
     o, lse = call_op(
@@ -135,7 +135,8 @@ def checkpoint_attention(
     return (o, tile.or_infinity(lse)) if return_lse else o
 
 
-def _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length) -> None:
+def _validate(arrays, interval, segment_ids, offset, past_length) -> None:
+    q, k, v, past_k, past_v = arrays
     if not isinstance(interval, int | np.integer) or isinstance(interval, bool) or interval < 1:
         raise ValueError(f"{_OP}: interval must be an integer, at least 1, got {interval!r}")
     validate.shape(_OP, "q", q, "(B, L, H, K)", (None,) * 4)
