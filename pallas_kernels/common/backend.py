@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.common import compat, dispatch, symbolic
+from pallas_kernels.common import compat, dispatch
 
 
 def _no_limits(config: Any, *arrays: Any) -> str | None:
@@ -72,39 +72,6 @@ def no_wide_numbers(x: Any) -> str | None:
     """Why a Pallas kernel cannot take float64 or complex128."""
     wide = x.dtype in (jnp.float64, jnp.complex128)
     return f"it has no {x.dtype}; reference and xla do" if wide else None
-
-
-def by_chunks(
-    op: str, count: int, whole: Callable[..., Any], chained: Callable[..., Any], *args: Any
-) -> Any:
-    """How GPU kernels find the state that enters each of `count` chunks, for `explain`.
-
-    Where rows fill the GPU there is one chunk, and `whole(*args)` has nothing to do; else
-    `chained(*args)` reduces all chunks at once and chains what they do to a state.
-    """
-    return dispatch.choose(
-        f"{op} chunks",
-        {"chained": chained, "whole rows": whole},
-        *args,
-        default="chained",
-        everywhere="whole rows",
-        unsupported={"whole rows": f"it takes {count} chunks to fill a GPU"} if count > 1 else {},
-        platforms=("cuda",),
-    )
-
-
-def beyond_addresses(batch: int, largest: Callable[[], int]) -> str | None:
-    """Why the GPU kernels cannot serve a call.
-
-    Args:
-      batch: size of the batch, which may be a symbol.
-      largest: elements of the largest array that a kernel addresses; not called for a symbol.
-    """
-    if symbolic.is_symbol(batch):
-        return f"Triton needs a grid that is known when it is traced, the batch is {batch}"
-    if (count := largest()) >= 2**31:
-        return f"an array has {count} elements, its addresses hold 2**31"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.common.backend import Backend, beyond_addresses, by_chunks, no_wide_numbers
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.gpu import beyond_addresses, by_chunks
 from pallas_kernels.selective_scan.tile import Config
 
 _WARPS_TO_FILL_A_GPU = 2048  # about 16 for each multiprocessor since Ampere
