@@ -19,8 +19,7 @@ import pallas_kernels as kernels
 from pallas_kernels.checkpoint_attention import Cache
 from pallas_kernels.common.dispatch import Implementation
 from seqmodels.layers.attention import SPLASH_FROM, attend
-from seqmodels.layers.mimo_blocks import scan_blocks
-from seqmodels.segments import Segments, index_of
+from seqmodels.segments import Segments, index_of, mask_padding
 
 
 def shard_over_data(
@@ -282,19 +281,31 @@ def attention(
     )
 
 
-def mimo_blocks(
+def bidirectional_mimo_scan(
     u: Float[Array, "b l h"],
     decay: Complex[Array, " p"],
     input_projection: Float[Array, "h q"],
     output_projection: Float[Array, "2*q h"],
+    *,
+    segments: Segments | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "b l h"]:
-    """``layers.mimo_blocks.scan_blocks``, a projected recurrence both ways, block by block."""
+    """A diagonal recurrence between two projections, both ways (S5, LRU).
+
+    Rows of one document (``segments.single``) need no resets: what the recurrences do on padding is
+    then unspecified, which mixers mask.
+    """
+    if segments is not None and segments.single:
+        u, segments = mask_padding(u, segments), None
     return shard_over_data(
-        scan_blocks,
+        functools.partial(kernels.bidirectional_mimo_scan, implementation=implementation),
         {
             "decay": decay,
             "input_projection": input_projection,
             "output_projection": output_projection,
         },
-        {"u": u},
+        {"u": u, "segment_ids": index_of(segments)},
     )
+
+
+s4_kernel = kernels.s4_kernel  # of parameters alone: there are no rows to split

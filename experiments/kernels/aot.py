@@ -39,7 +39,7 @@ from experiments import terminal
 from experiments.command_line import run_command
 from pallas_kernels.tools import aot, programs
 from pallas_kernels.tools import sources as code
-from pallas_kernels.tools.families import FAMILIES
+from pallas_kernels.tools.families import TABULATED
 from pallas_kernels.tools.programs import MODES
 from seqmodels.ranges import Checked
 from seqmodels.training.metrics import write_atomically
@@ -85,7 +85,7 @@ class AotConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"family": tuple(FAMILIES), "chip": CHIPS, "mode": MODES}
+        known = {"family": tuple(TABULATED), "chip": CHIPS, "mode": MODES}
         for name, allowed in known.items():
             for value in getattr(self, name):
                 if value not in allowed:
@@ -98,7 +98,7 @@ class AotConfig(Checked):
     @property
     def shapes(self) -> dict[str, tuple[str, ...]]:
         """The named shapes of each family that is asked for."""
-        chosen = [FAMILIES[name] for name in self.family or FAMILIES]
+        chosen = [TABULATED[name] for name in self.family or TABULATED]
         return {f.name: f.representatives if self.representatives else (*f.shapes,) for f in chosen}
 
 
@@ -172,12 +172,12 @@ def save(path: Path, cells: Cells, config: AotConfig, wall_s: float) -> None:
     write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
-def digests(families: Iterable[str] = tuple(FAMILIES)) -> dict[tuple[str, str], str]:
+def digests(families: Iterable[str] = tuple(TABULATED)) -> dict[tuple[str, str], str]:
     """For each family and shape a digest of the program: the op's arguments, and all code of
     `pallas_kernels` that it imports, at any depth."""
     found = {}
     for name in families:
-        family = FAMILIES[name]
+        family = TABULATED[name]
         program = code.digest([family.op.__module__, "pallas_kernels.tools.programs"])
         for shape in family.shapes.values():
             arrays = [(n, x.shape, x.dtype.name) for n, x in shape.operands().items()]
@@ -208,7 +208,7 @@ def asked(config: AotConfig) -> list[Key]:
 
 def wanted(config: AotConfig, known: Cells) -> list[Key]:
     """The cells to do, in the order of `asked`."""
-    now = digests(config.family or FAMILIES)
+    now = digests(config.family or TABULATED)
     return [key for key in asked(config) if config.again or state(key, known, now) != PASSED]
 
 
@@ -248,7 +248,7 @@ def fingerprint(key: Key) -> str | None:
 @functools.cache
 def _fingerprint(family: str, shape: str, mode: str, implementation: str, scale: str) -> str | None:
     try:
-        return programs.fingerprint(*FAMILIES[family].case(shape, implementation, mode, scale))
+        return programs.fingerprint(*TABULATED[family].case(shape, implementation, mode, scale))
     except Exception:  # whatever it is, compiling says it
         return None
 
@@ -268,7 +268,7 @@ def _answers(family: str, chip: str, keys: list[Key], estimate: bool) -> Iterato
         return (_run_here(family, key) for key in keys)
     if reason := aot.missing(chip):
         return (ImportError(reason) for _ in keys)
-    known, implementation = FAMILIES[family], _implementation(family, chip)
+    known, implementation = TABULATED[family], _implementation(family, chip)
     if chip in aot.TPUS:
         unread = chip != ESTIMATED or not estimate or known.slow_to_estimate
     else:
@@ -288,14 +288,14 @@ def _answers(family: str, chip: str, keys: list[Key], estimate: bool) -> Iterato
 
 def _implementation(family: str, chip: str) -> str:
     """What is compiled for a chip."""
-    if chip == "cpu" or not FAMILIES[family].has_kernels:
+    if chip == "cpu" or not TABULATED[family].has_kernels:
         return "xla"
     return "tpu" if chip in aot.TPUS else "gpu"
 
 
 def _scale(key: Key) -> str:
     """Factor on the length: of all, but at most 512 tokens where the program is run."""
-    length = FAMILIES[key.family].shapes[key.shape].length
+    length = TABULATED[key.family].shapes[key.shape].length
     return repr(min(1.0, 512 / length)) if key.chip == "cpu" else "1"
 
 
@@ -303,7 +303,7 @@ def _compile_here(family: str, key: Key, implementation: str) -> Exception:
     """Whether it compiles: a static cost takes the compiler minutes, and XLA's kernels are not ours
     to count registers of."""
     try:
-        aot.compile_for(key.chip, *FAMILIES[family].case(key.shape, implementation, key.mode))
+        aot.compile_for(key.chip, *TABULATED[family].case(key.shape, implementation, key.mode))
     except Exception as error:
         return RuntimeError(str(error))
     return ValueError("compiled; its cost is not read here")
@@ -312,7 +312,7 @@ def _compile_here(family: str, key: Key, implementation: str) -> Exception:
 def _run_here(family: str, key: Key) -> Exception | None:
     """Runs the portable path on zeros, at no more than 512 tokens."""
     try:
-        fn, *operands = FAMILIES[family].case(key.shape, "xla", key.mode, _scale(key))
+        fn, *operands = TABULATED[family].case(key.shape, "xla", key.mode, _scale(key))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operands)
         jax.block_until_ready(jax.jit(fn)(*zeros))
     except Exception as error:
@@ -415,7 +415,7 @@ def matrix(cells: Cells) -> str:
     now = digests()
 
     def count(family: str, chip: str) -> str:
-        shapes = FAMILIES[family].shapes
+        shapes = TABULATED[family].shapes
         keys = [Key(family, shape, mode, chip) for shape in shapes for mode in modes(chip)]
         states = [state(key, cells, now) for key in keys]
         outcomes = [NOT_RUN if s == MISSING else s for s in states]
@@ -426,7 +426,7 @@ def matrix(cells: Cells) -> str:
 
     names = ["CPU, ran", *(f"{chip}, compiled" for chip in CHIPS[1:]), "TPU, ran", "GPU, ran"]
     lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for family in FAMILIES:
+    for family in TABULATED:
         row = [*(count(family, chip) for chip in CHIPS), NOT_RUN, NOT_RUN]
         lines.append(f"| `{family}` | {' | '.join(row)} |")
     return "\n".join(lines)
@@ -470,7 +470,7 @@ def _grouped(keys: Iterable[Key]) -> Iterator[str]:
     everywhere = sum(len(modes(chip)) for chip in CHIPS)
     for (family, chips), names in shapes.items():
         where = "every chip" if len(chips) == everywhere else ", ".join(chips)
-        every = len(names) == len(FAMILIES[family].shapes)
+        every = len(names) == len(TABULATED[family].shapes)
         yield f"  {family} on {where}: {'all shapes' if every else ', '.join(names)}"
 
 

@@ -23,7 +23,7 @@ from experiments import terminal
 from experiments.command_line import run_command
 from experiments.kernels import results, s5_step
 from experiments.kernels.results import Result, Target
-from pallas_kernels.tools.families import FAMILIES
+from pallas_kernels.tools.families import TABULATED
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment
@@ -31,7 +31,7 @@ from seqmodels.training.run_directory import environment
 if TYPE_CHECKING:
     Family = str
 else:
-    Family = Literal[tuple(FAMILIES)]  # the choices of the command line
+    Family = Literal[tuple(TABULATED)]  # the choices of the command line
 Tpu = Literal["v5e", "v5p", "v6e", "tpu7x"]
 Gpu = Literal["a100", "h100", "h200", "b200"]
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"

@@ -12,12 +12,11 @@ from experiments.kernels import results
 from experiments.kernels.baselines import long_conv as baselines
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians
-from pallas_kernels import long_conv
+from pallas_kernels import long_conv, s4_kernel
 from pallas_kernels.long_conv.api import METHODS
 from pallas_kernels.long_conv.shapes import Shape, named
 from pallas_kernels.tools.programs import program
 from seqmodels.mixers import hippo
-from seqmodels.mixers.s4_kernel import s4_kernel
 
 CASE = "pallas_kernels.long_conv.shapes:case"
 BASELINE_CASE = "experiments.kernels.baselines.long_conv:case"

@@ -5,6 +5,7 @@ The gradient of the loss: everything of a step but the optimizer.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,8 +19,9 @@ from experiments.kernels.results import TIMED, Result, Target
 from experiments.kernels.timing import milliseconds
 from experiments.lra import presets
 from seqmodels import ops
-from seqmodels.mixers import S5Config, mimo_scan
+from seqmodels.mixers import S5Config
 from seqmodels.models import BackboneConfig, Classifier, ClassifierConfig, backbone, param_labels
+from seqmodels.segments import mask_padding
 from seqmodels.training.task import classification
 
 
@@ -41,15 +43,18 @@ def replaced(module: Any, name: str, by: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def scanned(by: Any) -> Iterator[None]:
     """S5 as products around scans of all of the time, with `by` in place of `linear_scan`."""
+    dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
 
-    def rows_of_one_document(a, b, *, segments=None, **options: Any):
-        assert segments is None
-        return by(a, b, **options)
+    def both_ways(u, decay, input_projection, output_projection, *, segments=None):
+        assert segments is None or segments.single
+        drive = jax.lax.complex(
+            *jnp.split(dot(mask_padding(u, segments), input_projection), 2, axis=-1)
+        )
+        states = [by(decay, drive, reverse=reverse)[0] for reverse in (False, True)]
+        planes = [z for h in states for z in (h.real, h.imag)]
+        return dot(jnp.concatenate(planes, axis=-1), output_projection)
 
-    with (
-        replaced(ops, "mimo_blocks", mimo_scan.by_scans),
-        replaced(ops, "linear_scan", rows_of_one_document),
-    ):
+    with replaced(ops, "bidirectional_mimo_scan", both_ways):
         yield
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import gpu, reference, tile, tpu, xla
 from pallas_kernels.causal_conv1d.tile import Config
@@ -26,15 +26,15 @@ OP = Op(
 
 
 def causal_conv1d(
-    x: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None = None,
+    x: Float[ArrayLike, "b l d"],
+    weight: Float[ArrayLike, "w d"],
+    bias: Float[ArrayLike, " d"] | None = None,
     *,
     activation: str | None = None,
-    initial_state: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
+    initial_state: Float[ArrayLike, "b w-1 d"] | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "b l d"], Float[Array, "b w-1 d"]]:
     """The short causal depthwise convolution in front of Mamba, Griffin and the delta rules.
 
     `y_t = act(bias + sum_{j<W} weight_j * x_{t-(W-1)+j})` for each channel (Gu and Dao 2023,

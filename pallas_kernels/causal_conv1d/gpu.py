@@ -8,8 +8,8 @@ walks W - 1 tokens beyond its chunk to complete its last ones.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,12 @@ import jax.numpy as jnp
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.tile import Activation, Config
 from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.gpu import Strip, StripShape, Tiles, beyond_addresses
+from pallas_kernels.common.gpu import strip as this_strip
 
 _ENOUGH_PROGRAMS = 1024  # several for each multiprocessor of the GPUs since Ampere
-
-
-class Tiles(NamedTuple):
-    """`steps` of time a chunk, `width` channels a program, `unroll` steps loaded together."""
-
-    steps: int
-    width: int
-    unroll: int
 
 
 def choose_tiles(batch: int, length: int, width: int, conv_size: int) -> Tiles:
@@ -42,44 +36,10 @@ def choose_tiles(batch: int, length: int, width: int, conv_size: int) -> Tiles:
     return Tiles(steps, strip, max(1, 32 // max(conv_size, 4)))
 
 
-class _KernelShape(NamedTuple):
-    """What is static about one kernel."""
-
-    batch: int
-    length: int
-    width: int
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _KernelShape(StripShape):
     conv_size: int
     activation: Activation
-    tiles: Tiles
-    segmented: bool
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.length // self.tiles.steps)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.chunks, self.batch, -(-self.width // self.tiles.width)
-
-
-# Loads and stores. References are whole arrays; a strip is the channels of one program.
-
-
-class _Strip(NamedTuple):
-    row: jax.Array  # which sequence
-    lanes: slice | pl.Slice  # which channels
-    valid: jax.Array  # channels that exist, (width,)
-    first: jax.Array  # the chunk's first token
-
-    def load(self, ref, index, live=True) -> jax.Array:
-        """`(width,)` values at `index` of the axes before the channels."""
-        mask = self.valid & live
-        value = compat.triton.load(ref.at[(*index, self.lanes)], mask=mask, other=0.0)
-        return value.astype(jnp.float32)
-
-    def store(self, ref, index, value, live=True) -> None:
-        mask = self.valid & live
-        compat.triton.store(ref.at[(*index, self.lanes)], value.astype(ref.dtype), mask=mask)
 
 
 def _row(i: int) -> jax.Array:
@@ -87,24 +47,22 @@ def _row(i: int) -> jax.Array:
     return pl.program_id(0) * 0 + i
 
 
-def _strip(dims: _KernelShape) -> _Strip:
-    start = pl.program_id(2) * dims.tiles.width
-    valid = start + jnp.arange(dims.tiles.width) < dims.width
-    lanes = pl.ds(start, dims.tiles.width)
-    return _Strip(pl.program_id(1), lanes, valid, pl.program_id(0) * dims.tiles.steps)
+def _first(dims: _KernelShape) -> jax.Array:
+    """The chunk's first token."""
+    return pl.program_id(0) * dims.tiles.steps
 
 
-def _weight_rows(dims: _KernelShape, strip: _Strip, ref) -> tuple[list[jax.Array], jax.Array]:
+def _weight_rows(dims: _KernelShape, strip: Strip, ref) -> tuple[list[jax.Array], jax.Array]:
     """Weights by distance, and the bias."""
     *weights, bias = (strip.load(ref, (_row(i),)) for i in range(dims.conv_size + 1))
     return weights[::-1], bias
 
 
-def _window_before(dims: _KernelShape, strip: _Strip, x_ref, initial_ref) -> list[jax.Array]:
+def _window_before(dims: _KernelShape, strip: Strip, first, x_ref, initial_ref) -> list[jax.Array]:
     """The tokens before the chunk, the nearest first."""
     window = []
     for d in range(1, dims.conv_size):
-        t = strip.first - d
+        t = first - d
         token = strip.load(x_ref, (strip.row, t), t >= 0)
         carried = strip.load(initial_ref, (strip.row, t + dims.conv_size - 1), t < 0)
         window.append(jnp.where(t >= 0, token, carried))
@@ -123,7 +81,7 @@ def _walk(dims: _KernelShape, steps: int, body, carry):
     return jax.lax.fori_loop(0, -(-steps // unroll), group, carry)
 
 
-def _limit(dims: _KernelShape, strip: _Strip, codes_ref, t, live):
+def _limit(dims: _KernelShape, strip: Strip, codes_ref, t, live):
     """`reach` of a token, -1 where it does not exist; None without segments."""
     if not dims.segmented:
         return None
@@ -136,11 +94,11 @@ def _limit(dims: _KernelShape, strip: _Strip, codes_ref, t, live):
 def _forward_kernel(*refs, dims: _KernelShape):
     x_ref, initial_ref, weight_ref, *codes, y_ref = refs
     codes_ref = codes[0] if dims.segmented else None
-    strip = _strip(dims)
+    strip, first = this_strip(dims), _first(dims)
     weights, bias = _weight_rows(dims, strip, weight_ref)
 
     def body(place, window):
-        t = strip.first + place
+        t = first + place
         live = (place < dims.tiles.steps) & (t < dims.length)
         seen = [strip.load(x_ref, (strip.row, t), live), *window]
         limit = _limit(dims, strip, codes_ref, t, live)
@@ -148,19 +106,19 @@ def _forward_kernel(*refs, dims: _KernelShape):
         strip.store(y_ref, (strip.row, t), y, live)
         return seen[:-1]
 
-    _walk(dims, dims.tiles.steps, body, _window_before(dims, strip, x_ref, initial_ref))
+    _walk(dims, dims.tiles.steps, body, _window_before(dims, strip, first, x_ref, initial_ref))
 
 
 def _backward_kernel(*refs, dims: _KernelShape):
     x_ref, initial_ref, dy_ref, weight_ref, *codes, dx_ref, sums_ref = refs
     codes_ref = codes[0] if dims.segmented else None
-    strip = _strip(dims)
+    strip, first = this_strip(dims), _first(dims)
     weights, bias = _weight_rows(dims, strip, weight_ref)
     oldest = dims.conv_size - 1
 
     def body(place, carry):
         window, pending, sums = carry
-        t = strip.first + place
+        t = first + place
         exists = t < dims.length
         limit = _limit(dims, strip, codes_ref, t, exists)
         seen = [strip.load(x_ref, (strip.row, t), exists), *window]
@@ -179,7 +137,7 @@ def _backward_kernel(*refs, dims: _KernelShape):
         return seen[:-1], parts[:-1], sums
 
     zero = jnp.zeros((dims.tiles.width,), jnp.float32)
-    window = _window_before(dims, strip, x_ref, initial_ref)
+    window = _window_before(dims, strip, first, x_ref, initial_ref)
     carry = window, [zero] * oldest, [zero] * (dims.conv_size + 1)
     _, _, sums = _walk(dims, dims.tiles.steps + oldest, body, carry)
     *by_distance, dbias = sums
@@ -196,7 +154,13 @@ def _kernel_shape(
     batch, length, width = x.shape
     tiles = tiles or choose_tiles(batch, length, width, conv_size)
     return _KernelShape(
-        batch, length, width, conv_size, activation, tiles, segment_index is not None
+        batch=batch,
+        length=length,
+        width=width,
+        tiles=tiles,
+        segmented=segment_index is not None,
+        conv_size=conv_size,
+        activation=activation,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d import tile
 from pallas_kernels.causal_conv1d.tile import Config
-from pallas_kernels.common import compat, symbolic
+from pallas_kernels.common import compat, dispatch, symbolic
 from pallas_kernels.common.backend import Backend
 
 # Numbers in an accumulator of the weight gradient: all of them together stay in a CPU's L1 or L2.
@@ -31,9 +31,9 @@ def _rows(weight: jax.Array, bias: jax.Array, dtype) -> tuple[list[jax.Array], j
     return weights, bias.astype(dtype)[None, None]
 
 
-def _is_short(length: int, conv_size: int) -> bool:
-    """So few tokens that copying the window and them together costs nothing."""
-    return length < max(16, 2 * conv_size)
+def _long_from(conv_size: int) -> int:
+    """Below so few tokens, copying the window and them together costs nothing."""
+    return max(16, 2 * conv_size)
 
 
 def _first(x: jax.Array | None, count: int) -> jax.Array | None:
@@ -62,11 +62,22 @@ def _output(config: Config, x, weight, bias, initial_state, segment_index):
         seen = tile.head_inputs(x, initial_state, limit, dtype)
         return tile.output(seen, weights, bias, limit, config.activation).astype(x.dtype)
 
-    if _is_short(x.shape[1], conv_size):
-        return head(x, limit)
-    seen = [_shift(x, d).astype(dtype) for d in range(conv_size)]
-    y = tile.output(seen, weights, bias, limit, config.activation).astype(x.dtype)
-    return _over(y, head(x[:, : conv_size - 1], _first(limit, conv_size - 1)))
+    def shifted(x, limit):
+        seen = [_shift(x, d).astype(dtype) for d in range(conv_size)]
+        y = tile.output(seen, weights, bias, limit, config.activation).astype(x.dtype)
+        return _over(y, head(x[:, : conv_size - 1], _first(limit, conv_size - 1)))
+
+    length, long_from = x.shape[1], _long_from(conv_size)
+    return dispatch.choose(
+        "causal_conv1d method",
+        {"behind its window": head, "shifted": shifted},
+        *(x, limit),
+        default="behind its window",
+        everywhere="shifted",
+        unsupported={"shifted": f"{length} tokens are fewer than {long_from}"}
+        if length < long_from
+        else {},
+    )
 
 
 def backward(config: Config, residuals, cotangents):
@@ -83,7 +94,7 @@ def backward(config: Config, residuals, cotangents):
         seen = tile.head_inputs(x, initial_state, limit, dtype)
         return seen, tile.cotangent(seen, weights, bias_row, dy.astype(dtype), limit, activation)
 
-    if _is_short(length, conv_size):
+    if length < _long_from(conv_size):
         seen, g = head(x, dy, limit)
         sums = [jnp.sum(g * tap, (0, 1)) for tap in seen]
         dbias = jnp.sum(g, (0, 1))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checkpoint_attention import gpu, reference, tile, tpu, xla
 from pallas_kernels.checkpoint_attention.slots import Config
@@ -30,55 +30,55 @@ OP = Op(
 
 @overload
 def checkpoint_attention(
-    q: ArrayLike,
-    k: ArrayLike | None,
-    v: ArrayLike | None,
+    q: Float[ArrayLike, "b l h k"],
+    k: Float[ArrayLike, "b l g k"] | None,
+    v: Float[ArrayLike, "b l g v"] | None,
     *,
     interval: int,
     scale: float | None = None,
-    segment_ids: ArrayLike | None = None,
-    offset: ArrayLike | None = None,
-    past_k: ArrayLike | None = None,
-    past_v: ArrayLike | None = None,
-    past_length: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
+    offset: Int[ArrayLike, " b"] | None = None,
+    past_k: Float[ArrayLike, "b p g k"] | None = None,
+    past_v: Float[ArrayLike, "b p g v"] | None = None,
+    past_length: Int[ArrayLike, " b"] | None = None,
     return_lse: Literal[False] = False,
     implementation: dispatch.Implementation = None,
-) -> jax.Array: ...
+) -> Float[Array, "b l h v"]: ...
 
 
 @overload
 def checkpoint_attention(
-    q: ArrayLike,
-    k: ArrayLike | None,
-    v: ArrayLike | None,
+    q: Float[ArrayLike, "b l h k"],
+    k: Float[ArrayLike, "b l g k"] | None,
+    v: Float[ArrayLike, "b l g v"] | None,
     *,
     interval: int,
     scale: float | None = None,
-    segment_ids: ArrayLike | None = None,
-    offset: ArrayLike | None = None,
-    past_k: ArrayLike | None = None,
-    past_v: ArrayLike | None = None,
-    past_length: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
+    offset: Int[ArrayLike, " b"] | None = None,
+    past_k: Float[ArrayLike, "b p g k"] | None = None,
+    past_v: Float[ArrayLike, "b p g v"] | None = None,
+    past_length: Int[ArrayLike, " b"] | None = None,
     return_lse: Literal[True],
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]: ...
+) -> tuple[Float[Array, "b l h v"], Float[Array, "b l h"]]: ...
 
 
 def checkpoint_attention(
-    q,
-    k,
-    v,
+    q: Float[ArrayLike, "b l h k"],
+    k: Float[ArrayLike, "b l g k"] | None,
+    v: Float[ArrayLike, "b l g v"] | None,
     *,
-    interval,
-    scale=None,
-    segment_ids=None,
-    offset=None,
-    past_k=None,
-    past_v=None,
-    past_length=None,
-    return_lse=False,
-    implementation=None,
-):
+    interval: int,
+    scale: float | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
+    offset: Int[ArrayLike, " b"] | None = None,
+    past_k: Float[ArrayLike, "b p g k"] | None = None,
+    past_v: Float[ArrayLike, "b p g v"] | None = None,
+    past_length: Int[ArrayLike, " b"] | None = None,
+    return_lse: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> Any:
     """Softmax attention of each token to itself and to every `interval`-th token of its past.
 
         o_t = sum_s softmax_s(scale * q_t k_s) v_s    over s = t and the checkpoints before t
@@ -120,22 +120,23 @@ def checkpoint_attention(
         by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
-    arrays = tuple(None if x is None else jnp.asarray(x) for x in (q, k, v, past_k, past_v))
-    q, k, v, past_k, past_v = arrays
-    _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length)
+    queries = jnp.asarray(q)
+    others = [None if x is None else jnp.asarray(x) for x in (k, v, past_k, past_v)]
+    _validate((queries, *others), interval, segment_ids, offset, past_length)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     integers = (None if x is None else jnp.asarray(x) for x in (past_length, offset))
     o, lse = call_op(
         OP,
-        Config(float(q.shape[3] ** -0.5 if scale is None else scale), int(interval)),
-        *(*arrays, *integers, segment_index),
-        length=q.shape[1],
+        Config(float(queries.shape[3] ** -0.5 if scale is None else scale), int(interval)),
+        *(queries, *others, *integers, segment_index),
+        length=queries.shape[1],
         implementation=implementation,
     )
     return (o, tile.or_infinity(lse)) if return_lse else o
 
 
-def _validate(q, k, v, past_k, past_v, interval, segment_ids, offset, past_length) -> None:
+def _validate(arrays, interval, segment_ids, offset, past_length) -> None:
+    q, k, v, past_k, past_v = arrays
     if not isinstance(interval, int | np.integer) or isinstance(interval, bool) or interval < 1:
         raise ValueError(f"{_OP}: interval must be an integer, at least 1, got {interval!r}")
     validate.shape(_OP, "q", q, "(B, L, H, K)", (None,) * 4)

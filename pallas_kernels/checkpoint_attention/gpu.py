@@ -19,8 +19,9 @@ from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.slots import Config, Slots
 from pallas_kernels.checkpoint_attention.slots import slots as find_slots
 from pallas_kernels.common import compat
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.gpu import beyond_addresses
 
 _LEAST = 16  # what Triton multiplies at least, in any direction
 

@@ -8,12 +8,13 @@ the implementations knows only slots.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import segments
+from pallas_kernels.common import dispatch, segments
 
 
 class Config(NamedTuple):
@@ -49,6 +50,34 @@ class Slots(NamedTuple):
 
 def slots(config: Config, like, k, v, past_k, past_v, past_length, offset, segment_index) -> Slots:
     """The slots of arguments as `reference.checkpoint_attention` takes them; `like` is q."""
+    unsupported = {}
+    if k is None:
+        unsupported["strided"] = "there are past checkpoints alone"
+    elif segment_index is not None:
+        unsupported["strided"] = "documents begin anywhere"
+    elif offset is not None:  # always beside past checkpoints
+        unsupported["strided"] = "the row goes on with a document"
+    return dispatch.choose(
+        "checkpoint_attention slots",
+        {
+            "gathered": functools.partial(_gathered, config, like),
+            "strided": functools.partial(_strided, config, like),
+        },
+        *(k, v, past_k, past_v, past_length, offset, segment_index),
+        default="gathered",
+        everywhere="strided",
+        unsupported=unsupported,
+    )
+
+
+def _strided(config: Config, like, k, v, *_) -> Slots:
+    """Every n-th token of rows of one document each from its start."""
+    count = (like.shape[1] - 1) // config.interval
+    slot_k, slot_v = (_every(x, count, config.interval) for x in (k, v))
+    return Slots(slot_k, slot_v, None, None)
+
+
+def _gathered(config: Config, like, k, v, past_k, past_v, past_length, offset, segment_index):
     batch, length = like.shape[:2]
     if k is None:
         valid = _valid(past_k, past_length, batch)
@@ -57,10 +86,6 @@ def slots(config: Config, like, k, v, past_k, past_v, past_length, offset, segme
         if segment_index is not None:
             last = jnp.where(segment_index == 0, -1, last)
         return Slots(past_k, past_v, jnp.zeros_like(last), last)
-    if segment_index is None and offset is None and past_k is None:
-        count = (length - 1) // config.interval
-        slot_k, slot_v = (_every(x, count, config.interval) for x in (k, v))
-        return Slots(slot_k, slot_v, None, None)
     token, first, last, own = _own(config, batch, length, offset, segment_index)
     valid = _valid(past_k, past_length, batch)
     first = jnp.where(own, 0, valid[:, None] + first)

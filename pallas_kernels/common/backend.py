@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.common import compat, dispatch, symbolic
+from pallas_kernels.common import compat, dispatch
 
 
 def _no_limits(config: Any, *arrays: Any) -> str | None:
@@ -74,20 +74,6 @@ def no_wide_numbers(x: Any) -> str | None:
     return f"it has no {x.dtype}; reference and xla do" if wide else None
 
 
-def beyond_addresses(batch: int, largest: Callable[[], int]) -> str | None:
-    """Why the GPU kernels cannot serve a call.
-
-    Args:
-      batch: size of the batch, which may be a symbol.
-      largest: elements of the largest array that a kernel addresses; not called for a symbol.
-    """
-    if symbolic.is_symbol(batch):
-        return f"Triton needs a grid that is known when it is traced, the batch is {batch}"
-    if (count := largest()) >= 2**31:
-        return f"an array has {count} elements, its addresses hold 2**31"
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class Op:
     """An op and what can run it.
@@ -123,7 +109,7 @@ def call_op(
       config: what is static, hashable.
       arrays: in the op's order; None where one is left out.
       length: tokens in a row.
-      implementation: see `dispatch.run`; decoding, a row of one token, takes `xla` if None.
+      implementation: see `dispatch.run`; decoding, a row of one token, takes no kernel if None.
 
     Returns:
       The outputs, each with its `checkpoint_name`.
@@ -132,12 +118,31 @@ def call_op(
       ValueError, NotImplementedError: as `dispatch.run`.
     """
     run: dict[str, Callable[..., Any]] = dict(op.backends)
-    if length == 1:
-        implementation = "xla" if implementation is None else implementation
-        run["xla"] = op.one_token or run["xla"]
-    outputs = _dispatch(op, run, config, arrays, implementation)
+    if op.one_token is not None:
+        run["xla"] = functools.partial(_by_length, op, length)
+    skipped = {}
+    if length == 1 and implementation is None:
+        skipped = dict.fromkeys(op.backends.keys() - {"xla"}, "a row of one token needs no kernel")
+    outputs = _dispatch(op, run, config, arrays, implementation, skipped)
     names = (op.name + suffix for suffix in op.outputs)
     return tuple(checkpoint_name(x, name) for x, name in zip(outputs, names, strict=True))
+
+
+def _by_length(op: Op, length: int, config: Any, *arrays: Any) -> Any:
+    """The portable path, for rows of one token the cheap step."""
+    assert op.one_token is not None
+    ways: dict[str, Callable[..., Any]] = {
+        "whole": op.backends["xla"],
+        "one token": op.one_token,
+    }
+    return dispatch.choose(
+        f"{op.name} rows",
+        {name: functools.partial(way, config) for name, way in ways.items()},
+        *arrays,
+        default="whole",
+        everywhere="one token",
+        unsupported={} if length == 1 else {"one token": f"there are {length}"},
+    )
 
 
 def summarize(
@@ -156,13 +161,19 @@ def summarize(
     """
     assert op.summary is not None, f"{op.name} has no summary"
     run = {name: functools.partial(op.summary, backend) for name, backend in op.backends.items()}
-    return _dispatch(op, run, config, arrays, implementation)
+    return _dispatch(op, run, config, arrays, implementation, {})
 
 
-def _dispatch(op: Op, run: Mapping[str, Callable[..., Any]], config, arrays, implementation):
-    """`run[name](config, *arrays)` of the backend that each platform takes."""
+def _dispatch(
+    op: Op, run: Mapping[str, Callable[..., Any]], config, arrays, implementation, skipped
+):
+    """`run[name](config, *arrays)` of the backend that each platform takes.
+
+    `skipped` are reasons against a backend beyond its own.
+    """
     arrays = compat.match_vma(*arrays)
     reasons = {name: b.unsupported(config, *arrays) for name, b in op.backends.items()}
+    reasons |= skipped
     return dispatch.run(
         op.name,
         {name: functools.partial(function, config) for name, function in run.items()},

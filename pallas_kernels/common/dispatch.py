@@ -104,10 +104,12 @@ def choose(
     ways: Mapping[str, Callable[..., Any]],
     *args: Any,
     default: str,
+    everywhere: str | None = None,
     unsupported: Mapping[str, str] | None = None,
+    platforms: Sequence[str] = PLATFORMS,
     **preferred: str,
 ) -> Any:
-    """Call one of several ways to compute the same: the platform's, unless something forbids it.
+    """Call one of several ways to compute the same: the better one, unless something forbids it.
 
     For what is chosen inside an implementation, or above all ops; `explain` lists it.
 
@@ -115,13 +117,15 @@ def choose(
       op: what is computed, for `explain`.
       ways: functions of `*args` by name, each with a derivative of its own where one is needed.
       default: the name of the way that serves all arguments on all platforms.
+      everywhere: the name of the way that is better on all platforms, where it serves.
       unsupported: why another way does not serve these arguments, such as their size, by name.
+      platforms: those that this runs on, where it is part of a kernel.
       **preferred: by platform, the name of the way that is better there than the default.
     """
     unsupported = unsupported or {}
     choices = []
-    for platform in PLATFORMS:
-        name = preferred.get(platform, default)
+    for platform in platforms:
+        name = preferred.get(platform, everywhere or default)
         skipped = {name: unsupported[name]} if name in unsupported else {}
         choices.append(Choice(op, platform, default if skipped else name, skipped))
     return _lower(choices, default, ways, args)
@@ -138,7 +142,7 @@ def _lower(
     Platforms that are not ours take `default`; None where there is nothing for them.
     """
     if (record := _record.get()) is not None:
-        record.extend(choices)
+        record.extend(choice for choice in choices if choice not in record)
     by_platform = {c.platform: c.implementation for c in choices if c.implementation}
     if len(set(by_platform.values())) == 1:
         return functions[next(iter(by_platform.values()))](*args)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch, segments, validate
 from pallas_kernels.common.backend import Op, call_op
@@ -26,17 +26,17 @@ OP = Op(
 
 
 def delta_rule(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    beta: ArrayLike,
-    log_decay: ArrayLike | None = None,
+    q: Float[ArrayLike, "b l g k"],
+    k: Float[ArrayLike, "b l g k"],
+    v: Float[ArrayLike, "b l h v"],
+    beta: Float[ArrayLike, "b l h"],
+    log_decay: Float[ArrayLike, "b l h *k"] | None = None,
     *,
     scale: float | None = None,
-    initial_state: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
+    initial_state: Float[ArrayLike, "b h k v"] | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "b l h v"], Float[Array, "b h k v"]]:
     """A matrix state that replaces, in part, what it holds under a key by a new value.
 
     For each head, with the state decayed before it is corrected:

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import compat, dispatch
 from pallas_kernels.matrix_state import masks
 from pallas_kernels.matrix_state import tile as attention
 from pallas_kernels.matrix_state.config import Config
@@ -327,13 +328,33 @@ def backward(
 def summary(run, config: Config, q, k, v, beta, log_decay, initial_state, segment_index):
     """`(decay, state)`, `(B, H, K, K)` and `(B, H, K, V)`; see `backend.summarize`.
 
-    What a row does to a state is affine; its linear part is what it makes of the unit matrix when
-    there is nothing to write.
+    What a row does to a state is affine, and columns of a state do not meet: its linear part is
+    what it makes of the unit matrix in further columns, where there is nothing to write.
     """
-    _, state = run(config, q, k, v, beta, log_decay, initial_state, segment_index)
-    batch, heads, key_size, _ = state.shape
-    unit = jnp.eye(key_size, dtype=state.dtype)
+    batch, heads, key_size, value_size = initial_state.shape
+    unit = jnp.eye(key_size, dtype=initial_state.dtype)
     unit = jnp.broadcast_to(unit, (batch, heads, key_size, key_size))
     nothing = jnp.zeros((*v.shape[:3], key_size), v.dtype)
-    _, decay = run(config, q, k, nothing, beta, log_decay, unit, segment_index)
-    return decay, state
+    unit, nothing, _ = compat.match_vma(unit, nothing, v)
+
+    def final_state(v, state):
+        return run(config, q, k, v, beta, log_decay, state, segment_index)[1]
+
+    def one_pass(v, state):
+        both = jnp.concatenate([v, nothing], -1), jnp.concatenate([state, unit], -1)
+        state, decay = jnp.split(final_state(*both), [value_size], axis=-1)
+        return decay, state
+
+    def two_passes(v, state):
+        return final_state(nothing, unit), final_state(v, state)
+
+    columns = key_size + value_size
+    too_wide = {"one pass": f"{columns} columns are more than the 256 that kernels hold"}
+    return dispatch.choose(
+        "delta_rule summary",
+        {"one pass": one_pass, "two passes": two_passes},
+        *(v, initial_state),
+        default="two passes",
+        everywhere="one pass",
+        unsupported=too_wide if columns > 256 else {},
+    )

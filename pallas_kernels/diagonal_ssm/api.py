@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Complex, Float, Int
 
 from pallas_kernels.common import dispatch, segments, validate
 from pallas_kernels.common.backend import Op, call_op
@@ -27,16 +28,16 @@ METHODS = ("fft", "chunked", "scan")
 
 
 def diagonal_ssm(
-    u: ArrayLike,
-    log_a: ArrayLike,
-    c: ArrayLike,
+    u: Float[ArrayLike, "b l h"],
+    log_a: Complex[ArrayLike, "h n"],
+    c: Complex[ArrayLike, "h n"],
     *,
-    initial_state: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
+    initial_state: Complex[ArrayLike, "b h n"] | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
     reverse: bool = False,
     method: str | None = None,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
     """A diagonal state-space model for each channel (S4D, DSS).
 
     `h_t = exp(log_a) h_{t-1} + u_t` and `y_t = 2 Re sum_n c_n h_tn`, in every channel h, with one

@@ -10,6 +10,7 @@ Backward stores no state: the parameters' gradients are summed forward in time w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.gpu import Strip, StripShape, Tiles, beyond_addresses, by_chunks, token
+from pallas_kernels.common.gpu import strip as this_strip
 from pallas_kernels.common.planes import Planes, add, join, mul, split, where, zeros_like
 from pallas_kernels.diagonal_ssm import powers, tile
 from pallas_kernels.diagonal_ssm.tile import Config
@@ -26,14 +29,6 @@ from pallas_kernels.diagonal_ssm.tile import Config
 _ENOUGH_PROGRAMS = 2048  # of one warp; a dozen for each multiprocessor of an H100
 _PARTIAL = 3  # code of a chunk of which padding is a part
 _STATES_A_LANE, _MOST_STATES = 16, 256
-
-
-class Tiles(NamedTuple):
-    """`steps` of time a chunk, `width` channels a program, `unroll` steps loaded together."""
-
-    steps: int
-    width: int
-    unroll: int
 
 
 def choose_tiles(batch: int, length: int, width: int, states: int) -> Tiles:
@@ -55,69 +50,9 @@ def refusal(states: int) -> str | None:
     return f"{states} states a channel do not fit in registers, {_MOST_STATES} do"
 
 
-class _KernelShape(NamedTuple):
-    """What is static about one kernel."""
-
-    batch: int
-    length: int
-    width: int
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _KernelShape(StripShape):
     states: int  # N, a power of two
-    tiles: Tiles
-    segmented: bool
-    reverse: bool  # the direction of travel of this kernel
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.length // self.tiles.steps)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.chunks, self.batch, -(-self.width // self.tiles.width)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.tiles.steps // self.tiles.unroll)
-
-    @property
-    def guarded(self) -> bool:
-        """Some steps of the walk lie outside the row or the chunk."""
-        return self.length % self.tiles.steps != 0 or self.tiles.steps % self.tiles.unroll != 0
-
-
-# Loads and stores. References are whole arrays; a strip is the channels of one program.
-
-
-class _Strip(NamedTuple):
-    row: jax.Array  # which sequence
-    lanes: slice | pl.Slice  # which channels
-    valid: jax.Array  # channels that exist, (width,)
-
-    def load(self, ref, index, live=True) -> jax.Array:
-        """`(width,)` or, of an array with states before its channels, `(N, width)`; float32."""
-        states = ref.ndim - len(index) - 1
-        mask = self.valid[None] if states else self.valid & live
-        mask = jnp.broadcast_to(mask, (*ref.shape[len(index) : -1], mask.shape[-1]))
-        at = (*index, *[slice(None)] * states, self.lanes)
-        return compat.triton.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32)
-
-    def planes(self, refs, index=()) -> Planes:
-        return tuple(self.load(ref, index) for ref in refs)
-
-    def store(self, refs, index, values, live=True) -> None:
-        for ref, value in zip(refs, values, strict=True):
-            mask = (
-                jnp.broadcast_to(self.valid[None], value.shape)
-                if value.ndim > 1
-                else (self.valid & live)
-            )
-            at = (*index, *[slice(None)] * (value.ndim - 1), self.lanes)
-            compat.triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
-
-
-def _strip(dims: _KernelShape, row_axis: int = 1) -> _Strip:
-    start = pl.program_id(row_axis + 1) * dims.tiles.width
-    valid = start + jnp.arange(dims.tiles.width) < dims.width
-    return _Strip(pl.program_id(row_axis), pl.ds(start, dims.tiles.width), valid)
 
 
 class _Step(NamedTuple):
@@ -133,7 +68,7 @@ class _Step(NamedTuple):
         return x if self.code is None else jnp.where(self.code == segments.SKIP, 0.0, x)
 
 
-def _walk(dims: _KernelShape, strip: _Strip, input_refs, codes_ref, lacking_refs, body, carry):
+def _walk(dims: _KernelShape, strip: Strip, input_refs, codes_ref, lacking_refs, body, carry):
     """`body(step, carry)` over the chunk in the direction of travel, some steps unrolled.
 
     What the rounded decay lacks is made good once in a group, for all its steps.
@@ -141,23 +76,13 @@ def _walk(dims: _KernelShape, strip: _Strip, input_refs, codes_ref, lacking_refs
     chunk = pl.program_id(0)
 
     def step(i, j) -> _Step:
-        place = i * dims.tiles.unroll + j
-        place = dims.groups * dims.tiles.unroll - 1 - place if dims.reverse else place
-        t = chunk * dims.tiles.steps + place
-        live: jax.Array | bool = True
-        code, mask, other = None, None, None
-        if dims.guarded:
-            live = mask = (place < dims.tiles.steps) & (t < dims.length)
-            code = jnp.where(live, jnp.int32(segments.CONTINUE), jnp.int32(segments.SKIP))
-            other = segments.SKIP
-        if dims.segmented:
-            code = compat.triton.load(codes_ref.at[strip.row, t], mask=mask, other=other)
+        t, live, code = token(dims, chunk, i, j, strip.row, codes_ref)
         inputs = [strip.load(ref, (strip.row, t), live) for ref in input_refs]
         if dims.segmented:
             inputs = [jnp.where(code == segments.SKIP, 0.0, x) for x in inputs]
         lacking = None
         if j == dims.tiles.unroll - 1:
-            lacking = tuple(dims.tiles.unroll * p for p in strip.planes(lacking_refs))
+            lacking = tuple(dims.tiles.unroll * p for p in strip.load_planes(lacking_refs))
         return _Step(t, live, code, tuple(inputs), lacking)
 
     def group(i, carry):
@@ -186,8 +111,8 @@ def _reduce_kernel(*refs, dims: _KernelShape, adjoint: bool):
     x_refs, (a_refs, lacking_refs, output_projection_refs), codes_ref, flow_refs = _split_refs(
         refs, 1, 3, segmented=dims.segmented
     )
-    strip = _strip(dims)
-    a, output_projection = strip.planes(a_refs), strip.planes(output_projection_refs)
+    strip = this_strip(dims)
+    a, output_projection = strip.load_planes(a_refs), strip.load_planes(output_projection_refs)
 
     def body(step, h):
         x = step.inputs[0][None]
@@ -196,7 +121,7 @@ def _reduce_kernel(*refs, dims: _KernelShape, adjoint: bool):
         return tile.advance(h, x, step.code, a, step.lacking)
 
     h = _walk(dims, strip, x_refs, codes_ref, lacking_refs, body, zeros_like(a))
-    strip.store(flow_refs, (strip.row, pl.program_id(0)), h)
+    strip.store_planes(flow_refs, (strip.row, pl.program_id(0)), h)
 
 
 def _chain_kernel(*refs, dims: _KernelShape):
@@ -205,20 +130,20 @@ def _chain_kernel(*refs, dims: _KernelShape):
         refs, 0, 4, segmented=True
     )
     entering_refs, last_refs = outputs[:2], outputs[2:]
-    strip = _strip(dims, row_axis=0)
-    decay = strip.planes(decay_refs)
-    partial = strip.planes(partial_refs, (strip.row,))
+    strip = this_strip(dims, row_axis=0)
+    decay = strip.load_planes(decay_refs)
+    partial = strip.load_planes(partial_refs, (strip.row,))
 
     def body(i, h):
         chunk = (strip.row, dims.chunks - 1 - i if dims.reverse else i)
-        strip.store(entering_refs, chunk, h)
+        strip.store_planes(entering_refs, chunk, h)
         code = compat.triton.load(codes_ref.at[chunk])
-        flow = strip.planes(flow_refs, chunk)
+        flow = strip.load_planes(flow_refs, chunk)
         after = add(mul(where(code == _PARTIAL, partial, decay), h), flow)
         return tile.select(code, h, flow, after)
 
-    h = jax.lax.fori_loop(0, dims.chunks, body, strip.planes(first_refs, (strip.row,)))
-    strip.store(last_refs, (strip.row,), h)
+    h = jax.lax.fori_loop(0, dims.chunks, body, strip.load_planes(first_refs, (strip.row,)))
+    strip.store_planes(last_refs, (strip.row,), h)
 
 
 def _output_kernel(*refs, dims: _KernelShape, adjoint: bool):
@@ -226,9 +151,9 @@ def _output_kernel(*refs, dims: _KernelShape, adjoint: bool):
     x_refs, (a_refs, lacking_refs, output_projection_refs, entering_refs), codes_ref, outputs = (
         _split_refs(refs, 1, 4, segmented=dims.segmented)
     )
-    strip = _strip(dims)
+    strip = this_strip(dims)
     chunk = (strip.row, pl.program_id(0))
-    a, output_projection = strip.planes(a_refs), strip.planes(output_projection_refs)
+    a, output_projection = strip.load_planes(a_refs), strip.load_planes(output_projection_refs)
 
     def body(step, h):
         x = step.inputs[0][None]
@@ -238,21 +163,21 @@ def _output_kernel(*refs, dims: _KernelShape, adjoint: bool):
         else:
             h = tile.advance(h, x, step.code, a, step.lacking)
             out = tile.contract(output_projection, h)
-        strip.store(outputs[:1], (strip.row, step.t), (step.visible(out.sum(0)),), step.live)
+        strip.store_planes(outputs[:1], (strip.row, step.t), (step.visible(out.sum(0)),), step.live)
         return h
 
-    h = strip.planes(entering_refs, chunk)
+    h = strip.load_planes(entering_refs, chunk)
     h = _walk(dims, strip, x_refs, codes_ref, lacking_refs, body, h)
-    strip.store(outputs[1:], chunk, h)
+    strip.store_planes(outputs[1:], chunk, h)
 
 
 def _gradient_kernel(*refs, dims: _KernelShape):
     """What each chunk adds to the gradients of `c` and `log_a`, `(B, C, N, H)`."""
     input_refs, pairs, codes_ref, outputs = _split_refs(refs, 2, 5, segmented=dims.segmented)
     a_refs, lacking_refs, output_projection_refs, entering_refs, leaving_refs = pairs
-    strip = _strip(dims)
+    strip = this_strip(dims)
     chunk = (strip.row, pl.program_id(0))
-    a = strip.planes(a_refs)
+    a = strip.load_planes(a_refs)
 
     def body(step, carry):
         h, p, h_sum, p_sum = carry
@@ -263,14 +188,14 @@ def _gradient_kernel(*refs, dims: _KernelShape):
         return h, p, h_sum, add(p_sum, tuple(dy * x for x in p))
 
     zero = zeros_like(a)
-    carry = (strip.planes(entering_refs, chunk), zero, zero, zero)
+    carry = (strip.load_planes(entering_refs, chunk), zero, zero, zero)
     _, p, h_sum, p_sum = _walk(dims, strip, input_refs, codes_ref, lacking_refs, body, carry)
-    strip.store(outputs[:2], chunk, tuple(2 * x for x in h_sum))
+    strip.store_planes(outputs[:2], chunk, tuple(2 * x for x in h_sum))
     output_projection, leaving = (
-        strip.planes(output_projection_refs),
-        strip.planes(leaving_refs, chunk),
+        strip.load_planes(output_projection_refs),
+        strip.load_planes(leaving_refs, chunk),
     )
-    strip.store(outputs[2:], chunk, add(mul(output_projection, p_sum), mul(leaving, p)))
+    strip.store_planes(outputs[2:], chunk, add(mul(output_projection, p_sum), mul(leaving, p)))
 
 
 # The calls.
@@ -293,7 +218,13 @@ def _prepare(config: Config, u, log_a, c, segment_index) -> tuple[_KernelShape, 
     states = pl.next_power_of_2(log_a.shape[1])
     tiles = config.tiles or choose_tiles(batch, length, width, states)
     dims = _KernelShape(
-        batch, length, width, states, tiles, segment_index is not None, config.reverse
+        batch=batch,
+        length=length,
+        width=width,
+        tiles=tiles,
+        segmented=segment_index is not None,
+        reverse=config.reverse,
+        states=states,
     )
     lengths = jnp.full((batch,), length, jnp.int32)
     codes = []
@@ -358,8 +289,15 @@ def _call(kernel, dims: _KernelShape, name: str, grid, operands, outputs, *, flo
 def _entering(dims: _KernelShape, ops: _Operands, x, first: Planes, *, adjoint: bool):
     """The state that enters each chunk, `(B, C, N, H)`, and the one that leaves the last or None
     where there is one chunk."""
-    if dims.chunks == 1:
-        return tuple(p[:, None] for p in first), None
+    whole, chained = _whole, functools.partial(_chained, dims, adjoint=adjoint)
+    return by_chunks("diagonal_ssm", dims.chunks, whole, chained, ops, x, first)
+
+
+def _whole(ops: _Operands, x, first: Planes):
+    return tuple(p[:, None] for p in first), None
+
+
+def _chained(dims: _KernelShape, ops: _Operands, x, first: Planes, *, adjoint: bool):
     per_chunk = ((dims.batch, dims.chunks, dims.states, dims.width), jnp.float32)
     flow = _call(
         functools.partial(_reduce_kernel, dims=dims, adjoint=adjoint),
@@ -411,7 +349,7 @@ def backward(config: Config, residuals, cotangents):
     """`(du, dlog_a, dc, dinitial_state, None)` from the cotangents of `forward`'s outputs."""
     (u, log_a, c, entering, segment_index), (dy, dfinal_state) = residuals, cotangents
     dims, ops = _prepare(config, u, log_a, c, segment_index)
-    against = dims._replace(reverse=not config.reverse)
+    against = dataclasses.replace(dims, reverse=not config.reverse)
     first = _state_planes(dims, dfinal_state)
     du, dinitial, leaving = _walk_once(against, ops, dy, first, u.dtype, adjoint=True)
     per_chunk = ((dims.batch, dims.chunks, dims.states, dims.width), jnp.float32)

@@ -5,29 +5,39 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import dispatch
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.diagonal_ssm import chunked, fft, stepwise
 from pallas_kernels.diagonal_ssm.tile import Config
 
-
-def choose(length: int) -> str:
-    """The method where the caller names none.
-
-    Chunks are faster than the FFT at every length from 1k to 64k on a CPU (`experiments/results/
-    kernels/diagonal_ssm-cpu.json`) and take segments and states, so the FFT is never chosen.
-    """
-    return "scan" if length == 1 else "chunked"
+# Chunks are faster than the FFT at every length from 1k to 64k on a CPU (`experiments/results/
+# kernels/diagonal_ssm-cpu.json`) and take segments and states, so the FFT is never chosen.
+_METHODS = {
+    "fft": fft.diagonal_ssm,
+    "chunked": chunked.diagonal_ssm,
+    "scan": stepwise.diagonal_ssm,
+}
 
 
 def forward(config: Config, u, log_a, c, initial_state, segment_index, *, return_residuals: bool):
     """`((y, final_state), None)`; JAX differentiates it, the methods have rules of their own."""
-    method = config.method or choose(u.shape[1])
     runs_there = segment_index
     if config.reverse:
         u = flip(u, segment_index)
         runs_there = None if segment_index is None else _flipped_index(segment_index)
-    run = {"fft": fft, "chunked": chunked, "scan": stepwise}[method].diagonal_ssm
-    y, final_state = run(u, log_a, c, initial_state, runs_there)
+    arrays = (u, log_a, c, initial_state, runs_there)
+    if config.method is not None:
+        y, final_state = _METHODS[config.method](*arrays)
+    else:
+        long = {"scan": f"there are {u.shape[1]} tokens, chunks pay from 2 on"}
+        y, final_state = dispatch.choose(
+            "diagonal_ssm method",
+            _METHODS,
+            *arrays,
+            default="chunked",
+            everywhere="scan",
+            unsupported=long if u.shape[1] > 1 else {},
+        )
     return (flip(y, segment_index) if config.reverse else y, final_state), None
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch, segments
 from pallas_kernels.common.backend import Op, call_op
@@ -34,16 +34,16 @@ OP = Op(
 
 
 def linear_attention(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    log_decay: ArrayLike | None = None,
+    q: Float[ArrayLike, "b l g k"],
+    k: Float[ArrayLike, "b l g k"],
+    v: Float[ArrayLike, "b l h v"],
+    log_decay: Float[ArrayLike, " h"] | Float[ArrayLike, "b l h *k"] | None = None,
     *,
     scale: float | None = None,
-    initial_state: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
+    initial_state: Float[ArrayLike, "b h k v"] | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "b l h v"], Float[Array, "b h k v"]]:
     """Attention without softmax, as a recurrence over a matrix state for each head.
 
         S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t

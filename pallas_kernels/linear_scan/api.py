@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Inexact, Int
 
 from pallas_kernels.common import dispatch, segments, validate
 from pallas_kernels.common.backend import Op, call_op
@@ -28,14 +28,14 @@ OP = Op(
 
 
 def linear_scan(
-    a: ArrayLike,
-    b: ArrayLike,
+    a: Inexact[ArrayLike, " d"] | Inexact[ArrayLike, "b l d"],
+    b: Inexact[ArrayLike, "b l d"],
     *,
-    initial_state: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
+    initial_state: Inexact[ArrayLike, "b d"] | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
     reverse: bool = False,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Inexact[Array, "b l d"], Inexact[Array, "b d"]]:
     """The diagonal recurrence `h_t = a_t * h_{t-1} + b_t` (LRU, S5, RG-LRU, Mamba's core).
 
     Args:

@@ -8,6 +8,7 @@ that enters each.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -15,21 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, planes, segments
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.gpu import Strip, StripShape, Tiles, beyond_addresses, by_chunks, token
+from pallas_kernels.common.gpu import strip as this_strip
 from pallas_kernels.common.planes import Planes
 from pallas_kernels.linear_scan import tile
 from pallas_kernels.linear_scan.tile import Config
 
 _ENOUGH_PROGRAMS = 512  # a few for each multiprocessor of the GPUs since Ampere
-
-
-class Tiles(NamedTuple):
-    """`steps` of time a chunk, `width` channels a program, `unroll` steps loaded together."""
-
-    steps: int
-    width: int
-    unroll: int
 
 
 def choose_tiles(batch: int, length: int, width: int) -> Tiles:
@@ -40,65 +35,10 @@ def choose_tiles(batch: int, length: int, width: int) -> Tiles:
     return Tiles(steps, strip, min(8, pl.next_power_of_2(steps)))
 
 
-class _KernelShape(NamedTuple):
-    """What is static about one kernel."""
-
-    batch: int
-    length: int
-    width: int
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _KernelShape(StripShape):
     planes: int
-    tiles: Tiles
-    constant: bool
-    segmented: bool
-    reverse: bool  # the direction of travel of this kernel
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.length // self.tiles.steps)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.chunks, self.batch, -(-self.width // self.tiles.width)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.tiles.steps // self.tiles.unroll)
-
-    @property
-    def guarded(self) -> bool:
-        """Some steps of the walk lie outside the row or the chunk."""
-        return self.length % self.tiles.steps != 0 or self.tiles.steps % self.tiles.unroll != 0
-
-
-# Loads and stores. References are whole arrays; a strip is the channels of one program.
-
-
-class _Strip(NamedTuple):
-    row: jax.Array  # which sequence
-    lanes: slice | pl.Slice  # which channels
-    valid: jax.Array  # channels that exist, (width,)
-
-    def load(self, refs, index, live=True) -> Planes:
-        """`(width,)` values of each plane at `index` of the axes before the channels."""
-        mask = self.valid & live
-        return tuple(
-            compat.triton.load(ref.at[(*index, self.lanes)], mask=mask, other=0.0).astype(
-                jnp.float32
-            )
-            for ref in refs
-        )
-
-    def store(self, refs, index, values: Planes, live=True) -> None:
-        for ref, value in zip(refs, values, strict=True):
-            compat.triton.store(
-                ref.at[(*index, self.lanes)], value.astype(ref.dtype), mask=self.valid & live
-            )
-
-
-def _strip(dims: _KernelShape, row_axis: int = 1) -> _Strip:
-    start = pl.program_id(row_axis + 1) * dims.tiles.width
-    valid = start + jnp.arange(dims.tiles.width) < dims.width
-    return _Strip(pl.program_id(row_axis), pl.ds(start, dims.tiles.width), valid)
+    constant: bool  # one decay for all steps
 
 
 class _Step(NamedTuple):
@@ -109,33 +49,22 @@ class _Step(NamedTuple):
     code: jax.Array | None
 
 
-def _walk(dims: _KernelShape, strip: _Strip, codes_ref, body, carry):
+def _walk(dims: _KernelShape, strip: Strip, codes_ref, body, carry):
     """`body(step, carry)` over the chunk in the direction of travel, some steps unrolled."""
     chunk = pl.program_id(0)
 
     def group(i, carry):
         for j in range(dims.tiles.unroll):
-            place = i * dims.tiles.unroll + j
-            place = dims.groups * dims.tiles.unroll - 1 - place if dims.reverse else place
-            t = chunk * dims.tiles.steps + place
-            live: jax.Array | bool = True
-            code, mask, other = None, None, None
-            if dims.guarded:
-                live = mask = (place < dims.tiles.steps) & (t < dims.length)
-                code = jnp.where(live, jnp.int32(segments.CONTINUE), jnp.int32(segments.SKIP))
-                other = segments.SKIP
-            if dims.segmented:
-                code = compat.triton.load(codes_ref.at[strip.row, t], mask=mask, other=other)
-            carry = body(_Step(t, live, code), carry)
+            carry = body(_Step(*token(dims, chunk, i, j, strip.row, codes_ref)), carry)
         return carry
 
     return jax.lax.fori_loop(0, dims.groups, group, carry)
 
 
-def _decay(dims: _KernelShape, strip: _Strip, a_refs, step: _Step) -> Planes:
+def _decay(dims: _KernelShape, strip: Strip, a_refs, step: _Step) -> Planes:
     """`a_t`, `(width,)`."""
     index = () if dims.constant else (strip.row, step.t)
-    return strip.load(a_refs, index, True if dims.constant else step.live)
+    return strip.load_planes(a_refs, index, True if dims.constant else step.live)
 
 
 # The kernels: maths on values between a load and a store.
@@ -160,12 +89,12 @@ def _reduce_kernel(*refs, dims: _KernelShape, backward: bool):
     (a_refs, x_refs), codes_ref, (decay_refs, flow_refs) = _split_refs(
         refs, dims.planes, 2, segmented=dims.segmented
     )
-    strip = _strip(dims)
+    strip = this_strip(dims)
 
     def body(step, carry):
         decay, flow = carry
         a = _decay(dims, strip, a_refs, step)
-        x = strip.load(x_refs, (strip.row, step.t), step.live)
+        x = strip.load_planes(x_refs, (strip.row, step.t), step.live)
         if backward:
             _, flow = tile.retreat(flow, a, x, step.code)
         else:
@@ -175,8 +104,8 @@ def _reduce_kernel(*refs, dims: _KernelShape, backward: bool):
     zero = _zeros(dims)
     decay, flow = _walk(dims, strip, codes_ref, body, (planes.ones_like(zero), zero))
     chunk = (strip.row, pl.program_id(0))
-    strip.store(decay_refs, chunk, decay)
-    strip.store(flow_refs, chunk, flow)
+    strip.store_planes(decay_refs, chunk, decay)
+    strip.store_planes(flow_refs, chunk, flow)
 
 
 def _chain_kernel(*refs, dims: _KernelShape):
@@ -184,38 +113,38 @@ def _chain_kernel(*refs, dims: _KernelShape):
     (decay_refs, flow_refs, first_refs), _, (entering_refs, last_refs) = _split_refs(
         refs, dims.planes, 3, segmented=False
     )
-    strip = _strip(dims, row_axis=0)
+    strip = this_strip(dims, row_axis=0)
 
     def body(i, h):
         chunk = (strip.row, dims.chunks - 1 - i if dims.reverse else i)
-        strip.store(entering_refs, chunk, h)
-        decay, flow = strip.load(decay_refs, chunk), strip.load(flow_refs, chunk)
+        strip.store_planes(entering_refs, chunk, h)
+        decay, flow = strip.load_planes(decay_refs, chunk), strip.load_planes(flow_refs, chunk)
         return tile.apply(decay, flow, h, segmented=True)
 
-    h = strip.load(first_refs, (strip.row,))
+    h = strip.load_planes(first_refs, (strip.row,))
     h = jax.lax.fori_loop(0, dims.chunks, body, h)
-    strip.store(last_refs, (strip.row,), h)
+    strip.store_planes(last_refs, (strip.row,), h)
 
 
 def _forward_kernel(*refs, dims: _KernelShape):
     (a_refs, b_refs, entering_refs), codes_ref, (h_refs, leaving_refs) = _split_refs(
         refs, dims.planes, 3, segmented=dims.segmented
     )
-    strip = _strip(dims)
+    strip = this_strip(dims)
     chunk = (strip.row, pl.program_id(0))
 
     def body(step, h):
         a = _decay(dims, strip, a_refs, step)
-        b = strip.load(b_refs, (strip.row, step.t), step.live)
+        b = strip.load_planes(b_refs, (strip.row, step.t), step.live)
         h = tile.advance(h, a, b, step.code)
         visible = h
         if dims.segmented:
             visible = planes.where(step.code == segments.SKIP, planes.zeros_like(h), h)
-        strip.store(h_refs, (strip.row, step.t), visible, step.live)
+        strip.store_planes(h_refs, (strip.row, step.t), visible, step.live)
         return h
 
-    h = _walk(dims, strip, codes_ref, body, strip.load(entering_refs, chunk))
-    strip.store(leaving_refs, chunk, h)
+    h = _walk(dims, strip, codes_ref, body, strip.load_planes(entering_refs, chunk))
+    strip.store_planes(leaving_refs, chunk, h)
 
 
 def _backward_kernel(*refs, dims: _KernelShape):
@@ -223,34 +152,34 @@ def _backward_kernel(*refs, dims: _KernelShape):
         refs, dims.planes, 5, segmented=dims.segmented
     )
     da_refs, db_refs, leaving_refs = outputs
-    strip = _strip(dims)
+    strip = this_strip(dims)
     chunk = (strip.row, pl.program_id(0))
-    initial = strip.load(initial_refs, (strip.row,))
+    initial = strip.load_planes(initial_refs, (strip.row,))
 
     def body(step, carry):
         c, da_sum = carry
         a = _decay(dims, strip, a_refs, step)
-        dh = strip.load(dh_refs, (strip.row, step.t), step.live)
+        dh = strip.load_planes(dh_refs, (strip.row, step.t), step.live)
         # This kernel travels against the forward pass: the state before is one step ahead.
         before = step.t - 1 if dims.reverse else step.t + 1
         exists = (before >= 0) & (before < dims.length)
-        h_before = strip.load(h_refs, (strip.row, before), step.live & exists)
+        h_before = strip.load_planes(h_refs, (strip.row, before), step.live & exists)
         h_before = planes.where(exists, h_before, initial)
         h_before = tile.state_before(h_before, initial, step.code)
         gradient, c = tile.retreat(c, a, dh, step.code)
         da = tile.decay_gradient(gradient, h_before, step.code)
-        strip.store(db_refs, (strip.row, step.t), gradient, step.live)
+        strip.store_planes(db_refs, (strip.row, step.t), gradient, step.live)
         if dims.constant:
             da_sum = planes.add(da_sum, da)
         else:
-            strip.store(da_refs, (strip.row, step.t), da, step.live)
+            strip.store_planes(da_refs, (strip.row, step.t), da, step.live)
         return c, da_sum
 
-    carry = strip.load(entering_refs, chunk), _zeros(dims) if dims.constant else ()
+    carry = strip.load_planes(entering_refs, chunk), _zeros(dims) if dims.constant else ()
     c, da_sum = _walk(dims, strip, codes_ref, body, carry)
-    strip.store(leaving_refs, chunk, c)
+    strip.store_planes(leaving_refs, chunk, c)
     if dims.constant:
-        strip.store(da_refs, chunk, da_sum)
+        strip.store_planes(da_refs, chunk, da_sum)
 
 
 # The calls.
@@ -261,7 +190,14 @@ def _kernel_shape(a, b, segment_index, tiles: Tiles | None, *, reverse: bool) ->
     planes = 2 if jnp.iscomplexobj(b) else 1
     tiles = tiles or choose_tiles(batch, length, width)
     return _KernelShape(
-        batch, length, width, planes, tiles, a.ndim == 1, segment_index is not None, reverse
+        batch=batch,
+        length=length,
+        width=width,
+        tiles=tiles,
+        segmented=segment_index is not None,
+        reverse=reverse,
+        planes=planes,
+        constant=a.ndim == 1,
     )
 
 
@@ -284,8 +220,15 @@ def _call(kernel, dims: _KernelShape, name: str, grid, operands, outputs, flops:
 
 def _entering(dims: _KernelShape, a: Planes, x: Planes, first: Planes, codes, *, backward: bool):
     """The state that enters each chunk, `(B, C, D)`, and what leaves the last if that is known."""
-    if dims.chunks == 1:
-        return tuple(p[:, None] for p in first), None
+    whole, chained = _whole, functools.partial(_chained, dims, backward=backward)
+    return by_chunks("linear_scan", dims.chunks, whole, chained, a, x, first, codes)
+
+
+def _whole(a: Planes, x: Planes, first: Planes, codes):
+    return tuple(p[:, None] for p in first), None
+
+
+def _chained(dims: _KernelShape, a: Planes, x: Planes, first: Planes, codes, *, backward: bool):
     per_chunk = ((dims.batch, dims.chunks, dims.width), jnp.float32)
     decay, flow = _call(
         functools.partial(_reduce_kernel, dims=dims, backward=backward),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from pallas_kernels.common import dispatch, validate
 from pallas_kernels.common.backend import Op, call_op
@@ -27,13 +27,13 @@ OP = Op(
 
 
 def long_conv(
-    u: ArrayLike,
-    kernel: ArrayLike,
+    u: Float[ArrayLike, "b l h"],
+    kernel: Float[ArrayLike, "h k"],
     *,
-    kernel_reverse: ArrayLike | None = None,
+    kernel_reverse: Float[ArrayLike, "h r"] | None = None,
     method: str | None = None,
     implementation: dispatch.Implementation = None,
-) -> jax.Array:
+) -> Float[Array, "b l h"]:
     """A convolution of every channel with its own filter as long as the row: S4, SGConv, Hyena.
 
     `y_t = sum_{j>=0} kernel_j u_{t-j} + sum_{j>=0} kernel_reverse_j u_{t+1+j}`, tokens outside of

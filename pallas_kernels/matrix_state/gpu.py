@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat
-from pallas_kernels.common.backend import beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.gpu import beyond_addresses
 from pallas_kernels.matrix_state import decay_sums, masks
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.matrix_state.masks import SegmentMasks

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch, segments, validate
 from pallas_kernels.common.backend import Op, call_op
@@ -28,21 +28,21 @@ OP = Op(
 
 
 def selective_scan(
-    x: ArrayLike,
-    dt: ArrayLike,
-    A: ArrayLike,
-    B: ArrayLike,
-    C: ArrayLike,
-    D: ArrayLike | None = None,
+    x: Float[ArrayLike, "b l d"],
+    dt: Float[ArrayLike, "b l d"],
+    A: Float[ArrayLike, "d n"],
+    B: Float[ArrayLike, "b l n"],
+    C: Float[ArrayLike, "b l n"],
+    D: Float[ArrayLike, " d"] | None = None,
     *,
-    gate: ArrayLike | None = None,
-    dt_bias: ArrayLike | None = None,
+    gate: Float[ArrayLike, "b l d"] | None = None,
+    dt_bias: Float[ArrayLike, " d"] | None = None,
     dt_softplus: bool = False,
-    initial_state: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
+    initial_state: Float[ArrayLike, "b d n"] | None = None,
+    segment_ids: Int[ArrayLike, "b l"] | None = None,
     reverse: bool = False,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """The state space model of Mamba (Gu and Dao 2023, arXiv:2312.00752, section 3).
 
     For each channel d and state n, with `A` discretised exactly and `B` by Euler's rule:

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, segments
-from pallas_kernels.common.backend import Backend, beyond_addresses, no_wide_numbers
+from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
+from pallas_kernels.common.gpu import beyond_addresses, by_chunks
 from pallas_kernels.selective_scan.tile import Config
 
 _WARPS_TO_FILL_A_GPU = 2048  # about 16 for each multiprocessor since Ampere
@@ -402,9 +403,16 @@ def _operands(config: Config, x, dt, A, B, C, D, gate, dt_bias, segment_index) -
 
 def _entering(dims: _KernelShape, operands, first, *, backward: bool):
     """What enters each span, `(B, spans, N, D)`, from what enters the row, `(B, D, N)`."""
+    whole, chained = _whole, functools.partial(_chained, dims, backward=backward)
     first = jnp.swapaxes(first, 1, 2)
-    if dims.spans == 1:
-        return first[:, None]
+    return by_chunks("selective_scan", dims.spans, whole, chained, operands, first)
+
+
+def _whole(operands, first):
+    return first[:, None]
+
+
+def _chained(dims: _KernelShape, operands, first, *, backward: bool):
     per_span = ((dims.batch, dims.spans, dims.states, dims.width), jnp.float32)
     needed = ["x", "dt", "dt_bias", "A", "B", "codes"] + ["C", "gate", "dy"] * backward
     maps = _call(

@@ -21,7 +21,8 @@ class Family(Generic[_Shape]):
     Attributes:
       op: the public function.
       contract: its name and backends.
-      shapes: those of published models, by name, and some that divide nothing.
+      shapes: those of published models, by name, and some that divide nothing; none where the
+        family is in no table.
       representatives: one name of each kind of program, such as each kind of decay; whether a
         program compiles depends on its kind and hardly on lengths.
       has_kernels: whether it has Pallas kernels; without, XLA compiles it for every chip.

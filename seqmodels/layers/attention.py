@@ -121,11 +121,23 @@ def _portable(rule: _Rule, q, k, v, q_segments, k_segments, k_positions):
     index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     keys = _Keys(k, v, index, k_segments, k_positions)
     block = length if rule.window is None else max(rule.window, _LEAST_BLOCK)
-    if length <= 2 * block:
-        # One block of a window is as much work as all pairs.
-        rows = max(_LEAST_BLOCK, _SCORES // (batch * heads * k.shape[1]))
-        return _blocks_of_queries(rule, q, q_segments, keys, min(rows, length))
-    return _band(rule, q, q_segments, keys, block)
+    rows = max(_LEAST_BLOCK, _SCORES // (batch * heads * k.shape[1]))
+    reason = {}
+    if rule.window is None:
+        reason["band"] = "there is no window"
+    elif length <= 2 * block:
+        reason["band"] = f"{length} queries are no more than two blocks of {block}"
+    return dispatch.choose(
+        "attend portable",
+        {
+            "all pairs": functools.partial(_blocks_of_queries, rule, rows=min(rows, length)),
+            "band": functools.partial(_band, rule, block=block),
+        },
+        *(q, q_segments, keys),
+        default="all pairs",
+        everywhere="band",
+        unsupported=reason,
+    )
 
 
 def _blocks_of_queries(rule: _Rule, q, segments, keys: _Keys, rows: int):

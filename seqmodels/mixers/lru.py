@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jaxtyping import Array, Complex, Float
 
+from seqmodels import ops
 from seqmodels.mixers.base import (
     SSM_LABEL,
     Mixer,
@@ -23,7 +24,7 @@ from seqmodels.mixers.base import (
     Segments,
     mask_padding,
 )
-from seqmodels.mixers.mimo_scan import bidirectional_mimo_scan, mimo_scan
+from seqmodels.mixers.mimo_scan import mimo_scan
 from seqmodels.mixers.published import Published
 from seqmodels.ranges import Portion, Range, Share, Size
 
@@ -105,7 +106,9 @@ class LRU(Mixer[LRUConfig]):
         decay, input_projection = self._system()
         output_projection, final = self._output_projection(), None
         if state is None:
-            y = bidirectional_mimo_scan(u, decay, input_projection, output_projection, segments)
+            y = ops.bidirectional_mimo_scan(
+                u, decay, input_projection, output_projection, segments=segments
+            )
         else:
             entering = state.reset_at_document_start(segments)
             y, final = mimo_scan(u, decay, input_projection, output_projection, segments, entering)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+from pallas_kernels.common import dispatch
 from seqmodels import ops
 from seqmodels.mixers import hippo
 from seqmodels.mixers.base import SSM_LABEL, ParamLabel, Segments
-from seqmodels.mixers.s4_kernel import s4_kernel
 from seqmodels.mixers.siso import SISOConfig, SISOMixer
 
 _TOGETHER = 32
@@ -69,9 +69,23 @@ class S4(SISOMixer[S4Config]):
         segments: Segments | None,
         initial_state: Complex[Array, "b h n"] | None,
     ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
-        model = self._model()
-        if initial_state is not None or (self.stateful and u.shape[1] == 1):
-            return recurrence(model, u, segments, initial_state)
+        unsupported = {}
+        if initial_state is not None:
+            unsupported["convolution"] = "it begins without a state"
+        elif self.stateful and u.shape[1] == 1:
+            unsupported["convolution"] = "one token is one step"
+        return dispatch.choose(
+            "s4",
+            {"recurrence": recurrence, "convolution": self._convolved},
+            *(self._model(), u, segments, initial_state),
+            default="recurrence",
+            everywhere="convolution",
+            unsupported=unsupported,
+        )
+
+    def _convolved(
+        self, model: Model, u: Float[Array, "b l h"], segments: Segments | None, _: None
+    ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
         final = recurrence(model, u, segments, None)[1] if self.stateful else None
         return convolution(model, u), final
 
@@ -87,7 +101,7 @@ def convolution(model: Model, u: Float[Array, "b l h"]) -> Float[Array, "b l h"]
     """The whole of a row from a state of zero, both directions."""
     length = u.shape[1]
     c = truncated(model, length)
-    kernels = s4_kernel(model.step, model.eigenvalues, model.p, model.b, c, length)
+    kernels = ops.s4_kernel(model.step, model.eigenvalues, model.p, model.b, c, length=length)
     return ops.long_conv(u, kernels[0], kernel_reverse=kernels[1] if len(kernels) == 2 else None)
 
 

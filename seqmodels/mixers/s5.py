@@ -13,6 +13,7 @@ import numpy as np
 from jax.nn import initializers
 from jaxtyping import Array, Complex, Float
 
+from seqmodels import ops
 from seqmodels.mixers import hippo
 from seqmodels.mixers.base import (
     SSM_LABEL,
@@ -23,7 +24,7 @@ from seqmodels.mixers.base import (
     Segments,
     mask_padding,
 )
-from seqmodels.mixers.mimo_scan import bidirectional_mimo_scan, mimo_scan
+from seqmodels.mixers.mimo_scan import mimo_scan
 from seqmodels.mixers.ssm import Discretization, check_step_range, constant, discretize, log_uniform
 from seqmodels.ranges import Positive, Size
 
@@ -130,7 +131,9 @@ class S5(Mixer[S5Config]):
         into = jnp.concatenate([into.real, into.imag]).T
         final = None
         if self.config.bidirectional:
-            y = bidirectional_mimo_scan(u, decay, into, self._output_projection(), segments)
+            y = ops.bidirectional_mimo_scan(
+                u, decay, into, self._output_projection(), segments=segments
+            )
         else:
             entering = None if state is None else state.reset_at_document_start(segments)
             y, final = mimo_scan(u, decay, into, self._output_projection(), segments, entering)

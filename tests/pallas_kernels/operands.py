@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,9 +27,24 @@ OPS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "checkpoint_attention": {"q": ("B", LENGTH, 2, 4), "k": _Q, "v": _Q},
     "long_conv": {"u": _U, "kernel": (4, LENGTH)},
+    "bidirectional_mimo_scan": {
+        "u": _U, "decay": (3,), "input_projection": (4, 6), "output_projection": (12, 4),
+    },
+    # What is alike for all rows elsewhere: every direction has a C of its own.
+    "s4_kernel": {
+        "c": ("B", *_SMALL), "dt": (4,), "eigenvalues": _SMALL, "p": _SMALL, "b": _SMALL,
+    },
 }  # fmt: skip
-_COMPLEX, _AT_MOST_ZERO = {"log_a", "c"}, {"log_a", "A", "log_decay"}
-OPTIONS: dict[str, dict[str, Any]] = {"checkpoint_attention": {"interval": 2}}
+_COMPLEX = {
+    "diagonal_ssm": {"log_a", "c"},
+    "bidirectional_mimo_scan": {"decay"},
+    "s4_kernel": {"eigenvalues", "p", "b", "c"},
+}
+_AT_MOST_ZERO = {"log_a", "A", "log_decay", "eigenvalues"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "checkpoint_attention": {"interval": 2},
+    "s4_kernel": {"length": LENGTH},
+}
 KERNELS = [name for name in OPS if FAMILIES[name].has_kernels]
 PACKED = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
 
@@ -38,7 +54,7 @@ def shapes(name: str, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
     return {
         operand: (
             tuple(batch if size == "B" else size for size in sizes),
-            "complex64" if operand in _COMPLEX else "float32",
+            "complex64" if operand in _COMPLEX.get(name, ()) else "float32",
         )
         for operand, sizes in OPS[name].items()
     }
@@ -56,14 +72,15 @@ def arrays(name: str, batch: int) -> dict[str, np.ndarray]:
     return {operand: draw(operand, *spec) for operand, spec in shapes(name, batch).items()}
 
 
-def call(name: str, implementation: Any = None, packed: bool = True) -> Any:
+def call(name: str, implementation: Any = None, packed: bool = True, **options: Any) -> Any:
     """`fn(operands) -> outputs` of an op, over several documents a row where it takes them."""
-    op = functools.partial(
-        getattr(pallas_kernels, name), implementation=implementation, **OPTIONS.get(name, {})
-    )
+    op = getattr(pallas_kernels, name)
+    packed = packed and "segment_ids" in inspect.signature(op).parameters
+    options = {"implementation": implementation, **OPTIONS.get(name, {}), **options}
+    op = functools.partial(op, **options)
 
     def run(operands: dict[str, Any]) -> Any:
-        if name == "long_conv" or not packed:
+        if not packed:
             return op(**operands)
         batch = operands[next(iter(OPS[name]))].shape[0]
         ids = jnp.broadcast_to(jnp.asarray(PACKED), (batch, LENGTH))

@@ -3,8 +3,10 @@
 import functools
 import inspect
 
+import beartype
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -84,6 +86,18 @@ def test_the_signature_has_the_words_of_all_ops(name):
     documented = inspect.getdoc(FAMILIES[name].op) or ""
     for argument in set(parameters) - {"past_v", "past_k", "v", "k"}:  # named in one line
         assert f"{argument}: " in documented or f"{argument}, " in documented, argument
+
+
+@each_family
+def test_the_signature_has_the_shapes_of_a_call(name, monkeypatch):
+    """No type is checked where ops run: here is where the annotations are held to what they say."""
+    op = jaxtyping.jaxtyped(FAMILIES[name].op, typechecker=beartype.beartype)
+    monkeypatch.setattr(pallas_kernels, name, op)
+    args = operands.arrays(name, 2)
+    jax.eval_shape(operands.call(name), args)
+    for operand in args:
+        with pytest.raises(jaxtyping.TypeCheckError, match=rf"parameter '{operand}'"):
+            jax.eval_shape(operands.call(name), args | {operand: args[operand][None, None, None]})
 
 
 @each_family
@@ -184,10 +198,12 @@ def test_an_interpreted_kernel_computes_what_the_reference_does(name, implementa
 
 @each_family
 def test_one_token_takes_the_cheap_step(name):
-    args, run = one_token(name), operands.call(name, packed=False)
+    args = one_token(name)
+    options = {"length": 1} if "length" in operands.OPTIONS.get(name, {}) else {}
+    run = operands.call(name, packed=False, **options)
     choices = [c for c in explain(run, args) if c.op == name]
     assert {c.implementation for c in choices} == {"xla"}
     text = str(jax.make_jaxpr(run)(args))
     assert not [p for p in ("scan", "while", "pallas_call", "fft") if f" {p}[" in text]
-    expected = operands.call(name, "reference", packed=False)(args)
+    expected = operands.call(name, "reference", packed=False, **options)(args)
     testing.assert_close(run(args), expected, testing.FLOAT32_TOLERANCE)

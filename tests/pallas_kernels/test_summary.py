@@ -1,5 +1,6 @@
 """What a row does to any state that enters it: the same from the whole row and from its pieces."""
 
+import functools
 import itertools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.common import segments
+from pallas_kernels.common import dispatch, segments
 from pallas_kernels.common.backend import call_op, summarize
 from pallas_kernels.delta_rule import api as delta_rule
 from pallas_kernels.diagonal_ssm import api as diagonal_ssm
@@ -187,3 +188,66 @@ def test_a_document_that_begins_inside_forgets_what_enters():
     _, (decay, _), _ = measure("linear_attention, head", "xla", packed=True)
     assert (decay[0] == 0).all()
     assert (decay[1] > 0).all()
+
+
+def cost(name, fn):
+    """Flops, and loops, of `fn` of a case's arrays, 256 tokens, compiled. A loop counts once."""
+    op, config, timed, fixed, initial = CASES[name]
+
+    def struct(x, *sizes):
+        return None if x is None else jax.ShapeDtypeStruct(sizes or x.shape, x.dtype)
+
+    order = {i: struct(x, BATCH, 256, *x.shape[2:]) for i, x in timed.items()}
+    order |= {i: struct(x) for i, x in fixed.items()}
+    arrays = [order[i] for i in sorted(order)]
+    run = jax.jit(functools.partial(fn, op, config), compiler_options=testing.QUICK)
+    compiled = run.lower(*arrays, struct(initial), None).compile()
+    return compiled.cost_analysis()["flops"], compiled.as_text().count(" while(")
+
+
+def whole(*args):
+    return call_op(*args, length=256, implementation="xla")
+
+
+def in_short(*args):
+    return summarize(*args, implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    one_of_many(
+        [
+            ("selective_scan", 0.7),
+            ("diagonal_ssm", 0.25),
+            ("linear_attention, head", 0.1),
+            ("linear_attention, key", 0.2),
+            ("delta_rule, head", 1.1),  # what it does not do is as much as the matrix it carries
+        ],
+        [("linear_attention, head", 0.1), ("delta_rule, head", 1.1)],
+    ),
+)
+def test_a_summary_computes_no_outputs(name, most):
+    (flops, _), (of_all, _) = cost(name, in_short), cost(name, whole)
+    assert flops < most * of_all
+
+
+def test_the_summary_of_a_scan_lacks_the_loop_that_writes():
+    (_, loops), (_, of_all) = cost("linear_scan", in_short), cost("linear_scan", whole)
+    assert loops == of_all - 1
+
+
+def test_a_delta_rule_whose_columns_do_not_fit_sums_itself_up_in_two_passes():
+    op, config, timed, *_ = CASES["delta_rule, head"]
+    wide = normal(BATCH, LENGTH, 2, 253) / 16
+    given = {**timed, 2: wide}
+    narrow = {**timed, 2: wide[..., :3]}
+    results = []
+    for order, size, ways in ((given, 253, "two passes"), (narrow, 3, "one pass")):
+        arrays = [order[i] for i in sorted(order)]
+        run = functools.partial(summarize, op, config, implementation="xla")
+        state = jnp.zeros((BATCH, 2, 4, size))
+        chosen = dispatch.explain(run, *arrays, state, None)
+        assert {c.implementation for c in chosen if c.op == "delta_rule summary"} == {ways}
+        results.append(jax.jit(run)(*arrays, state, None))
+    (decay, state), expected = results
+    testing.assert_close((decay, state[..., :3]), expected, testing.FLOAT32_TOLERANCE)

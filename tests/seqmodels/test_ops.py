@@ -86,6 +86,10 @@ CALLS = {
     "delta_rule": {
         **HEADS, "beta": tokens(6), "log_decay": tokens(6), "initial_state": f32(ROWS, 6, 3, 5),
     },
+    "bidirectional_mimo_scan": {
+        "u": tokens(6), "decay": c64(3), "input_projection": f32(6, 6),
+        "output_projection": f32(12, 6),
+    },
     "checkpoint_attention": {
         "q": tokens(6, 3), "k": tokens(2, 3), "v": tokens(2, 5), "cache": PAST,
     },
@@ -93,10 +97,6 @@ CALLS = {
 CONSTANT = {"linear_attention, one decay a head": {**HEADS, "log_decay": f32(6)}}
 WHOLE_ROWS = {
     "long_conv": {"u": tokens(6), "kernel": f32(6, LENGTH), "kernel_reverse": f32(6, 3)},
-    "mimo_blocks": {
-        "u": tokens(6), "decay": c64(3), "input_projection": f32(6, 6),
-        "output_projection": f32(12, 6),
-    },
 }  # fmt: skip
 
 
@@ -107,8 +107,7 @@ def test_every_op_is_split_by_rows(name):
     op = getattr(ops, name.partition(",")[0])
     if op is ops.checkpoint_attention:
         op = functools.partial(op, interval=3)
-    if op is not ops.mimo_blocks:
-        op = functools.partial(op, implementation="reference")  # the fastest to trace
+    op = functools.partial(op, implementation="reference")  # the fastest to trace
 
     def gradients(arrays, ids):
         segments = {} if name in WHOLE_ROWS else {"segments": Segments.from_ids(ids)}

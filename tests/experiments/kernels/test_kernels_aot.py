@@ -11,7 +11,7 @@ import rich.console
 from experiments.kernels import aot as table
 from experiments.kernels.aot import FAILED, NOT_RUN, PASSED, AotConfig, Cell, Key
 from pallas_kernels.tools import aot
-from pallas_kernels.tools.families import FAMILIES
+from pallas_kernels.tools.families import FAMILIES, TABULATED
 
 README = (table.REPOSITORY / "README.md").read_text(encoding="utf-8")
 QUIET = rich.console.Console(quiet=True)
@@ -27,8 +27,8 @@ def test_every_family_that_exists_is_in_the_tables_and_has_a_benchmark():
     places = ("pallas_kernels/*/shapes.py", "experiments/kernels/*.py")
     shapes, modules = (set(table.REPOSITORY.glob(place)) for place in places)
     committed = {cell.family for cell in table.load(table.RESULTS).values()}
-    assert committed == set(FAMILIES) == {path.parent.name for path in shapes}
-    assert set(FAMILIES) <= {path.stem for path in modules}
+    assert committed == set(TABULATED) == {path.parent.name for path in shapes}
+    assert set(TABULATED) <= {path.stem for path in modules}
     for name, family in FAMILIES.items():
         kernels = "TPU, GPU" if family.has_kernels else "none"
         assert re.search(rf"^\| `{name}` \| .* \| {kernels} \|$", README, re.MULTILINE)
@@ -45,10 +45,10 @@ def test_committed_cells_that_passed_have_figures_or_say_why_not():
 @pytest.fixture
 def two_shapes(monkeypatch):
     """The table of one family with the shapes odd and short, whose sources have digest "0"."""
-    family = FAMILIES["linear_scan"]
+    family = TABULATED["linear_scan"]
     shapes = {name: family.shapes[name] for name in ("odd", "short")}
     known = {"linear_scan": dataclasses.replace(family, shapes=shapes)}
-    monkeypatch.setattr(table, "FAMILIES", known)
+    monkeypatch.setattr(table, "TABULATED", known)
     now = dict.fromkeys((("linear_scan", name) for name in shapes), "0")
     monkeypatch.setattr(table, "digests", lambda families=(): now)
 
@@ -136,14 +136,14 @@ def test_a_stale_cell_reads_stale_in_the_table(two_shapes):
 
 
 def test_a_shape_has_a_digest_of_its_arguments_and_of_the_code_of_its_op(monkeypatch):
-    family = FAMILIES["linear_scan"]
+    family = TABULATED["linear_scan"]
     before = table.digests(["linear_scan"])
     shapes = dict(family.shapes)
     shapes["odd"] = dataclasses.replace(shapes["odd"], reverse=True)
     shapes["short"] = dataclasses.replace(shapes["short"], source="elsewhere")
     with monkeypatch.context() as patch:
         known = {"linear_scan": dataclasses.replace(family, shapes=shapes)}
-        patch.setattr(table, "FAMILIES", known)
+        patch.setattr(table, "TABULATED", known)
         after = table.digests(["linear_scan"])
     assert {key for key in before if before[key] != after[key]} == {("linear_scan", "odd")}
     monkeypatch.setattr(table.code, "digest", lambda modules: "another")
@@ -176,7 +176,7 @@ def test_a_run_is_merged_and_does_only_what_is_not_known(tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     assert {"config", "commit", "versions", "wall_s", "cells"} <= record.keys()
     assert len(record["cells"]) == 2
-    changed = {("linear_scan", name): "changed" for name in FAMILIES["linear_scan"].shapes}
+    changed = {("linear_scan", name): "changed" for name in TABULATED["linear_scan"].shapes}
     monkeypatch.setattr(table, "digests", lambda families=(): changed)
     monkeypatch.setattr(table, "fingerprint", lambda key: "another")
     table.run(config, QUIET)

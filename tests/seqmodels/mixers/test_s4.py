@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import s4_kernel
 from seqmodels.mixers import S4Config, build, hippo
 from seqmodels.mixers.s4 import Model, convolution, recurrence, truncated
-from seqmodels.mixers.s4_kernel import s4_kernel
 from tests import tolerances
 from tests.seqmodels.mixers.oracles import assert_close, fresh, initialised
 
@@ -127,7 +127,7 @@ def test_memory_of_the_kernel_with_its_gradients():
 
     def kernel(model):
         parts = model.step, model.eigenvalues, model.p, model.b
-        return s4_kernel(*parts, truncated(model, length), length)
+        return s4_kernel(*parts, truncated(model, length), length=length)
 
     def both(model, cotangent):
         k, pullback = jax.vjp(kernel, model)

@@ -1,18 +1,17 @@
-"""The convolution kernel of S4: a diagonal plus low-rank state-space model, through its spectrum.
+"""The portable path: four Cauchy sums at the roots of unity and Woodbury's identity, by blocks.
 
-With ``A = diag(λ) - p p*``, the bilinear rule and a C that is already truncated,
-``C~ = C (I - Ā^L)``, the transform of the kernel at the L-th roots of unity is four Cauchy sums and
-Woodbury's identity: Gu, Goel & Ré, "Efficiently Modeling Long Sequences with Structured State
-Spaces", ICLR 2022, appendix C.3. On the unit circle, at the angle θ, ``2 (1 - ω) / (1 + ω)`` is
-``i s`` with a real ``s = 2 tan(θ / 2)``, so that
+On the unit circle, at the angle θ, `2 (1 - ω) / (1 + ω)` is `i s` with a real `s = 2 tan(θ / 2)`,
+so that
 
     K^(θ) = exp(iθ/2) / cos(θ/2) (r(B, C~) - r(P, C~) r(B, P*) / (1 + r(P, P*)))
     r(v, c) = Δ sum_n v_n c_n / (i s - Δ λ_n)  +  the same of the conjugates
 
-A mode resonates where s meets ``Δ Im λ``, and their difference is all that matters there: both are
+A mode resonates where s meets `Δ Im λ`, and their difference is all that matters there: both are
 held in two float32 numbers. Sums run over blocks of angles, forward and backward, and tables of
-``(H, N/2, block)`` are all that ever exists.
+`(H, N/2, block)` are all that ever exists.
 """
+
+from __future__ import annotations
 
 import functools
 from typing import NamedTuple
@@ -20,47 +19,39 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+
+from pallas_kernels.common.backend import Backend
 
 _BLOCK = 64
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def s4_kernel(
-    dt: Float[Array, " h"],
-    eigenvalues: Complex[Array, "h n"],
-    p: Complex[Array, "h n"],
-    b: Complex[Array, "h n"],
-    c: Complex[Array, "r h n"],
-    length: int,
-) -> Float[Array, "r h l"]:
-    """``K_t = 2 Re C_r Ā^t B̄`` for t below ``length``, for R directions ``(R, H, L)``.
+class Config(NamedTuple):
+    """What is static: the length L of the kernel."""
 
-    Args:
-      dt: step sizes ``(H,)``, float32.
-      eigenvalues: ``λ (H, N/2)``, one of each conjugate pair, real part < 0; complex64.
-      p: the low-rank part, ``(H, N/2)``.
-      b: the input vector, ``(H, N/2)``.
-      c: truncated, ``C (I - Ā^L)``, ``(R, H, N/2)``.
-      length: L.
+    length: int
 
-    float32; float64 (complex128) is kept. Gradients flow through all arrays.
-    """
-    step = dt[:, None]
+
+def prepare(config: Config, dt, eigenvalues, p, b, c):
+    """The arrays of `forward`, and `restore`: from the spectrum to `((R, H, L),)`."""
+    length, step = config.length, dt[:, None]
     imaginary, low = _product(step, eigenvalues.imag)
     inputs = jnp.stack([b, p], 1)  # (H, 2, N/2)
     outputs = jnp.moveaxis(jnp.concatenate([c, jnp.conj(p)[None]]), 0, 1)  # (H, R + 1, N/2)
     g = step[:, None, None].astype(b.dtype) * inputs[:, :, None] * outputs[:, None]
     weights = jnp.concatenate([g.real, g.imag], -1).reshape(dt.shape[0], -1, 2 * b.shape[1])
-    real, imag = _response(length, step * eigenvalues.real, imaginary, low, weights)
-    angle = np.pi * np.arange(length // 2 + 1) / length
-    scale = jnp.asarray(np.exp(1j * angle) / np.cos(angle), b.dtype)
-    return jnp.fft.irfft(jax.lax.complex(real, imag) * scale[None, None], length)
+
+    def restore(spectrum):
+        angle = np.pi * np.arange(length // 2 + 1) / length
+        scale = jnp.asarray(np.exp(1j * angle) / np.cos(angle), b.dtype)
+        return (jnp.fft.irfft(jax.lax.complex(*spectrum) * scale[None, None], length),)
+
+    return (step * eigenvalues.real, imaginary, low, weights), restore
 
 
 def _product(x, y):
-    """``x y`` as the nearest number and what it lacks; the derivative is that of the first."""
+    """`x y` as the nearest number and what it lacks; the derivative is that of the first."""
     high = x * y
     low = jax.lax.stop_gradient(_lacking(x, y, high))
     return high, low
@@ -81,7 +72,7 @@ def _lacking(x, y, product):
 
 
 def _nodes(length: int, dtype) -> tuple[Array, Array]:
-    """``s = 2 tan(θ / 2)`` in two parts, ``(blocks, _BLOCK)``; filled up with its last value.
+    """`s = 2 tan(θ / 2)` in two parts, `(blocks, _BLOCK)`; filled up with its last value.
 
     At θ = π it is 3e16 in double precision, and its square still a float32.
     """
@@ -92,8 +83,8 @@ def _nodes(length: int, dtype) -> tuple[Array, Array]:
 
 
 class _Table(NamedTuple):
-    """``1 / (a + i (s - w)) = near - i below`` and ``1 / (a + i (s + w)) = far - i above``: what
-    modes and their conjugates are at one block of angles, ``(H, N/2, T)``."""
+    """`1 / (a + i (s - w)) = near - i below` and `1 / (a + i (s + w)) = far - i above`: what
+    modes and their conjugates are at one block of angles, `(H, N/2, T)`."""
 
     near: Array
     below: Array
@@ -110,14 +101,14 @@ def _table(decay, imaginary, low, s, s_low) -> _Table:
 
 
 def _planes(table: _Table):
-    """What the weights ``[real, imaginary]`` multiply for both parts of the sums, ``(H, N, T)``."""
+    """What the weights `[real, imaginary]` multiply for both parts of the sums, `(H, N, T)`."""
     near, below, far, above = table
     real = jnp.concatenate([near + far, below - above], 1)
     return real, jnp.concatenate([-(below + above), near - far], 1)
 
 
 def _spectrum(real, imag):
-    """Both parts of the spectrum over its factor, ``(R, H, T)``, of sums ``(H, 2 (R + 1), T)``."""
+    """Both parts of the spectrum over its factor, `(R, H, T)`, of sums `(H, 2 (R + 1), T)`."""
     sums = jax.lax.complex(real, imag).swapaxes(0, 1)
     sums = sums.reshape(2, -1, *sums.shape[1:])
     spectrum = sums[0, :-1] - sums[1, :-1] * (sums[0, -1:] / (1 + sums[1, -1:]))
@@ -129,15 +120,15 @@ def _sums(weights, table: _Table):
 
 
 def _block(decay, imaginary, low, weights, s, s_low):
-    """Both parts of the spectrum over ``exp(iθ/2) / cos(θ/2)`` at one block of angles.
+    """Both parts of the spectrum over `exp(iθ/2) / cos(θ/2)` at one block of angles.
 
-    ``decay, imaginary, low (H, N/2)``, ``weights (H, 2 (R + 1), N)``, ``s (T,)`` -> ``(R, H, T)``.
+    `decay, imaginary, low (H, N/2)`, `weights (H, 2 (R + 1), N)`, `s (T,)` -> `(R, H, T)`.
     """
     return _spectrum(*_sums(weights, _table(decay, imaginary, low, s, s_low)))
 
 
 def _block_gradients(decay, imaginary, low, weights, s, s_low, cotangent):
-    """Gradients of ``decay``, ``imaginary`` and ``weights``; autodiff takes longer."""
+    """Gradients of `decay`, `imaginary` and `weights`; autodiff takes longer."""
     table = _table(decay, imaginary, low, s, s_low)
     dsums = jax.vjp(_spectrum, *_sums(weights, table))[1](cotangent)
     dweights = sum(
@@ -151,13 +142,14 @@ def _block_gradients(decay, imaginary, low, weights, s, s_low, cotangent):
 
 
 def _reciprocal_gradients(dreal, dimag, real, imag):
-    """Gradients of a and x in ``real - i imag = 1 / (a + i x)``."""
+    """Gradients of a and x in `real - i imag = 1 / (a + i x)`."""
     square, product = real * real - imag * imag, 2 * real * imag
     return -(dreal * square + dimag * product), dimag * square - dreal * product
 
 
-def _primal(length, decay, imaginary, low, weights):
-    """``(R, H, L // 2 + 1)``, real and imaginary part."""
+def forward(config: Config, decay, imaginary, low, weights, *, return_residuals: bool):
+    """The spectrum but for its factor, real and imaginary part, each `(R, H, L // 2 + 1)`."""
+    length = config.length
     nodes = _nodes(length, decay.dtype)
     parts = jax.lax.map(lambda s: _block(decay, imaginary, low, weights, *s), nodes)
 
@@ -165,18 +157,19 @@ def _primal(length, decay, imaginary, low, weights):
         x = jnp.moveaxis(x, 0, 2)
         return x.reshape(*x.shape[:2], -1)[..., : length // 2 + 1]
 
-    return tuple(map(joined, parts))
+    spectrum = tuple(map(joined, parts))
+    return spectrum, (decay, imaginary, low, weights) if return_residuals else None
 
 
-def _backward(length, arrays, cotangents):
-    nodes = _nodes(length, arrays[0].dtype)
+def backward(config: Config, residuals, cotangents):
+    """Gradients of `forward`'s arrays; none of `low`, a correction of `imaginary`."""
+    decay, imaginary, low, weights = residuals
+    nodes = _nodes(config.length, decay.dtype)
     count, block = nodes[0].shape
 
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, 0), (0, count * block - x.shape[2])))
         return jnp.moveaxis(x.reshape(*x.shape[:2], count, block), 2, 0)
-
-    decay, imaginary, low, weights = arrays
 
     def add(total, part):
         (s, s_low), cotangent = part
@@ -189,5 +182,18 @@ def _backward(length, arrays, cotangents):
     return ddecay, dimaginary, None, dweights
 
 
-_response = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_response.defvjp(lambda length, *x: (_primal(length, *x), x), _backward)
+def one_token(config: Config, *arrays):
+    """`2 Re C B̄`: the sums at the one root of unity, whose angle is 0; JAX differentiates it."""
+    (decay, imaginary, low, weights), _ = prepare(config, *arrays)
+    zero = jnp.zeros(1, decay.dtype)
+    real, _ = _block(decay, imaginary, low, weights, zero, zero)
+    return (real,)
+
+
+BACKEND = Backend(forward, backward, prepare)
+NO_KERNEL = Backend(
+    forward,
+    backward,
+    prepare,
+    unsupported=lambda *_: "it has no Pallas kernel: parameters are few, and a row is long",
+)

@@ -1,21 +1,18 @@
-"""A diagonal recurrence between two projections, both ways, in blocks of time.
+"""Both directions in blocks of time whose states stay in the cache of a CPU.
 
-    h_t = a h_{t-1} + W u_t,   g_t = a g_{t+1} + W u_t,   y_t = Re(C1 h_t + C2 g_t)
-
-Each direction is taken through blocks of time whose states stay in the cache of a CPU: project a
-block, scan it, read it out. The backward pass keeps the states between blocks and does the rest
-again.
+Project a block, scan it, read it out. The backward pass keeps the states between blocks and does
+the rest again.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat
+from pallas_kernels.common.backend import Backend
 
 # Tokens a block, of all rows together; measured on x86 with 2 cores, at 128 channels and 128
 # states.
@@ -24,15 +21,18 @@ _ROWS = 1024
 _dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
 
 
-def scan_blocks(u, decay, input_projection, output_projection):
-    """``y (B, L, H)`` of rows of one document; arguments as in ``mixers.mimo_scan``."""
+def prepare(config: None, u, decay, input_projection, output_projection, segment_index):
+    """The arrays of `forward`, and `restore`: `(T, B, H)` blocks to `((B, L, H),)`."""
+    assert segment_index is None, "blocks take one document a row"
     batch, length, width = u.shape
     steps = min(length, max(64, _ROWS // batch))
     x = jnp.moveaxis(jnp.pad(u, ((0, 0), (0, -length % steps), (0, 0))), 1, 0)
     x = x.reshape(-1, steps, batch, width)
-    arrays = (x, decay.real, decay.imag, input_projection, *jnp.split(output_projection, 2))
-    y = _two_ways(*compat.match_vma(*arrays))
-    return jnp.moveaxis(y.reshape(-1, batch, width), 0, 1)[:, :length]
+
+    def restore(y):
+        return (jnp.moveaxis(y.reshape(-1, batch, width), 0, 1)[:, :length],)
+
+    return (x, decay.real, decay.imag, input_projection, *jnp.split(output_projection, 2)), restore
 
 
 # Time is first: a block is (T, B, H), and (T, B, 2P) before it is split into real and imaginary
@@ -47,7 +47,7 @@ def _loop(body, carry, inputs, *, reverse: bool):
 
 
 def _scan(flow, state, decay, *, reverse: bool):
-    """`(state after the last step, states)` of ``s_t = decay s_{t-1} + flow_t``."""
+    """`(state after the last step, states)` of `s_t = decay s_{t-1} + flow_t`."""
     re, im = decay
 
     def step(state, x):
@@ -59,7 +59,7 @@ def _scan(flow, state, decay, *, reverse: bool):
 
 
 def _parts(x):
-    """``(T, B, 2P)`` -> ``(T, B, 2, P)``."""
+    """`(T, B, 2P)` -> `(T, B, 2, P)`."""
     return x.reshape(*x.shape[:-1], 2, -1)
 
 
@@ -73,7 +73,9 @@ def _read(states, projection):
     return sum(_dot(z, c) for z, c in zip(states, jnp.split(projection, 2), strict=True))
 
 
-def _forward(x, re, im, into, left, right):
+def forward(config: None, x, re, im, into, left, right, *, return_residuals: bool):
+    """`y (blocks, T, B, H)`, and the states that enter the blocks of each direction."""
+
     def one_way(projection, reverse):
         def block(state, x):
             after, states = _scan(_dot(x, into), state, (re, im), reverse=reverse)
@@ -82,12 +84,12 @@ def _forward(x, re, im, into, left, right):
         return _loop(block, _zeros(x, re), x, reverse=reverse)[1]
 
     (y, entering), (z, returning) = one_way(left, False), one_way(right, True)
-    return y + z, (x, re, im, into, left, right, entering, returning)
+    return y + z, (x, re, im, into, left, right, entering, returning) if return_residuals else None
 
 
-def _backward(residuals: Any, dy):
+def backward(config: None, residuals, dy):
     """The way from the right first. What flows into its states, and what does into those of the
-    other way, then go into the products for ``x`` and ``into`` as one sum."""
+    other way, then go into the products for `x` and `into` as one sum."""
     x, re, im, into, left, right, entering, returning = residuals
     start = (_zeros(x, re), _zeros(x, re)), jnp.zeros_like(left)
 
@@ -118,10 +120,10 @@ def _backward(residuals: Any, dy):
 
 
 def _scan_back(dstates, states, behind, conjugate, *, reverse: bool):
-    """Gradients of what flows into a block, ``d_t = conj(a) d_{t+1} + dstates_t``.
+    """Gradients of what flows into a block, `d_t = conj(a) d_{t+1} + dstates_t`.
 
     Of `behind`, and of what is returned in its place for the block before, the first is the last
-    ``d``, the second the sum of ``conj(states_t) d_{t+1}`` so far, the gradient of the decay.
+    `d`, the second the sum of `conj(states_t) d_{t+1}` so far, the gradient of the decay.
     """
     re, im = conjugate
 
@@ -136,13 +138,8 @@ def _scan_back(dstates, states, behind, conjugate, *, reverse: bool):
 
 
 def _outer(x, y):
-    """``x^T y`` over all tokens."""
+    """`x^T y` over all tokens."""
     return _dot(x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]))
 
 
-@jax.custom_vjp
-def _two_ways(x, re, im, into, left, right):
-    return _forward(x, re, im, into, left, right)[0]
-
-
-_two_ways.defvjp(_forward, _backward)
+BACKEND = Backend(forward, backward, prepare)

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import long_conv
+from pallas_kernels import long_conv, s4_kernel
 from pallas_kernels.tools import testing
 from seqmodels.mixers import hippo
-from seqmodels.mixers.s4_kernel import s4_kernel
 
 
 def legs(size, steps, directions=1, seed=0):
@@ -75,7 +74,7 @@ def test_convolution_equals_recurrence_at_sixteen_thousand_tokens(dt):
     step, values, p, b, c = legs(64, [dt])
     a, b_bar = discrete(step[0], values[0], p[0], b[0])
     cut = truncated(c[0, 0], a, length).astype(np.complex64)[None, None]
-    kernel = jax.jit(s4_kernel, static_argnums=5)(step, values, p, b, cut, length)
+    kernel = jax.jit(functools.partial(s4_kernel, length=length))(step, values, p, b, cut)
     u = np.random.default_rng(1).standard_normal(length).astype(np.float32)
     c_row, x, z, y, k = row(c[0, 0]), np.zeros(64), b_bar, [], []
     for token in u:
@@ -93,7 +92,7 @@ def test_any_length_and_two_directions(length):
     step, values, p, b, c = legs(8, [0.02, 0.3], directions=2)
     systems = [discrete(step[h], values[h], p[h], b[h]) for h in range(2)]
     cut = np.stack([[truncated(c[r, h], systems[h][0], length) for h in range(2)] for r in (0, 1)])
-    kernel = s4_kernel(step, values, p, b, jnp.asarray(cut, jnp.complex64), length)
+    kernel = s4_kernel(step, values, p, b, jnp.asarray(cut, jnp.complex64), length=length)
     powers = [[np.linalg.matrix_power(a, t) @ b for t in range(length)] for a, b in systems]
     wanted = np.einsum(
         "rhn,hln->rhl", [[row(c[r, h]) for h in range(2)] for r in (0, 1)], np.array(powers)
@@ -131,6 +130,40 @@ def test_gradients_in_single_precision():
     testing.assert_close(actual, wanted, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("length", [2, 40])
+def test_the_spectrum_is_that_of_the_recurrence_in_double_precision(length):
+    """The reference, whose dense matrices go token by token, and all gradients."""
+    with jax.enable_x64(True):
+        step, *others = legs(6, [0.05, 0.3], directions=2)
+        args = (jnp.asarray(step, "float64"), *(jnp.asarray(x, "complex128") for x in others))
+        cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, length)))
+        portable, reference = (
+            functools.partial(s4_kernel, length=length, implementation=name)
+            for name in ("xla", "reference")
+        )
+        actual = testing.value_and_gradients(portable, *args, cotangents=cotangent)
+        wanted = testing.value_and_gradients(reference, *args, cotangents=cotangent)
+        testing.assert_close(actual, wanted, testing.FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dt": jnp.ones((2, 1))}, r"dt must be \(H,\), got shape \(2, 1\)"),
+        ({"eigenvalues": jnp.ones((3, 4), "complex64")}, r"eigenvalues must be .* = \(2, 'any'\)"),
+        ({"p": jnp.ones((2, 3), "complex64")}, r"p must be .* = \(2, 4\), got shape \(2, 3\)"),
+        ({"c": jnp.ones((2, 4), "complex64")}, r"c must be \(R, H, N/2\)"),
+        ({"b": jnp.ones((2, 4))}, "b must be complex64 since dt is float32, got float32"),
+        ({"length": 0}, "length=0 must be a whole number of at least 1"),
+    ],
+)
+def test_bad_input_is_named(changed, message):
+    names = ("dt", "eigenvalues", "p", "b", "c")
+    arguments = dict(zip(names, legs(8, [0.02, 0.3]), strict=True)) | {"length": 5}
+    with pytest.raises(ValueError, match=message):
+        s4_kernel(**(arguments | changed))
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_nothing_of_width_states_and_length_exists(backward):
     """A Cauchy matrix at this size would have 537 MB."""
@@ -140,7 +173,7 @@ def test_nothing_of_width_states_and_length_exists(backward):
     steps = jax.ShapeDtypeStruct((width,), jnp.float32)
 
     def kernel(*args):
-        return s4_kernel(*args, length)
+        return s4_kernel(*args, length=length)
 
     def both(cotangent, *args):
         k, pullback = jax.vjp(kernel, *args)
