@@ -31,6 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import compat
 from pallas_kernels.matrix_state import masks
 from pallas_kernels.matrix_state import tile as attention
 from pallas_kernels.matrix_state.config import Config
@@ -335,5 +336,6 @@ def summary(run, config: Config, q, k, v, beta, log_decay, initial_state, segmen
     unit = jnp.eye(key_size, dtype=state.dtype)
     unit = jnp.broadcast_to(unit, (batch, heads, key_size, key_size))
     nothing = jnp.zeros((*v.shape[:3], key_size), v.dtype)
+    unit, nothing, _ = compat.match_vma(unit, nothing, state)
     _, decay = run(config, q, k, nothing, beta, log_decay, unit, segment_index)
     return decay, state
