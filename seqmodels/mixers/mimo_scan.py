@@ -48,7 +48,9 @@ def bidirectional_mimo_scan(
     else:
         u, segments = mask_padding(u, segments), None
         values = symbolic.known(u.shape[0] * u.shape[1] * decay.size, 0)
-        if values < _LARGE:
+        if ops.splits(u.shape[1]):
+            unsupported["blocks"] = "they take whole rows"
+        elif values < _LARGE:
             unsupported["blocks"] = f"there are {values} state values, they pay from {_LARGE} on"
     return dispatch.choose(
         "bidirectional_mimo_scan",

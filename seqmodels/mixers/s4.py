@@ -71,6 +71,7 @@ class S4(SISOMixer[S4Config]):
     ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
         model = self._model()
         if initial_state is not None or (self.stateful and u.shape[1] == 1):
+            ops.require_whole_rows("s4 that continues a state", u.shape[1])
             return recurrence(model, u, segments, initial_state)
         final = recurrence(model, u, segments, None)[1] if self.stateful else None
         return convolution(model, u), final
