@@ -92,7 +92,7 @@ def run(name, mesh=None):
     ("name", "shards"),
     one_of_many(
         [(name, shards) for name in SERVED for shards in (2, 3, 8)],
-        [("mamba2", 3), ("gated_deltanet", 8), ("rat", 3)],
+        [("gla", 3), ("sliding_window", 8), ("rat", 3)],
     ),
 )
 def test_a_split_length_changes_nothing(name, shards):
@@ -166,3 +166,29 @@ def test_training_steps_are_those_of_one_device():
 
     one = steps(make_mesh(devices=jax.devices()[:1]))
     testing.assert_close(steps(make_mesh(2, seq=4)), one, 1e-5)
+
+
+@pytest.mark.parametrize("name", one_of_many(["rat", "scout", "s5", "gated_deltanet", "s4d"], []))
+def test_a_state_goes_on_over_a_split_length(name):
+    """Two calls, of which the second begins inside documents: outputs and states of one device."""
+    config = CASES[name]
+    backbone = Backbone(BackboneConfig(layout=(config.mixer,), mixers=(config,), width=WIDTH))
+    x = np.random.default_rng(0).standard_normal((4, LENGTH, WIDTH)).astype(np.float32)
+    ids = np.maximum(batch()["segment_ids"], 1)  # no padding: every document may go on
+    params = backbone.init(jax.random.key(1), jnp.zeros((1, 8, WIDTH)))
+
+    def run(params, x, ids):
+        state = backbone.initial_state(4, max_length=2 * LENGTH, dtype=jnp.float32)
+        outputs = []
+        for _ in range(2):
+            segments = Segments.from_ids(ids)
+            y, state = backbone.apply(params, x, segments=segments, state=state)
+            outputs.append(y)
+            ids = jnp.broadcast_to(ids[:, -1:], ids.shape)
+        return outputs, state
+
+    expected = jax.jit(run)(params, x, ids)
+    mesh = make_mesh(2, seq=3, devices=jax.devices()[:6])
+    tokens = jax.device_put((x, ids), token_sharding(mesh))
+    actual = jax.jit(on_mesh(run, mesh))(jax.device_put(params, replicated(mesh)), *tokens)
+    testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
