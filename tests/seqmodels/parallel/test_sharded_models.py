@@ -114,7 +114,7 @@ def test_a_split_length_changes_nothing_of_a_bidirectional_mixer(name, shards):
     rng = np.random.default_rng(0)
     ids = batch()["segment_ids"]
     if not config.supports_packing:
-        ids = (Segments.from_ids(ids).positions == np.arange(LENGTH)) & (ids != 0)
+        ids = (np.asarray(Segments.from_ids(ids).positions) == np.arange(LENGTH)) & (ids != 0)
         ids = np.asarray(ids, np.int32)
     x, cotangent = rng.standard_normal((2, *ids.shape, WIDTH)).astype(np.float32)
     params = backbone.init(jax.random.key(1), jnp.zeros((1, 8, WIDTH)))
