@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from experiments import terminal
 from experiments.command_line import UsageError
 from seqmodels import ranges
 from seqmodels.config import from_dict, to_dict
-from seqmodels.parallel.mesh import make_mesh
+from seqmodels.parallel.mesh import MESH_AXES, make_mesh
 from seqmodels.ranges import Checked
 from seqmodels.training.checkpoint import Checkpoints, differences
 from seqmodels.training.config import TrainConfig
@@ -28,6 +31,47 @@ from seqmodels.training.task import Task
 def absolute(path: Path | str | None) -> str | None:
     """The path from the root, with ~ resolved; None stays None."""
     return None if path is None else os.path.abspath(Path(path).expanduser())
+
+
+def mesh_sizes(text: str | None) -> dict[str, int]:
+    """``data=2,seq=4`` as sizes by axis; none for None.
+
+    Raises:
+      UsageError: no such axis, one twice, or a size that is no whole number.
+    """
+    sizes: dict[str, int] = {}
+    for part in [] if text is None else text.split(","):
+        axis, equals, size = part.strip().partition("=")
+        if axis not in MESH_AXES or not equals or axis in sizes or not size.lstrip("-").isdecimal():
+            raise UsageError(
+                f"--mesh {text!r} must give each axis one size, e.g. data=2,seq=4; the axes are "
+                f"{', '.join(MESH_AXES)}"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def mesh_of(text: str | None) -> Mesh:
+    """The mesh of ``--mesh``: of the devices that it has, by default the first alone.
+
+    Raises:
+      UsageError, ValueError: it cannot be read, or there are not so many devices.
+    """
+    given = mesh_sizes(text)
+    sizes = [given.get(axis, 1) for axis in MESH_AXES]
+    devices = jax.devices()
+    if given.get("data") != -1:
+        devices = devices[: max(1, math.prod(sizes))]
+    return make_mesh(*sizes, devices=devices)
+
+
+def say_padding(lengths: Sequence[int], seq: int) -> None:
+    """Tells of rows that get more padding, so that their length divides over the mesh."""
+    for length in lengths:
+        if missing := -length % seq:
+            terminal.say(
+                f"rows of {length} tokens are padded to {length + missing}, a multiple of seq={seq}"
+            )
 
 
 def unescaped(text: str) -> str:

@@ -1,54 +1,24 @@
 """The ops that mixers and layers call: those of ``pallas_kernels``, on a mesh, for ``Segments``.
 
 Shapes, dtypes and errors are those of the op of the same name in ``pallas_kernels``; ``segments``
-stands in place of its segment ids. On a mesh every device of the data axis works on its own rows.
-The compiler partitions XLA programs by itself, but not Pallas kernels: a kernel has to stand inside
-`jax.shard_map`, and this module is where that is done.
+stands in place of its segment ids. On a mesh every device works on its own rows, and on its part of
+their length, see ``seqmodels.parallel.shards``; this is the one place where mixers meet the mesh.
 """
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Complex, Float, Inexact, Int
+from jaxtyping import Array, Complex, Float, Inexact, Int, Shaped
 
 import pallas_kernels as kernels
 from pallas_kernels.checkpoint_attention import Cache
 from pallas_kernels.common.dispatch import Implementation
 from seqmodels.layers.attention import SPLASH_FROM, attend
+from seqmodels.parallel import shards, summaries
 from seqmodels.segments import Segments, index_of, mask_padding
-
-
-def shard_over_data(
-    op: Callable[..., Any],
-    replicated: Mapping[str, Any],
-    sharded: Mapping[str, Any],
-    *,
-    check_vma: bool = True,
-) -> Any:
-    """``op(**replicated, **sharded)``, rows split over the data axis of the current mesh, if any.
-
-    Args:
-      op: takes arrays by name and returns arrays whose axis 0 is the batch.
-      replicated: arguments that every device has in full; their gradients are summed over devices.
-      sharded: arguments ``(B, ...)``, or None.
-      check_vma: as in `jax.shard_map`; False for kernels that do not know of it, where nothing may
-        be replicated.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get("data", 1) == 1:
-        return op(**replicated, **sharded)
-    rows = PartitionSpec("data")
-    return jax.shard_map(
-        lambda replicated, sharded: op(**replicated, **sharded),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), rows),
-        out_specs=rows,
-        check_vma=check_vma,
-    )(dict(replicated), dict(sharded))
 
 
 def linear_scan(
@@ -61,11 +31,19 @@ def linear_scan(
     implementation: Implementation = None,
 ) -> tuple[Inexact[Array, "b l d"], Inexact[Array, "b d"]]:
     """``h_t = a_t h_{t-1} + b_t``, and the last ``h``; ``a`` is ``(B, L, D)`` or ``(D,)``."""
-    op = functools.partial(kernels.linear_scan, reverse=reverse, implementation=implementation)
-    sharded = {"b": b, "initial_state": initial_state, "segment_ids": index_of(segments)}
-    if a.ndim == 1:
-        return shard_over_data(op, {"a": a}, sharded)
-    return shard_over_data(op, {}, {"a": a, **sharded})
+    options: dict[str, Any] = {"reverse": reverse, "implementation": implementation}
+    constant = {"a": a} if a.ndim == 1 else {}
+    op = functools.partial(kernels.linear_scan, **options)
+    return shards.recurrence(
+        "linear_scan",
+        op,
+        shards.twice(op, functools.partial(summaries.linear_scan, **options)),
+        constant,
+        {"b": b} if constant else {"a": a, "b": b},
+        initial_state,
+        segments,
+        reverse=reverse,
+    )
 
 
 def selective_scan(
@@ -84,20 +62,20 @@ def selective_scan(
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """Mamba's state-space model: outputs and the last state."""
-    return shard_over_data(
-        functools.partial(
-            kernels.selective_scan, dt_softplus=dt_softplus, implementation=implementation
-        ),
+    options: dict[str, Any] = {"dt_softplus": dt_softplus, "implementation": implementation}
+    op = functools.partial(kernels.selective_scan, **options)
+
+    def summary(*, D: Any, gate: Any, **arrays: Any) -> tuple[Array, Array]:
+        return summaries.selective_scan(**arrays, **options)
+
+    return shards.recurrence(
+        "selective_scan",
+        op,
+        shards.twice(op, summary),
         {"A": A, "D": D, "dt_bias": dt_bias},
-        {
-            "x": x,
-            "dt": dt,
-            "B": B,
-            "C": C,
-            "gate": gate,
-            "initial_state": initial_state,
-            "segment_ids": index_of(segments),
-        },
+        {"x": x, "dt": dt, "B": B, "C": C, "gate": gate},
+        initial_state,
+        segments,
     )
 
 
@@ -112,11 +90,43 @@ def diagonal_ssm(
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
     """A diagonal state-space model for each channel (S4D): outputs and the last state."""
-    return shard_over_data(
-        functools.partial(kernels.diagonal_ssm, reverse=reverse, implementation=implementation),
+    options: dict[str, Any] = {"reverse": reverse, "implementation": implementation}
+    op = functools.partial(kernels.diagonal_ssm, **options)
+    return shards.recurrence(
+        "diagonal_ssm",
+        op,
+        shards.twice(op, functools.partial(summaries.diagonal_ssm, **options)),
         {"log_a": log_a, "c": c},
-        {"u": u, "initial_state": initial_state, "segment_ids": index_of(segments)},
+        {"u": u},
+        initial_state,
+        segments,
+        reverse=reverse,
     )
+
+
+def flip(x: Shaped[Array, "b l *d"], segments: Segments | None) -> Shaped[Array, "b l *d"]:
+    """Each row's real tokens in reverse order; padding stays at the end.
+
+    Raises:
+      ValueError: the length is split over devices, all of which would have to send all they have.
+    """
+    return shards.over_whole_rows(
+        "flip, of a bidirectional mixer of two,",
+        kernels.segments.flip,
+        {},
+        {"x": x, "segment_index": index_of(segments)},
+        x.shape[1],
+    )
+
+
+def require_whole_rows(what: str, length: int) -> None:
+    """Raises ValueError where the current mesh splits rows of so many tokens."""
+    shards.require_whole_rows(what, length)
+
+
+def splits(length: int) -> bool:
+    """Whether the current mesh splits rows of so many tokens."""
+    return shards.shards_of(length) > 1
 
 
 def long_conv(
@@ -127,10 +137,10 @@ def long_conv(
     implementation: Implementation = None,
 ) -> Float[Array, "b l h"]:
     """A convolution of every channel with a filter as long as the row; a row is one document."""
-    return shard_over_data(
+    return shards.channels(
         functools.partial(kernels.long_conv, implementation=implementation),
         {"kernel": kernel, "kernel_reverse": kernel_reverse},
-        {"u": u},
+        u,
     )
 
 
@@ -145,12 +155,15 @@ def causal_conv1d(
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b v d"]]:
     """The short depthwise convolution: outputs and the window after the last real token."""
-    return shard_over_data(
+    return shards.convolution(
         functools.partial(
             kernels.causal_conv1d, activation=activation, implementation=implementation
         ),
         {"weight": weight, "bias": bias},
-        {"x": x, "initial_state": initial_state, "segment_ids": index_of(segments)},
+        x,
+        initial_state,
+        segments,
+        width=weight.shape[0] - 1,
     )
 
 
@@ -163,23 +176,38 @@ def linear_attention(
     scale: float | None = None,
     initial_state: Float[Array, "b h k v"] | None = None,
     segments: Segments | None = None,
+    reverse: bool = False,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b l h v"], Float[Array, "b h k v"]]:
     """``S_t = diag(exp g_t) S_{t-1} + k_t v_t^T``, ``o_t = scale S_t^T q_t``: outputs, the last S.
 
-    ``log_decay`` g is None, ``(H,)``, ``(B, L, H)`` or ``(B, L, H, K)``.
+    ``log_decay`` g is None, ``(H,)``, ``(B, L, H)`` or ``(B, L, H, K)``. ``reverse`` is as
+    ``linear_scan`` has it.
     """
-    op = functools.partial(kernels.linear_attention, scale=scale, implementation=implementation)
-    sharded = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "initial_state": initial_state,
-        "segment_ids": index_of(segments),
-    }
-    if log_decay is not None and log_decay.ndim == 1:
-        return shard_over_data(op, {"log_decay": log_decay}, sharded)
-    return shard_over_data(op, {}, {"log_decay": log_decay, **sharded})
+    constant = log_decay is not None and log_decay.ndim == 1
+    decay = {"log_decay": log_decay}
+    op: Any = functools.partial(
+        kernels.linear_attention, scale=scale, implementation=implementation
+    )
+
+    def left(state: Array, *, q: Array, k: Array, **arrays: Any) -> Array:
+        return summaries.decay_of_linear_attention(state, **arrays)
+
+    def read(*, k: Array, v: Array, **arrays: Any) -> Array:
+        return summaries.entering(**arrays, scale=scale)
+
+    if reverse:
+        op, read = shards.backwards(op), shards.backwards(read)
+    return shards.recurrence(
+        "linear_attention",
+        op,
+        shards.once(op, left, read),
+        decay if constant else {},
+        {"q": q, "k": k, "v": v} | ({} if constant else decay),
+        initial_state,
+        segments,
+        reverse=reverse,
+    )
 
 
 def delta_rule(
@@ -196,18 +224,17 @@ def delta_rule(
 ) -> tuple[Float[Array, "b l h v"], Float[Array, "b h k v"]]:
     """``S' = diag(exp g_t) S_{t-1}``, ``S_t = S' + beta_t k_t (v_t - S'^T k_t)^T``,
     ``o_t = scale S_t^T q_t``: outputs and the last S."""
-    return shard_over_data(
-        functools.partial(kernels.delta_rule, scale=scale, implementation=implementation),
+    op = functools.partial(kernels.delta_rule, scale=scale, implementation=implementation)
+    summary = functools.partial(summaries.delta_rule, implementation=implementation)
+    return shards.recurrence(
+        "delta_rule",
+        op,
+        shards.twice(op, summary),
         {},
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "beta": beta,
-            "log_decay": log_decay,
-            "initial_state": initial_state,
-            "segment_ids": index_of(segments),
-        },
+        {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay},
+        initial_state,
+        segments,
+        matrix=True,
     )
 
 
@@ -227,12 +254,14 @@ def checkpoint_attention(
     """
     past: dict[str, Any] = {} if cache is None else cache.past(interval)
     past |= {name: past[name].astype(q.dtype) for name in ("past_k", "past_v") if past}
-    return shard_over_data(
+    return shards.checkpoint_attention(
         functools.partial(
             kernels.checkpoint_attention, interval=interval, implementation=implementation
         ),
-        {},
-        {"q": q, "k": k, "v": v, "segment_ids": index_of(segments), **past},
+        {"q": q, "k": k, "v": v},
+        past,
+        segments,
+        interval=interval,
     )
 
 
@@ -266,9 +295,9 @@ def attention(
 ) -> Float[Array, "b l h k"]:
     """``layers.attention.attend``. Keys of a cache have documents of their own: hence the arrays
     ``q_segments`` and ``k_segments``, ``index_of(segments)`` where keys are the queries' tokens."""
-    return shard_over_data(
-        functools.partial(attend, causal=causal, window=window, sinks=sinks, scale=scale),
-        {},
+    options: dict[str, Any] = {"causal": causal, "window": window, "sinks": sinks, "scale": scale}
+    return shards.attention(
+        functools.partial(attend, **options),
         {
             "q": q,
             "k": k,
@@ -277,6 +306,7 @@ def attention(
             "k_segments": k_segments,
             "k_positions": k_positions,
         },
+        options,
         check_vma=q.shape[1] < SPLASH_FROM,  # splash does not know of it
     )
 
@@ -293,11 +323,13 @@ def bidirectional_mimo_scan(
     """A diagonal recurrence between two projections, both ways (S5, LRU).
 
     Rows of one document (``segments.single``) need no resets: what the recurrences do on padding is
-    then unspecified, which mixers mask.
+    then unspecified, which mixers mask. Where the length is split, each way exchanges its states.
     """
     if segments is not None and segments.single:
         u, segments = mask_padding(u, segments), None
-    return shard_over_data(
+    if shards.shards_of(u.shape[1]) > 1:
+        return _two_scans(u, decay, input_projection, output_projection, segments)
+    return shards.over_rows(
         functools.partial(kernels.bidirectional_mimo_scan, implementation=implementation),
         {
             "decay": decay,
@@ -306,6 +338,20 @@ def bidirectional_mimo_scan(
         },
         {"u": u, "segment_ids": index_of(segments)},
     )
+
+
+def _two_scans(
+    u: Float[Array, "b l h"],
+    decay: Complex[Array, " p"],
+    input_projection: Float[Array, "h q"],
+    output_projection: Float[Array, "2*q h"],
+    segments: Segments | None,
+) -> Float[Array, "b l h"]:
+    dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    drive = jax.lax.complex(*jnp.split(dot(u, input_projection), 2, axis=-1))
+    ways = (linear_scan(decay, drive, segments=segments, reverse=r)[0] for r in (False, True))
+    planes = [z for h in ways for z in (h.real, h.imag)]
+    return dot(jnp.concatenate(planes, axis=-1), output_projection)
 
 
 s4_kernel = kernels.s4_kernel  # of parameters alone: there are no rows to split

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Inexact, Int, Shaped
 
 from pallas_kernels.common import segments as segment_ops
 from seqmodels.arguments import segment_order
+from seqmodels.parallel import shards
+from seqmodels.parallel.mesh import shards_of
 
 
 @flax.struct.dataclass
@@ -39,8 +41,12 @@ class Segments:
         """
         segment_order(ids, single)
         ids = jnp.asarray(ids, jnp.int32)
-        index = segment_ops.index(ids)
-        return cls(ids=ids, index=index, positions=segment_ops.positions(index), single=single)
+        if shards_of(ids.shape[1]) > 1:
+            index, positions = shards.documents(ids)
+        else:
+            index = segment_ops.index(ids)
+            positions = segment_ops.positions(index)
+        return cls(ids=ids, index=index, positions=positions, single=single)
 
     @property
     def mask(self) -> Bool[Array, "b l"]:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from experiments import terminal
 from experiments.command_line import run_command
 from experiments.lm.run import Trained, bits_per_byte, load_trained
+from experiments.run import mesh_of, say_padding
 from seqmodels.data import text
 from seqmodels.models import param_labels
-from seqmodels.parallel.mesh import make_mesh
+from seqmodels.parallel.mesh import replicated
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.evaluation import evaluate
 from seqmodels.training.language import growing_mixers, language
@@ -43,6 +44,9 @@ class Arguments(Checked):
     """Tokens read at a time where states are carried."""
     batch_size: Size = 8
     """Windows read at a time."""
+    mesh: str | None = None
+    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
+    row over seq; default: one device."""
     average: bool = True
     """Take the average of the parameters, if the run has one."""
     progress: bool = True
@@ -65,22 +69,26 @@ def evaluate_text(trained: Trained, data: text.Text, arguments: Arguments) -> di
     if context is None and growing_mixers(trained.model):
         context = trained.config.data.length
     carried = context is None
+    length = context or min(arguments.chunk, data.predictions)
     batches = text.eval_batches(
         data,
-        length=context or min(arguments.chunk, data.predictions),
+        length=length,
         batch_size=1 if carried else arguments.batch_size,
         streams=carried,
     )
+    mesh = mesh_of(arguments.mesh)
+    say_padding([length], mesh.shape["seq"])
     task = language(
         trained.model,
         lambda params: param_labels(trained.config.model, params),
-        packed=data.documents > 1,
+        # Segments tell padding from the text, of which a state has to know.
+        packed=data.documents > 1 or (carried and mesh.shape["seq"] > 1),
         carry_state=carried,
     )
-    mesh = make_mesh(devices=jax.devices()[:1])
+    variables = jax.device_put(trained.variables, replicated(mesh))
     start = time.perf_counter()
     with tqdm(batches, unit="batch", disable=not arguments.progress, dynamic_ncols=True) as bar:
-        result = evaluate(make_eval_step(task, mesh), trained.variables, bar, mesh, task.start)
+        result = evaluate(make_eval_step(task, mesh), variables, bar, mesh, task.start)
     return {
         "bits_per_byte": bits_per_byte(result.loss, data),
         "loss": result.loss,

@@ -18,13 +18,15 @@ from typing import Annotated
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from experiments.command_line import UsageError, run_command
 from experiments.lm.run import Trained, load_trained
-from experiments.run import unescaped
+from experiments.run import mesh_of, unescaped
 from seqmodels.arguments import SEED, integer
 from seqmodels.data import text
 from seqmodels.generation import Sampling, Stream, decode, feed, start
+from seqmodels.parallel.mesh import replicated
 from seqmodels.ranges import Checked, Seed, Size
 from seqmodels.training.language import growing_mixers
 
@@ -57,6 +59,8 @@ class Arguments(Checked):
     """Seed of the draws, from 0 to 2**32 - 1."""
     max_length: Size | None = None
     """Room for prompt and text in caches that grow (attention); default: as much as is needed."""
+    mesh: str | None = None
+    """Devices by axis, e.g. seq=4: the prompt is read in shards; default: one device."""
     average: bool = True
     """Take the average of the parameters, if the run has one."""
     traceback: bool = False
@@ -71,6 +75,7 @@ def continuation(
     sampling: Sampling,
     seed: int = 0,
     max_length: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[bytes]:
     """The bytes that follow, some at a time.
 
@@ -81,10 +86,11 @@ def continuation(
       sampling: how bytes are drawn; its stop tokens are not used.
       seed: of the draws.
       max_length: tokens that caches which grow have room for, the document's start included.
+      mesh: default: of the first device.
 
     Raises:
-      ValueError: ``length`` is not positive, the seed is out of its range, or the cache is too
-        small.
+      ValueError: ``length`` is not positive, the seed is out of its range, the cache is too small,
+        or the mesh splits a prompt that goes into a cache, or rows, of which there is one.
     """
     length, seed = integer("length", length, 1), integer("seed", seed, 0, SEED)
     tokens = [text.BOUNDARY, *prompt]
@@ -95,33 +101,43 @@ def continuation(
             f"for the prompt's {len(prompt)} bytes, one token for its start and length={length} "
             f"more; use max_length={len(tokens) + length} or more, or a shorter prompt or length"
         )
-    stream = _read(trained, tokens, len(tokens) + length + BLOCK)
+    mesh = mesh_of(None) if mesh is None else mesh
+    if mesh.shape["data"] > 1:
+        raise ValueError(f"mesh axis data={mesh.shape['data']} must be 1: there is one row")
+    trained = dataclasses.replace(
+        trained, variables=jax.device_put(trained.variables, replicated(mesh))
+    )
+    stream = _read(trained, tokens, len(tokens) + length + BLOCK, mesh)
     ending = dataclasses.replace(sampling, stop_tokens=(text.BOUNDARY,))
     key = jax.random.key(seed)
     for at in range(0, length, BLOCK):
-        new, count, stream = decode(
-            trained.model,
-            trained.variables,
-            stream,
-            jax.random.fold_in(key, at),
-            max_new_tokens=BLOCK,
-            sampling=ending,
-        )
+        with jax.set_mesh(mesh):
+            new, count, stream = decode(
+                trained.model,
+                trained.variables,
+                stream,
+                jax.random.fold_in(key, at),
+                max_new_tokens=BLOCK,
+                sampling=ending,
+            )
         block = np.asarray(new)[0, : int(count[0])].tolist()
         yield text.decode(block[: length - at])
         if block[-1] == text.BOUNDARY:
             return
 
 
-def _read(trained: Trained, tokens: list[int], room: int) -> Stream:
+def _read(trained: Trained, tokens: list[int], room: int, mesh: Mesh) -> Stream:
     """The stream after the prompt, read in chunks; few different sizes are compiled."""
     stream = start(trained.model, 1, max_length=room, dtype=trained.config.model.dtype)
+    shards = mesh.shape["seq"]
     chunk = min(CHUNK, 1 << (len(tokens) - 1).bit_length())
+    chunk = -(-chunk // shards) * shards
     for at in range(0, len(tokens), chunk):
         part = tokens[at : at + chunk]
         padded, ids = (np.zeros((1, chunk), np.int32) for _ in range(2))
         padded[0, : len(part)], ids[0, : len(part)] = part, 1
-        stream = feed(trained.model, trained.variables, stream, padded, ids)
+        with jax.set_mesh(mesh):
+            stream = feed(trained.model, trained.variables, stream, padded, ids)
     return stream
 
 
@@ -155,6 +171,7 @@ def generate(arguments: Arguments) -> None:
         sampling=sampling,
         seed=arguments.seed,
         max_length=arguments.max_length,
+        mesh=mesh_of(arguments.mesh),
     )
     stops = [_encoded(unescaped(stop)) for stop in arguments.stop]
     # A character may be cut in two by a piece's end, and a young model makes bytes that are none.

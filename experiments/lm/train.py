@@ -36,8 +36,10 @@ from experiments.run import (
     Locations,
     absolute,
     history,
+    mesh_sizes,
     require_names,
     result_path,
+    say_padding,
     selection,
     unescaped,
     validation,
@@ -79,6 +81,9 @@ class Arguments(Checked):
     """Number of steps, instead of the preset's; the schedule follows."""
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and evaluate what there is."""
+    mesh: str | None = None
+    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
+    row over seq; default: all devices are data."""
     resume: bool = False
     """Continue the run in --run-dir; everything else comes from there."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
@@ -100,6 +105,7 @@ def options_of(arguments: Arguments) -> list[str]:
         "train.steps": arguments.steps,
         "train.max_minutes": arguments.max_minutes,
     }
+    given |= {f"train.mesh.{axis}": n for axis, n in mesh_sizes(arguments.mesh).items()}
     options = [f"--{path}={value}" for path, value in given.items() if value is not None]
     return [*options, *["--help"] * arguments.help_fields]
 
@@ -145,6 +151,7 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     run = open_run(run_dir, to_dict(config), resume=arguments.resume)
     path = result_path(arguments.results_dir, config.name, config)
     data, locations = _data(arguments, config, run_dir)
+    say_padding([config.data.length], config.train.mesh.seq)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
     result = train_and_evaluate(
         config, data, run, locations=locations, show_progress=arguments.progress

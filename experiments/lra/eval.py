@@ -16,7 +16,15 @@ from experiments import terminal
 from experiments.command_line import run_command
 from experiments.lra.presets import ExperimentConfig
 from experiments.lra.run import data_digest, evaluate_checkpoint, load_data
-from experiments.run import Locations, absolute, chosen_step, locate, recorded
+from experiments.run import (
+    Locations,
+    absolute,
+    chosen_step,
+    locate,
+    mesh_of,
+    recorded,
+    say_padding,
+)
 from seqmodels.config import from_dict
 from seqmodels.ranges import Checked
 from seqmodels.training.run_directory import read_config
@@ -32,6 +40,9 @@ class Arguments(Checked):
     """Where the raw data are now, if they have moved."""
     cache_dir: Path | None = None
     """Where the prepared data are now, if they have moved."""
+    mesh: str | None = None
+    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
+    row over seq; default: one device."""
     progress: bool = True
     """Draw progress bars."""
     traceback: bool = False
@@ -62,7 +73,10 @@ def evaluate_run(arguments: Arguments) -> dict[str, Any]:
     )
     if data_digest(data) != locations.digest:
         raise ValueError(f"the data are not those that the run in {run_dir} was trained on")
-    test = evaluate_checkpoint(config, config_dict, run_dir / "checkpoints", step, data.test)
+    mesh = mesh_of(arguments.mesh)
+    say_padding(config.lengths, mesh.shape["seq"])
+    checkpoints = run_dir / "checkpoints"
+    test = evaluate_checkpoint(config, config_dict, checkpoints, step, data.test, mesh)
     result: dict[str, Any] = {"step": step, **dataclasses.asdict(test)}
     earlier = recorded(run_dir)
     if earlier.get("test_step") == step:

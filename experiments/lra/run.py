@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.run import restore
 from seqmodels.data import batches
 from seqmodels.data.examples import Examples, TaskData
 from seqmodels.data.lra import load
 from seqmodels.models import Classifier, param_labels
-from seqmodels.parallel.mesh import make_mesh
+from seqmodels.parallel.mesh import make_mesh, replicated
 from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.step import make_eval_step
 from seqmodels.training.task import Task, classification
@@ -71,6 +72,7 @@ def evaluate_checkpoint(
     path: Path,
     step: int,
     examples: Examples,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Accuracy and loss of one checkpoint.
 
@@ -80,13 +82,13 @@ def evaluate_checkpoint(
       path: the directory of the checkpoints.
       step: which of them.
       examples: the split.
+      mesh: default: of the first device.
 
     Raises:
       CheckpointError: it cannot be read.
     """
     task = make_task(config)
     state = restore(task, config.train, config_dict, path, step)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    return evaluate(
-        make_eval_step(task, mesh), state.averaged, eval_batches(config, examples), mesh
-    )
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    variables = jax.device_put(state.averaged, replicated(mesh))
+    return evaluate(make_eval_step(task, mesh), variables, eval_batches(config, examples), mesh)

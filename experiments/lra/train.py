@@ -39,8 +39,10 @@ from experiments.run import (
     Locations,
     absolute,
     history,
+    mesh_sizes,
     require_names,
     result_path,
+    say_padding,
     selection,
     validation,
     write_result,
@@ -85,6 +87,9 @@ class Arguments(Checked):
     """Number of steps, instead of the preset's; the schedule follows."""
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and test what there is."""
+    mesh: str | None = None
+    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
+    row over seq; default: all devices are data."""
     resume: bool = False
     """Continue the run in --run-dir; everything else comes from there."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
@@ -113,6 +118,7 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
         ("train.steps", arguments.steps), ("train.max_minutes", arguments.max_minutes),
     ):  # fmt: skip
         options += [] if value is None else [f"--{path}={value}"]
+    options += [f"--train.mesh.{axis}={n}" for axis, n in mesh_sizes(arguments.mesh).items()]
     options += ["--data.allow_partial=True"] if arguments.allow_partial else []
     options += ["--help"] if arguments.help_fields else []
     run_dir = arguments.run_dir
@@ -145,6 +151,7 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     path = result_path(arguments.results_dir, config.name, config)
     data, locations = _data(arguments, config, run_dir)
     task = make_task(config)
+    say_padding(config.lengths, config.train.mesh.seq)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
     outcome = fit(
         task,

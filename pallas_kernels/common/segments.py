@@ -44,6 +44,17 @@ def positions(segment_index: Int32[Array, "b l"]) -> Int32[Array, "b l"]:
     return jnp.where(segment_index == 0, 0, index - start)
 
 
+def flip(x: jax.Array, segment_index: Int32[Array, "b l"] | None) -> jax.Array:
+    """`x (B, L, ...)` with each row's real tokens in reverse order; padding stays at the end."""
+    if segment_index is None:
+        return jnp.flip(x, axis=1)
+    real = segment_index != 0
+    place = jax.lax.broadcasted_iota(jnp.int32, segment_index.shape, 1)
+    last = jnp.sum(real, axis=1, keepdims=True, dtype=jnp.int32) - 1
+    place = jnp.where(real, last - place, place)
+    return jnp.take_along_axis(x, place.reshape(*place.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def step_codes(segment_index: Int32[Array, "b l"], *, reverse: bool = False) -> Int32[Array, "b l"]:
     """What a recurrence does with its state before each token, `(B, L)` int32.
 

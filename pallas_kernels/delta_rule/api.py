@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch, segments, validate
-from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.common.backend import Op, call_op, summarize
 from pallas_kernels.delta_rule import gpu, reference, tile, tpu, xla
 from pallas_kernels.matrix_state.config import Config, decay_dtypes, validate_arguments
 
@@ -83,6 +86,32 @@ def delta_rule(
         by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
+    config, arrays = _arguments(q, k, v, beta, log_decay, scale, initial_state, segment_ids)
+    length = arrays[0].shape[1]
+    o, final_state = call_op(OP, config, *arrays, length=length, implementation=implementation)
+    return o, final_state
+
+
+def summary(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    beta: ArrayLike,
+    log_decay: ArrayLike | None = None,
+    *,
+    segment_ids: ArrayLike | None = None,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What each row does to a state: `decay (B, H, K, K)`, a matrix over keys, and `state
+    (B, H, K, V)`; see `backend.summarize`. It does not depend on `q`."""
+    config, arrays = _arguments(q, k, v, beta, log_decay, None, None, segment_ids)
+    return summarize(OP, config, *arrays, implementation=implementation)
+
+
+def _arguments(
+    q, k, v, beta, log_decay, scale, initial_state, segment_ids
+) -> tuple[Config, tuple[Any, ...]]:
+    """The op's config and arrays."""
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     state_dtype = validate_arguments(
         _OP,
@@ -97,11 +126,5 @@ def delta_rule(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[3], value_size), state_dtype)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
-    o, final_state = call_op(
-        OP,
-        Config(float(q.shape[3] ** -0.5 if scale is None else scale)),
-        *(q, k, v, beta, log_decay, initial_state, segment_index),
-        length=length,
-        implementation=implementation,
-    )
-    return o, final_state
+    config = Config(float(q.shape[3] ** -0.5 if scale is None else scale))
+    return config, (q, k, v, beta, log_decay, initial_state, segment_index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float, Int
 
 from pallas_kernels.common import dispatch, segments, validate
-from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.common.backend import Op, call_op, summarize
 from pallas_kernels.diagonal_ssm import gpu, powers, reference, tile, tpu, xla
 from pallas_kernels.diagonal_ssm.tile import Config
 
@@ -82,6 +84,32 @@ def diagonal_ssm(
         accelerators by `checked`.
       NotImplementedError: a forced implementation or method cannot serve the arguments.
     """
+    config = Config(reverse, method)
+    arrays = _arguments(u, log_a, c, config, initial_state, segment_ids)
+    length = arrays[0].shape[1]
+    y, final_state = call_op(OP, config, *arrays, length=length, implementation=implementation)
+    return y, final_state
+
+
+def summary(
+    u: ArrayLike,
+    log_a: ArrayLike,
+    c: ArrayLike,
+    *,
+    segment_ids: ArrayLike | None = None,
+    reverse: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What each row does to a state, `(decay, state)`, both `(B, H, N)`; see `backend.summarize`.
+    It does not depend on `c`."""
+    config = Config(reverse)
+    arrays = _arguments(u, log_a, c, config, None, segment_ids)
+    return summarize(OP, config, *arrays, implementation=implementation)
+
+
+def _arguments(u, log_a, c, config: Config, initial_state, segment_ids) -> tuple[Any, ...]:
+    """The op's arrays."""
+    method = config.method
     u, log_a, c = jnp.asarray(u), jnp.asarray(log_a), jnp.asarray(c)
     _validate(u, log_a, c, initial_state, segment_ids, method)
     if method == "fft":
@@ -89,14 +117,7 @@ def diagonal_ssm(
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
-    y, final_state = call_op(
-        OP,
-        Config(reverse, method),
-        *(u, log_a, c, initial_state, segment_index),
-        length=u.shape[1],
-        implementation=implementation,
-    )
-    return y, final_state
+    return u, log_a, c, initial_state, segment_index
 
 
 def _validate(u, log_a, c, initial_state, segment_ids, method) -> None:

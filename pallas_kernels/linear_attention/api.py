@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -80,6 +83,52 @@ def linear_attention(
         by `checked`.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
+    config, arrays = _arguments(q, k, v, log_decay, scale, initial_state, segment_ids)
+    length = arrays[0].shape[1]
+    o, final_state = call_op(OP, config, *arrays, length=length, implementation=implementation)
+    return o, final_state
+
+
+def entering(
+    q: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array,
+    *,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """What a state that enters a row adds to its outputs, `(B, L, H, V)` float32.
+
+    `scale exp(g_1 + ... + g_t) S^T q_t` in the first document: outputs from `initial_state` are
+    those from zero plus this. JAX differentiates it.
+
+    Args:
+      q, log_decay, scale, segment_ids: as in `linear_attention`.
+      initial_state: S, `(B, H, K, V)` float32.
+    """
+    heads, key_size = initial_state.shape[1:3]
+    scale = float(key_size**-0.5 if scale is None else scale)
+    read = jnp.repeat(q.astype(initial_state.dtype), heads // q.shape[2], axis=2)
+    if log_decay is not None:
+        g = log_decay.astype(initial_state.dtype)
+        if g.ndim == 1:
+            g = jnp.broadcast_to(g, read.shape[:3])
+        decay = jnp.exp(jnp.cumsum(g, axis=1))
+        read = read * (decay if g.ndim == 4 else decay[..., None])
+    first = None
+    if segment_ids is not None:
+        first = (segment_ids == segment_ids[:, :1]) & (segment_ids != 0)
+        first = jnp.cumprod(first.astype(jnp.int32), axis=1)[:, :, None, None] != 0
+        read = jnp.where(first, read, jnp.zeros_like(read))
+    o = jnp.einsum("blhk,bhkv->blhv", read * scale, initial_state, precision="highest")
+    # Twice: what overflows in the first document is not multiplied by the zeros of others.
+    return o if first is None else jnp.where(first, o, jnp.zeros_like(o))
+
+
+def _arguments(
+    q, k, v, log_decay, scale, initial_state, segment_ids
+) -> tuple[Config, tuple[Any, ...]]:
+    """The op's config and arrays."""
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     state_dtype = validate_arguments(
         _OP,
@@ -94,11 +143,5 @@ def linear_attention(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[3], value_size), state_dtype)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
-    o, final_state = call_op(
-        OP,
-        Config(float(q.shape[3] ** -0.5 if scale is None else scale)),
-        *(q, k, v, log_decay, initial_state, segment_index),
-        length=length,
-        implementation=implementation,
-    )
-    return o, final_state
+    config = Config(float(q.shape[3] ** -0.5 if scale is None else scale))
+    return config, (q, k, v, log_decay, initial_state, segment_index)

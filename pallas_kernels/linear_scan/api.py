@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, Int
 
 from pallas_kernels.common import dispatch, segments, validate
-from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.common.backend import Op, call_op, summarize
 from pallas_kernels.linear_scan import gpu, reference, tile, tpu, xla
 from pallas_kernels.linear_scan.tile import Config
 
@@ -64,19 +64,33 @@ def linear_scan(
       ValueError: a shape or dtype that does not fit; the message names the argument.
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
+    config, arrays = _arguments(a, b, initial_state, segment_ids, reverse)
+    length = arrays[1].shape[1]
+    h, final_state = call_op(OP, config, *arrays, length=length, implementation=implementation)
+    return h, final_state
+
+
+def summary(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    segment_ids: ArrayLike | None = None,
+    reverse: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What each row does to a state, `(decay, state)`, both `(B, D)`; see `backend.summarize`."""
+    config, arrays = _arguments(a, b, None, segment_ids, reverse)
+    return summarize(OP, config, *arrays, implementation=implementation)
+
+
+def _arguments(a, b, initial_state, segment_ids, reverse) -> tuple[Config, tuple[Any, ...]]:
+    """The op's config and arrays."""
     a, b = jnp.asarray(a), jnp.asarray(b)
     state_dtype = _validate(a, b, initial_state, segment_ids)
     if initial_state is None:
         initial_state = jnp.zeros((b.shape[0], b.shape[2]), state_dtype)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
-    h, final_state = call_op(
-        OP,
-        Config(reverse),
-        *(a, b, initial_state, segment_index),
-        length=b.shape[1],
-        implementation=implementation,
-    )
-    return h, final_state
+    return Config(reverse), (a, b, initial_state, segment_index)
 
 
 def _validate(a, b, initial_state, segment_ids) -> Any:

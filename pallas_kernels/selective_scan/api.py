@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch, segments, validate
-from pallas_kernels.common.backend import Op, call_op
+from pallas_kernels.common.backend import Op, call_op, summarize
 from pallas_kernels.selective_scan import gpu, reference, tile, tpu, xla
 from pallas_kernels.selective_scan.tile import Config
 
@@ -87,21 +87,53 @@ def selective_scan(
       NotImplementedError: a forced implementation cannot serve the arguments.
     """
     validate.at_most_zero(_OP, "A", A, "Mamba's is -exp(A_log)")
+    config, arrays = _arguments(
+        *(x, dt, A, B, C, D, gate, dt_bias),
+        config=Config(dt_softplus=dt_softplus, reverse=reverse),
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    length = arrays[0].shape[1]
+    y, final_state = call_op(OP, config, *arrays, length=length, implementation=implementation)
+    return y, final_state
+
+
+def summary(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    *,
+    dt_bias: ArrayLike | None = None,
+    dt_softplus: bool = False,
+    segment_ids: ArrayLike | None = None,
+    reverse: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What each row does to a state, `(decay, state)`, both `(B, D, N)`; see `backend.summarize`.
+    It does not depend on `C`."""
+    config, arrays = _arguments(
+        *(x, dt, A, B, C, None, None, dt_bias),
+        config=Config(dt_softplus=dt_softplus, reverse=reverse),
+        initial_state=None,
+        segment_ids=segment_ids,
+    )
+    return summarize(OP, config, *arrays, implementation=implementation)
+
+
+def _arguments(
+    x, dt, A, B, C, D, gate, dt_bias, *, config: Config, initial_state, segment_ids
+) -> tuple[Config, tuple[Any, ...]]:
+    """The op's config and arrays."""
     given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "gate": gate, "dt_bias": dt_bias}
     arrays: dict[str, Any] = {k: None if z is None else jnp.asarray(z) for k, z in given.items()}
     state_dtype = _validate(arrays, initial_state, segment_ids)
-    batch, length = arrays["x"].shape[:2]
     if initial_state is None:
+        batch = arrays["x"].shape[0]
         initial_state = jnp.zeros((batch, *arrays["A"].shape), state_dtype)
     segment_index = None if segment_ids is None else segments.index(jnp.asarray(segment_ids))
-    y, final_state = call_op(
-        OP,
-        Config(dt_softplus=dt_softplus, reverse=reverse),
-        *(*arrays.values(), initial_state, segment_index),
-        length=length,
-        implementation=implementation,
-    )
-    return y, final_state
+    return config, (*arrays.values(), initial_state, segment_index)
 
 
 def _validate(arrays: dict[str, Any], initial_state: Any, segment_ids: Any) -> Any:

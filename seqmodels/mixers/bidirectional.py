@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from seqmodels import ops
 from seqmodels.mixers.base import Mixer, MixerConfig, ParamLabel, Segments, State
 from seqmodels.mixers.mamba import MambaConfig
 
@@ -79,9 +80,10 @@ class Bidirectional(Mixer[BidirectionalConfig]):
         y, _ = sides[0](x, segments=segments, deterministic=deterministic)
         back = None
         if segments is not None:
-            back = Segments.from_ids(flip(segments.ids, segments), single=segments.single)
-        z, _ = sides[-1](flip(x, segments), segments=back, deterministic=deterministic)
-        return y + flip(z, segments), None
+            ids = ops.flip(segments.ids, segments)
+            back = Segments.from_ids(ids, single=segments.single)
+        z, _ = sides[-1](ops.flip(x, segments), segments=back, deterministic=deterministic)
+        return y + ops.flip(z, segments), None
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
@@ -95,12 +97,3 @@ class Bidirectional(Mixer[BidirectionalConfig]):
             f"bidirectional mixer: {argument} is refused, a bidirectional mixer sees the whole "
             f"sequence and carries no state; take {name} alone to stream"
         )
-
-
-def flip(x: Any, segments: Segments | None) -> Any:
-    """``x (B, L, ..)``, each row's real tokens in reverse order; padding stays at the end."""
-    if segments is None:
-        return jnp.flip(x, axis=1)
-    place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    place = jnp.where(segments.mask, segments.lengths[:, None] - 1 - place, place)
-    return jnp.take_along_axis(x, place.reshape(*place.shape, *(1,) * (x.ndim - 2)), axis=1)

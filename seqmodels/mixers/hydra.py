@@ -105,9 +105,11 @@ class Hydra(Mixer[HydraConfig]):
 
     def _convolve(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
         """Taps from ``(W - 1) / 2`` tokens before to as many after; zeros beyond the row."""
-        ahead = self.config.conv_size // 2
-        conv = ShortConv(self.config.conv_size, self.config.use_conv_bias, name="conv1d")
-        return conv(jnp.pad(x, ((0, 0), (0, ahead), (0, 0))))[0][:, ahead:]
+        size, ahead = self.config.conv_size, self.config.conv_size // 2
+        conv = ShortConv(size, self.config.use_conv_bias, name="conv1d")
+        # What a token sees of those behind it, it sees as the token so much further ahead.
+        row = jnp.pad(x, ((0, 0), (size - 1 - ahead, ahead), (0, 0)))
+        return conv(row[:, size - 1 :], row[:, : size - 1])[0]
 
     def _both_ways(
         self,
@@ -115,35 +117,24 @@ class Hydra(Mixer[HydraConfig]):
         selection: Float[Array, "b l bc"],
         dt: Float[Array, "b l hh"],
     ) -> Float[Array, "b l h p"]:
-        """``f_{t-1} + g_{t+1}`` in float32; g as more heads of one call, its time reversed."""
+        """``f_{t-1} + g_{t+1}`` in float32."""
         config, heads = self.config, x.shape[2]
         bias = self.param("dt_bias", step_bias(config.dt_min, config.dt_max), (heads,))
         a_log = self.param("A_log", nn.initializers.zeros, (heads,), jnp.float32)
 
-        def turned(parts: Array) -> Array:
-            left, right = jnp.split(parts, 2, axis=-1)
-            return jnp.concatenate([left, right[:, ::-1]], axis=-1)
-
-        # Parts are [B, C, B', C']: groups of B are the first and third quarter.
-        b, c, b_right, c_right = jnp.split(turned(selection), 4, axis=-1)
-        keys = split_heads(jnp.concatenate([b, b_right], axis=-1), config.state_size)
-        queries = split_heads(jnp.concatenate([c, c_right], axis=-1), config.state_size)
-        step = steps(turned(dt), jnp.tile(bias, 2), config.time_step_limit)
-        shape = (x.shape[0], 2 * heads, config.state_size, config.head_size)
-        values = jnp.concatenate([x, x[:, ::-1]], axis=2)
-        y, _ = ssd(
-            values,
-            step,
-            jnp.tile(a_log, 2),
-            keys,
-            queries,
-            jnp.zeros(shape, jnp.float32),
-            None,
-            config.implementation,
-        )
-        y = jnp.pad(y[:, :-1].astype(jnp.float32), ((0, 0), (1, 0), (0, 0), (0, 0)))
-        left, right = jnp.split(y, 2, axis=2)
-        return left + right[:, ::-1]
+        # Parts are [B, C, B', C'].
+        groups = [split_heads(z, config.state_size) for z in jnp.split(selection, 4, axis=-1)]
+        shape = (x.shape[0], heads, config.state_size, config.head_size)
+        sides = []
+        for reverse in (False, True):
+            b, c = groups[2 * reverse : 2 * reverse + 2]
+            step = steps(jnp.split(dt, 2, axis=-1)[reverse], bias, config.time_step_limit)
+            start = jnp.zeros(shape, jnp.float32)
+            y, _ = ssd(x, step, a_log, b, c, start, None, config.implementation, reverse=reverse)
+            y = y[:, 1:] if reverse else y[:, :-1]
+            near = (0, 1) if reverse else (1, 0)
+            sides.append(jnp.pad(y.astype(jnp.float32), ((0, 0), near, (0, 0), (0, 0))))
+        return sides[0] + sides[1]
 
     def _diagonal(self, x: Float[Array, "b l e"], heads: int) -> Float[Array, "b l h p"]:
         """``(W_D x + D) x``, one factor a head, float32."""

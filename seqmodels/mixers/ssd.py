@@ -98,6 +98,8 @@ def ssd(
     initial_state: Float[Array, "b h n p"],
     segments: Segments | None,
     implementation: str | None = None,
+    *,
+    reverse: bool = False,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h n p"]]:
     """``S_t = exp(-e^a_log Δ_t) S_{t-1} + Δ_t B_t x_t^T``, ``y_t = S_t^T C_t``, and the last S.
 
@@ -111,5 +113,6 @@ def ssd(
         scale=1.0,
         initial_state=initial_state,
         segments=segments,
+        reverse=reverse,
         implementation=implementation,
     )

@@ -1,4 +1,4 @@
-"""The device mesh, and where batches and parameters live on it."""
+"""The device mesh, where batches and parameters live on it, and what its shards tell each other."""
 
 from seqmodels.parallel.mesh import (
     MESH_AXES,
@@ -7,6 +7,17 @@ from seqmodels.parallel.mesh import (
     on_mesh,
     put_batch,
     replicated,
+    token_sharding,
 )
+from seqmodels.parallel.strategies import STRATEGIES
 
-__all__ = ["MESH_AXES", "batch_sharding", "make_mesh", "on_mesh", "put_batch", "replicated"]
+__all__ = [
+    "MESH_AXES",
+    "STRATEGIES",
+    "batch_sharding",
+    "make_mesh",
+    "on_mesh",
+    "put_batch",
+    "replicated",
+    "token_sharding",
+]

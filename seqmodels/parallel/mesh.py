@@ -1,8 +1,8 @@
 """The device mesh and where batches and parameters live on it.
 
 A mesh always has the axes ``("data", "model", "seq")``, so that a program written for one device is
-the program for many. Only ``data`` is in use: nothing splits parameters or the length yet, and the
-other two have size 1.
+the program for many: rows are split over ``data``, their length over ``seq``. Nothing splits
+parameters yet, and ``model`` has size 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.common import segments
+from seqmodels.parallel import strategies
 
 MESH_AXES = ("data", "model", "seq")
 
@@ -26,40 +27,97 @@ def make_mesh(
     """Arranges devices as a mesh with axes ``("data", "model", "seq")``.
 
     Args:
-      data: size of the axis that splits the rows of a batch; -1 takes all devices.
+      data: size of the axis that splits the rows of a batch; -1 takes all devices that are left.
       model: 1; parameters are not split, every device has them in full.
-      seq: 1; the length is not split.
+      seq: size of the axis that splits the length of the rows.
       devices: the devices to use; default all of them, of all processes.
 
     Raises:
-      ValueError: ``model`` or ``seq`` is not 1, or ``data`` is not the number of devices.
+      ValueError: ``model`` is not 1, a size is not positive, or ``data * seq`` is not the number of
+        devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    for name, size in (("model", model), ("seq", seq)):
-        if size != 1:
-            raise ValueError(
-                f"mesh axis {name}={size} must be 1, nothing is split over it yet; use data=-1, "
-                "which splits the rows of a batch over all devices"
-            )
+    if model != 1:
+        raise ValueError(
+            f"mesh axis model={model} must be 1, parameters are not split yet; use data and seq, "
+            "which split the rows of a batch and their length"
+        )
+    if seq < 1:
+        raise ValueError(f"mesh axis seq={seq} must be at least 1")
     if data < 1 and data != -1:
         raise ValueError(f"mesh axis data={data} must be at least 1, or -1 for all devices")
-    if data not in (-1, len(devices)):
+    if len(devices) % seq:
+        nearest = max(n for n in range(1, seq + 1) if len(devices) % n == 0)
         raise ValueError(
-            f"mesh axis data={data} needs {data} devices, there are {len(devices)}; use data=-1 to "
-            "take all, or pass a subset of devices"
+            f"mesh axis seq={seq} does not divide the {len(devices)} devices; use seq={nearest}, "
+            "or pass a subset of devices"
         )
-    grid = np.asarray(devices).reshape(-1, 1, 1)
+    if data not in (-1, len(devices) // seq):
+        raise ValueError(
+            f"mesh axes data={data} and seq={seq} need {data * seq} devices, there are "
+            f"{len(devices)}; use data=-1 to take all, or pass a subset of devices"
+        )
+    grid = np.asarray(devices).reshape(-1, 1, seq)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def on_mesh(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """``fn`` traced with ``mesh`` as the mesh that the ops of ``seqmodels.ops`` find."""
+def on_mesh(
+    fn: Callable[..., Any], mesh: Mesh, exchange: Mapping[str, str] | None = None
+) -> Callable[..., Any]:
+    """``fn`` traced with ``mesh`` as the mesh that the ops of ``seqmodels.ops`` find.
+
+    Args:
+      fn: a function of arrays, such as a model's ``apply``; jit what is returned, not ``fn``.
+      mesh: a mesh of ``make_mesh``.
+      exchange: by the name of an op, what it takes in place of the first of
+        ``strategies.STRATEGIES`` where ``mesh`` splits the length.
+
+    Raises:
+      ValueError: ``exchange`` names an op that there is not, or what it cannot take.
+    """
+    chosen = dict(exchange or {})
+    strategies.check(chosen)
 
     def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), strategies.choosing(chosen):
             return fn(*args)
 
     return traced
+
+
+def current_mesh() -> Any:
+    """The mesh of ``on_mesh`` around this trace; None if there is none, or of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def shards_of(length: int) -> int:
+    """How many shards the current mesh splits rows of ``length`` tokens into.
+
+    A single token is not split: every shard of its row decodes it.
+
+    Raises:
+      ValueError: ``length`` does not divide.
+    """
+    mesh = current_mesh()
+    shards = 1 if mesh is None else mesh.shape["seq"]
+    if shards == 1 or length == 1:
+        return 1
+    if length % shards:
+        raise ValueError(
+            f"a length of {length} tokens does not divide over the mesh's seq axis of {shards}; "
+            f"pad rows to {-(-length // shards) * shards}, or choose a seq axis that divides it"
+        )
+    return shards
+
+
+def mesh_grid(rows: int, length: int) -> tuple[int, int]:
+    """Into how many parts the current mesh splits rows and length; 1 where one does not divide."""
+    mesh = current_mesh()
+    if mesh is None:
+        return 1, 1
+    data, seq = mesh.shape["data"], mesh.shape["seq"]
+    return (1 if rows % data else data), (1 if length % seq else seq)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -72,18 +130,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Puts a host batch on the mesh, rows split over ``data``.
+def token_sharding(mesh: Mesh, axis: int = 1) -> NamedSharding:
+    """Rows are split over ``data``, and their length, ``axis``, over ``seq``."""
+    return NamedSharding(mesh, PartitionSpec("data", *(None,) * (axis - 1), "seq"))
 
-    With several processes each one passes its own rows, and the result is the global batch.
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    """Puts a host batch on the mesh, rows split over ``data``, their length over ``seq``.
+
+    Rows whose length does not divide get more padding. With several processes each one passes its
+    own rows, and the result is the global batch.
 
     Args:
-      batch: arrays ``(B, ...)`` that agree on ``B``; "segment_ids", if any, ``(B, ..., L)``.
+      batch: arrays ``(B, ...)`` that agree on ``B``; "segment_ids", if any, ``(B, ..., L)``. Arrays
+        whose shape begins with that of "segment_ids", or without it of "inputs", have a length.
       mesh: a mesh of ``make_mesh``.
 
     Raises:
-      ValueError: ``B`` does not divide by the data axis, or segment ids are out of order (see
-        ``pallas_kernels.common.segments.check``).
+      ValueError: ``B`` does not divide by the data axis, segment ids are out of order (see
+        ``pallas_kernels.common.segments.check``), or a length does not divide by the seq axis and
+        there are no segment ids that tell padding from tokens.
     """
     if "segment_ids" in batch:
         # The last place where they can be read: a step sees traced ones.
@@ -98,10 +164,30 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
                 f"of {mesh.shape['data']}; choose a batch_size that is a multiple of "
                 f"{mesh.shape['data']}, or a smaller data axis"
             )
-    sharding = batch_sharding(mesh)
-    if processes == 1:
-        return jax.device_put(dict(batch), sharding)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }
+    placed = {}
+    tokens = np.shape(batch.get("segment_ids", batch.get("inputs", ())))
+    for name, value in batch.items():
+        array, sharding = np.asarray(value), batch_sharding(mesh)
+        if len(tokens) > 1 and array.shape[: len(tokens)] == tokens:
+            sharding = token_sharding(mesh, len(tokens) - 1)
+            array = _lengthened(name, array, len(tokens) - 1, mesh, "segment_ids" in batch)
+        if processes == 1:
+            placed[name] = jax.device_put(array, sharding)
+        else:
+            placed[name] = jax.make_array_from_process_local_data(sharding, array)
+    return placed
+
+
+def _lengthened(name: str, x: np.ndarray, axis: int, mesh: Mesh, padded: bool) -> np.ndarray:
+    """``x`` with zeros behind, until its length divides over the seq axis."""
+    shards = mesh.shape["seq"]
+    missing = -x.shape[axis] % shards
+    if not missing:
+        return x
+    if not padded:
+        raise ValueError(
+            f"batch['{name}'] has a length of {x.shape[axis]}, which does not divide over the "
+            f"mesh's seq axis of {shards}, and without segment_ids it cannot be padded; choose "
+            f"{x.shape[axis] + missing}, or add segment_ids"
+        )
+    return np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])

@@ -3,6 +3,10 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from jax.sharding import Mesh
+
+from seqmodels.parallel.mesh import make_mesh
+from seqmodels.parallel.strategies import check as check_exchange
 from seqmodels.ranges import (
     Between,
     Checked,
@@ -27,21 +31,29 @@ RESUMABLE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Sizes of the mesh's axes; ``data`` is the number of devices."""
+    """Sizes of the mesh's axes; their product is the number of devices."""
 
     data: Annotated[int, Range("positive, or -1 for all devices", -1, 2**31 - 1)] = -1
-    """Rows of a batch are split over this axis; -1 takes all devices."""
+    """Rows of a batch are split over this axis; -1 takes all devices that are left."""
     model: Annotated[
-        int, Range("1: parameters are not split yet, only rows are, over data", 1, 1)
+        int, Range("1: parameters are not split yet, only rows and their length are", 1, 1)
     ] = 1
     """1: every device has all parameters."""
-    seq: Annotated[int, Range("1: the length is not split yet, only rows are, over data", 1, 1)] = 1
-    """1: every device has whole rows."""
+    seq: Size = 1
+    """The length of each row is split over this axis."""
+    exchange: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By the name of an op, how its shards exchange what they know where the length is split, e.g.
+    {"linear_attention": "chain"}; the others take the first in seqmodels.parallel.STRATEGIES."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data == 0:
             raise ValueError("MeshConfig: data=0 must be positive, or -1 for all devices")
+        check_exchange(self.exchange)
+
+    def make(self) -> Mesh:
+        """The mesh of all devices; ValueError unless their number fits."""
+        return make_mesh(self.data, self.model, self.seq)
 
 
 @dataclasses.dataclass(frozen=True)

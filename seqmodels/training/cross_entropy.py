@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seqmodels.parallel.mesh import mesh_grid
 from seqmodels.training.task import Sums, classification_sums
 
 
@@ -20,26 +21,32 @@ def tiled_sums(
     """Weighted cross entropy, and number of correct predictions, summed over all tokens.
 
     The logits of one tile exist at a time, forward and backward: backward computes them again.
-    Memory is ``tile`` times the vocabulary instead of ``B * L`` times.
+    Memory is ``tile`` times the vocabulary instead of ``B * L`` times. On a mesh every device has
+    tiles of its own tokens, and nothing but the sums moves.
 
     Args:
       logits: ``(tile, D) -> (tile, V)``.
       x: hidden vectors.
       targets: ids below V.
       weights: of each token in the loss; tokens of weight 0 may hold anything.
-      tile: tokens in a tile.
+      tile: tokens in a tile, on each device.
 
     Raises:
       ValueError: ``tile`` is not positive.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be positive")
-    tokens = targets.size
-    fill = -tokens % min(tile, tokens)
+    rows, columns = mesh_grid(*targets.shape)
+    tokens = targets.size // (rows * columns)
+    size = min(tile, tokens)
 
     def cut(z: Array, *shape: int) -> Array:
-        z = jnp.pad(z.reshape(tokens, *shape), ((0, fill),) + ((0, 0),) * len(shape))
-        return z.reshape(-1, min(tile, tokens), *shape)
+        """Tiles first, and in each of them the same number of tokens of every device."""
+        z = z.reshape(rows, targets.shape[0] // rows, columns, -1, *shape)
+        z = jnp.swapaxes(z, 1, 2).reshape(rows, columns, tokens, *shape)
+        fill = ((0, 0), (0, 0), (0, -tokens % size)) + ((0, 0),) * len(shape)
+        z = jnp.pad(z, fill).reshape(rows, columns, -1, size, *shape)
+        return jnp.moveaxis(z, 2, 0).reshape(-1, rows * columns * size, *shape)
 
     @jax.checkpoint
     def add(sums: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:

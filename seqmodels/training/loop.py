@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from seqmodels.parallel.mesh import make_mesh, put_batch, replicated
+from seqmodels.parallel.mesh import put_batch, replicated
 from seqmodels.training.checkpoint import Checkpoints
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.errors import Interrupted, NonFiniteError
@@ -157,7 +157,7 @@ def fit(
             f"select={config.select!r} needs validation batches; give some, or take select='last'"
         )
     if mesh is None:
-        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        mesh = config.mesh.make()
     run_dir, resume = run.directory, run.resume
     run.prepare()
     tell = on_event or (lambda what, step: None)
@@ -183,6 +183,7 @@ def fit(
             accumulate=config.accumulate,
             skip_non_finite=config.on_nan == "skip",
             ema_decay=config.ema_decay,
+            exchange=config.mesh.exchange,
         )
         with (
             MetricsWriter(run_dir, progress.step if resume else None) as writer,
@@ -205,7 +206,7 @@ def fit(
                 iterator=iterator,
                 validation=validation,
                 train_step=PerShape(train_step, 1),
-                eval_step=PerShape(make_eval_step(task, mesh), 1),
+                eval_step=PerShape(make_eval_step(task, mesh, config.mesh.exchange), 1),
                 state=state,
                 progress=progress,
                 checkpoints=checkpoints,

@@ -1,6 +1,6 @@
 """One training step and one evaluation step, as pure functions under jit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -93,6 +93,7 @@ def make_train_step(
     accumulate: int = 1,
     skip_non_finite: bool = False,
     ema_decay: float | None = None,
+    exchange: Mapping[str, str] | None = None,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, StepMetrics]]:
     """``train_step(state, batch, proceed) -> (state, metrics)``, jitted; ``state`` is donated.
 
@@ -139,14 +140,16 @@ def make_train_step(
 
     whole = replicated(mesh)
     return jax.jit(
-        on_mesh(train_step, mesh),
+        on_mesh(train_step, mesh, exchange),
         donate_argnums=0,
-        in_shardings=(shardings(mesh), batch_sharding(mesh), whole),
+        in_shardings=(shardings(mesh), None, whole),  # a batch is where `put_batch` has put it
         out_shardings=(shardings(mesh), whole),
     )
 
 
-def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Variables, Batch, Any], tuple[Sums, Any]]:
+def make_eval_step(
+    task: Task, mesh: Mesh, exchange: Mapping[str, str] | None = None
+) -> Callable[[Variables, Batch, Any], tuple[Sums, Any]]:
     """``eval_step(variables, batch, carry) -> (sums, carry)``, jitted, without dropout."""
 
     def eval_step(variables: Variables, batch: Batch, carry: Any) -> tuple[Sums, Any]:
@@ -155,5 +158,7 @@ def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Variables, Batch, Any], 
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
     return jax.jit(
-        on_mesh(eval_step, mesh), in_shardings=(whole, rows, rows), out_shardings=(whole, rows)
+        on_mesh(eval_step, mesh, exchange),
+        in_shardings=(whole, None, rows),
+        out_shardings=(whole, rows),
     )

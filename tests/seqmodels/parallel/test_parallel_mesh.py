@@ -17,11 +17,12 @@ def test_all_devices_go_to_data():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 2}, "data=2 needs 2 devices, there are 8; use data=-1"),
+        ({"data": 2}, "data=2 and seq=1 need 2 devices, there are 8; use data=-1"),
         ({"data": 0}, "data=0 must be at least 1"),
-        ({"model": 2}, "model=2 must be 1.*use data=-1"),
-        ({"data": 4, "seq": 2}, "seq=2 must be 1.*use data=-1"),
-        ({"seq": 0}, "seq=0 must be 1"),
+        ({"model": 2}, "model=2 must be 1.*use data and seq"),
+        ({"seq": 3}, "seq=3 does not divide the 8 devices; use seq=2"),
+        ({"data": 4, "seq": 4}, "data=4 and seq=4 need 16 devices, there are 8"),
+        ({"seq": 0}, "seq=0 must be at least 1"),
     ],
 )
 def test_sizes_that_are_refused(sizes, message):
@@ -33,9 +34,23 @@ def test_rows_are_split_over_data():
     mesh = make_mesh(4, devices=jax.devices()[:4])
     rows = np.arange(16).reshape(8, 2)
     placed = put_batch({"inputs": rows}, mesh)["inputs"]
-    assert placed.sharding.spec == PartitionSpec("data")
+    assert placed.sharding.spec == PartitionSpec("data", "seq")
     assert placed.addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(placed, rows)
+
+
+def test_a_length_is_split_over_seq_and_padded_where_it_does_not_divide():
+    mesh = make_mesh(2, seq=4)
+    tokens = np.arange(1, 25, dtype=np.int32).reshape(2, 2, 6)
+    ids = np.ones_like(tokens)
+    placed = put_batch({"inputs": tokens, "segment_ids": ids, "labels": np.zeros(2)}, mesh)
+    assert placed["inputs"].sharding.spec == PartitionSpec("data", None, "seq")
+    assert placed["labels"].sharding.spec == PartitionSpec("data")
+    assert placed["inputs"].addressable_shards[0].data.shape == (1, 2, 2)
+    np.testing.assert_array_equal(placed["inputs"][:, :, :6], tokens)
+    assert (placed["segment_ids"][:, :, 6:] == 0).all()
+    with pytest.raises(ValueError, match=r"'inputs'.*length of 6.*seq axis of 4.*choose 8"):
+        put_batch({"inputs": tokens[0]}, mesh)
 
 
 def test_rows_that_do_not_divide_name_the_fix():

@@ -39,10 +39,13 @@ def test_bad_values_name_the_field(field, value):
         from_dict(TrainConfig, {field: value})
 
 
-@pytest.mark.parametrize("axis", ["model", "seq"])
-def test_an_axis_that_splits_nothing_is_refused(axis):
-    with pytest.raises(ValueError, match=rf"mesh\.{axis}=2 must be 1: .*rows are, over data"):
-        from_dict(TrainConfig, {"mesh": {axis: 2}})
+def test_what_a_mesh_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"mesh\.model=2 must be 1: parameters are not split yet"):
+        from_dict(TrainConfig, {"mesh": {"model": 2}})
+    with pytest.raises(
+        ValueError, match=r"linear_scan cannot take 'ring'; choose among all_gather"
+    ):
+        from_dict(TrainConfig, {"mesh": {"exchange": {"linear_scan": "ring"}}})
 
 
 def test_micro_batches_divide_the_batch():

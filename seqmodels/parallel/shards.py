@@ -1,0 +1,441 @@
+"""Operators on a mesh: every device works on its rows, and on its part of their length.
+
+The compiler partitions XLA programs by itself, but not Pallas kernels, and it knows no exchange of
+states: so an operator stands inside `jax.shard_map`, and that is done here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from pallas_kernels.common import compat, dispatch, segments
+from seqmodels.parallel import softmax
+from seqmodels.parallel.checkpoints import earlier_checkpoints
+from seqmodels.parallel.collectives import token_index
+from seqmodels.parallel.documents import continues, index_and_positions
+from seqmodels.parallel.halo import halo_before
+from seqmodels.parallel.mesh import current_mesh, shards_of
+from seqmodels.parallel.state import entering_state
+from seqmodels.parallel.strategies import strategy_of
+
+ROWS = PartitionSpec("data")
+TOKENS = PartitionSpec("data", "seq")
+
+Arrays = Mapping[str, Any]
+
+
+def over_rows(
+    op: Callable[..., Any], shared: Arrays, rows: Arrays, *, check_vma: bool = True
+) -> Any:
+    """``op(**shared, **rows)``, rows split over the data axis of the current mesh, if any.
+
+    Args:
+      op: takes arrays by name and returns arrays whose axis 0 is the batch.
+      shared: arguments that every device has in full; their gradients are summed over devices.
+      rows: arguments ``(B, ...)``, or None.
+      check_vma: as in `jax.shard_map`; False for kernels that do not know of it, where nothing may
+        be replicated.
+    """
+    if current_mesh() is None:
+        return op(**shared, **rows)
+    return _mapped(
+        lambda shared, rows: op(**shared, **rows),
+        (PartitionSpec(), ROWS),
+        ROWS,
+        (shared, rows),
+        check_vma=check_vma,
+    )
+
+
+def over_whole_rows(
+    name: str, op: Callable[..., Any], shared: Arrays, rows: Arrays, length: int, **options: Any
+) -> Any:
+    """``over_rows`` of an op that needs the whole length of its rows.
+
+    Raises:
+      ValueError: the current mesh splits the length.
+    """
+    require_whole_rows(name, length)
+    return over_rows(op, shared, rows, **options)
+
+
+def require_whole_rows(what: str, length: int) -> None:
+    """Raises ValueError where the current mesh splits rows of so many tokens."""
+    if (size := shards_of(length)) > 1:
+        raise ValueError(
+            f"{what} needs whole rows, the mesh's seq axis splits {length} tokens into {size} "
+            "shards; use seq=1 with this mixer, and split the rows of a batch over data"
+        )
+
+
+def over_tokens(
+    op: Callable[..., Any],
+    out_specs: Any,
+    shared: Arrays,
+    rows: Arrays,
+    tokens: Arrays,
+    *,
+    check_vma: bool = True,
+) -> Any:
+    """``op(shared, rows, tokens)`` of each device's part, all of them dicts.
+
+    Args:
+      op: returns arrays that are split as ``out_specs`` says, ``ROWS`` or ``TOKENS``.
+      shared: arguments that every device has in full.
+      rows: arguments ``(B, ...)`` that all shards of a row have.
+      tokens: arguments ``(B, L, ...)``, whose length is split.
+      check_vma: as in `jax.shard_map`.
+    """
+    specs = (PartitionSpec(), ROWS, TOKENS)
+    return _mapped(op, specs, out_specs, (shared, rows, tokens), check_vma=check_vma)
+
+
+def documents(ids: Any) -> tuple[Array, Array]:
+    """Segment index and positions of ``ids (B, L)``, on a mesh that splits their length."""
+    size = shards_of(ids.shape[1])
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> tuple[Array, Array]:
+        return index_and_positions(tokens["ids"], axis="seq", size=size)
+
+    return over_tokens(local, TOKENS, {}, {}, {"ids": ids})
+
+
+Finish = Callable[[Array], tuple[Array, Array]]
+Shard = Callable[..., tuple[Array, Array, Finish]]
+
+
+def twice(
+    op: Callable[..., tuple[Array, Array]], summary: Callable[..., tuple[Array, Array]]
+) -> Shard:
+    """A shard that goes over its tokens for its summary, and again from the state that enters."""
+
+    def shard(**arrays: Any) -> tuple[Array, Array, Finish]:
+        decay, state = summary(**arrays)
+        return decay, state, lambda entering: op(**arrays, initial_state=entering)
+
+    return shard
+
+
+def once(
+    op: Callable[..., tuple[Array, Array]],
+    decay: Callable[..., Array],
+    read: Callable[..., Array],
+) -> Shard:
+    """A shard that goes over its tokens from zero, and adds what the state that enters makes.
+
+    Args:
+      op: linear in its initial state.
+      decay: ``(state, **arrays)`` -> that of the shard.
+      read: ``(**arrays, initial_state=)`` -> what a state adds to the outputs.
+    """
+
+    def shard(**arrays: Any) -> tuple[Array, Array, Finish]:
+        y, state = op(**arrays)
+        left = decay(state, **arrays)
+
+        def finish(entering: Array) -> tuple[Array, Array]:
+            more = read(**arrays, initial_state=entering)
+            return (y.astype(more.dtype) + more).astype(y.dtype), state + left * entering
+
+        return left, state, finish
+
+    return shard
+
+
+def recurrence(
+    name: str,
+    op: Callable[..., tuple[Array, Array]],
+    shard: Shard,
+    shared: Arrays,
+    tokens: Arrays,
+    initial_state: Any,
+    segments: Any,
+    *,
+    matrix: bool = False,
+    reverse: bool = False,
+) -> tuple[Array, Array]:
+    """``op(**shared, **tokens, initial_state=, segment_ids=)``: outputs and the last state.
+
+    Where the length is split, each shard sums itself up, finds the state that enters it by an
+    exchange of what all of them do to a state, and runs from there.
+
+    Args:
+      name: of the op, for ``strategy_of``.
+      op: returns outputs ``(B, L, ...)`` and the state after a row.
+      shard: ``(**shared, **tokens, segment_ids=)`` -> decay and state of this shard, see
+        ``pallas_kernels.common.backend.summarize``, and a function of the state that enters to what
+        ``op`` returns; ``once`` or ``twice``.
+      shared, tokens: arguments that every device has in full; those ``(B, L, ...)``, or None.
+      initial_state: ``(B, ...)`` or None.
+      segments: ``Segments`` or None.
+      matrix: whether the decay is a matrix.
+      reverse: whether the op runs from the last token to the first.
+    """
+    length = next(x for x in tokens.values() if x is not None).shape[1]
+    size = shards_of(length)
+    index = None if segments is None else segments.index
+    if size == 1:
+        rows = {**tokens, "initial_state": initial_state, "segment_ids": index}
+        return over_rows(op, shared, rows)
+    strategy = strategy_of(name)
+    options = {"strategy": strategy, "matrix": matrix, "reverse": reverse}
+    exchange = functools.partial(entering_state, axis="seq", size=size, **options)
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> tuple[Array, Array]:
+        tokens = dict(tokens)
+        positions = tokens.pop("positions")
+        decay, state, finish = shard(**shared, **tokens)
+        kept = None
+        if positions is not None:
+            kept = continues(tokens["segment_ids"], positions, "seq")
+            decay = _where(kept, decay)
+            # Backwards, what a shard leaves is stopped at its first token, the last of its own.
+            state = _where(kept, state) if reverse else state
+        initial = rows["initial_state"]
+        initial = jnp.zeros_like(state) if initial is None else initial
+        entering = _chosen(name, size, strategy, exchange, decay, state, initial)
+        if kept is not None and not reverse:
+            entering = _where(kept, entering)
+        y, final = finish(entering)
+        return y, _of_shard(0 if reverse else size - 1, final)
+
+    tokens = {
+        **tokens,
+        "segment_ids": index,
+        "positions": None if segments is None else segments.positions,
+    }
+    return over_tokens(local, (TOKENS, ROWS), shared, {"initial_state": initial_state}, tokens)
+
+
+def convolution(
+    op: Callable[..., tuple[Array, Array]],
+    shared: Arrays,
+    x: Array,
+    initial_state: Any,
+    segments: Any,
+    *,
+    width: int,
+) -> tuple[Array, Array]:
+    """``op(**shared, x=, initial_state=, segment_ids=)``, a convolution that sees ``width`` tokens
+    before each: outputs, and the window after the last real token."""
+    size = shards_of(x.shape[1])
+    index = None if segments is None else segments.index
+    if size == 1:
+        rows = {"x": x, "initial_state": initial_state, "segment_ids": index}
+        return over_rows(op, shared, rows)
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> tuple[Array, Array]:
+        x, index, positions = tokens["x"], tokens["index"], tokens["positions"]
+        window = halo_before(x, width, initial=rows["initial_state"], axis="seq")
+        last: Any = size - 1
+        if index is not None:
+            # The first document of a row, or a row of padding, has the row's initial window.
+            reach = jnp.where(index[:, :1] <= 1, width, positions[:, :1])
+            distance = width - jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+            window = jnp.where((distance <= reach)[..., None], window, jnp.zeros_like(window))
+            real = jax.lax.psum(jnp.sum(index != 0, axis=1, dtype=jnp.int32), "seq")
+            last = jnp.maximum(real - 1, 0) // x.shape[1]
+        y, final = op(**shared, x=x, initial_state=window, segment_ids=index)
+        return y, _of_shard(last, final)
+
+    tokens = {
+        "x": x,
+        "index": index,
+        "positions": None if segments is None else segments.positions,
+    }
+    return over_tokens(local, (TOKENS, ROWS), shared, {"initial_state": initial_state}, tokens)
+
+
+def channels(op: Callable[..., Array], shared: Arrays, u: Array) -> Array:
+    """``op(**shared, u=)``, which treats each channel of ``u (B, L, H)`` by itself.
+
+    Where the length is split, each shard takes whole rows of its part of the channels: they change
+    places by an all-to-all, and back by another.
+
+    Args:
+      shared: arrays ``(H, ...)`` or None.
+    """
+    size, width = shards_of(u.shape[1]), u.shape[2]
+    if size == 1:
+        return over_rows(op, shared, {"u": u})
+    part = -(-width // size)
+
+    def own(x: Array, axis: int) -> Array:
+        """The channels of this shard; those that there are not, are 0."""
+        padding = [(0, part * size - width if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, padding)
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Array:
+        rank = jax.lax.axis_index("seq")
+        mine = {
+            name: jax.lax.dynamic_slice_in_dim(own(x, 0), rank * part, part, axis=0)
+            for name, x in shared.items()
+            if x is not None
+        }
+        whole = {"axis_name": "seq", "tiled": True}
+        u = jax.lax.all_to_all(own(tokens["u"], 2), split_axis=2, concat_axis=1, **whole)
+        y = op(u=u, **mine)
+        return jax.lax.all_to_all(y, split_axis=1, concat_axis=2, **whole)[..., :width]
+
+    return over_tokens(local, TOKENS, shared, {}, {"u": u})
+
+
+def backwards(op: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` from the last real token to the first, on arrays that are turned, and turned back.
+
+    Args:
+      op: takes arrays by name, those ``(B, L, ...)`` and others of one axis, and returns outputs
+        ``(B, L, ...)``, and maybe a state.
+    """
+
+    def turned(*, initial_state: Any = None, segment_ids: Any = None, **arrays: Any) -> Any:
+        def turn(x: Any) -> Any:
+            return x if x is None or x.ndim == 1 else segments.flip(x, segment_ids)
+
+        arrays = {name: turn(x) for name, x in arrays.items()}
+        if initial_state is not None:
+            arrays["initial_state"] = initial_state
+        if segment_ids is not None:
+            arrays["segment_ids"] = segments.flip(segment_ids, segment_ids)
+        result = op(**arrays)
+        return (turn(result[0]), result[1]) if isinstance(result, tuple) else turn(result)
+
+    return turned
+
+
+def checkpoint_attention(
+    op: Callable[..., Array], tokens: Arrays, past: Arrays, segments: Any, *, interval: int
+) -> Array:
+    """``op(**tokens, **past, segment_ids=)``, whose shards gather the checkpoints of the row.
+
+    Args:
+      op: takes q, k, v, and what continues a document, as ``pallas_kernels.checkpoint_attention``.
+      tokens: q, k and v.
+      past: the checkpoints of each row's document before the row, and its offset; or nothing.
+      segments: ``Segments`` or None.
+      interval: tokens from one checkpoint to the next.
+    """
+    index = None if segments is None else segments.index
+    if shards_of(tokens["q"].shape[1]) == 1:
+        return over_rows(op, {}, {**tokens, "segment_ids": index, **past})
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Array:
+        q, k, v = (tokens[name] for name in ("q", "k", "v"))
+        index, positions = tokens["index"], tokens["positions"]
+        before = None
+        if rows:
+            before = rows["past_k"], rows["past_v"], rows["past_length"]
+            if positions is None:
+                positions = token_index(q.shape[1], "seq")
+            offset = rows["offset"][:, None]
+            first = True if index is None else index == 1
+            positions = positions + jnp.where(first, offset, jnp.zeros_like(offset))
+        earlier = earlier_checkpoints(
+            k, v, interval=interval, segments=index, positions=positions, past=before, axis="seq"
+        )
+        return op(q=q, k=k, v=v, segment_ids=index, **earlier._asdict())
+
+    positions = None if segments is None else segments.positions
+    return over_tokens(local, TOKENS, {}, past, {**tokens, "index": index, "positions": positions})
+
+
+def attention(
+    op: Callable[..., Array], arrays: Arrays, options: Mapping[str, Any], *, check_vma: bool
+) -> Array:
+    """``op(**arrays)``, softmax attention, by one of the strategies where the length is split.
+
+    Args:
+      op: ``attend``, with ``options``.
+      arrays: its arrays by name.
+      options: ``causal``, ``window``, ``sinks`` and ``scale``.
+      check_vma: as in `jax.shard_map`.
+
+    Raises:
+      ValueError: the length is split, and keys are not those of the queries' tokens.
+    """
+    length, keys = arrays["q"].shape[1], arrays["k"].shape[1]
+    size = shards_of(length)
+    if size == 1:
+        return over_rows(op, {}, arrays, check_vma=check_vma)
+    if length != keys:
+        raise ValueError(
+            f"attention of {length} tokens to a cache: their length cannot be split over the "
+            f"mesh's seq axis of {size}; use seq=1, or calls without a state"
+        )
+    name = "attention" if options["window"] is None else "sliding_window"
+    strategy = strategy_of(name)
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Array:
+        run = functools.partial(softmax.run, strategy, **options)
+        return _chosen(name, size, strategy, lambda tokens: run(**tokens), tokens)
+
+    names = {"q": "q", "k": "k", "v": "v", "q_segments": "segments", "k_positions": "positions"}
+    tokens = {new: arrays[old] for old, new in names.items()}
+    return over_tokens(local, TOKENS, {}, {}, tokens, check_vma=check_vma)
+
+
+def _chosen(
+    name: str, size: int, strategy: str, exchange: Callable[..., Array], *arguments: Any
+) -> Array:
+    """``exchange(*arguments)``, of which ``pallas_kernels.explain`` is told."""
+    op = f"{name} over {size} shards"
+    return dispatch.choose(op, {strategy: exchange}, *arguments, default=strategy)
+
+
+def _where(rows: Array, x: Array) -> Array:
+    """``x (B, ...)``, and 0 in the other rows."""
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+
+def _of_shard(shard: Any, x: Array) -> Array:
+    """``x`` of one shard, on all of them; ``shard`` is a number, or one for each row."""
+    here = jnp.broadcast_to(jax.lax.axis_index("seq") == shard, x.shape[:1])
+    return _joined(jax.lax.psum(_planes(_where(here, x)), "seq"))
+
+
+def _mapped(
+    op: Callable[..., Any],
+    in_specs: tuple[PartitionSpec, ...],
+    out_specs: Any,
+    parts: tuple[Arrays, ...],
+    *,
+    check_vma: bool = True,
+) -> Any:
+    """`jax.shard_map` of ``op(*parts)``, dicts of arrays or None, on the current mesh.
+
+    All arrays are typed to vary over the axes that any is split over, so that the gradients of
+    those that are not split are summed here, and as real numbers: XLA aborts on some sums of
+    complex ones.
+    """
+    axes = tuple(axis for axis in in_specs[-1] if axis is not None)
+
+    def local(*parts: Arrays) -> Any:
+        index = jax.lax.axis_index(axes)
+        varying = jax.tree.map(lambda x: compat.match_vma(x, index)[0], parts)
+        return op(*({name: _joined(x) for name, x in part.items()} for part in varying))
+
+    planes = ({name: _planes(x) for name, x in part.items()} for part in parts)
+    return jax.shard_map(
+        local,
+        mesh=current_mesh(),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=check_vma,
+    )(*planes)
+
+
+def _planes(x: Any) -> Any:
+    """``(re, im)`` of a complex array."""
+    return (x.real, x.imag) if x is not None and jnp.iscomplexobj(x) else x
+
+
+def _joined(x: Any) -> Any:
+    """The inverse of ``_planes``."""
+    return jax.lax.complex(*x) if isinstance(x, tuple) else x
