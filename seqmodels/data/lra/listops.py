@@ -15,11 +15,7 @@ quoted for ListOps counts padding, "unknown" and "end of sequence" besides the 1
 import contextlib
 import functools
 import hashlib
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seqmodels.data.examples import Examples, TaskData, offsets_of
+from seqmodels.data.workers import in_order
 from seqmodels.ranges import Checked, Count, Range, Seed, Size
 
 SYMBOLS = ("<pad>", "[MIN", "[MAX", "[MED", "[SM", "]", *"0123456789")
@@ -89,8 +86,7 @@ def generate(config: ListOpsConfig, *, workers: int = 1, progress: bool = True) 
     Raises:
       ValueError: there are (almost) no further distinct trees within the limits.
     """
-    if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+    draw = functools.partial(draw_block, config)
     counts = (config.train, config.validation, config.test)
     wanted = sum(counts)
     seen: set[bytes] = set()
@@ -98,7 +94,7 @@ def generate(config: ListOpsConfig, *, workers: int = 1, progress: bool = True) 
     labels: list[int] = []
     barren = 0
     with (
-        contextlib.closing(_blocks(config, workers)) as blocks,
+        contextlib.closing(in_order(draw, workers)) as blocks,
         tqdm(total=wanted, desc="ListOps", unit=" samples", disable=not progress) as bar,
     ):
         while len(labels) < wanted:
@@ -143,27 +139,6 @@ def task_data(train: Examples, validation: Examples, test: Examples, *, source: 
 
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _blocks(config: ListOpsConfig, workers: int) -> Generator[Block, None, None]:
-    """Blocks 0, 1, 2, ... in order, the next few of them under way in other processes."""
-    draw = functools.partial(draw_block, config)
-    if workers == 1:
-        block = 0
-        while True:
-            yield draw(block)
-            block += 1
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        pending: deque[Future[Block]] = deque(pool.submit(draw, i) for i in range(2 * workers))
-        block = len(pending)
-        try:
-            while True:
-                yield pending.popleft().result()
-                pending.append(pool.submit(draw, block))
-                block += 1
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def draw_block(config: ListOpsConfig, block: int) -> Block:
