@@ -27,6 +27,10 @@ from seqmodels.data.workers import in_order
 from seqmodels.ranges import Checked, Count, Range, Seed, Size
 
 SYMBOLS = ("<pad>", "[MIN", "[MAX", "[MED", "[SM", "]", *"0123456789")
+WHERE = (
+    "expected the ListOps folder of the Long Range Arena release (listops-1000), or leave data_dir "
+    "out to generate the data"
+)
 MIN, MAX, MED, SM, CLOSE, DIGIT_0 = 1, 2, 3, 4, 5, 6
 
 OPERATOR_PROBABILITY = 0.25
@@ -377,10 +381,7 @@ def tsv_paths(folder: str | Path) -> dict[str, Path]:
     paths = {split: Path(folder) / name for split, name in TSV_FILES.items()}
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
-        raise ValueError(
-            f"{folder} does not hold {', '.join(missing)}: expected the ListOps folder of the "
-            "Long Range Arena release (listops-1000), or leave data_dir out to generate the data"
-        )
+        raise ValueError(f"{folder} does not hold {', '.join(missing)}: {WHERE}")
     return paths
 
 

@@ -13,6 +13,8 @@ succeed are the images.
 import contextlib
 import functools
 import os
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +23,11 @@ from tqdm import tqdm
 
 from seqmodels import ranges
 from seqmodels.data import cache
+from seqmodels.data.examples import Examples, Scaling, TaskData
 from seqmodels.data.lra import snakes
 from seqmodels.data.lra.snakes import Canvases, Shape, Tables, Tips
 from seqmodels.data.workers import in_order
-from seqmodels.ranges import Count, Seed, Size
+from seqmodels.ranges import Checked, Count, Seed, Size
 
 Difficulty = Literal["easy", "intermediate", "hard"]
 CONTOUR = {"easy": 6, "intermediate": 9, "hard": 14}
@@ -37,10 +40,87 @@ SHAPES = {
     256: Shape(256, (3,), 22, 5, 2.0, 5.0, 27, 1.8, 30, 1.0),
 }
 
+
+@dataclass(frozen=True)
+class PathfinderConfig(Checked):
+    """What to generate, or which of Long Range Arena's images to read.
+
+    Of the files, the splits are shares of what is there in the same proportion, at random.
+
+    Attributes:
+      size: 32, 64, 128 (Path-X) or 256.
+      difficulty: "easy", "intermediate" or "hard".
+      train, validation, test: numbers of images.
+      seed: of the generated images, or of the split of the files.
+      allow_partial: accept other numbers of files than 200,000.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    size: Literal[32, 64, 128, 256] = 32
+    difficulty: Difficulty = "hard"
+    train: Size = 160_000
+    validation: Count = 20_000
+    test: Count = 20_000
+    seed: Seed = 0
+    allow_partial: bool = False
+
+    @property
+    def longest(self) -> int:
+        return self.size**2
+
+
+def make(
+    config: PathfinderConfig,
+    *,
+    workers: int = 1,
+    parts: str | Path | None = None,
+    progress: bool = True,
+) -> TaskData:
+    """Generates the splits; arguments as `generate`'s."""
+    images, labels = generate(
+        config.size,
+        config.train + config.validation + config.test,
+        seed=config.seed,
+        difficulty=config.difficulty,
+        processes=workers,
+        parts=parts,
+        progress=progress,
+    )
+    return task_data(config, images, labels, source="generated")
+
+
+def task_data(
+    config: PathfinderConfig, images: np.ndarray, labels: np.ndarray, *, source: str
+) -> TaskData:
+    """The splits of `(n, size, size)` images, one after another, in the config's proportion."""
+    shares = np.cumsum([config.train, config.validation, config.test])
+    ends = [0, *(shares * len(images) // shares[-1]).tolist()]
+    every = Examples.of_arrays(images.reshape(len(images), -1, 1), labels, SCALING)
+    train, validation, test = (every.between(a, b) for a, b in pairwise(ends))
+    return TaskData(
+        name=f"pathfinder{config.size}",
+        train=train,
+        validation=validation,
+        test=test,
+        vocabulary_size=None,
+        num_classes=2,
+        description={
+            "source": source,
+            "difficulty": config.difficulty,
+            "image": [config.size, config.size],
+        },
+    )
+
+
 # Of the random stream: a change changes the images of a seed.
 _BLOCK = {32: 512, 64: 256, 128: 256, 256: 64}
 _TRIES = {32: 1024, 64: 512, 128: 256, 256: 64}
 _SHORT_TRIES = 5
+TOTAL = 200_000
+"""Images of each size and difficulty in Long Range Arena's release."""
+SCALING = Scaling((127.5,), (127.5,))
 
 Images = tuple[np.ndarray, np.ndarray]
 

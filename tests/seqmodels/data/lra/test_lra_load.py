@@ -76,7 +76,7 @@ def test_text_is_cached_by_its_source(tmp_path, monkeypatch):
     for split in ("train", "test"):
         for name in ("neg", "pos"):
             (root / split / name).mkdir(parents=True)
-            (root / split / name / "1_1.txt").write_bytes(b"first")
+            (root / split / name / "1_1.txt").write_text(f"first {split} {name}")
     config = TextConfig(validation=0, allow_partial=True)
 
     def read(config=config):
