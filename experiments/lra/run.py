@@ -3,23 +3,21 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.lra.experiment import INTERFACES, ExperimentConfig
 from experiments.run import restore
 from seqmodels.data import batches
 from seqmodels.data.examples import Examples, TaskData
 from seqmodels.data.lra import load
-from seqmodels.models import Classifier, param_labels
+from seqmodels.models import Classifier, Matcher, MatcherConfig, param_labels
 from seqmodels.parallel.mesh import make_mesh
 from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.step import make_eval_step
 from seqmodels.training.task import Task, classification
-
-if TYPE_CHECKING:
-    from experiments.lra.presets import ExperimentConfig
 
 
 def data_digest(data: TaskData) -> str:
@@ -32,7 +30,7 @@ def data_digest(data: TaskData) -> str:
 
 
 def load_data(
-    config: "ExperimentConfig", *, cache_dir: str, data_dir: str | None, progress: bool = True
+    config: ExperimentConfig, *, cache_dir: str, data_dir: str | None, progress: bool = True
 ) -> TaskData:
     """The config's data.
 
@@ -49,16 +47,23 @@ def load_data(
     return data
 
 
-def make_task(config: "ExperimentConfig") -> Task:
+def make_task(config: ExperimentConfig) -> Task:
     """The config's model, for training."""
+    interface = INTERFACES[config.task]
+    shape: dict[str, Any] = {"length": config.lengths[0], "channels": interface.channels}
+    if config.interaction is not None:
+        matcher = MatcherConfig(config.classifier, interaction=config.interaction)
+        return classification(
+            Matcher(matcher), lambda params: param_labels(matcher, params), parts=2, **shape
+        )
     return classification(
         Classifier(config.classifier),
         lambda params: param_labels(config.classifier, params),
-        length=config.lengths[0],
+        **shape,
     )
 
 
-def eval_batches(config: "ExperimentConfig", examples: Examples) -> Any:
+def eval_batches(config: ExperimentConfig, examples: Examples) -> Any:
     """Batches that hold each example once."""
     return batches.eval_batches(
         examples, batch_size=config.train.batch_size, lengths=config.lengths
@@ -66,7 +71,7 @@ def eval_batches(config: "ExperimentConfig", examples: Examples) -> Any:
 
 
 def evaluate_checkpoint(
-    config: "ExperimentConfig",
+    config: ExperimentConfig,
     config_dict: Mapping[str, Any],
     path: Path,
     step: int,

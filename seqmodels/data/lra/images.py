@@ -68,6 +68,7 @@ class CifarConfig(Checked):
 
     @property
     def longest(self) -> int:
+        """Steps that a row has at most."""
         return 32 * 32
 
 
@@ -94,6 +95,7 @@ class MnistConfig(Checked):
 
     @property
     def longest(self) -> int:
+        """Steps that a row has at most."""
         return 28 * 28
 
 

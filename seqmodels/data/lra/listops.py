@@ -60,6 +60,11 @@ class ListOpsConfig(Checked):
     seed: Seed = 0
     allow_partial: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a row has at most."""
+        return self.max_length - 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length < self.min_length + 2:

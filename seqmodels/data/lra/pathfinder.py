@@ -68,6 +68,7 @@ class PathfinderConfig(Checked):
 
     @property
     def longest(self) -> int:
+        """Steps that a row has at most."""
         return self.size**2
 
 

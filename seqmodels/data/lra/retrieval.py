@@ -48,6 +48,7 @@ class RetrievalConfig(Checked):
 
     @property
     def longest(self) -> int:
+        """Steps that a row has at most."""
         return self.max_length
 
     @property

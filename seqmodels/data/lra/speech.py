@@ -61,6 +61,7 @@ class SpeechConfig(Checked):
 
     @property
     def longest(self) -> int:
+        """Steps that a row has at most."""
         return self.max_length
 
 
