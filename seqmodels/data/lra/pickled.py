@@ -44,12 +44,16 @@ def read(content: bytes) -> Any:
       ValueError: it is cut or no pickle, or holds anything else.
     """
     try:
-        return _plain(_interpret(content))
+        opcodes = list(pickletools.genops(content))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"the pickle is cut, or is none ({error})") from None
+    try:
+        return _plain(_interpret(opcodes))
     except (IndexError, KeyError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
         raise ValueError(f"not a pickle of plain data ({error!r})") from None
 
 
-def _interpret(content: bytes) -> Any:
+def _interpret(opcodes: list[tuple[Any, Any, Any]]) -> Any:
     stack: list[Any] = []
     memory: dict[int, Any] = {}
 
@@ -59,7 +63,7 @@ def _interpret(content: bytes) -> Any:
         del stack[at:]
         return items
 
-    for opcode, argument, _ in pickletools.genops(content):
+    for opcode, argument, _ in opcodes:
         name = opcode.name
         if name in _PUSH:
             stack.append(argument)
