@@ -74,11 +74,11 @@ def test_the_discs_are_on_one_contour_exactly_when_the_label_says_so():
         bright = image > 100
         discs, found = ndimage.label(ndimage.binary_erosion(bright, iterations=3))
         assert found in (1, 2)  # 1: the discs touch
-        closed, _ = ndimage.label(ndimage.binary_dilation(bright, iterations=4))
+        closed, _ = ndimage.label(ndimage.binary_dilation(bright, np.ones((3, 3)), iterations=3))
         together.append(len({closed[discs == disc][0] for disc in range(1, found + 1)}) == 1)
     together = np.array(together)
     assert together[labels == 1].all()
-    assert together[labels == 0].mean() < 0.5
+    assert together[labels == 0].mean() < 0.3
 
 
 @pytest.mark.parametrize("difficulty", CONTOUR)
