@@ -92,7 +92,7 @@ def test_paddles_keep_apart_and_go_on(difficulty):
     assert [len(own) for own in paddles] == [CONTOUR[difficulty]] * 2
     turns = np.concatenate([np.diff([tips.place for tips in own], axis=0) for own in paddles])
     distance = np.hypot(turns[..., 0], turns[..., 1])
-    assert ((distance > 0) & (distance < 2 * shape.length + 4)).all()
+    assert ((distance > 0) & (distance < 2 * shape.length + 6)).all()
     # A new footprint crosses none that is registered; one is when its snake grows again.
     for image in range(min(count, 10)):
         first, second = ([footprint(shape, table, tips, image) for tips in own] for own in paddles)
