@@ -131,7 +131,7 @@ def generate(
     count: int,
     *,
     seed: int,
-    difficulty: Difficulty = "hard",
+    difficulty: str = "hard",
     processes: int | None = None,
     parts: str | Path | None = None,
     progress: bool = False,
@@ -180,9 +180,7 @@ def generate(
     return images, labels
 
 
-def _block(
-    size: int, difficulty: Difficulty, seed: int, parts: str | Path | None, number: int
-) -> Images:
+def _block(size: int, difficulty: str, seed: int, parts: str | Path | None, number: int) -> Images:
     """One block, read from `parts` where it is there and whole."""
     if parts is None:
         return draw_block(size, difficulty, seed, number)
@@ -196,7 +194,7 @@ def _block(
     return arrays["images"], arrays["labels"]
 
 
-def draw_block(size: int, difficulty: Difficulty, seed: int, number: int) -> Images:
+def draw_block(size: int, difficulty: str, seed: int, number: int) -> Images:
     """Some hundred images, from a random stream of their own."""
     shape = SHAPES[size]
     stream = np.random.SeedSequence(seed, spawn_key=(number,))

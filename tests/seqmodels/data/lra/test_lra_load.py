@@ -184,7 +184,7 @@ def test_a_test_row_in_train_is_refused(tmp_path):
 def test_a_generation_that_was_killed_continues_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(pathfinder._BLOCK, 32, 4)
     monkeypatch.setitem(pathfinder._TRIES, 32, 128)
-    config = PathfinderConfig(train=12, validation=2, test=2)
+    config = PathfinderConfig(difficulty="easy", train=12, validation=2, test=2)
     draw, drawn = pathfinder.draw_block, []
 
     def killed(*arguments):
@@ -201,5 +201,5 @@ def test_a_generation_that_was_killed_continues_and_leaves_nothing(tmp_path, mon
     assert [len(e) for e in data.splits.values()] == [12, 2, 2]
     (entry,) = tmp_path.iterdir()
     assert entry.name.startswith("pathfinder-")
-    images, _ = pathfinder.generate(32, 16, seed=0, processes=1)
+    images, _ = pathfinder.generate(32, 16, seed=0, difficulty="easy", processes=1)
     assert np.array_equal(data.train.tokens.reshape(-1, 32, 32), images[:12])

@@ -114,25 +114,25 @@ def footprint(shape, table, tips, image):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setitem(pathfinder._BLOCK, 32, 8)
-    monkeypatch.setitem(pathfinder._TRIES, 32, 256)
+    monkeypatch.setitem(pathfinder._TRIES, 32, 64)
 
 
 def test_fewer_are_the_beginning_of_more(small_blocks):
-    more, labels = generate(32, 20, seed=2)
-    fewer, some = generate(32, 11, seed=2)
+    more, labels = generate(32, 20, seed=2, difficulty="easy")
+    fewer, some = generate(32, 11, seed=2, difficulty="easy")
     assert np.array_equal(fewer, more[:11])
     assert np.array_equal(some, labels[:11])
-    assert not np.array_equal(generate(32, 11, seed=3)[0], fewer)
+    assert not np.array_equal(generate(32, 11, seed=3, difficulty="easy")[0], fewer)
     assert len(np.unique(more.reshape(20, -1), axis=0)) == 20
 
 
 def test_a_killed_call_continues(small_blocks, tmp_path, monkeypatch):
-    expected, labels = generate(32, 20, seed=2)
-    generate(32, 12, seed=2, parts=tmp_path)
+    expected, labels = generate(32, 20, seed=2, difficulty="easy")
+    generate(32, 12, seed=2, difficulty="easy", parts=tmp_path)
     drawn = []
     draw = pathfinder.draw_block
     monkeypatch.setattr(pathfinder, "draw_block", lambda *a: drawn.append(a[-1]) or draw(*a))
-    images, answers = generate(32, 20, seed=2, parts=tmp_path)
+    images, answers = generate(32, 20, seed=2, difficulty="easy", parts=tmp_path)
     assert drawn == [2]
     assert np.array_equal(images, expected)
     assert np.array_equal(answers, labels)
