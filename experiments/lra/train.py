@@ -4,8 +4,9 @@
     python -m experiments.lra.train --resume --run-dir runs/lra/listops-s5-cpu-seed0
 
 Presets: "paper" has the published settings and is meant for an accelerator; "cpu" is what two
-processor cores do in an hour, with shorter inputs (see experiments/lra/presets.py for each
-difference). Any field of the config can be changed; --help-fields lists them. For example
+processor cores do in ten minutes (Text: an hour), with smaller models and easier data (see
+experiments/lra/presets.py for each difference). Any field of the config can be changed;
+--help-fields lists them. For example
 
     --train.learning-rate 0.002 --classifier.backbone.width 128 --lengths 100 200
 

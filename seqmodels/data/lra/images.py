@@ -22,7 +22,7 @@ CIFAR = Layout(
     archives=("cifar-10-*.tar*",),
     most=40_000_000,
     where=(
-        "get cifar-10-binary.tar.gz or cifar-10-python.tar.gz (163 MB, 170 MB) from "
+        "get cifar-10-binary.tar.gz or cifar-10-python.tar.gz (162 MB, 163 MB) from "
         "https://www.cs.toronto.edu/~kriz/cifar.html and pass the archive or its folder as data_dir"
     ),
 )

@@ -383,7 +383,9 @@ def tsv_paths(folder: str | Path) -> dict[str, Path]:
     Raises:
       ValueError: one is missing.
     """
-    paths = {split: Path(folder) / name for split, name in TSV_FILES.items()}
+    below = ("", "listops-1000", "lra_release/listops-1000", "lra_release/lra_release/listops-1000")
+    tried = [{split: Path(folder, b, name) for split, name in TSV_FILES.items()} for b in below]
+    paths = max(tried, key=lambda paths: sum(path.is_file() for path in paths.values()))
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
         raise ValueError(f"{folder} does not hold {', '.join(missing)}: {WHERE}")

@@ -285,6 +285,16 @@ def test_tsv_round_trip(small, tmp_path):
             assert np.array_equal(getattr(examples, array), getattr(back.splits[split], array))
 
 
+def test_lines_of_other_systems_in_a_folder_above(small, tmp_path):
+    folder = tmp_path / "lra_release" / "lra_release" / "listops-1000"
+    listops.write_tsv(folder, small)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    back = listops.read_tsv(tmp_path, allow_partial=True, progress=False)
+    assert np.array_equal(back.train.tokens, small.train.tokens)
+    assert np.array_equal(back.test.labels, small.test.labels)
+
+
 def write_files(folder, lines):
     folder.mkdir(exist_ok=True)
     for name in listops.TSV_FILES.values():
