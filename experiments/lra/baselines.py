@@ -69,6 +69,7 @@ def majority(data: TaskData) -> float:
 
 def first_token(data: TaskData) -> float:
     """A first token that training does not know gets the most frequent label of all."""
+    assert data.vocabulary_size is not None
     votes = np.zeros((data.vocabulary_size, data.num_classes), np.int64)
     np.add.at(votes, (_first_tokens(data.train), data.train.labels), 1)
     overall = votes.sum(axis=0).argmax()

@@ -150,7 +150,7 @@ def _cpu(
     batch_size: int | None = None,
     data: TaskConfig | None = None,
     lengths: tuple[int, ...] | None = None,
-    **mixer: int,
+    **mixer: Any,
 ) -> ExperimentConfig:
     """The experiment with a smaller model, perhaps less data, and this schedule."""
     backbone = paper.classifier.backbone
@@ -293,8 +293,8 @@ def _like(paper: ExperimentConfig, task: Task) -> ExperimentConfig:
 def _on_cpu(task: str, model: str, paper: ExperimentConfig) -> ExperimentConfig:
     """What two cores do; ListOps, Text, Retrieval and Pathfinder are easier than published."""
     s5 = model == "s5"
-    short: dict[str, int] = {"state_size": 64, "blocks": 4} if s5 else {"state_size": 32}
-    tiny: dict[str, int] = {"state_size": 32, "blocks": 2} if s5 else {"state_size": 16}
+    short: dict[str, Any] = {"state_size": 64, "blocks": 4} if s5 else {"state_size": 32}
+    tiny: dict[str, Any] = {"state_size": 32, "blocks": 2} if s5 else {"state_size": 16}
     if task == "listops":  # trees of 65 to 199 tokens instead of 501 to 1999
         easier: TaskConfig = ListOpsConfig(min_length=64, max_length=200)
         return _cpu(paper, layers=6, steps=2_500, warmup=250, every=500, data=easier,
@@ -307,16 +307,17 @@ def _on_cpu(task: str, model: str, paper: ExperimentConfig) -> ExperimentConfig:
         easier = RetrievalConfig(max_length=1_000)
         return _cpu(paper, layers=2, steps=300, warmup=30, every=150, batch_size=16, data=easier,
                     lengths=(1_000,), **tiny)  # fmt: skip
-    if task.startswith("path"):
-        size, images, batch, steps = {
-            "pathfinder": (32, 20_000, 32, 400),
-            "path-x": (128, 2_000, 8, 80),
-            "path-256": (256, 400, 2, 60),
-        }[task]
+    if isinstance(paper.data, PathfinderConfig):  # short contours, and few images
+        images, batch, steps = {
+            "pathfinder": (20_000, 32, 400), "path-x": (2_000, 8, 80), "path-256": (400, 2, 60),
+        }[task]  # fmt: skip
         easier = dataclasses.replace(
-            PathfinderConfig(difficulty="easy"),
-            size=size, train=images, validation=images // 20, test=images // 10,
-        )  # fmt: skip
+            paper.data,
+            difficulty="easy",
+            train=images,
+            validation=images // 20,
+            test=images // 10,
+        )
         return _cpu(paper, layers=2, width=32, steps=steps, warmup=steps // 10, every=steps // 2,
                     batch_size=batch, data=easier, **tiny)  # fmt: skip
     return _cpu(paper, layers=2, width=32 if task == "speech" else 64, steps=400, warmup=40,

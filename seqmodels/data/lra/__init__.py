@@ -108,14 +108,15 @@ def load(
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is None and source.generate is None:
         raise ValueError(f"{source.name} needs data_dir: {source.where}")
+    name = source.name.lower()
     key = {
-        "task": source.name.lower(),
+        "task": name,
         "revision": _REVISION,
         "config": asdict(config),
         "source": None if folder is None else source.fingerprint(config, folder),
     }
     cache_dir = Path(cache_dir).expanduser()
-    parts = cache_dir / f"{key['task']}-parts-{cache.fingerprint(key)[:16]}"
+    parts = cache_dir / f"{name}-parts-{cache.fingerprint(key)[:16]}"
     work = Work(workers or os.cpu_count() or 1, progress, parts)
 
     def build() -> cache.Contents:
@@ -127,7 +128,7 @@ def load(
         check_disjoint(data, source.known)
         return _to_contents(data)
 
-    contents = cache.load_or_build(cache_dir, key["task"], key, build)
+    contents = cache.load_or_build(cache_dir, name, key, build)
     shutil.rmtree(parts, ignore_errors=True)
     return _from_contents(contents)
 
@@ -262,7 +263,7 @@ def _from_contents(contents: cache.Contents) -> TaskData:
         scaling = Scaling(**{name: tuple(values) for name, values in facts["scaling"].items()})
     splits = {
         split: Examples(
-            *(arrays[f"{split}_{array}"] for array in _ARRAYS),
+            **{array: arrays[f"{split}_{array}"] for array in _ARRAYS},
             parts=facts.get("parts", 1),
             scaling=scaling,
         )

@@ -6,6 +6,7 @@ called, and knows what three of those names mean. Nothing is imported or called.
 """
 
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,16 @@ _PUSH = {
 _TEXT = {"BINSTRING", "SHORT_BINSTRING", "STRING"}  # bytes, in pickles of Python 2
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _SMALL = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    return dict(zip(items[::2], items[1::2], strict=True))
+
+
+_FROM_MARK: dict[str, Callable[[list[Any]], Any]] = {
+    "TUPLE": tuple, "LIST": list, "DICT": _pairs, "APPENDS": list, "SETITEMS": _pairs,
+}  # fmt: skip
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 
 
 @dataclass
@@ -53,18 +64,16 @@ def read(content: bytes) -> Any:
         raise ValueError(f"not a pickle of plain data ({error!r})") from None
 
 
-def _interpret(opcodes: list[tuple[Any, Any, Any]]) -> Any:
-    stack: list[Any] = []
-    memory: dict[int, Any] = {}
+class _Machine:
+    """The stack and the memory of a pickle's program."""
 
-    def since_mark() -> list[Any]:
-        at = max(i for i, item in enumerate(stack) if item is _MARK)
-        items = stack[at + 1 :]
-        del stack[at:]
-        return items
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memory: dict[int, Any] = {}
 
-    for opcode, argument, _ in opcodes:
-        name = opcode.name
+    def step(self, name: str, argument: Any) -> None:
+        """One instruction."""
+        stack = self.stack
         if name in _PUSH:
             stack.append(argument)
         elif name in _TEXT:
@@ -72,36 +81,29 @@ def _interpret(opcodes: list[tuple[Any, Any, Any]]) -> Any:
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _SMALL:
-            count = _SMALL[name]
-            items = tuple(stack[len(stack) - count :])
-            del stack[len(stack) - count :]
-            stack.append(items)
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
-            stack.append({} if name == "EMPTY_DICT" else [])
-        elif name in ("TUPLE", "LIST", "DICT"):
-            items = since_mark()
-            pairs = {"TUPLE": tuple, "LIST": list, "DICT": _pairs}
-            stack.append(pairs[name](items))
-        elif name == "APPENDS":
-            items = since_mark()
-            stack[-1].extend(items)
-        elif name == "APPEND":
-            stack[-2].append(stack.pop())
-        elif name == "SETITEMS":
-            items = since_mark()
-            stack[-1].update(_pairs(items))
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            stack[-1][key] = value
+            self.replace(_SMALL[name], tuple)
+        elif name in _FROM_MARK:
+            marks = [i for i, item in enumerate(stack) if item is _MARK]
+            del stack[marks[-1]]
+            self.replace(len(stack) - marks[-1], _FROM_MARK[name])
+            if name in ("APPENDS", "SETITEMS"):
+                self.add(stack.pop())
+        elif name in ("APPEND", "SETITEM"):
+            self.replace(1 + (name == "SETITEM"), list if name == "APPEND" else _pairs)
+            self.add(stack.pop())
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memory[argument] = stack[-1]
+            self.memory[argument] = stack[-1]
         elif name == "MEMOIZE":
-            memory[len(memory)] = stack[-1]
+            self.memory[len(self.memory)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memory[argument])
-        elif name == "GLOBAL":
+            stack.append(self.memory[argument])
+        else:
+            self.name_or_call(name, argument)
+
+    def name_or_call(self, name: str, argument: Any) -> None:
+        """An instruction about what is no plain data; it is noted, not followed."""
+        stack = self.stack
+        if name == "GLOBAL":
             stack.append(_Name(argument))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
@@ -112,15 +114,35 @@ def _interpret(opcodes: list[tuple[Any, Any, Any]]) -> Any:
         elif name == "BUILD":
             state = stack.pop()
             stack[-1].state = state
-        elif name == "STOP":
-            return stack.pop()
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"a pickle of plain data has no instruction {name}")
+
+    def replace(self, count: int, make: Callable[[list[Any]], Any]) -> None:
+        """Puts what is made of the last so many items in their place."""
+        start = len(self.stack) - count
+        items = self.stack[start:]
+        self.stack[start:] = [make(items)]
+
+    def add(self, items: Any) -> None:
+        """Adds items to the list or the dict on top."""
+        if isinstance(items, dict):
+            self.stack[-1].update(items)
+        else:
+            self.stack[-1].extend(items)
+
+
+def _interpret(opcodes: list[tuple[Any, Any, Any]]) -> Any:
+    machine = _Machine()
+    for opcode, argument, _ in opcodes:
+        if opcode.name == "STOP":
+            return machine.stack.pop()
+        if opcode.name == "MARK":
+            machine.stack.append(_MARK)
+        elif opcode.name in _EMPTY:
+            machine.stack.append(_EMPTY[opcode.name]())
+        else:
+            machine.step(opcode.name, argument)
     raise ValueError("the pickle is cut")
-
-
-def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(items[::2], items[1::2], strict=True))
 
 
 def _plain(value: Any) -> Any:
