@@ -72,7 +72,7 @@ def prepare(arguments: Arguments, fields: Sequence[str] = ()) -> None:
       ValueError, OSError: with a message for the user.
     """
     if arguments.task not in TASKS:
-        names = ", ".join(get_args(Task))
+        known = ", ".join(get_args(Task))
         raise UsageError(f"task={arguments.task!r} is not known; choose one of {known}")
     options = [*as_options(arguments.set), *fields]
     options += ["--allow-partial=True"] if arguments.allow_partial else []
