@@ -171,6 +171,9 @@ def _generate_listops(config: ListOpsConfig, work: Work) -> TaskData:
 
 
 def _tsv_fingerprint(config: ListOpsConfig, folder: Path) -> str:
+    if folder.is_file():
+        status = folder.stat()
+        return cache.fingerprint([folder.name, status.st_size, status.st_mtime_ns])
     digests = []
     for path in listops.tsv_paths(folder).values():
         with open(path, "rb") as file:
