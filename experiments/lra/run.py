@@ -35,9 +35,14 @@ def load_data(
     """The config's data.
 
     Raises:
-      ValueError: the data are not there, or have longer rows than the config says.
+      ValueError: the data are not there, or have longer rows or more classes than the config says.
     """
     data = load(config.data, cache_dir=cache_dir, data_dir=data_dir, progress=progress)
+    if data.num_classes > config.classifier.num_classes:
+        raise ValueError(
+            f"the data have {data.num_classes} classes, more than "
+            f"classifier.num_classes={config.classifier.num_classes}: raise that"
+        )
     for split, examples in data.splits.items():
         if len(examples) and examples.lengths.max() > config.lengths[-1]:
             raise ValueError(

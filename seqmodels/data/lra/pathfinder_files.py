@@ -134,5 +134,5 @@ def _image(content: bytes, size: int, where: str) -> np.ndarray:
                     f"{width} x {height} pixels of mode {image.mode}, expected {size} x {size} gray"
                 )
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where} cannot be used: {error}") from error

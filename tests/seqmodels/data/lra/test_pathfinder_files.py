@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -76,6 +78,14 @@ def test_other_difficulties_have_folders_of_their_own(tmp_path):
     assert by_image(data) == expected(easy)
 
 
+def huge():
+    """A PNG that says that it has 2**60 pixels."""
+    content = bytearray(FILES[IMAGE])
+    content[16:24] = struct.pack(">II", 1 << 30, 1 << 30)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
 def jpeg():
     stream = io.BytesIO()
     Image.new("L", (32, 32)).save(stream, "JPEG")
@@ -87,6 +97,7 @@ def jpeg():
     [
         ({IMAGE: b""}, r"sample_3\.png cannot be used"),
         ({IMAGE: FILES[IMAGE][:-300]}, r"sample_3\.png cannot be used"),
+        ({IMAGE: huge()}, r"sample_3\.png cannot be used"),
         ({IMAGE: jpeg()}, r"sample_3\.png cannot be used"),
         ({IMAGE: original.png(np.zeros((32, 31), np.uint8))}, "31 x 32 pixels of mode L, expected"),
         ({IMAGE: original.png(np.zeros((32, 32, 3), np.uint8))}, "32 x 32 pixels of mode RGB"),
