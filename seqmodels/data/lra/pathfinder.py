@@ -34,11 +34,23 @@ CONTOUR = {"easy": 6, "intermediate": 9, "hard": 14}
 """Paddles of a long snake; a short one has a third of them."""
 
 SHAPES = {
-    32: Shape(32, (1,), 1, 2, 0.5, 1.5, 7, 1.0, 20, 2.0, 0.75),
-    64: Shape(64, (1,), 1, 5, 1.0, 2.5, 12, 1.8, 22, 0.8),
-    128: Shape(128, (2, 3), 1, 5, 1.5, 3.0, 20, 1.8, 35, 0.9),
-    256: Shape(256, (3,), 22, 5, 2.0, 5.0, 27, 1.8, 30, 1.0),
-}
+    32: Shape(
+        32, margins=(1,), padding=1, length=2, thickness=0.5, marker_radius=1.5, seed_distance=7,
+        continuity=1.0, distractor_paddles=20, snake_contrast=2.0, paddle_contrast=0.75,
+    ),
+    64: Shape(
+        64, margins=(1,), padding=1, length=5, thickness=1.0, marker_radius=2.5, seed_distance=12,
+        continuity=1.8, distractor_paddles=22, snake_contrast=0.8,
+    ),
+    128: Shape(
+        128, margins=(2, 3), padding=1, length=5, thickness=1.5, marker_radius=3.0,
+        seed_distance=20, continuity=1.8, distractor_paddles=35, snake_contrast=0.9,
+    ),
+    256: Shape(
+        256, margins=(3,), padding=22, length=5, thickness=2.0, marker_radius=5.0,
+        seed_distance=27, continuity=1.8, distractor_paddles=30, snake_contrast=1.0,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,11 +176,11 @@ def generate(
     ranges.check("processes", processes, Size | None)
     images = np.empty((count, size, size), np.uint8)
     labels = np.empty(count, np.int32)
-    make = functools.partial(_block, size, difficulty, seed, parts)
+    draw = functools.partial(_block, size, difficulty, seed, parts)
     workers = min(processes or os.cpu_count() or 1, max(1, -(-count // _BLOCK[size])))
     done = 0
     with (
-        contextlib.closing(in_order(make, workers)) as blocks,
+        contextlib.closing(in_order(draw, workers)) as blocks,
         tqdm(total=count, desc="Pathfinder", unit=" images", disable=not progress) as bar,
     ):
         while done < count:
