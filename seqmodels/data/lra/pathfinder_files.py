@@ -39,6 +39,8 @@ def layout(config: PathfinderConfig) -> Layout:
             f"pathfinder{size} (the inner one, where there are two) as data_dir, or leave data_dir "
             "out to generate the data"
         ),
+        # Other sizes, and the copy that is broken, in an archive of everything.
+        never=rf"(?:^|/)(?:pathfinder(?!{size}/)\d+/|(?<!lra_release/)lra_release/pathfinder128/)",
     )
 
 
@@ -64,8 +66,6 @@ def read(config: PathfinderConfig, data_dir: str | Path) -> TaskData:
     labels: Labels = {}
     images: dict[str, np.ndarray] = {}
     for name, content in layout(config).read(data_dir):
-        if config.size == 128 and name.count("lra_release/") == 1:  # the broken copy
-            continue
         where, short = f"{data_dir}, {name}", "/".join(name.split("/")[-3:])
         if name.endswith(".npy"):
             for path, label, line in _labels(content, where):

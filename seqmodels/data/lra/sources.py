@@ -21,12 +21,14 @@ class Layout:
       archives: patterns (as of `Path.glob`) of the names of its archives.
       most: bytes of the largest file.
       where: how to get it, for messages.
+      never: a pattern of what paths that are left alone contain, None for nothing.
     """
 
     files: str
     archives: tuple[str, ...]
     most: int
     where: str
+    never: str | None = None
 
     def locate(self, data_dir: str | Path) -> Path:
         """The folder or the archive that `data_dir` means.
@@ -90,6 +92,8 @@ class Layout:
         return fingerprint(facts)
 
     def _wanted(self, name: str) -> bool:
+        if self.never is not None and re.search(self.never, name):
+            return False
         return re.fullmatch(rf"(?:.*/)?{self.files}", name) is not None
 
     def _paths(self, folder: Path) -> Iterator[Path]:

@@ -70,6 +70,14 @@ def test_the_broken_copy_of_path_x_is_left_alone(tmp_path):
         assert by_image(read(config, where)) == expected(right)
 
 
+def test_other_sizes_in_an_archive_are_left_alone(tmp_path):
+    files = {f"lra_release/lra_release/pathfinder32/{n}": b for n, b in FILES.items()}
+    files |= {f"lra_release/lra_release/pathfinder256/{n}": b"large" for n in FILES}
+    files |= {f"lra_release/pathfinder128/{n}": b"broken" for n in FILES}
+    path = original.tar(tmp_path / "lra_release.gz", files)
+    assert by_image(read(CONFIG, path)) == expected(FILES)
+
+
 def test_other_difficulties_have_folders_of_their_own(tmp_path):
     easy = original.pathfinder(4, folder="curv_baseline")
     data = read(
