@@ -309,7 +309,7 @@ def _on_cpu(task: str, model: str, paper: ExperimentConfig) -> ExperimentConfig:
                     lengths=(1_000,), **tiny)  # fmt: skip
     if isinstance(paper.data, PathfinderConfig):  # short contours, and few images
         images, batch, steps = {
-            "pathfinder": (20_000, 32, 400), "path-x": (2_000, 8, 80), "path-256": (400, 2, 60),
+            "pathfinder": (20_000, 32, 800), "path-x": (2_000, 8, 120), "path-256": (400, 2, 100),
         }[task]  # fmt: skip
         easier = dataclasses.replace(
             paper.data,
@@ -320,8 +320,11 @@ def _on_cpu(task: str, model: str, paper: ExperimentConfig) -> ExperimentConfig:
         )
         return _cpu(paper, layers=2, width=32, steps=steps, warmup=steps // 10, every=steps // 2,
                     batch_size=batch, data=easier, **tiny)  # fmt: skip
-    return _cpu(paper, layers=2, width=32 if task == "speech" else 64, steps=400, warmup=40,
-                every=200, batch_size=16 if task == "speech" else 50, **tiny)  # fmt: skip
+    if task == "speech":
+        return _cpu(paper, layers=2, width=32, steps=300, warmup=30, every=150, batch_size=16,
+                    **tiny)  # fmt: skip
+    return _cpu(paper, layers=2, steps=400, warmup=40, every=200, batch_size=50,
+                **tiny)  # fmt: skip
 
 
 # Tasks that have no published settings here, and the one whose settings they are made from.
