@@ -2,8 +2,8 @@
 
 Most of the suite's time is XLA compiling small programs. Unless `--everything` is given, tests
 marked `full` are left out, and XLA compiles for CPUs with its quick code generator, except for the
-tests marked `optimised`: those of the portable operators' numbers, and of runs that are compared bit
-for bit with those of processes of their own.
+tests marked `optimised`: those of the portable operators' numbers, and of runs that are compared
+bit for bit with those of processes of their own.
 """
 
 import hypothesis

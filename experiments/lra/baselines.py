@@ -6,7 +6,8 @@ python -m experiments.lra.baselines listops --cache-dir ~/.cache/seqmodels
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,21 +19,43 @@ import tyro
 
 from experiments.command_line import run_command
 from seqmodels.data.examples import Examples, TaskData
-from seqmodels.data.lra import ListOpsConfig, TextConfig, load
+from seqmodels.data.lra import (
+    CifarConfig,
+    ListOpsConfig,
+    MnistConfig,
+    PathfinderConfig,
+    RetrievalConfig,
+    SpeechConfig,
+    TextConfig,
+    load,
+)
 from seqmodels.ranges import Checked
 
 
 def baselines(data: TaskData) -> dict[str, float]:
-    """Test accuracies, in 0 .. 1, of four predictors fitted to the training split.
+    """Test accuracies, in 0 .. 1, of predictors fitted to the training split.
 
     - `majority`: the most frequent label.
+
+    Of token ids:
+
     - `first_token`: the most frequent label among the sequences that begin with the same token; on
       ListOps, the outermost operator.
-    - `token_counts`: multinomial logistic regression on how often each token occurs.
+    - `token_counts`: multinomial logistic regression on how often each token occurs; of a pair, in
+      either text, and the difference.
     - `first_token_and_counts`: the same, given the first token as well.
+
+    Of real values:
+
+    - `linear`: the same on the values themselves, or on the means of 256 stretches of a row that
+      is longer, and on mean and deviation of the row.
     """
-    return {
-        "majority": majority(data),
+    found = {"majority": majority(data)}
+    if data.vocabulary_size is None:
+        return found | {"linear": linear(data)}
+    if data.train.parts > 1:
+        return found | {"token_counts": token_counts(data)}
+    return found | {
         "first_token": first_token(data),
         "token_counts": token_counts(data),
         "first_token_and_counts": token_counts(data, with_first_token=True),
@@ -46,6 +69,7 @@ def majority(data: TaskData) -> float:
 
 def first_token(data: TaskData) -> float:
     """A first token that training does not know gets the most frequent label of all."""
+    assert data.vocabulary_size is not None
     votes = np.zeros((data.vocabulary_size, data.num_classes), np.int64)
     np.add.at(votes, (_first_tokens(data.train), data.train.labels), 1)
     overall = votes.sum(axis=0).argmax()
@@ -53,14 +77,28 @@ def first_token(data: TaskData) -> float:
     return float(np.mean(data.test.labels == guesses[_first_tokens(data.test)]))
 
 
-def token_counts(
-    data: TaskData, *, with_first_token: bool = False, steps: int = 50, l2: float = 1e-4
+def token_counts(data: TaskData, *, with_first_token: bool = False) -> float:
+    """Logistic regression on each token's share of the sequence and the length."""
+    assert data.vocabulary_size is not None
+    size = data.vocabulary_size
+    return _regression(data, lambda examples: _counts(examples, size, with_first_token))
+
+
+def linear(data: TaskData) -> float:
+    """Logistic regression on real values."""
+    longest = max(int(examples.lengths.max(initial=1)) for examples in data.splits.values())
+    return _regression(data, lambda examples: _stretches(examples, longest))
+
+
+def _regression(
+    data: TaskData,
+    features: Callable[[Examples], np.ndarray],
+    *,
+    steps: int = 50,
+    l2: float = 1e-4,
 ) -> float:
-    """Full-batch L-BFGS on each token's share of the sequence and the length, standardised."""
-    x, x_test = (
-        _features(examples, data.vocabulary_size, with_first_token)
-        for examples in (data.train, data.test)
-    )
+    """Full-batch L-BFGS on standardised features."""
+    x, x_test = features(data.train), features(data.test)
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     deviation[deviation == 0] = 1
     weights, bias = _fit((x - mean) / deviation, data.train.labels, data.num_classes, steps, l2)
@@ -72,17 +110,34 @@ def _first_tokens(examples: Examples) -> np.ndarray:
     return examples.tokens[examples.offsets[:-1]]
 
 
-def _features(examples: Examples, vocabulary_size: int, with_first_token: bool) -> np.ndarray:
+def _counts(examples: Examples, vocabulary_size: int, with_first_token: bool) -> np.ndarray:
     """`(n, features)` float32; column 0, which no token uses, holds the log length."""
-    rows = np.repeat(np.arange(len(examples)), examples.lengths)
+    lengths = np.diff(examples.offsets)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
     cells = rows * vocabulary_size + examples.tokens
-    counts = np.bincount(cells, minlength=len(examples) * vocabulary_size)
-    features = counts.reshape(len(examples), vocabulary_size) / examples.lengths[:, None]
-    features[:, 0] = np.log(examples.lengths)
+    counts = np.bincount(cells, minlength=len(lengths) * vocabulary_size)
+    features = counts.reshape(len(lengths), vocabulary_size) / lengths[:, None]
+    features[:, 0] = np.log(lengths)
+    if examples.parts > 1:
+        a, b = (features[i :: examples.parts] for i in range(2))
+        features = np.concatenate([a, b, np.abs(a - b)], axis=1)
     if with_first_token:
         first = _first_tokens(examples)[:, None] == np.arange(vocabulary_size)[None]
         features = np.concatenate([features, first], axis=1)
     return features.astype(np.float32)
+
+
+def _stretches(examples: Examples, longest: int, most: int = 256) -> np.ndarray:
+    """`(n, features)` float32: means of stretches, 0 where a row has ended, mean and deviation."""
+    edges = np.linspace(0, longest, min(longest, most if longest > 1024 else 1024) + 1).astype(int)
+    rows = []
+    for start, end in pairwise(examples.offsets):
+        values = examples.as_inputs(examples.tokens[start:end])
+        padded = np.zeros((longest, values.shape[1]), np.float32)
+        padded[: len(values)] = values
+        means = np.add.reduceat(padded, edges[:-1], axis=0) / np.diff(edges)[:, None]
+        rows.append(np.concatenate([means.ravel(), values.mean(axis=0), values.std(axis=0)]))
+    return np.array(rows, np.float32)
 
 
 def _fit(
@@ -121,6 +176,11 @@ class Args(Checked):
     task: (
         Annotated[ListOpsConfig, tyro.conf.subcommand("listops")]
         | Annotated[TextConfig, tyro.conf.subcommand("text")]
+        | Annotated[RetrievalConfig, tyro.conf.subcommand("retrieval")]
+        | Annotated[CifarConfig, tyro.conf.subcommand("cifar")]
+        | Annotated[PathfinderConfig, tyro.conf.subcommand("pathfinder")]
+        | Annotated[MnistConfig, tyro.conf.subcommand("mnist")]
+        | Annotated[SpeechConfig, tyro.conf.subcommand("speech")]
     )
     cache_dir: Path
     """Where prepared data are kept."""
@@ -132,7 +192,7 @@ class Args(Checked):
 
 def report(args: Args) -> None:
     """Prints the baselines; raises as `seqmodels.data.lra.load` does, before any work if it can."""
-    if isinstance(args.task, ListOpsConfig) and not args.task.test:
+    if not getattr(args.task, "test", 1):
         raise ValueError("test=0 leaves nothing to test on")
     data = load(args.task, cache_dir=args.cache_dir, data_dir=args.data_dir)
     report = {

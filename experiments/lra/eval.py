@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments import terminal
 from experiments.command_line import run_command
-from experiments.lra.presets import ExperimentConfig
+from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.run import data_digest, evaluate_checkpoint, load_data
 from experiments.run import (
     Locations,

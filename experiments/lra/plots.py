@@ -1,13 +1,18 @@
 """Figures of the LRA experiments, as PNG files."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.lra.published import Row
+from seqmodels.data.examples import TaskData
 
 
 def learning_curve(result: Mapping[str, Any], path: Path) -> None:
@@ -81,3 +86,60 @@ def comparison(
     }
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(tasks) + 1)
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def samples(data: TaskData, path: Path, columns: int = 6, rows: int = 4) -> None:
+    """A page of training examples with their labels: as images, as waves or as text.
+
+    Args:
+      data: the task; its description says what images or ids are.
+      path: the PNG file.
+      columns, rows: of images; there are as many waves and texts as rows.
+    """
+    image = data.description.get("image")
+    columns = columns if image else 1
+    count = min(columns * rows, len(data.train))
+    chosen = np.linspace(0, len(data.train) - 1, count).astype(int)
+    names = data.description.get("classes")
+    size = (1.6 * columns, 1.8 * rows) if image else (10, 1.3 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, index in zip(grid, chosen.tolist(), strict=False):
+        label = int(data.train.labels[index])
+        axes.set_title(str(names[label]) if names else f"label {label}", fontsize=8, loc="left")
+        _sample(axes, data, index)
+    figure.suptitle(data.name)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def _sample(axes: Axes, data: TaskData, index: int) -> None:
+    """One example."""
+    examples = data.train
+    offsets = examples.offsets[index * examples.parts : (index + 1) * examples.parts + 1]
+    parts = [examples.tokens[a:b] for a, b in pairwise(offsets.tolist())]
+    shape = data.description.get("image")
+    if shape:
+        pixels = parts[0]
+        if "order" in data.description:  # permuted
+            pixels = pixels[np.argsort(data.description["order"])]
+        values = pixels.reshape(*shape, -1)
+        axes.imshow(values if values.shape[2] == 3 else values[..., 0], cmap="gray")
+    elif examples.scaling is not None:
+        axes.plot(examples.as_inputs(parts[0])[:, 0], linewidth=0.4)
+    else:
+        symbols = data.description.get("symbols")
+        texts = [_text(part[:1000].tolist(), symbols) for part in parts]
+        lines = [line for text in texts for line in [*wrap(text, 110)[: 6 // len(texts)], ""]]
+        axes.text(
+            0, 1, "\n".join(lines), va="top", fontsize=7, family="monospace",
+            parse_math=False, transform=axes.transAxes,
+        )  # fmt: skip
+
+
+def _text(ids: Sequence[int], symbols: Sequence[str] | None) -> str:
+    """What ids stand for: symbols, or bytes plus one."""
+    if symbols:
+        return " ".join(symbols[i] for i in ids)
+    return ascii(bytes(i - 1 for i in ids).decode("utf-8", errors="replace"))[1:-1]

@@ -25,8 +25,8 @@ class Row:
     source: str
 
     def accuracy(self, task: str) -> float | None:
-        """Percent on one of ``TASKS``."""
-        return self.accuracies[TASKS.index(task)]
+        """Percent; None for a failure, and for a task that is not one of ``TASKS``."""
+        return self.accuracies[TASKS.index(task)] if task in TASKS else None
 
     @property
     def average(self) -> float:

@@ -18,11 +18,12 @@ from rich.table import Table
 
 from experiments import terminal
 from experiments.command_line import run_command
+from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.plots import comparison
 from experiments.lra.presets import PAPER
 from experiments.lra.published import ROWS, TASKS, Row
 from experiments.lra.result import read_result
-from seqmodels.config import to_dict
+from seqmodels.config import from_dict, to_dict
 from seqmodels.ranges import Checked
 
 SELECTED = (
@@ -86,14 +87,16 @@ def read_results(*folders: Path) -> list[dict[str, Any]]:
 
 def longest(result: dict[str, Any]) -> int:
     """The most tokens a result's inputs have."""
-    limit = result["config"]["data"]["max_length"] - (result["task"] == "listops")
-    return min(limit, result["config"]["lengths"][-1])
+    config = from_dict(ExperimentConfig, result["config"])
+    return min(config.data.longest, config.lengths[-1])
 
 
 def caveats(result: dict[str, Any]) -> list[str]:
     """Why a result must not be read against the published column; empty if it may."""
-    data, published = result["config"]["data"], PAPER[result["task"], result["model"]]
-    paper = to_dict(published)
+    published = PAPER.get((result["task"], result["model"]))
+    if published is None:
+        return ["no published recipe"]
+    data, paper = result["config"]["data"], to_dict(published)
     reasons = []
     if result["task"] == "listops":
         keys = ("min_length", "max_length", "max_depth", "max_arguments")
@@ -101,8 +104,13 @@ def caveats(result: dict[str, Any]) -> list[str]:
             reasons.append(
                 f"ListOps of at most {longest(result)} tokens, not the published 2K task"
             )
-    elif longest(result) < paper["data"]["max_length"]:
-        reasons.append(f"cut to {longest(result)} bytes, published 4K")
+    elif longest(result) < published.data.longest:
+        reasons.append(f"cut to {longest(result)} tokens, published {published.data.longest}")
+    reasons += [
+        f"data.{key}={data[key]}, published {paper['data'][key]}"
+        for key in ("difficulty", "train")
+        if result["task"] != "listops" and key in data and data[key] != paper["data"][key]
+    ]
     if result["config"]["classifier"] != paper["classifier"]:
         reasons.append("other model size")
     if result["steps"] < published.train.steps:

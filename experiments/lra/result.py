@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.lra.presets import ExperimentConfig
+from experiments.lra.experiment import ExperimentConfig
 from experiments.run import check_record, read_object
 from seqmodels.config import from_dict
 from seqmodels.ranges import Count, NonNegative, Range, Seed

@@ -3,24 +3,22 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.lra.experiment import INTERFACES, ExperimentConfig
 from experiments.run import restore
 from seqmodels.data import batches
 from seqmodels.data.examples import Examples, TaskData
 from seqmodels.data.lra import load
-from seqmodels.models import Classifier, param_labels
+from seqmodels.models import Classifier, Matcher, MatcherConfig, param_labels
 from seqmodels.parallel.mesh import make_mesh, replicated
 from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.step import make_eval_step
 from seqmodels.training.task import Task, classification
-
-if TYPE_CHECKING:
-    from experiments.lra.presets import ExperimentConfig
 
 
 def data_digest(data: TaskData) -> str:
@@ -33,14 +31,19 @@ def data_digest(data: TaskData) -> str:
 
 
 def load_data(
-    config: "ExperimentConfig", *, cache_dir: str, data_dir: str | None, progress: bool = True
+    config: ExperimentConfig, *, cache_dir: str, data_dir: str | None, progress: bool = True
 ) -> TaskData:
     """The config's data.
 
     Raises:
-      ValueError: the data are not there, or have longer rows than the config says.
+      ValueError: the data are not there, or have longer rows or more classes than the config says.
     """
     data = load(config.data, cache_dir=cache_dir, data_dir=data_dir, progress=progress)
+    if data.num_classes > config.classifier.num_classes:
+        raise ValueError(
+            f"the data have {data.num_classes} classes, more than "
+            f"classifier.num_classes={config.classifier.num_classes}: raise that"
+        )
     for split, examples in data.splits.items():
         if len(examples) and examples.lengths.max() > config.lengths[-1]:
             raise ValueError(
@@ -50,16 +53,23 @@ def load_data(
     return data
 
 
-def make_task(config: "ExperimentConfig") -> Task:
+def make_task(config: ExperimentConfig) -> Task:
     """The config's model, for training."""
+    interface = INTERFACES[config.task]
+    shape: dict[str, Any] = {"length": config.lengths[0], "channels": interface.channels}
+    if config.interaction is not None:
+        matcher = MatcherConfig(config.classifier, interaction=config.interaction)
+        return classification(
+            Matcher(matcher), lambda params: param_labels(matcher, params), parts=2, **shape
+        )
     return classification(
         Classifier(config.classifier),
         lambda params: param_labels(config.classifier, params),
-        length=config.lengths[0],
+        **shape,
     )
 
 
-def eval_batches(config: "ExperimentConfig", examples: Examples) -> Any:
+def eval_batches(config: ExperimentConfig, examples: Examples) -> Any:
     """Batches that hold each example once."""
     return batches.eval_batches(
         examples, batch_size=config.train.batch_size, lengths=config.lengths
@@ -67,7 +77,7 @@ def eval_batches(config: "ExperimentConfig", examples: Examples) -> Any:
 
 
 def evaluate_checkpoint(
-    config: "ExperimentConfig",
+    config: ExperimentConfig,
     config_dict: Mapping[str, Any],
     path: Path,
     step: int,

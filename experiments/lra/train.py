@@ -4,8 +4,9 @@
     python -m experiments.lra.train --resume --run-dir runs/lra/listops-s5-cpu-seed0
 
 Presets: "paper" has the published settings and is meant for an accelerator; "cpu" is what two
-processor cores do in an hour, with shorter inputs (see experiments/lra/presets.py for each
-difference). Any field of the config can be changed; --help-fields lists them. For example
+processor cores do in ten minutes (Text: an hour), with smaller models and easier data (see
+experiments/lra/presets.py for each difference). Any field of the config can be changed;
+--help-fields lists them. For example
 
     --train.learning-rate 0.002 --classifier.backbone.width 128 --lengths 100 200
 
@@ -26,8 +27,9 @@ import tyro
 from experiments import terminal
 from experiments.command_line import UsageError, as_options, changed, run_command
 from experiments.lra.baselines import baselines
+from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.plots import learning_curve
-from experiments.lra.presets import ExperimentConfig, experiment
+from experiments.lra.presets import experiment
 from experiments.lra.run import (
     data_digest,
     eval_batches,
@@ -65,7 +67,8 @@ class Arguments(Checked):
     """Arguments of the command line."""
 
     task: str | None = None
-    """listops or text; needed unless --resume."""
+    """listops, text, retrieval, image, pathfinder, path-x, path-256, cifar (in colour), mnist,
+    pmnist (permuted) or speech; needed unless --resume."""
     model: str | None = None
     """s5 or s4d; needed unless --resume."""
     preset: str | None = None
@@ -73,10 +76,10 @@ class Arguments(Checked):
     seed: Seed | None = None
     """Seed of parameters, dropout and data order; default 0."""
     data_dir: Path | None = None
-    """Where the raw data are: IMDB's archive or folder for text; for listops, optionally a folder
-    with Long Range Arena's tsv files, which then replace the generated ones."""
+    """Where the original files are, a folder or an archive: see experiments.lra.data. Without it,
+    listops and the path tasks are generated."""
     allow_partial: bool = False
-    """Accept raw data of other numbers than the published ones, e.g. a part of IMDB's reviews."""
+    """Accept data of other numbers than the published ones, e.g. a part of IMDB's reviews."""
     cache_dir: Path | None = None
     """Where prepared data are kept; default ~/.cache/seqmodels, or where the run has them."""
     run_dir: Path | None = None

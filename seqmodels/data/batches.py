@@ -8,8 +8,10 @@ A batch is a dict of numpy arrays:
     weights      (B,)   float32  1, or 0 for a row that only fills up the last evaluation batch
     index        (B,)   int32    the example's position in its split
 
-`L` is one of the given `lengths`, the smallest that holds the batch's longest row, so there are as
-many shapes to compile as lengths. Rows longer than the last length keep their first tokens.
+Real values are `(B, L, C)` float32 instead of ids, 0 on padding; where an example is a pair, inputs
+and segment ids are `(B, 2, L)`. `L` is one of the given `lengths`, the smallest that holds the
+batch's longest row, so there are as many shapes to compile as lengths. Rows longer than the last
+length keep their first tokens.
 """
 
 import sys
@@ -150,16 +152,19 @@ class EvalBatches:
 
 def make_batch(examples: Examples, rows: np.ndarray, lengths: Sequence[int]) -> Batch:
     """The examples at `rows`, padded to the smallest of `lengths` that holds them all."""
-    starts, ends = examples.offsets[rows], examples.offsets[rows + 1]
+    parts, channels = examples.parts, examples.tokens.shape[1:]
+    sequences = (rows[:, None] * parts + np.arange(parts)).reshape(-1)
+    starts, ends = examples.offsets[sequences], examples.offsets[sequences + 1]
     kept = np.minimum(ends - starts, lengths[-1])
     length = lengths[np.searchsorted(lengths, kept.max())]
     segment_ids = (np.arange(length) < kept[:, None]).astype(np.int32)
-    inputs = np.zeros((len(rows), length), np.int32)
+    inputs = np.zeros((len(sequences), length, *channels), np.float32 if channels else np.int32)
     for row, start, size in zip(inputs, starts, kept, strict=True):
-        row[:size] = examples.tokens[start : start + size]
+        row[:size] = examples.as_inputs(examples.tokens[start : start + size])
+    side_by_side = (len(rows), parts) if parts > 1 else (len(rows),)
     return {
-        "inputs": inputs,
-        "segment_ids": segment_ids,
+        "inputs": inputs.reshape(*side_by_side, length, *channels),
+        "segment_ids": segment_ids.reshape(*side_by_side, length),
         "labels": examples.labels[rows].astype(np.int32),
         "weights": np.ones(len(rows), np.float32),
         "index": rows.astype(np.int32),

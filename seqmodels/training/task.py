@@ -69,18 +69,29 @@ def classification_sums(
     )
 
 
-def classification(model: nn.Module, param_labels: Callable[[Any], Any], *, length: int) -> Task:
+def classification(
+    model: nn.Module,
+    param_labels: Callable[[Any], Any],
+    *,
+    length: int,
+    parts: int = 1,
+    channels: int | None = None,
+) -> Task:
     """The task of a Linen classifier.
 
     Args:
       model: ``model.apply(variables, inputs, segment_ids, deterministic=...) -> logits (B, C)``.
       param_labels: see ``Task.param_labels``.
       length: length of the dummy batch that initialises the parameters; they do not depend on it.
+      parts: sequences of one example, side by side where there are several.
+      channels: of real inputs; None for token ids.
     """
 
     def init(key: Array) -> Variables:
-        tokens = jnp.ones((1, length), jnp.int32)
-        return dict(model.init(key, tokens, tokens, deterministic=True))
+        segment_ids = jnp.ones((1, parts, length) if parts > 1 else (1, length), jnp.int32)
+        reals = None if channels is None else jnp.ones((*segment_ids.shape, channels))
+        inputs = segment_ids if reals is None else reals
+        return dict(model.init(key, inputs, segment_ids, deterministic=True))
 
     def loss(
         variables: Variables, batch: Batch, key: Array | None, carry: None

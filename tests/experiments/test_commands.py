@@ -24,6 +24,7 @@ from experiments.lm import run as lm_run
 from experiments.lm import table as lm_table
 from experiments.lm import train as lm_train
 from experiments.lra import baselines as lra_baselines
+from experiments.lra import data as lra_data
 from experiments.lra import eval as lra_eval
 from experiments.lra import presets as lra_presets
 from experiments.lra import report as lra_report
@@ -79,6 +80,9 @@ COMMANDS = {
         ["--cache-dir", "cache", "listops"],
         options(lra_baselines.Args, ListOpsConfig, TextConfig),
     ),
+    "lra.data": Command(
+        lra_data, ["--task", "listops"], options(lra_data.Arguments, ListOpsConfig)
+    ),
     "lm.train": Command(
         lm_train, ["--data", "text.txt", "--mixer", "s5"], options(lm_train.Arguments) + LM_FIELDS
     ),
@@ -130,6 +134,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         for module, name in (
             (lra_train, "load_data"), (lra_eval, "load_data"), (lra_baselines, "load"),
+            (lra_data, "load"),
             (lra_report, "comparison"), (lm_train, "load_data"), (lm_run, "restore"),
             (lm_table, "load_data"), (kernels_aot, "measure"),
         ):  # fmt: skip

@@ -5,12 +5,14 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.lra import eval as lra_eval
 from experiments.lra import report as lra_report
 from experiments.lra import train as lra_train
 from seqmodels.training.metrics import read_jsonl
+from tests.seqmodels.data.lra import original_files as original
 from tests.seqmodels.training.compilation import compiled_once
 
 TINY = [
@@ -48,8 +50,36 @@ def trained(tmp_path_factory):
     return folder
 
 
-def result_of(folder):
-    return json.loads((folder / "results" / "listops-s5-cpu-seed0.json").read_text())
+def result_of(folder, task="listops"):
+    return json.loads((folder / "results" / f"{task}-s5-cpu-seed0.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("task", "files", "settings"),
+    [
+        ("mnist", original.mnist(24, 6), ["data.validation=8"]),
+        pytest.param(
+            "retrieval", original.pairs(24, 6, 6), ["data.max_length=12", "lengths=[12]"],
+            marks=pytest.mark.full,
+        ),
+    ],
+)  # fmt: skip
+def test_real_inputs_and_pairs_are_trained_on_as_well(task, files, settings, tmp_path, capsys):
+    folder = original.write(tmp_path / "data", files)
+    options = [word for setting in settings for word in ("--set", setting)]
+    tiny = [setting for setting in TINY if not setting.startswith(("data", "lengths"))]
+    arguments = [
+        "--task", task, "--model", "s5", "--steps", "3", "--no-progress", "--allow-partial",
+        "--data-dir", str(folder), "--run-dir", str(tmp_path / "run"),
+        "--cache-dir", str(tmp_path / "cache"), "--results-dir", str(tmp_path / "results"),
+        *[word for setting in tiny for word in ("--set", setting)], *options,
+    ]  # fmt: skip
+    assert lra_train.main(arguments) == 0
+    result = result_of(tmp_path, task)
+    assert np.isfinite([record["loss"] for record in result["curve"]]).all()
+    assert result["tokens"] > 0
+    assert lra_eval.main(["--checkpoint", str(tmp_path / "run"), "--no-progress"]) == 0
+    assert "equal to the recorded accuracy" in capsys.readouterr().out
 
 
 def test_the_result_says_what_was_run(trained):

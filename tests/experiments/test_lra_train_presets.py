@@ -3,13 +3,19 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
+import jax
 import pytest
 
 from experiments.command_line import UsageError, as_options, changed
-from experiments.lra.presets import PAPER, ExperimentConfig, experiment
+from experiments.lra.experiment import INTERFACES, ExperimentConfig, Model, Task
+from experiments.lra.presets import CPU, PAPER, experiment
+from experiments.lra.run import make_task
 from experiments.run import result_path
 from seqmodels.config import from_dict, to_dict
+from seqmodels.data.lra import TASKS
+from tests.tiers import one_of_many
 
 
 def flat(value, prefix=""):
@@ -23,17 +29,29 @@ def flat(value, prefix=""):
     return {k: v for key, item in pairs for k, v in flat(item, f"{prefix}{key}.").items()}
 
 
-SHORTER = {
-    "preset", "lengths", "classifier.backbone.width", "classifier.backbone.layout",
-    "data.max_length", "train.steps", "train.warmup_steps", "train.eval_every",
-    "train.checkpoint_every",
+FEWER = {
+    "preset", "classifier.backbone.width", "classifier.backbone.layout", "train.steps",
+    "train.warmup_steps", "train.eval_every", "train.checkpoint_every",
 }  # fmt: skip
-STATES = "classifier.backbone.mixers.0.state_size"
+SHORTER = FEWER | {"lengths", "data.max_length"}
+BATCH = {"train.batch_size"}
+STATES = {"classifier.backbone.mixers.0.state_size"}
+BLOCKS = STATES | {"classifier.backbone.mixers.0.blocks"}
+EASIER = FEWER | BATCH | {"data.difficulty", "data.train", "data.validation", "data.test"}
 CPU_CHANGES = {
     ("listops", "s5"): SHORTER | {"data.min_length"},
     ("listops", "s4d"): SHORTER | {"data.min_length"},
-    ("text", "s5"): SHORTER | {"train.batch_size", STATES, "classifier.backbone.mixers.0.blocks"},
-    ("text", "s4d"): SHORTER | {STATES},
+    ("text", "s5"): SHORTER | BATCH | BLOCKS,
+    ("text", "s4d"): SHORTER | STATES,
+    ("retrieval", "s5"): SHORTER | BATCH | BLOCKS,
+    ("retrieval", "s4d"): SHORTER | BATCH | STATES,
+    ("image", "s5"): FEWER | BLOCKS,
+    ("image", "s4d"): FEWER | STATES,
+    ("pathfinder", "s5"): EASIER | BLOCKS,
+    ("pathfinder", "s4d"): EASIER | STATES,
+    ("path-x", "s5"): EASIER | BLOCKS,
+    ("path-x", "s4d"): EASIER | STATES,
+    ("speech", "s5"): FEWER | BLOCKS,
 }
 
 
@@ -44,13 +62,71 @@ def test_cpu_differs_from_paper_in_the_listed_fields_only(task, model):
     assert different == CPU_CHANGES[task, model]
 
 
-@pytest.mark.parametrize(("task", "model"), PAPER)
-@pytest.mark.parametrize("preset", ["paper", "cpu"])
+EVERY = [(*names, preset) for preset, them in (("paper", PAPER), ("cpu", CPU)) for names in them]
+
+
+@pytest.mark.parametrize(("task", "model", "preset"), EVERY)
 def test_configs_survive_json(task, model, preset):
     config = experiment(task, model, preset, seed=7)
     assert from_dict(ExperimentConfig, to_dict(config)) == config
     assert (config.task, config.model, config.preset) == (task, model, preset)
     assert config.train.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "preset"),
+    one_of_many(EVERY, [("retrieval", "s5", "cpu"), ("image", "s5", "cpu")]),
+)
+def test_models_take_what_their_task_is(task, model, preset):
+    """Traced only: a batch of the longest rows gives a loss."""
+    config = experiment(task, model, preset)
+    interface = INTERFACES[task]
+    trained = make_task(config)
+    rows = (2, 2, config.lengths[-1]) if task == "retrieval" else (2, config.lengths[-1])
+    ids = jax.ShapeDtypeStruct(rows, "int32")
+    batch = {
+        "inputs": ids
+        if interface.vocabulary
+        else jax.ShapeDtypeStruct((*rows, interface.channels), "float32"),
+        "segment_ids": ids,
+        "labels": jax.ShapeDtypeStruct((2,), "int32"),
+        "weights": jax.ShapeDtypeStruct((2,), "float32"),
+    }
+    variables = jax.eval_shape(trained.init, jax.random.key(0))
+    sums, _, _ = jax.eval_shape(lambda v, b: trained.loss(v, b, None, None), variables, batch)
+    assert sums.loss.shape == ()
+    outputs = variables["params"]["head"]["kernel"].shape[1]
+    assert outputs == interface.classes
+    assert config.lengths[-1] >= config.data.longest
+
+
+def test_every_task_has_both_models_on_cpus():
+    assert set(CPU) == {(task, model) for task in get_args(Task) for model in get_args(Model)}
+    assert set(TASKS) == set(INTERFACES) == set(get_args(Task))
+    with pytest.raises(UsageError, match="task='mnist' and model='s5' have no preset='paper'"):
+        experiment("mnist", "s5", "paper")
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "message"),
+    [
+        ("image", "data.colour=true", "task='image' does not have data="),
+        ("path-x", "data.size=32", "task='path-x' does not have data="),
+        ("pmnist", "data.permuted=false", "task='pmnist' does not have data="),
+        ("image", "classifier.vocabulary_size=256", "vocabulary_size=256.*has real inputs"),
+        ("image", "interaction=nli", "interaction='nli'.*has 1 inputs"),
+        ("retrieval", "interaction=null", "interaction=None.*has 2 inputs"),
+        (
+            "image",
+            "lengths=[1000]",
+            "would cut rows of up to 1024 tokens: end with that or more; see",
+        ),
+        ("pathfinder", "data.test=0", "leaves nothing to test on"),
+    ],
+)
+def test_models_and_data_that_do_not_fit_a_task(task, setting, message):
+    with pytest.raises(UsageError, match=message):
+        changed(experiment(task, "s5", "cpu"), as_options([setting]))
 
 
 def test_published_s5_listops():

@@ -15,21 +15,25 @@ quoted for ListOps counts padding, "unknown" and "end of sequence" besides the 1
 import contextlib
 import functools
 import hashlib
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from tqdm import tqdm
 
+from seqmodels.data import archive
 from seqmodels.data.examples import Examples, TaskData, offsets_of
+from seqmodels.data.workers import in_order
 from seqmodels.ranges import Checked, Count, Range, Seed, Size
 
 SYMBOLS = ("<pad>", "[MIN", "[MAX", "[MED", "[SM", "]", *"0123456789")
+WHERE = (
+    "expected the ListOps folder of the Long Range Arena release (listops-1000), or leave data_dir "
+    "out to generate the data"
+)
 MIN, MAX, MED, SM, CLOSE, DIGIT_0 = 1, 2, 3, 4, 5, 6
 
 OPERATOR_PROBABILITY = 0.25
@@ -58,6 +62,11 @@ class ListOpsConfig(Checked):
     test: Count = 2_000
     seed: Seed = 0
     allow_partial: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row has at most."""
+        return self.max_length - 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,8 +98,7 @@ def generate(config: ListOpsConfig, *, workers: int = 1, progress: bool = True) 
     Raises:
       ValueError: there are (almost) no further distinct trees within the limits.
     """
-    if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+    draw = functools.partial(draw_block, config)
     counts = (config.train, config.validation, config.test)
     wanted = sum(counts)
     seen: set[bytes] = set()
@@ -98,7 +106,7 @@ def generate(config: ListOpsConfig, *, workers: int = 1, progress: bool = True) 
     labels: list[int] = []
     barren = 0
     with (
-        contextlib.closing(_blocks(config, workers)) as blocks,
+        contextlib.closing(in_order(draw, workers)) as blocks,
         tqdm(total=wanted, desc="ListOps", unit=" samples", disable=not progress) as bar,
     ):
         while len(labels) < wanted:
@@ -143,27 +151,6 @@ def task_data(train: Examples, validation: Examples, test: Examples, *, source: 
 
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _blocks(config: ListOpsConfig, workers: int) -> Generator[Block, None, None]:
-    """Blocks 0, 1, 2, ... in order, the next few of them under way in other processes."""
-    draw = functools.partial(draw_block, config)
-    if workers == 1:
-        block = 0
-        while True:
-            yield draw(block)
-            block += 1
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        pending: deque[Future[Block]] = deque(pool.submit(draw, i) for i in range(2 * workers))
-        block = len(pending)
-        try:
-            while True:
-                yield pending.popleft().result()
-                pending.append(pool.submit(draw, block))
-                block += 1
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def draw_block(config: ListOpsConfig, block: int) -> Block:
@@ -349,6 +336,7 @@ def from_text(text: str) -> np.ndarray:
 
 TSV_FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 _HEADER = "Source\tTarget"
+_LARGEST = 1 << 31  # bytes of a file
 
 
 def write_tsv(folder: str | Path, data: TaskData) -> None:
@@ -373,6 +361,7 @@ def read_tsv(
     """Reads Long Range Arena's three files as they are: no length limit, repeats kept.
 
     Args:
+      folder: the folder with the files, one above it in the release, or an archive with them.
       verify: evaluate every expression and compare with its label.
       allow_partial: accept other numbers of samples than the published ones, the defaults of
         `ListOpsConfig`; a file that was cut after a line has nothing else to tell it by.
@@ -381,16 +370,43 @@ def read_tsv(
       ValueError: a file is missing, a line is malformed or the number of lines is not the published
         one; names the file and the line.
     """
-    paths = tsv_paths(folder)
-    splits = {split: _read_split(path, verify, progress) for split, path in paths.items()}
-    for split, examples in splits.items():
-        published = getattr(ListOpsConfig, split)
+    splits, places = {}, {}
+    for split, where, file in _tsv_files(folder):
+        splits[split] = _read_split(where, file, verify, progress)
+        places[split] = where
+    for split, where in places.items():
+        examples, published = splits[split], getattr(ListOpsConfig, split)
         if len(examples) != published and not allow_partial:
             raise ValueError(
-                f"{paths[split]} holds {len(examples)} samples, the published file {published}: "
+                f"{where} holds {len(examples)} samples, the published file {published}: "
                 "get it whole, or use what is there with --allow-partial"
             )
     return task_data(**splits, source="Long Range Arena's tsv files")
+
+
+def _tsv_files(folder: str | Path) -> Iterator[tuple[str, str, io.TextIOWrapper]]:
+    """Each split, where it is, and its text, from a folder or an archive."""
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
+    source = Path(folder)
+    if not source.is_file():
+        for split, path in tsv_paths(source).items():
+            with open(path, **options) as file:
+                yield split, str(path), file
+        return
+    splits = {name: split for split, name in TSV_FILES.items()}
+    missing = dict(splits)
+    try:
+        wanted = archive.members(source, _LARGEST, lambda name: Path(name).name in splits)
+        for name, content in wanted:
+            split = splits[Path(name).name]
+            if Path(name).name not in missing or len(content) == _LARGEST:
+                raise archive.DamagedError(f"{source}: {name} is there twice, or far too large")
+            del missing[Path(name).name]
+            yield split, f"{source}, {name}", io.TextIOWrapper(io.BytesIO(content), **options)
+    except archive.DamagedError as error:
+        raise ValueError(f"{error}; {WHERE}") from error
+    if missing:
+        raise ValueError(f"{source} does not hold {', '.join(missing)}; {WHERE}")
 
 
 def tsv_paths(folder: str | Path) -> dict[str, Path]:
@@ -399,30 +415,28 @@ def tsv_paths(folder: str | Path) -> dict[str, Path]:
     Raises:
       ValueError: one is missing.
     """
-    paths = {split: Path(folder) / name for split, name in TSV_FILES.items()}
+    below = ("", "listops-1000", "lra_release/listops-1000", "lra_release/lra_release/listops-1000")
+    tried = [{split: Path(folder, b, name) for split, name in TSV_FILES.items()} for b in below]
+    paths = max(tried, key=lambda paths: sum(path.is_file() for path in paths.values()))
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
-        raise ValueError(
-            f"{folder} does not hold {', '.join(missing)}: expected the ListOps folder of the "
-            "Long Range Arena release (listops-1000), or leave data_dir out to generate the data"
-        )
+        raise ValueError(f"{folder} does not hold {', '.join(missing)}: {WHERE}")
     return paths
 
 
-def _read_split(path: Path, verify: bool, progress: bool) -> Examples:
+def _read_split(where: str, file: io.TextIOWrapper, verify: bool, progress: bool) -> Examples:
     sequences, labels = [], []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        header = file.readline().rstrip("\n")
-        if header != _HEADER:
-            raise ValueError(f"{path}, line 1: expected {_HEADER!r}, found {header[:80]!r}")
-        lines = tqdm(file, desc=path.name, unit=" lines", disable=not progress)
-        for number, line in enumerate(lines, start=2):
-            try:
-                tokens, label = _read_line(line.rstrip("\n"), verify)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            sequences.append(tokens)
-            labels.append(label)
+    header = file.readline().rstrip("\n")
+    if header != _HEADER:
+        raise ValueError(f"{where}, line 1: expected {_HEADER!r}, found {header[:80]!r}")
+    lines = tqdm(file, desc=Path(where).name, unit=" lines", disable=not progress)
+    for number, line in enumerate(lines, start=2):
+        try:
+            tokens, label = _read_line(line.rstrip("\n"), verify)
+        except ValueError as error:
+            raise ValueError(f"{where}, line {number}: {error}") from None
+        sequences.append(tokens)
+        labels.append(label)
     return Examples.from_sequences(sequences, labels)
 
 

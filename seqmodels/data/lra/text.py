@@ -68,6 +68,11 @@ class TextConfig(Checked):
     seed: Seed = 0
     allow_partial: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a row has at most."""
+        return self.max_length
+
 
 def read(
     config: TextConfig, data_dir: str | Path, *, workers: int = 1, progress: bool = True

@@ -1,6 +1,9 @@
 """Tar archives: whole ones are read whole, damaged ones are refused wherever the damage is."""
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 
 import numpy as np
@@ -92,3 +95,63 @@ def test_what_follows_the_end_is_read_or_refused(mode, tmp_path):
 def test_an_empty_file_is_damaged(tmp_path):
     assert refused(tmp_path, b"")
     assert not archive.is_tar(tmp_path / "a.tar")
+
+
+def link(name, target, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def with_members(*members):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as out:
+        for member in members:
+            out.addfile(member)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("member", "refuse"),
+    [
+        (tarfile.TarInfo("../a"), True),
+        (tarfile.TarInfo("/etc/a"), True),
+        (tarfile.TarInfo("a/../../b"), True),
+        (tarfile.TarInfo("a/../b"), False),
+        (tarfile.TarInfo("./..a"), False),
+        (link("a/b", "../../c", tarfile.SYMTYPE), True),
+        (link("a/b", "../c", tarfile.SYMTYPE), False),
+        (link("a/b", "/etc/passwd", tarfile.SYMTYPE), True),
+        (link("a/b", "../c", tarfile.LNKTYPE), True),
+    ],
+)
+def test_paths_and_links_that_leave_an_archive_are_refused(member, refuse, tmp_path):
+    assert refused(tmp_path, with_members(member)) == refuse
+
+
+def test_an_absurdly_large_member_is_refused_by_its_header(tmp_path):
+    member = tarfile.TarInfo("a")
+    member.size = archive.LARGEST + 1
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(archive.DamagedError, match=r"'a' has 17179869185 bytes"):
+        list(archive.members(tmp_path / "a.tar", 10))
+
+
+def test_only_what_is_wanted_is_read(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar())
+    wanted = dict(archive.members(path, 10_000, lambda name: "3" in name))
+    assert list(wanted) == ["folder/3.txt"]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_single_files(compress, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(compress(b"0123456789" * 9))
+    assert archive.content(path, 90) == b"0123456789" * 9
+    with pytest.raises(archive.DamagedError, match="holds more than the 89 bytes"):
+        archive.content(path, 89)
+    if compress is not bytes:
+        path.write_bytes(path.read_bytes()[:-3])
+        with pytest.raises(archive.DamagedError, match="is damaged"):
+            archive.content(path, 90)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqmodels.data import batches
-from seqmodels.data.batches import eval_batches, train_batches
-from seqmodels.data.examples import Examples
+from seqmodels.data.batches import eval_batches, make_batch, train_batches
+from seqmodels.data.examples import Examples, Scaling
 
 LENGTHS = (4, 8, 16)
 
@@ -193,3 +193,22 @@ def test_nothing_to_evaluate():
     empty = Examples.from_sequences([], [])
     with pytest.raises(ValueError, match="no examples"):
         eval_batches(empty, batch_size=2, lengths=LENGTHS)
+
+
+def test_batches_of_pairs():
+    tokens = np.array([1, 2, 3, 4, 5, 6], np.uint8)
+    examples = Examples(tokens, np.array([0, 1, 3, 5, 6]), np.array([7, 8]), parts=2)
+    batch = make_batch(examples, np.array([1, 0]), (2, 4))
+    assert batch["inputs"].tolist() == [[[4, 5], [6, 0]], [[1, 0], [2, 3]]]
+    assert batch["segment_ids"].tolist() == [[[1, 1], [1, 0]], [[1, 0], [1, 1]]]
+    assert batch["labels"].tolist() == [8, 7]
+
+
+def test_batches_of_real_values():
+    flat = np.array([[10], [20], [30]], np.int16)
+    scaling = Scaling((10.0,), (5.0,))
+    examples = Examples(flat, np.array([0, 1, 3]), np.array([0, 1]), scaling=scaling)
+    batch = make_batch(examples, np.array([0, 1]), (3,))
+    assert batch["inputs"].dtype == np.float32
+    assert batch["inputs"].tolist() == [[[0], [0], [0]], [[2], [4], [0]]]  # padding is 0 as well
+    assert batch["segment_ids"].tolist() == [[1, 0, 0], [1, 1, 0]]

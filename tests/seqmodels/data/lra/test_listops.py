@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from seqmodels.data.lra import listops
 from seqmodels.data.lra.listops import SYMBOLS, ListOpsConfig
+from tests.seqmodels.data.lra import original_files as original
 
 SMALL = ListOpsConfig(8, 40, max_depth=5, train=300, validation=40, test=20, seed=3)
 
@@ -283,6 +284,35 @@ def test_tsv_round_trip(small, tmp_path):
     for split, examples in small.splits.items():
         for array in ("tokens", "offsets", "labels"):
             assert np.array_equal(getattr(examples, array), getattr(back.splits[split], array))
+
+
+def test_lines_of_other_systems_in_a_folder_above(small, tmp_path):
+    folder = tmp_path / "lra_release" / "lra_release" / "listops-1000"
+    listops.write_tsv(folder, small)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    back = listops.read_tsv(tmp_path, allow_partial=True, progress=False)
+    assert np.array_equal(back.train.tokens, small.train.tokens)
+    assert np.array_equal(back.test.labels, small.test.labels)
+
+
+def test_an_archive_is_read_as_its_folder_is(small, tmp_path):
+    listops.write_tsv(tmp_path, small)
+    files = {f"lra_release/listops-1000/{p.name}": p.read_bytes() for p in tmp_path.iterdir()}
+    path = original.tar(tmp_path / "lra_release.gz", files | {"README": b"x"})
+    back = listops.read_tsv(path, allow_partial=True, progress=False)
+    for split, examples in small.splits.items():
+        assert np.array_equal(examples.tokens, back.splits[split].tokens)
+    with pytest.raises(
+        ValueError, match=r"listops-1000/basic_\w+\.tsv holds \d+ samples, the publ"
+    ):
+        listops.read_tsv(path, progress=False)
+    cut = original.tar(path, dict(list(files.items())[:2]))
+    with pytest.raises(ValueError, match=r"does not hold basic_\w+\.tsv; expected"):
+        listops.read_tsv(cut, allow_partial=True, progress=False)
+    twice = original.tar(path, files | {f"a/{listops.TSV_FILES['test']}": b""})
+    with pytest.raises(ValueError, match=r"a/basic_test\.tsv is there twice"):
+        listops.read_tsv(twice, allow_partial=True, progress=False)
 
 
 def write_files(folder, lines):

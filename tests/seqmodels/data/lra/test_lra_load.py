@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from seqmodels.data import cache, lra
-from seqmodels.data.lra import ListOpsConfig, TextConfig, listops, load
+from seqmodels.data.lra import (
+    CifarConfig,
+    ListOpsConfig,
+    MnistConfig,
+    PathfinderConfig,
+    RetrievalConfig,
+    SpeechConfig,
+    TextConfig,
+    listops,
+    load,
+    pathfinder,
+)
+from tests.seqmodels.data.lra import original_files as original
 
 SMALL = ListOpsConfig(8, 40, max_depth=5, train=50, validation=10, test=5)
 
@@ -76,7 +88,7 @@ def test_text_is_cached_by_its_source(tmp_path, monkeypatch):
     for split in ("train", "test"):
         for name in ("neg", "pos"):
             (root / split / name).mkdir(parents=True)
-            (root / split / name / "1_1.txt").write_bytes(b"first")
+            (root / split / name / "1_1.txt").write_text(f"first {split} {name}")
     config = TextConfig(validation=0, allow_partial=True)
 
     def read(config=config):
@@ -114,5 +126,80 @@ def test_a_damaged_entry_is_generated_again(tmp_path, generated):
 
 
 def test_the_names_of_the_tasks():
-    assert {"listops": ListOpsConfig, "text": TextConfig} == lra.TASKS
+    assert lra.TASKS["listops"] == ListOpsConfig()
+    assert lra.TASKS["path-x"] == PathfinderConfig(size=128)
+    assert len(set(lra.TASKS.values())) == len(lra.TASKS) == 11
     assert cache.FORMAT == 1
+
+
+def original_of(task):
+    """Files, and a config that takes them."""
+    cases = {
+        "retrieval": (original.pairs(), RetrievalConfig(allow_partial=True)),
+        "image": (original.cifar(), CifarConfig(validation=2, allow_partial=True)),
+        "pathfinder": (original.pathfinder(), PathfinderConfig(allow_partial=True)),
+        "mnist": (original.mnist(), MnistConfig(validation=2, allow_partial=True)),
+        "speech": (original.digits(), SpeechConfig(allow_partial=True)),
+    }
+    return cases[task]
+
+
+@pytest.mark.parametrize("task", ["retrieval", "image", "pathfinder", "mnist", "speech"])
+def test_original_files_are_cached_until_they_change(task, tmp_path):
+    files, config = original_of(task)
+    folder = original.write(tmp_path / "data", files)
+
+    def read():
+        return load(config, cache_dir=tmp_path / "cache", data_dir=folder, progress=False)
+
+    first, second = read(), read()
+    assert same(first, second)
+    for split, examples in first.splits.items():
+        other = second.splits[split]
+        assert (examples.parts, examples.scaling) == (other.parts, other.scaling)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    next(path for path in sorted(folder.rglob("*")) if path.is_file()).touch()
+    read()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    with pytest.raises(ValueError, match="--allow-partial"):
+        load(
+            dataclasses.replace(config, allow_partial=False),
+            cache_dir=tmp_path / "cache", data_dir=folder,
+        )  # fmt: skip
+    if task != "pathfinder":
+        with pytest.raises(ValueError, match="needs data_dir: get "):
+            load(config, cache_dir=tmp_path / "cache")
+
+
+def test_a_test_row_in_train_is_refused(tmp_path):
+    files = original.cifar()
+    files["test_batch.bin"] = files["data_batch_2.bin"]
+    config = CifarConfig(validation=0, allow_partial=True)
+    with pytest.raises(ValueError, match="4 of the 4 examples of the test split are in an earlier"):
+        load(
+            config, cache_dir=tmp_path / "cache", data_dir=original.write(tmp_path / "data", files)
+        )
+
+
+def test_a_generation_that_was_killed_continues_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(pathfinder._BLOCK, 32, 4)
+    monkeypatch.setitem(pathfinder._TRIES, 32, 128)
+    config = PathfinderConfig(difficulty="easy", train=12, validation=2, test=2)
+    draw, drawn = pathfinder.draw_block, []
+
+    def killed(*arguments):
+        drawn.append(arguments[-1])
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(pathfinder, "draw_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        load(config, cache_dir=tmp_path, workers=1, progress=False)
+    data = load(config, cache_dir=tmp_path, workers=1, progress=False)
+    assert drawn == [0, 1, 2, 2, 3]
+    assert [len(e) for e in data.splits.values()] == [12, 2, 2]
+    (entry,) = tmp_path.iterdir()
+    assert entry.name.startswith("pathfinder-")
+    images, _ = pathfinder.generate(32, 16, seed=0, difficulty="easy", processes=1)
+    assert np.array_equal(data.train.tokens.reshape(-1, 32, 32), images[:12])
