@@ -77,7 +77,7 @@ def summary(
     segment_ids: ArrayLike | None = None,
     reverse: bool = False,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """What each row does to a state, `(decay, state)`, both `(B, D)`; see `backend.summarize`."""
     config, arrays = _arguments(a, b, None, segment_ids, reverse)
     return summarize(OP, config, *arrays, implementation=implementation)

@@ -71,7 +71,7 @@ def _lacking(x, y, product):
     return ((xh * yh - product) + xh * yl + xl * yh) + xl * yl
 
 
-def _nodes(length: int, dtype) -> tuple[Array, Array]:
+def _nodes(length: int, dtype) -> tuple[jax.Array, jax.Array]:
     """`s = 2 tan(θ / 2)` in two parts, `(blocks, _BLOCK)`; filled up with its last value.
 
     At θ = π it is 3e16 in double precision, and its square still a float32.
@@ -86,10 +86,10 @@ class _Table(NamedTuple):
     """`1 / (a + i (s - w)) = near - i below` and `1 / (a + i (s + w)) = far - i above`: what
     modes and their conjugates are at one block of angles, `(H, N/2, T)`."""
 
-    near: Array
-    below: Array
-    far: Array
-    above: Array
+    near: jax.Array
+    below: jax.Array
+    far: jax.Array
+    above: jax.Array
 
 
 def _table(decay, imaginary, low, s, s_low) -> _Table:

@@ -110,7 +110,7 @@ def summary(
     segment_ids: ArrayLike | None = None,
     reverse: bool = False,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """What each row does to a state, `(decay, state)`, both `(B, D, N)`; see `backend.summarize`.
     It does not depend on `C`."""
     config, arrays = _arguments(
