@@ -84,10 +84,10 @@ def earlier_checkpoints(
     shards = jnp.repeat(jnp.arange(size, dtype=jnp.int32), count, total_repeat_length=size * count)
     first = segments[:, :1]
     seen = (documents == first) & (shards < jax.lax.axis_index(axis))[None]
-    before: tuple[Array | None, Array | None] = (None, None)
+    before_k, before_v = None, None
     if past is not None:
-        *before, held = past
-        slot = jnp.arange(past[0].shape[1], dtype=jnp.int32)[None]
+        before_k, before_v, held = past
+        slot = jnp.arange(before_k.shape[1], dtype=jnp.int32)[None]
         seen = jnp.concatenate([(slot < held[:, None]) & (first == 1), seen], axis=1)
     order = jnp.argsort(~seen, axis=1, stable=True).astype(jnp.int32)
 
@@ -95,9 +95,8 @@ def earlier_checkpoints(
         x = collectives.join(collectives.gather(_rows(x, token), axis))
         return _rows(x if old is None else jnp.concatenate([old, x], axis=1), order)
 
-    past_k, past_v = (in_order(x, old) for x, old in zip((k, v), before, strict=True))
     past_length = jnp.sum(seen, axis=1, dtype=jnp.int32)
-    return Earlier(past_k, past_v, past_length, positions[:, 0])
+    return Earlier(in_order(k, before_k), in_order(v, before_v), past_length, positions[:, 0])
 
 
 def _check(k, v, interval: int, segments, positions, past) -> None:

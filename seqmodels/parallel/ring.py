@@ -189,7 +189,9 @@ def _ring_forward(rule: _Rule, q, kv, segments):
         loads = _turned(rule, lanes, loads)  # on their way while the shard is by itself
 
     seen = see(
-        rule.scale, *_folded((nothing_seen(q), queries, Keys(*kv, segments))), causal=rule.causal
+        rule.scale,
+        *_folded((nothing_seen(q), queries, Keys(kv[0], kv[1], segments))),
+        causal=rule.causal,
     )
     seen = _unfolded(seen, q.shape[0])
 
@@ -225,7 +227,7 @@ def _ring_backward(rule: _Rule, kept, do):
     back = Pullback(do, delta, lse)
     dq, dkv = compat.match_vma(jnp.zeros(q.shape, dtype), jnp.zeros(kv.shape, dtype), q)[:2]
 
-    arrays = _folded((dq, *dkv, queries, Keys(*kv, segments), back))
+    arrays = _folded((dq, *dkv, queries, Keys(kv[0], kv[1], segments), back))
     dq, *dkv = _unfolded(pull_back(rule.scale, *arrays, causal=rule.causal), q.shape[0])
     dkv = jnp.stack(dkv)
 

@@ -68,8 +68,11 @@ def ulysses(
     sends = sends.reshape(*sends.shape[:2], -1, sends.shape[4])
     rows = jax.lax.all_to_all(sends, axis, split_axis=2, concat_axis=1, tiled=True)
     q, k, v = jnp.split(rows, (per_shard, per_shard + sent), axis=2)
-    if segments is not None:
-        segments = collectives.join(collectives.gather(segments, axis))
+
+    def whole(x):
+        return None if x is None else collectives.join(collectives.gather(x, axis))
+
+    segments = whole(segments)
     o = attend(
         q,
         k,
@@ -80,7 +83,7 @@ def ulysses(
         scale=scale,
         q_segments=segments,
         k_segments=segments,
-        k_positions=collectives.join(collectives.gather(positions, axis)) if sinks else None,
+        k_positions=whole(positions) if sinks else None,
     )
     o = jax.lax.all_to_all(o, axis, split_axis=1, concat_axis=2, tiled=True)
     return o[:, :, :heads]

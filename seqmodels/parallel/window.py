@@ -42,14 +42,10 @@ def windowed(
     width = min(window - 1, (collectives.axis_size(axis) - 1) * length)
     kv = jnp.concatenate([k, v], axis=2)
     near = jnp.concatenate([halo_before(kv, width, axis=axis), kv], axis=1)
-    marks = segments[..., None]
-    if sinks:
-        marks = jnp.stack([segments, positions], axis=2)
-    before = halo_before(marks, width, axis=axis)
-    first = collectives.token_index(length, axis)[:, :1] - width
-    inside = first + jnp.arange(width, dtype=jnp.int32)[None] >= 0
-    before = jnp.where(inside[..., None], before, jnp.int32(_HIDDEN))
-    marks = jnp.concatenate([before, marks], axis=1)
+    # Zeros before the row are hidden, being of the document of padding.
+    own = [segments, positions] if sinks and positions is not None else [segments]
+    marks = jnp.stack(own, axis=2)
+    marks = jnp.concatenate([halo_before(marks, width, axis=axis), marks], axis=1)
     if sinks:
         far, far_marks = _sinks(sinks, kv, segments, positions, width, axis)
         near = jnp.concatenate([far, near], axis=1)

@@ -35,7 +35,8 @@ def from_zigzag(
 ) -> Shaped[Array, "b l *d"]:
     """The inverse of ``to_zigzag``."""
     even, odd = _routes(x, axis)
-    first, second = jnp.split(_ordered(*jnp.split(x, 2, axis=1), axis), 2, axis=1)
+    first, second = jnp.split(x, 2, axis=1)
+    first, second = jnp.split(_ordered(first, second, axis), 2, axis=1)
     first = jax.lax.ppermute(first, axis, [(there, here) for here, there in even])
     second = jax.lax.ppermute(second, axis, [(there, here) for here, there in odd])
     return jnp.concatenate([first, second], axis=1)
