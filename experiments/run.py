@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -58,11 +57,11 @@ def mesh_of(text: str | None) -> Mesh:
       UsageError, ValueError: it cannot be read, or there are not so many devices.
     """
     given = mesh_sizes(text)
-    sizes = [given.get(axis, 1) for axis in MESH_AXES]
+    data, model, seq = (given.get(axis, 1) for axis in MESH_AXES)
     devices = jax.devices()
-    if given.get("data") != -1:
-        devices = devices[: max(1, math.prod(sizes))]
-    return make_mesh(*sizes, devices=devices)
+    if data != -1:
+        devices = devices[: max(1, data * model * seq)]
+    return make_mesh(data, model, seq, devices)
 
 
 def say_padding(lengths: Sequence[int], seq: int) -> None:

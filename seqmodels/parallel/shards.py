@@ -185,7 +185,7 @@ def recurrence(
         rows = {**tokens, "initial_state": initial_state, "segment_ids": index}
         return over_rows(op, shared, rows)
     strategy = strategy_of(name)
-    options = {"strategy": strategy, "matrix": matrix, "reverse": reverse}
+    options: dict[str, Any] = {"strategy": strategy, "matrix": matrix, "reverse": reverse}
     exchange = functools.partial(entering_state, axis="seq", size=size, **options)
 
     def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> tuple[Array, Array]:
