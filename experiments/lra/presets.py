@@ -305,7 +305,7 @@ def _on_cpu(task: str, model: str, paper: ExperimentConfig) -> ExperimentConfig:
                     data=easier, lengths=(512, 768, 1024), **short)  # fmt: skip
     if task == "retrieval":  # the first 1000 bytes of each text instead of 4000
         easier = RetrievalConfig(max_length=1_000)
-        return _cpu(paper, layers=2, steps=200, warmup=20, every=100, batch_size=16, data=easier,
+        return _cpu(paper, layers=2, steps=300, warmup=30, every=150, batch_size=16, data=easier,
                     lengths=(1_000,), **tiny)  # fmt: skip
     if isinstance(paper.data, PathfinderConfig):  # short contours, and few images
         images, batch, steps = {
