@@ -321,7 +321,7 @@ def _on_cpu(task: str, model: str, paper: ExperimentConfig) -> ExperimentConfig:
         return _cpu(paper, layers=2, width=32, steps=steps, warmup=steps // 10, every=steps // 2,
                     batch_size=batch, data=easier, **tiny)  # fmt: skip
     if task == "speech":
-        return _cpu(paper, layers=2, width=32, steps=300, warmup=30, every=150, batch_size=16,
+        return _cpu(paper, layers=2, width=32, steps=200, warmup=20, every=100, batch_size=16,
                     **tiny)  # fmt: skip
     return _cpu(paper, layers=2, steps=400, warmup=40, every=200, batch_size=50,
                 **tiny)  # fmt: skip
