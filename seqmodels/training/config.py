@@ -24,7 +24,7 @@ from seqmodels.ranges import (
 RESUMABLE = frozenset(
     f"train.{name}"
     for name in (
-        "log_every", "eval_every", "checkpoint_every", "keep", "on_nan", "max_skips", "max_minutes",
+        "log_every", "eval_every", "checkpoint_every", "max_to_keep", "on_nan", "max_skips", "max_minutes",
     )
 )  # fmt: skip
 
