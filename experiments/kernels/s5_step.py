@@ -54,7 +54,14 @@ def scanned(by: Any) -> Iterator[None]:
         planes = [z for h in states for z in (h.real, h.imag)]
         return dot(jnp.concatenate(planes, axis=-1), output_projection)
 
-    with replaced(ops, "bidirectional_mimo_scan", both_ways):
+    def one_way(a, b, *, segments=None, **options: Any):
+        assert segments is None
+        return by(a, b, **options)
+
+    with (
+        replaced(ops, "bidirectional_mimo_scan", both_ways),
+        replaced(ops, "linear_scan", one_way),
+    ):
         yield
 
 
