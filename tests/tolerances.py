@@ -35,8 +35,9 @@ FLOAT32_BOTH = 5e-6
 FLOAT32_LARGE_SCORES = 2e-5
 
 # A gradient of a mixer's parameter, against another float32 program: a sum over tokens of terms
-# that cancel, behind exponentials and, in S4, a transform of the whole row.
+# that cancel, behind exponentials; in S4 behind a transform of the whole row too.
 FLOAT32_MIXER_GRADIENTS = 1e-5
+FLOAT32_S4_GRADIENTS = 2e-5
 
 # S4's kernel against its recurrence: the kernel is evaluated in frequencies.
 FLOAT32_S4_KERNEL = 1e-5
