@@ -14,6 +14,8 @@ from tests.tiers import one_of_many
 
 # One configuration of each mixer, the first.
 FIRST = list({config.mixer: case for case, config in reversed(CASES.items())}.values())[::-1]
+# A scan, a selective one, a matrix that decays, one under the delta rule.
+FEW = ["s5", "mamba", "gla", "gated_deltanet"]
 X = jax.random.normal(jax.random.key(1), (2, 3, 9, 4))
 
 
@@ -31,7 +33,7 @@ def loss(mixer, params, x):
     ("case", "dtype"),
     one_of_many(
         [(case, dtype) for dtype in ("float32", "bfloat16") for case in FIRST],
-        [(case, "float32") for case in FIRST] + [(case, "bfloat16") for case in KINDS],
+        [(case, "float32") for case in KINDS] + [(case, "bfloat16") for case in FEW],
     ),
 )
 def test_gradients_of_extreme_inputs_are_finite(case, dtype):
@@ -42,7 +44,7 @@ def test_gradients_of_extreme_inputs_are_finite(case, dtype):
             assert np.all(np.isfinite(leaf)), (path, x.max())
 
 
-@pytest.mark.parametrize("case", one_of_many(FIRST, KINDS))
+@pytest.mark.parametrize("case", one_of_many(FIRST, FEW))
 def test_vmap_remat_and_eval_shape(case):
     mixer, params = setup(case)
     plain = jax.jit(jax.grad(lambda x: loss(mixer, params, x)))
@@ -57,7 +59,7 @@ def test_vmap_remat_and_eval_shape(case):
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, kept)
 
 
-@pytest.mark.parametrize("case", one_of_many(FIRST, KINDS))
+@pytest.mark.parametrize("case", one_of_many(FIRST, FEW))
 def test_learns_to_copy(case):
     """Each token's predecessor, of five equally likely ones, in 200 steps of Adam."""
     backbone = BackboneConfig((CASES[case].mixer,), (CASES[case],), width=8, norm="rms", mlp=16)
