@@ -64,12 +64,13 @@ CASES = {
     "rat": RATConfig(chunk=3, heads=2, groups=1, init_std=0.5),
     "rat-chunks-of-one": RATConfig(chunk=1, heads=1, groups=1, rotary_base=None, init_std=0.5),
     "scout": SCOUTConfig(heads=2, interval=3, init_std=0.5),
+    # Two softmaxes in a row: with sharper scores bfloat16 gradients are mostly rounding.
     "scout-window": SCOUTConfig(
         heads=2,
         kv_heads=1,
         interval=2,
-        local=SlidingWindowConfig(heads=1, window=2, init_std=0.5),
-        init_std=0.5,
+        local=SlidingWindowConfig(heads=1, window=2, init_std=0.25),
+        init_std=0.25,
     ),
     "scout-mamba": SCOUTConfig(
         heads=1,
