@@ -100,7 +100,7 @@ def prepare(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     for split, examples in data.splits.items():
         view.add_row(split, *counts(examples, data.num_classes))
     console.print(view)
-    terminal.say(f"the splits share no more than is known; digest {data_digest(data)}")
+    terminal.say(f"checked; digest {data_digest(data)}")
     picture = arguments.picture or Path("runs/lra/data") / f"{arguments.task}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     samples(data, picture)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.lra import baselines as module
-from experiments.lra.baselines import baselines, first_token, majority, token_counts
-from seqmodels.data.examples import Examples, TaskData
+from experiments.lra.baselines import baselines, first_token, linear, majority, token_counts
+from seqmodels.data.examples import Examples, Scaling, TaskData
 from seqmodels.data.lra import ListOpsConfig, load
 
 
@@ -42,6 +42,23 @@ def test_token_counts_ignore_order_and_see_shares_and_length():
     data = task(rows, by_order, num_classes=3)
     assert token_counts(data) < 0.7
     assert token_counts(data, with_first_token=True) > 0.99
+
+
+def test_linear_sees_values_and_their_places_but_no_products():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (600, 2000, 1), dtype=np.uint8)
+    values[::2, :300] //= 2
+    labels = np.arange(600) % 2
+    scaling = Scaling((127.5,), (127.5,))
+
+    def accuracy(labels):
+        train = Examples.of_arrays(values[:400], labels[:400], scaling)
+        test = Examples.of_arrays(values[400:], labels[400:], scaling)
+        return linear(TaskData("toy", train, train.between(0, 0), test, None, 2))
+
+    assert accuracy(labels) == 1.0
+    same_sign = (values[:, 0, 0] > 127) == (values[:, 1900, 0] > 127)
+    assert accuracy(same_sign.astype(int)) < 0.65
 
 
 def test_listops_is_hardly_more_than_its_first_operator(tmp_path):
