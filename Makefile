@@ -8,6 +8,9 @@ CONSTRAINTS ?= constraints.txt
 
 LRA_RUN := runs/lra/listops-s5-cpu-seed0
 
+# Every shape and type in a signature is checked at each call; it takes a fifth of the time.
+TYPED := --jaxtyping-packages=seqmodels,beartype.beartype
+
 .PHONY: lra test test-all test-newest check bench clean
 
 lra: .venv/installed
@@ -21,14 +24,15 @@ test: .venv-test/installed-$(EXTRAS)
 
 # Every named shape on every chip, everything compiled with full optimisation: an hour or two.
 test-all: .venv-test/installed-$(EXTRAS)
-	.venv-test/bin/python -m pytest -n 2 --dist worksteal --everything
+	.venv-test/bin/python -m pytest -n 2 --dist worksteal --everything $(TYPED)
 
 # A few tests of each floor with the newest versions: what a new jax breaks first.
-NEWEST := tests/pallas_kernels/tools/test_aot.py \
-	tests/pallas_kernels/common tests/seqmodels/models/test_published.py
+NEWEST := tests/pallas_kernels/tools/test_aot.py tests/pallas_kernels/common \
+	tests/seqmodels/models/test_published.py tests/seqmodels/models/test_language.py \
+	tests/seqmodels/mixers/test_gla.py tests/seqmodels/mixers/test_mamba.py
 
 test-newest: .venv-newest/installed
-	.venv-newest/bin/python -m pytest -n 2 --dist worksteal $(NEWEST)
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal $(TYPED) $(NEWEST)
 
 check: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/ruff check .

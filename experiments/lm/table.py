@@ -141,7 +141,7 @@ def config_of(mixer: str, arguments: Arguments) -> ExperimentConfig:
             log_every=max(arguments.steps // 20, 1),
             eval_every=arguments.steps,
             checkpoint_every=max(arguments.steps // 3, 1),
-            max_to_keep=1,
+            keep=1,
         ),
     )
 

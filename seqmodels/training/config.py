@@ -24,7 +24,7 @@ from seqmodels.ranges import (
 RESUMABLE = frozenset(
     f"train.{name}"
     for name in (
-        "log_every", "eval_every", "checkpoint_every", "max_to_keep", "on_nan", "max_skips", "max_minutes",
+        "log_every", "eval_every", "checkpoint_every", "keep", "on_nan", "max_skips", "max_minutes",
     )
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ class TrainConfig(Checked):
     select: Literal["accuracy", "loss", "last"] = "accuracy"
     """The checkpoint to test: on the validation split of highest "accuracy" or of lowest "loss", or
     the "last" one."""
-    max_to_keep: Size = 2
+    keep: Size = 2
     """Latest checkpoints to keep, beside the best one."""
     seed: Seed = 0
     """Seed of the parameters and of dropout."""

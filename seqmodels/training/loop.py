@@ -164,7 +164,7 @@ def fit(
     tell("prepared", 0)
     iterator: Any = iter(batches)
     with Checkpoints(
-        run_dir / "checkpoints", run.config_dict, max_to_keep=config.max_to_keep
+        run_dir / "checkpoints", run.config_dict, max_to_keep=config.keep
     ) as checkpoints:
         progress = Progress()
         if resume and checkpoints.steps():

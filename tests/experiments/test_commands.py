@@ -190,7 +190,7 @@ def assert_success_or_one_line(module, arguments):
 
 
 FUZZ = settings(
-    max_examples=20,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,

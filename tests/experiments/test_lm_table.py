@@ -10,6 +10,7 @@ from experiments.lm.presets import PRESETS, ExperimentConfig, experiment
 from experiments.run import UsageError
 from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import REGISTRY
+from tests.tiers import one_of_many
 
 BIDIRECTIONAL = {"bidirectional", "hydra"}
 CAUSAL = [name for name in REGISTRY if name not in BIDIRECTIONAL]
@@ -22,7 +23,7 @@ def _one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: first)
 
 
-@pytest.mark.parametrize("mixer", CAUSAL)
+@pytest.mark.parametrize("mixer", one_of_many(CAUSAL, ["mamba", "gated_deltanet", "scout"]))
 def test_every_causal_mixer_has_the_same_number_of_parameters(mixer):
     size = table.size_of(mixer)
     count = presets.parameters(presets.language_model(mixer, size))

@@ -177,8 +177,13 @@ def test_a_row_is_the_fold_of_its_pieces(implementation, name, packed):
     check(name, implementation, packed)
 
 
-@pytest.mark.parametrize("name", one_of_many(PALLAS, ["linear_scan", "delta_rule, head"]))
-@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    one_of_many(
+        [(name, implementation) for name in PALLAS for implementation in ("tpu", "gpu")],
+        [("linear_scan", "tpu"), ("delta_rule, head", "gpu")],
+    ),
+)
 def test_a_row_is_the_fold_of_its_pieces_in_kernels(implementation, name):
     with testing.interpret():
         check(name, implementation, packed=True)

@@ -40,11 +40,11 @@ FEATURES = [
     {"conv_size": 1, "width": 3, "packed": True},
     {"conv_size": 8, "activation": None, "packed": True},
     pytest.param({"conv_size": 9, "width": 3}, marks=pytest.mark.full),
-    {"conv_size": 12, "width": 3, "packed": True},
+    pytest.param({"conv_size": 12, "width": 3, "packed": True}, marks=pytest.mark.full),
     {"dtype": "bfloat16", "packed": True},
     pytest.param({"length": 48, "width": 3, "activation": None}, marks=pytest.mark.full),
     {"length": 1, "width": 3},
-    {"length": 2, "width": 3, "conv_size": 7, "packed": True},
+    pytest.param({"length": 2, "width": 3, "conv_size": 7, "packed": True}, marks=pytest.mark.full),
 ]
 
 

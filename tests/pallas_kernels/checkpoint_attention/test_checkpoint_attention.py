@@ -30,21 +30,22 @@ def same_bits(x, y):
 
 
 # Each length and feature, not the full product: compilation is slow.
+FULL = pytest.mark.full
 PLAIN = [
     {"length": 1, "packed": True},
     {"length": 1, "past": 5, "past_length": [2, 0]},
-    {"length": 1, "past": 5, "past_length": [2, 0], "own": False},
+    pytest.param({"length": 1, "past": 5, "past_length": [2, 0], "own": False}, marks=FULL),
     {"length": 2, "interval": 1},
     {"length": 15, "packed": True, "groups": 2, "heads": 4},
-    {"length": 63, "interval": 16},
+    pytest.param({"length": 63, "interval": 16}, marks=FULL),
     {"length": 63, "past": 3, "packed": True, "heads": 3},
-    {"length": 65, "packed": True, "interval": 1},
+    pytest.param({"length": 65, "packed": True, "interval": 1}, marks=FULL),
     {"length": 65, "past": 5, "past_length": [0, 5], "groups": 2, "heads": 6},
-    {"length": 65, "past": 5, "past_length": [0, 5], "own": False},
+    pytest.param({"length": 65, "past": 5, "past_length": [0, 5], "own": False}, marks=FULL),
     {"length": 65, "past": 5, "own": False, "packed": True},
-    {"length": 5, "past": 2, "interval": 100},
+    pytest.param({"length": 5, "past": 2, "interval": 100}, marks=FULL),
     {"length": 1000, "interval": 3, "packed": True, "past": 7, "past_length": [3, 0]},
-    {"length": 1000, "interval": 10, "groups": 2, "batch": 1},
+    pytest.param({"length": 1000, "interval": 10, "groups": 2, "batch": 1}, marks=FULL),
 ]
 
 

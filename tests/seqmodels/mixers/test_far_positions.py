@@ -19,6 +19,7 @@ from seqmodels.mixers import (
     build,
 )
 from tests import tolerances
+from tests.tiers import one_of_many
 
 WIDTH, SEEN, MORE = 8, 9, 6
 STARTS = [2**24, 2**31 - 1 - SEEN, 2**31 - SEEN - 4, -SEEN - 2]
@@ -31,7 +32,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("case", ENDLESS)
+@pytest.mark.parametrize("case", one_of_many(ENDLESS, ["sinks", "rg_lru"]))
 def test_a_stream_has_no_end(case, named):
     mixer = build(ENDLESS[case], WIDTH)
     x = jax.random.normal(jax.random.key(1), (1, SEEN + MORE, WIDTH))
@@ -58,7 +59,9 @@ def test_a_stream_has_no_end(case, named):
         assert distance == SEEN + MORE
 
 
-@pytest.mark.parametrize("config", [AttentionConfig, RATConfig, SCOUTConfig])
+@pytest.mark.parametrize(
+    "config", one_of_many([AttentionConfig, RATConfig, SCOUTConfig], [SCOUTConfig])
+)
 def test_a_cache_stays_full(config):
     mixer = build(config(heads=2), WIDTH)
     x = jax.random.normal(jax.random.key(1), (1, 4, WIDTH))

@@ -26,6 +26,7 @@ from seqmodels.models import LanguageModel
 from seqmodels.models.published import griffin_language_model, mamba_language_model
 from tests import tolerances
 from tests.seqmodels.mixers.cases import CASES
+from tests.tiers import one_of_many
 
 WIDTH = 12  # the fewest channels that all heads divide
 SHAPES = [(1, 1), (1, 5), (2, 1), (3, 7)]
@@ -49,7 +50,9 @@ def loss_of(run):
     return jax.jit(jax.grad(loss))
 
 
-@pytest.mark.parametrize("case", [ONE_OF_EACH[mixer] for mixer in sorted(PRODUCTS)])
+@pytest.mark.parametrize(
+    "case", one_of_many([ONE_OF_EACH[m] for m in sorted(PRODUCTS)], [ONE_OF_EACH["rg_lru"]])
+)
 def test_mixers(case):
     config = CASES[case]
     mixer = build(config, WIDTH)
@@ -130,7 +133,7 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ENDS)
+@pytest.mark.parametrize("family", one_of_many(ENDS, ["mamba2", "griffin"]))
 def test_published_families(family):
     wide = LanguageModel(ENDS[family])
     narrow = LanguageModel(dataclasses.replace(ENDS[family], dtype="bfloat16"))

@@ -96,7 +96,7 @@ def test_every_registered_mixer_is_covered():
         assert config_class.mixer == name
 
 
-@pytest.mark.parametrize("case", each(CASES))
+@pytest.mark.parametrize("case", one_of_many(CASES, KINDS))
 def test_a_mixer_as_users_get_it(case):
     has_the_shapes_and_marks(case)
     if case not in WITHOUT_REFERENCE:

@@ -92,7 +92,7 @@ def run(name, mesh=None):
     ("name", "shards"),
     one_of_many(
         [(name, shards) for name in SERVED for shards in (2, 3, 8)],
-        [("gla", 3), ("sliding_window", 8), ("rat", 3)],
+        [("gla", 3), ("rat", 3)],
     ),
 )
 def test_a_split_length_changes_nothing(name, shards):

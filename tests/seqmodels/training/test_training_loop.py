@@ -178,7 +178,7 @@ def test_the_best_checkpoint_is_kept(unbroken):
 
 
 def test_the_best_checkpoint_survives_a_resume(tmp_path):
-    config = dataclasses.replace(CONFIG, max_to_keep=1)
+    config = dataclasses.replace(CONFIG, keep=1)
     with pytest.raises(Stopped):
         run_toy(tmp_path, config, on_event=fault("step", 9))
     outcome = run_toy(tmp_path, config, resume=True)
@@ -228,7 +228,7 @@ def test_resuming_what_is_not_a_run(tmp_path):
 
 
 def test_resuming_with_another_config_names_the_fields(unbroken):
-    config = dataclasses.replace(CONFIG, learning_rate=0.1, weight_decay=0.2, max_to_keep=5)
+    config = dataclasses.replace(CONFIG, learning_rate=0.1, weight_decay=0.2, keep=5)
     with pytest.raises(RunDirectoryError) as caught:
         run_toy(unbroken, config, resume=True)
     assert "train.learning_rate=0.1 (saved: 0.05)" in str(caught.value)
