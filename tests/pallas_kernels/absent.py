@@ -18,8 +18,8 @@ def needs_compiler(chip: str) -> None:
 def on_tpus(shapes, always, modes=("forward+backward", "forward")):
     """``(chip, shape, mode)``: every named shape on every TPU.
 
-    Those of ``always``, one of each kind, always run in the first mode, on `TPUS` in turn, the
-    first one on all of `TPUS`. The rest is `full`.
+    Those of ``always``, one of each kind, always run in the first mode, on `TPUS` in turn, a
+    single one on all of `TPUS`. The rest is `full`.
     """
     chosen = _in_turn(always, TPUS)
     return [
@@ -43,9 +43,11 @@ def for_spills(chips, shapes, *, always=False):
 
 
 def _in_turn(shapes, chips):
-    """``(chip, shape)``: the first shape on every chip, each of the others on one."""
-    others = {(chips[i % len(chips)], shape) for i, shape in enumerate(shapes)}
-    return others | {(chip, shapes[0]) for chip in chips}
+    """``(chip, shape)``: each shape on one chip, each chip with one shape at least."""
+    return {
+        (chips[i % len(chips)], shapes[i % len(shapes)])
+        for i in range(max(len(shapes), len(chips)))
+    }
 
 
 def _always(always, *case):

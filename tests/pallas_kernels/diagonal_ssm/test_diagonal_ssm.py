@@ -262,7 +262,7 @@ def test_the_same_call_twice_is_bitwise_equal(method):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_many(METHODS, ["chunked"]))
 def test_vmap_equals_folding_into_the_batch(method):
     case = Case(length=70, batch=6, packed=method != "fft")
     u, log_a, c, initial = case.args

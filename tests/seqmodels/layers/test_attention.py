@@ -147,10 +147,10 @@ def test_a_window_costs_in_proportion_to_the_length():
 SPLASH = [
     ({}, 20),
     ({"causal": False}, 0),
-    ({"window": 30}, 20),
-    ({"window": 30, "sinks": 3}, 0),
+    pytest.param({"window": 30}, 20, marks=pytest.mark.full),
+    pytest.param({"window": 30, "sinks": 3}, 0, marks=pytest.mark.full),
     ({"window": 9, "sinks": 2}, 40),
-    ({"window": 500, "sinks": 2}, 0),
+    pytest.param({"window": 500, "sinks": 2}, 0, marks=pytest.mark.full),
 ]
 
 

@@ -85,7 +85,7 @@ CASES["bidirectional-tied"] = BidirectionalConfig(CASES["s4"], tied=True)
 
 # One of each kind, on which everything is checked every time.
 KINDS = {
-    "s5", "s4", "s4d", "mamba", "rg_lru", "gla", "gated_deltanet", "hydra", "attention", "rat",
+    "s5", "s4", "s4d", "mamba", "gla", "gated_deltanet", "hydra", "rat",
 }  # fmt: skip
 
 # States of these hold a cache that grows: they begin with initial_state(.., max_length=..).

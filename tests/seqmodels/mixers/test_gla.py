@@ -14,7 +14,10 @@ WIDTH, LENGTH = 4, 9
 @pytest.mark.parametrize(
     "config",
     [
-        GLAConfig(heads=2, gate_rank=3, gate_temperature=4.0, init_std=0.5),
+        pytest.param(
+            GLAConfig(heads=2, gate_rank=3, gate_temperature=4.0, init_std=0.5),
+            marks=pytest.mark.full,
+        ),
         # Values of 258 run as two heads of 129.
         GLAConfig(heads=1, expand_v=64.5, init_std=0.5),
     ],

@@ -15,7 +15,7 @@ WIDTH, LENGTH = 4, 9
 @pytest.mark.parametrize(
     "config",
     [
-        KDAConfig(heads=2, head_size=3, init_std=0.5),
+        pytest.param(KDAConfig(heads=2, head_size=3, init_std=0.5), marks=pytest.mark.full),
         KDAConfig(heads=2, head_size=3, gate_bias=False, log_decay_bound=-5.0, init_std=0.5),
     ],
 )

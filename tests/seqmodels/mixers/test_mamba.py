@@ -24,7 +24,7 @@ WIDTH, LENGTH = 3, 7
 @pytest.mark.parametrize(
     "config",
     [
-        MambaConfig(state_size=5),
+        pytest.param(MambaConfig(state_size=5), marks=pytest.mark.full),
         MambaConfig(state_size=2, dt_rank=2, expand=3, conv_size=2, use_bias=True),
         MambaConfig(state_size=4, dt_rank=3, mixer_rms_eps=1e-2),
     ],
@@ -98,10 +98,10 @@ def test_names_and_shapes_are_those_of_the_checkpoints():
     ("size", "vocabulary", "tied", "parameters"),
     [
         (mamba.MAMBA_130M, 50280, True, 129_135_360),
-        (mamba.MAMBA_370M, 50280, True, 371_516_416),
-        (mamba.MAMBA_790M, 50280, True, 793_204_224),
-        (mamba.MAMBA_1_4B, 50280, True, 1_372_178_432),
-        (mamba.MAMBA_2_8B, 50280, True, 2_768_345_600),
+        pytest.param(mamba.MAMBA_370M, 50280, True, 371_516_416, marks=pytest.mark.full),
+        pytest.param(mamba.MAMBA_790M, 50280, True, 793_204_224, marks=pytest.mark.full),
+        pytest.param(mamba.MAMBA_1_4B, 50280, True, 1_372_178_432, marks=pytest.mark.full),
+        pytest.param(mamba.MAMBA_2_8B, 50280, True, 2_768_345_600, marks=pytest.mark.full),
         (mamba.FALCON_MAMBA_7B, 65024, False, 7_272_665_088),
     ],
 )

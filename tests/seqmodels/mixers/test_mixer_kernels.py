@@ -30,8 +30,8 @@ KINDS = {
 # Every kind, every backend and eight devices at least once each time; the rest in `test-all`.
 ALWAYS = {
     "tpu": {"lru", "s4d"},
-    "gpu": {"lru", "mamba", "rat"},
-    "devices": {"lru", "gla", "gated_deltanet"},
+    "gpu": {"mamba", "rat"},
+    "devices": {"gated_deltanet"},
 }
 # Of the rows of `calls`, tokens that go on with a document, and of which some begin one.
 PART = slice(120, 141)
