@@ -28,8 +28,9 @@ test-all: .venv-test/installed-$(EXTRAS)
 
 # A few tests of each floor with the newest versions: what a new jax breaks first.
 NEWEST := tests/pallas_kernels/tools/test_aot.py tests/pallas_kernels/common \
-	tests/seqmodels/models/test_published.py tests/seqmodels/models/test_language.py \
-	tests/seqmodels/mixers/test_gla.py tests/seqmodels/mixers/test_mamba.py
+	tests/pallas_kernels/test_op_contract.py tests/seqmodels/models/test_language.py \
+	tests/seqmodels/models/test_published.py tests/seqmodels/mixers/test_gla.py \
+	tests/seqmodels/mixers/test_mamba.py
 
 test-newest: .venv-newest/installed
 	.venv-newest/bin/python -m pytest -n 2 --dist worksteal $(TYPED) $(NEWEST)

@@ -21,7 +21,7 @@ from pallas_kernels.checkpoint_attention.slots import slots as find_slots
 from pallas_kernels.common import compat
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
-from pallas_kernels.common.gpu import beyond_addresses
+from pallas_kernels.common.gpu import beyond_addresses, masked_places
 
 _LEAST = 16  # what Triton multiplies at least, in any direction
 
@@ -99,7 +99,7 @@ class _Place(NamedTuple):
         padded = padded or _padded(width)
         lanes = jnp.arange(padded)[None, :] < width
         rows = pl.ds(start, mask.shape[0])
-        return (self.row, rows, head, pl.ds(0, padded)), mask & lanes
+        return (self.row, rows, head, masked_places(0, padded, width)), mask & lanes
 
 
 def _padded(width: int) -> int:

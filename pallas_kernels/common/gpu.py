@@ -91,6 +91,16 @@ def strip(dims: StripShape, row_axis: int = 1) -> Strip:
     return Strip(pl.program_id(row_axis), pl.ds(start, dims.tiles.width), valid)
 
 
+def masked_places(start: Any, size: int, limit: int) -> pl.Slice:
+    """`size` places of an axis of `limit` from `start`; what lies beyond it has to be masked.
+
+    A start that is known may not reach beyond the axis since jax 0.12, one that is computed may.
+    """
+    if isinstance(start, int) and start + size > limit:
+        start = start + 0 * pl.program_id(0)
+    return pl.ds(start, size)
+
+
 def token(dims: StripShape, chunk, i, j: int, row, codes_ref):
     """`(t, live, code)` of step j of group i of a walk: its token, whether it exists, its code.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import compat
 from pallas_kernels.common.backend import no_wide_numbers
 from pallas_kernels.common.compat import pl
-from pallas_kernels.common.gpu import beyond_addresses
+from pallas_kernels.common.gpu import beyond_addresses, masked_places
 from pallas_kernels.matrix_state import decay_sums, masks
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.matrix_state.masks import SegmentMasks
@@ -269,7 +269,10 @@ class Row(NamedTuple):
         masks = [span.exists(limit) for span, limit in spans]
         mask = masks[0] if len(masks) == 1 else masks[0][:, None] & masks[1][None, :]
         if not any(span.backwards for span, _ in spans):
-            places = [pl.ds(x.start, x.size) if isinstance(x, Span) else x for x in index]
+            places = [
+                masked_places(x.start, x.size, limit) if isinstance(x, Span) else x
+                for x, limit in zip(index, ref.shape[1:], strict=True)
+            ]
             return ref.at[(self.row, *places)], mask
         columns = [span.places for span, _ in spans]
         if len(columns) == 2:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import compat, segments
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
-from pallas_kernels.common.gpu import beyond_addresses, by_chunks
+from pallas_kernels.common.gpu import beyond_addresses, by_chunks, masked_places
 from pallas_kernels.selective_scan.tile import Config
 
 _WARPS_TO_FILL_A_GPU = 2048  # about 16 for each multiprocessor since Ampere
@@ -138,7 +138,7 @@ def _tile(dims: _KernelShape, names, refs) -> _Tile:
         span,
         row,
         strip,
-        pl.ds(0, padded),
+        masked_places(0, padded, dims.states),
         pl.ds(start, dims.tiles.width),
         (jnp.arange(padded) < dims.states)[:, None],
         (start + jnp.arange(dims.tiles.width) < dims.width)[None, :],
