@@ -99,7 +99,7 @@ class _Place(NamedTuple):
         padded = padded or _padded(width)
         lanes = jnp.arange(padded)[None, :] < width
         rows = pl.ds(start, mask.shape[0])
-        return (self.row, rows, head, masked_places(0, padded, width)), mask & lanes
+        return (self.row, rows, head, masked_places(0, padded, width, self.row)), mask & lanes
 
 
 def _padded(width: int) -> int:

@@ -91,13 +91,14 @@ def strip(dims: StripShape, row_axis: int = 1) -> Strip:
     return Strip(pl.program_id(row_axis), pl.ds(start, dims.tiles.width), valid)
 
 
-def masked_places(start: Any, size: int, limit: int) -> pl.Slice:
+def masked_places(start: Any, size: int, limit: int, row: jax.Array) -> pl.Slice:
     """`size` places of an axis of `limit` from `start`; what lies beyond it has to be masked.
 
-    A start that is known may not reach beyond the axis since jax 0.12, one that is computed may.
+    A start that is known may not reach beyond the axis since jax 0.12, one that is computed may:
+    here from `row`, which any integer that is known only at run time can be.
     """
     if isinstance(start, int) and start + size > limit:
-        start = start + 0 * pl.program_id(0)
+        start = start + 0 * row
     return pl.ds(start, size)
 
 

@@ -270,7 +270,7 @@ class Row(NamedTuple):
         mask = masks[0] if len(masks) == 1 else masks[0][:, None] & masks[1][None, :]
         if not any(span.backwards for span, _ in spans):
             places = [
-                masked_places(x.start, x.size, limit) if isinstance(x, Span) else x
+                masked_places(x.start, x.size, limit, self.row) if isinstance(x, Span) else x
                 for x, limit in zip(index, ref.shape[1:], strict=True)
             ]
             return ref.at[(self.row, *places)], mask

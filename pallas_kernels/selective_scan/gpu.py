@@ -138,7 +138,7 @@ def _tile(dims: _KernelShape, names, refs) -> _Tile:
         span,
         row,
         strip,
-        masked_places(0, padded, dims.states),
+        masked_places(0, padded, dims.states, row),
         pl.ds(start, dims.tiles.width),
         (jnp.arange(padded) < dims.states)[:, None],
         (start + jnp.arange(dims.tiles.width) < dims.width)[None, :],
