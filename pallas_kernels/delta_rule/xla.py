@@ -28,7 +28,7 @@ def one_token(config: Config, q, k, v, beta, log_decay, initial_state, segment_i
     """A decoding step; see `decode.one_token`."""
 
     def new_value(k, v, state):
-        error = v - jnp.sum(k[..., None] * state, axis=2)
+        error = v - decode.read(k, state)
         return beta[:, 0].astype(state.dtype)[..., None] * error
 
     return decode.one_token(config, q, k, v, log_decay, initial_state, segment_index, new_value)

@@ -435,3 +435,20 @@ def test_named_shapes_are_accepted(name):
 def test_unknown_case(arguments, message):
     with pytest.raises(ValueError, match=message):
         case(*arguments)
+
+
+@pytest.mark.optimised
+def test_one_token_without_a_state_is_the_same_every_time():
+    """At a size where XLA made a program of it that read memory which nothing had written."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(0, 1 / 16, (2, 1, 6, 256)), jnp.float32) for _ in range(2))
+    v = jnp.asarray(rng.normal(size=(2, 1, 12, 256)), jnp.float32)
+    beta = jnp.asarray(rng.random((2, 1, 12)), jnp.float32)
+    written = np.asarray(beta)[..., None] * np.asarray(v)
+    both = np.repeat(np.stack([q, k]), 2, axis=3)[:, :, 0].astype(np.float64)
+    state = both[1][..., None] * written[:, 0, :, None].astype(np.float64)
+    expected = np.einsum("bhk,bhkv->bhv", both[0], state) / 16
+    log_decay = jnp.asarray(-rng.random((2, 1, 12)), jnp.float32)  # of a state of zeros
+    for _ in range(5):
+        o, final = jax.jit(lambda *args: delta_rule(*args))(q, k, v, beta, log_decay)
+        testing.assert_close((o[:, 0], final), (expected, state), testing.FLOAT32_TOLERANCE)

@@ -85,17 +85,19 @@ def check_language_model(mixer, width):
     stack = BackboneConfig(layout=(mixer.mixer,), mixers=(mixer,), width=width, norm="rms")
     model = LanguageModel(LanguageModelConfig(stack, vocabulary_size=11, embedding_std=1.0))
     config = TrainConfig(steps=4, batch_size=2, learning_rate=0.05, ema_decay=0.9)
+    packed = mixer.supports_packing
+    ids = IDS if packed else (IDS > 0).astype(np.int32)
     batch = {
         "inputs": np.arange(8, dtype=np.int32).reshape(2, 4),
         "targets": np.arange(1, 9, dtype=np.int32).reshape(2, 4),
-        "segment_ids": IDS,
-        "weights": (IDS > 0).astype(np.float32),
+        "segment_ids": ids,
+        "weights": (ids > 0).astype(np.float32),
     }
 
     def run():
         """The state after a step and new tokens of the model as it was."""
         mesh = make_mesh(devices=jax.devices()[:1])
-        task = language(model, lambda params: param_labels(model.config, params), packed=True)
+        task = language(model, lambda params: param_labels(model.config, params), packed=packed)
         state = create_state(task, config, mesh)
         prompts, sampling = [[1, 2, 3], [4]], Sampling(top_k=5, top_p=0.9)
         tokens = generate(
