@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.tools import testing
 from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import S4DConfig, S5Config, Segments
 from seqmodels.models import (
@@ -20,6 +21,11 @@ from seqmodels.models import (
     param_labels,
 )
 from seqmodels.models.classifier import pool
+from seqmodels.parallel.mesh import make_mesh, put_batch
+from seqmodels.training.config import TrainConfig
+from seqmodels.training.state import create_state, optimizer_of
+from seqmodels.training.step import make_train_step
+from seqmodels.training.task import classification
 from tests import tolerances
 
 CONFIG = ClassifierConfig(
@@ -270,3 +276,37 @@ def test_known_ids_outside_of_the_vocabulary_are_refused(wrong):
     for model, inputs in models:
         with pytest.raises(ValueError, match=rf"inputs hold the id {wrong}.*vocabulary_size=11"):
             jax.eval_shape(lambda m=model, x=inputs: m.init(jax.random.key(0), x))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_is_the_same_with_64_bit_types(parts):
+    """A classifier and a matcher; with dropout, batch statistics and two learning rates."""
+    config = CONFIG if parts == 1 else MatcherConfig(CONFIG, hidden=6)
+    model = Classifier(config) if parts == 1 else Matcher(config)
+    tokens, ids = TOKENS, np.maximum(IDS, IDS[:1])
+    if parts == 2:
+        tokens, ids = (np.stack([x, np.roll(x, 1, axis=0)], axis=1) for x in (tokens, ids))
+    batch = {
+        "inputs": tokens,
+        "segment_ids": ids,
+        "labels": np.array([0, 2, 1], np.int32),
+        "weights": np.ones(3, np.float32),
+    }
+    # An epsilon that hides no rounding: Adam divides a gradient by its own size.
+    train = TrainConfig(steps=4, batch_size=3, learning_rate=0.05, ema_decay=0.9, adam_eps=1e-2)
+
+    def run():
+        mesh = make_mesh(devices=jax.devices()[:1])
+        labels = functools.partial(param_labels, config)
+        task = classification(model, labels, length=7, parts=parts)
+        state = create_state(task, train, mesh)
+        step = make_train_step(task, optimizer_of(task, train), mesh, ema_decay=train.ema_decay)
+        state, measured = step(state, put_batch(batch, mesh), np.asarray(True))
+        assert bool(measured.finite)
+        return jax.device_get((state.replace(rng=jax.random.key_data(state.rng)), measured))
+
+    usual = run()
+    with jax.enable_x64(True):
+        wide = run()
+    assert [x.dtype for x in jax.tree.leaves(wide)] == [x.dtype for x in jax.tree.leaves(usual)]
+    testing.assert_close(wide, usual, tolerances.FLOAT32_TRAINED)
