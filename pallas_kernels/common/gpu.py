@@ -91,7 +91,7 @@ def strip(dims: StripShape, row_axis: int = 1) -> Strip:
     return Strip(pl.program_id(row_axis), pl.ds(start, dims.tiles.width), valid)
 
 
-def masked_places(start: Any, size: int, limit: int, row: jax.Array) -> pl.Slice:
+def masked_places(start: Any, size: int, limit: int, row: jax.Array) -> slice | pl.Slice:
     """`size` places of an axis of `limit` from `start`; what lies beyond it has to be masked.
 
     A start that is known may not reach beyond the axis since jax 0.12, one that is computed may:
