@@ -124,6 +124,7 @@ def test_mixers_in_every_way(name, shape):
 
 ENDS = {
     "mamba": mamba_language_model(64, 1, MambaConfig(state_size=4), 11),
+    "falcon_mamba": mamba_language_model(64, 1, MambaConfig(state_size=4, mixer_rms_eps=1e-6), 11),
     "mamba2": mamba_language_model(64, 1, Mamba2Config(state_size=4, head_size=16), 11),
     "griffin": griffin_language_model(
         ("rg_lru", "sliding_window"),
@@ -151,3 +152,32 @@ def test_published_families(family):
     )
     new = continued([[1, 2, 3], [4]])
     assert [len(row) for row in new] == [2, 2]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("family", ENDS)
+def test_published_families_in_every_way(family, shape):
+    """Eager, compiled, differentiated and token by token."""
+    wide = LanguageModel(ENDS[family])
+    narrow = LanguageModel(dataclasses.replace(ENDS[family], dtype="bfloat16"))
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, 11)
+    variables = jax.jit(wide.init)(jax.random.key(0), tokens)
+    expected = wide.apply(variables, tokens)[0]
+    for run in (narrow.apply, jax.jit(narrow.apply)):
+        assert relative(run(variables, tokens)[0], expected) <= tolerances.BFLOAT16_MIXER
+    found, wanted = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)])
+        for gradients in (
+            loss_of(lambda variables, ids, model=model: model.apply(variables, ids)[0])(
+                variables, tokens
+            )
+            for model in (narrow, wide)
+        )
+    )
+    assert relative(found, wanted) <= tolerances.BFLOAT16_MIXER
+    state, rows = narrow.initial_state(shape[0], max_length=8, dtype=jnp.bfloat16), []
+    for t in range(shape[1]):
+        logits, state = jax.jit(narrow.apply)(variables, tokens[:, t : t + 1], state=state)
+        rows.append(logits)
+    assert relative(jnp.concatenate(rows, 1), expected) <= tolerances.BFLOAT16_MIXER
