@@ -124,11 +124,6 @@ def require_whole_rows(what: str, length: int) -> None:
     shards.require_whole_rows(what, length)
 
 
-def splits(length: int) -> bool:
-    """Whether the current mesh splits rows of so many tokens."""
-    return shards.shards_of(length) > 1
-
-
 def long_conv(
     u: Float[Array, "b l h"],
     kernel: Float[Array, "h k"],

@@ -42,6 +42,11 @@ FLOAT32_S4_GRADIENTS = 2e-5
 # S4's kernel against its recurrence: the kernel is evaluated in frequencies.
 FLOAT32_S4_KERNEL = 1e-5
 
+# A gradient of a model whose length is split, against one device: two norms of narrow heads amplify
+# rounding. On one device two backends differ by up to 2.1e-5 (kda) and 7e-6 (gla); the ops
+# themselves are held to FLOAT32.
+FLOAT32_SPLIT_GRADIENTS = 3e-5
+
 # Several steps of training, of which each amplifies the rounding of those before.
 FLOAT32_TRAINED = 1e-5
 
@@ -66,6 +71,7 @@ Each = dict[str, Any]
 EACH_FLOAT32_TERMS: Each = {"rtol": 1e-6}
 EACH_FLOAT32_NEAR_ONE: Each = {"rtol": 1e-6, "atol": 1e-6}
 EACH_FLOAT32_NORMAL: Each = {"rtol": 1e-6, "atol": 1e-37}  # what is smaller is flushed to 0
+EACH_FLOAT32_LOSS: Each = {"rtol": 2e-6}  # of a split length, against one device
 EACH_FLOAT32_SUM: Each = {"rtol": 1e-5}
 # Sums that may cancel: beside the relative error, one of the size that the terms have.
 EACH_FLOAT32_SMALL_TERMS: Each = {"rtol": 1e-5, "atol": 1e-7}

@@ -240,7 +240,7 @@ def measure(keys: Iterable[Key], *, estimate: bool = True) -> Iterator[Cell]:
 
 
 def fingerprint(key: Key) -> str | None:
-    """Of the program of a cell; None if it cannot be traced."""
+    """Fingerprint of a cell's program; None if it cannot be traced."""
     implementation, scale = _implementation(key.family, key.chip), _scale(key)
     return _fingerprint(*key[:3], implementation, scale)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqmodels.layers.dropout import tied_dropout
+from seqmodels.layers.dropout import Dropout
 
 GateKind = Literal["half_glu1", "half_glu2", "full_glu", "gelu", "glu"]
 
@@ -31,7 +31,7 @@ class Gate(nn.Module):
         width = y.shape[-1]
 
         def drop(x: Array) -> Array:
-            return tied_dropout(self.dropout, self.deterministic)(x)
+            return Dropout(self.dropout, self.deterministic)(x)
 
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, name=name, dtype=y.dtype)

@@ -70,12 +70,12 @@ class S4(SISOMixer[S4Config]):
         initial_state: Complex[Array, "b h n"] | None,
     ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
         unsupported = {}
-        if initial_state is not None or (self.stateful and u.shape[1] == 1):
-            ops.require_whole_rows("s4 that continues a state", u.shape[1])
         if initial_state is not None:
             unsupported["convolution"] = "it begins without a state"
         elif self.stateful and u.shape[1] == 1:
             unsupported["convolution"] = "one token is one step"
+        if unsupported:
+            ops.require_whole_rows("s4 that continues a state", u.shape[1])
         return dispatch.choose(
             "s4",
             {"recurrence": recurrence, "convolution": self._convolved},

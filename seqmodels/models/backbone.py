@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels.arguments import segment_order
-from seqmodels.layers.dropout import tied_dropout
+from seqmodels.layers.dropout import Dropout
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
 from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
@@ -136,7 +136,7 @@ class Block(nn.Module):
                 activation = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}[config.mlp_kind]
                 hidden = activation(dense(y, config.mlp or 0, "mlp_gate")) * hidden
             y = dense(hidden, config.width, "mlp_out")
-            return tied_dropout(config.dropout, self.deterministic)(y), None
+            return Dropout(config.dropout, self.deterministic)(y), None
 
         x, state = self._residual(x, segments, "norm", mix)
         if config.mlp is not None:

@@ -13,6 +13,7 @@ from experiments.lm import train as lm_train
 from experiments.lra import eval as lra_eval
 from experiments.lra import train as lra_train
 from experiments.run import mesh_of, mesh_sizes
+from tests import tolerances
 from tests.experiments.test_lm_commands import STORY
 from tests.experiments.test_lra_train import command
 
@@ -49,7 +50,9 @@ def test_language_models(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: first)
         assert train("whole", "--data.length", "62") == 0
-    np.testing.assert_allclose(loss_of(tmp_path, "split"), loss_of(tmp_path, "whole"), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss_of(tmp_path, "split"), loss_of(tmp_path, "whole"), **tolerances.EACH_FLOAT32_SUM
+    )
 
     def said(module, *arguments):
         capsys.readouterr()
@@ -77,7 +80,7 @@ def test_long_range_arena(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: first)
         whole = losses("whole")
-    np.testing.assert_allclose(split, whole, rtol=1e-5)
+    np.testing.assert_allclose(split, whole, **tolerances.EACH_FLOAT32_SUM)
     capsys.readouterr()
     run = str(tmp_path / "whole" / "run")
     assert lra_eval.main(["--checkpoint", run, "--no-progress", "--mesh", "seq=8"]) == 0

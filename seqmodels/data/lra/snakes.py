@@ -222,7 +222,7 @@ class Tips:
     place: np.ndarray
 
     def at(self, rows: np.ndarray) -> "Tips":
-        """Of some of the images."""
+        """The tips of some of the images."""
         return Tips(self.pivot[rows], self.angle[rows], self.place[rows])
 
 

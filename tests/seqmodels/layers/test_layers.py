@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from seqmodels.layers.dropout import tied_dropout
+from seqmodels.layers.dropout import Dropout
 from seqmodels.layers.embedding import Embedding
 from seqmodels.layers.gates import Gate
 from seqmodels.layers.norms import BatchNorm, Norm
@@ -157,12 +157,12 @@ def test_gates(kind):
 
 def test_dropout_shares_its_mask_over_time():
     x = jnp.ones((2, 6, 32))
-    drop = tied_dropout(0.5, deterministic=False)
+    drop = Dropout(0.5, deterministic=False)
     y = np.asarray(drop.apply({}, x, rngs={"dropout": jax.random.key(0)}))
     np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1], y.shape))
     assert set(np.unique(y)) == {0.0, 2.0}
     assert np.any(y[0] != y[1])
-    np.testing.assert_array_equal(tied_dropout(0.5, deterministic=True).apply({}, x), x)
+    np.testing.assert_array_equal(Dropout(0.5, deterministic=True).apply({}, x), x)
 
 
 def test_gate_drops_only_in_training():

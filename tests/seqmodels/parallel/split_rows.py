@@ -11,12 +11,10 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from pallas_kernels.common import segments as segment_ops
 from pallas_kernels.tools import testing
+from tests import tolerances
 
 LENGTH = 48
 """Over 1, 2, 3 and 8 shards: of 48, 24, 16 and 6 tokens."""
-
-TOLERANCE = 2e-6
-"""Of float32, as a ratio of root mean squares in each shard."""
 
 # Ends of documents. Row 0 is one document; in row 1 documents end at a shard's edge, one token
 # before and one behind; row 2 has documents over two and three shards; the last shards of rows 2
@@ -80,7 +78,7 @@ _ASKED = re.compile(rf"stablehlo\.({_KINDS})\W")
 _ISSUED = re.compile(rf" ({_KINDS})(?:-start)?\(")
 
 
-def assert_shards_close(actual, expected, shards, tolerance=TOLERANCE):
+def assert_shards_close(actual, expected, shards, tolerance=tolerances.FLOAT32):
     """Every shard of every leaf ``(B, L, ..)`` by itself, and every row."""
 
     def split(x):

@@ -79,4 +79,6 @@ def test_linear_attention_runs_backwards():
     for row in range(2):
         parts = (np.asarray(x[row]) for x in (ids, *arguments))
         y, final = token_by_token(*parts)
-        testing.assert_close((actual[0][0][row], actual[0][1][row]), (y, final), 2e-6)
+        testing.assert_close(
+            (actual[0][0][row], actual[0][1][row]), (y, final), testing.FLOAT32_TOLERANCE
+        )
