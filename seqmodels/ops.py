@@ -105,18 +105,14 @@ def diagonal_ssm(
 
 
 def flip(x: Shaped[Array, "b l *d"], segments: Segments | None) -> Shaped[Array, "b l *d"]:
-    """Each row's real tokens in reverse order; padding stays at the end.
+    """Each row's real tokens in reverse order; padding stays at the end."""
 
-    Raises:
-      ValueError: the length is split over devices, all of which would have to send all they have.
-    """
-    return shards.over_whole_rows(
-        "flip, of a bidirectional mixer of two,",
-        kernels.segments.flip,
-        {},
-        {"x": x, "segment_index": index_of(segments)},
-        x.shape[1],
-    )
+    def turned(u: Array, segment_index: Array | None) -> Array:
+        return kernels.segments.flip(u, segment_index)
+
+    channels = x.reshape(*x.shape[:2], -1)
+    index = {"segment_index": index_of(segments)}
+    return shards.channels(turned, {}, channels, index).reshape(x.shape)
 
 
 def require_whole_rows(what: str, length: int) -> None:

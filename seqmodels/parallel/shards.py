@@ -54,18 +54,6 @@ def over_rows(
     )
 
 
-def over_whole_rows(
-    name: str, op: Callable[..., Any], shared: Arrays, rows: Arrays, length: int, **options: Any
-) -> Any:
-    """``over_rows`` of an op that needs the whole length of its rows.
-
-    Raises:
-      ValueError: the current mesh splits the length.
-    """
-    require_whole_rows(name, length)
-    return over_rows(op, shared, rows, **options)
-
-
 def require_whole_rows(what: str, length: int) -> None:
     """Raises ValueError where the current mesh splits rows of so many tokens."""
     if (size := shards_of(length)) > 1:
@@ -253,18 +241,22 @@ def convolution(
     return over_tokens(local, (TOKENS, ROWS), shared, {"initial_state": initial_state}, tokens)
 
 
-def channels(op: Callable[..., Array], shared: Arrays, u: Array) -> Array:
-    """``op(**shared, u=)``, which treats each channel of ``u (B, L, H)`` by itself.
+def channels(
+    op: Callable[..., Array], shared: Arrays, u: Array, tokens: Arrays | None = None
+) -> Array:
+    """``op(**shared, u=, **tokens)``, which treats each channel of ``u (B, L, H)`` by itself.
 
     Where the length is split, each shard takes whole rows of its part of the channels: they change
     places by an all-to-all, and back by another.
 
     Args:
       shared: arrays ``(H, ...)`` or None.
+      tokens: integers ``(B, L)`` or None, which all channels need.
     """
     size, width = shards_of(u.shape[1]), u.shape[2]
+    tokens = {} if tokens is None else tokens
     if size == 1:
-        return over_rows(op, shared, {"u": u})
+        return over_rows(op, shared, {"u": u, **tokens})
     part = -(-width // size)
 
     def own(x: Array, axis: int) -> Array:
@@ -280,11 +272,16 @@ def channels(op: Callable[..., Array], shared: Arrays, u: Array) -> Array:
             if x is not None
         }
         whole = {"axis_name": "seq", "tiled": True}
-        u = jax.lax.all_to_all(own(tokens["u"], 2), split_axis=2, concat_axis=1, **whole)
-        y = op(u=u, **mine)
+        tokens = dict(tokens)
+        u = jax.lax.all_to_all(own(tokens.pop("u"), 2), split_axis=2, concat_axis=1, **whole)
+        rows = {
+            name: x if x is None else jax.lax.all_gather(x, "seq", axis=1, tiled=True)
+            for name, x in tokens.items()
+        }
+        y = op(u=u, **mine, **rows)
         return jax.lax.all_to_all(y, split_axis=1, concat_axis=2, **whole)[..., :width]
 
-    return over_tokens(local, TOKENS, shared, {}, {"u": u})
+    return over_tokens(local, TOKENS, shared, {}, {"u": u, **tokens})
 
 
 def backwards(op: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ def served(name):
 
 
 SERVED = [name for name in CASES if served(name)]
-BOTH_WAYS = [n for n in CASES if not served(n) and CASES[n].mixer != "bidirectional"]
+BOTH_WAYS = [name for name in CASES if not served(name)]
 
 
 @functools.cache
@@ -129,15 +129,6 @@ def test_a_split_length_changes_nothing_of_a_bidirectional_mixer(name, shards):
     params = jax.device_put(params, replicated(mesh))
     actual = jax.jit(on_mesh(run, mesh))(params, *tokens)
     testing.assert_close(actual, expected, tolerances.FLOAT32)
-
-
-def test_a_mixer_that_flips_rows_is_refused():
-    config = CASES["bidirectional"]
-    backbone = Backbone(BackboneConfig(layout=(config.mixer,), mixers=(config,), width=WIDTH))
-    x = jnp.zeros((2, LENGTH, WIDTH))
-    mesh = make_mesh(2, seq=4)
-    with pytest.raises(ValueError, match=r"flip, of a bidirectional mixer.* needs whole rows"):
-        jax.eval_shape(on_mesh(lambda: backbone.init_with_output(jax.random.key(0), x), mesh))
 
 
 CARRYING = ("rg_lru",)
