@@ -428,6 +428,8 @@ def _worker(
         variable: f"{os.environ.get(variable, '')} {f'{flag}={dump}' if read else ''}",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
+        # Dumping the emitters' steps names addresses again and again: half of the time, unread.
+        "LLVM_DISABLE_SYMBOLIZATION": "1",
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
     }
     command = [sys.executable, "-m", "pallas_kernels.tools.aot", case, "--chip", chip]
