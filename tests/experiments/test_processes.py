@@ -16,6 +16,7 @@ import pytest
 
 from experiments.lm import train as lm_train
 from experiments.lm.run import load_trained
+from experiments.lra import train as lra_train
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
 from tests import tolerances
 from tests.experiments.test_lm_commands import STORY
@@ -50,14 +51,21 @@ def processes(kind, commands, *, dies=None, cache):
         ]  # fmt: skip
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "tests.experiments.one_of_several", kind, at]
-                + [*map(str, arguments), *flags],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.experiments.one_of_several",
+                    kind,
+                    at,
+                    *map(str, arguments),
+                    *flags,
+                ],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-            )
+            )  # fmt: skip
         )
     try:
         yield started
@@ -190,9 +198,7 @@ def test_long_range_arena(tmp_path, monkeypatch):
     assert [code for code, *_ in done] == [0, 0], done
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
-    done = __import__("experiments.lra.train", fromlist=["main"]).main(
-        lra_command(tmp_path / "one")
-    )
+    done = lra_train.main(lra_command(tmp_path / "one"))
     assert done == 0
 
     def result(run):
