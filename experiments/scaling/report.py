@@ -7,8 +7,9 @@
 
 A cell is one block of one exchange, forward and backward, on so many chips with so many tokens
 each: collectives by kind, how often they run and the bytes that each chip receives, forward and
-backward; memory on each chip. The compiler is the chip's own: what it says is a plan, not a measurement, and
-nothing runs. Cells are written as they come and kept; a command that was stopped goes on.
+backward; memory on each chip. The compiler is the chip's own: what it says is a plan, not a
+measurement, and nothing runs. Cells are written as they come and kept; a command that was stopped
+goes on.
 
 A stack of blocks, each recomputed in the backward pass, needs what one block needs at its peak and
 for each further block its input and its parameters' state; two blocks are compiled to see that this

@@ -196,15 +196,15 @@ def markdown(cells: Cells, steps: dict[str, Any]) -> str:
         "# A row split over many chips",
         "",
         "Static figures of the TPU compiler for chips that are not there: nothing has run. One "
-        f"block of width {WIDTH}, forward and backward, bfloat16 activations, one row; each chip has "
-        f"{tokens} tokens of it. By `python -m experiments.scaling.report`.",
+        f"block of width {WIDTH}, forward and backward, bfloat16 activations, one row; each chip "
+        f"has {tokens} tokens of it. By `python -m experiments.scaling.report`.",
         "",
         "## What moves",
         "",
         "Collectives as often as they run, and bytes that each chip receives, a layer. ring, "
-        "ulysses and gather are the same softmax attention; all_gather, doubling and chain the same GLA; "
-        "affine is Gated DeltaNet's state by doubling, halo a window of 1024, checkpoints RAT's, "
-        "channels S4's. All-reduces, which sum the gradients of parameters and give all shards the "
+        "ulysses and gather are the same softmax attention; all_gather, doubling and chain the "
+        "same GLA; affine is Gated DeltaNet's state by doubling, halo a window of 1024, "
+        "checkpoints RAT's, channels S4's. All-reduces, which sum the gradients of parameters and give all shards the "
         "last state, stand apart.",
         "",
         exchanges(cells, tokens),
@@ -221,8 +221,9 @@ def markdown(cells: Cells, steps: dict[str, Any]) -> str:
         "",
         "Extrapolated: memory of one block is a line through two lengths; a stack whose blocks are "
         "recomputed in the backward pass needs one block at its peak, the inputs of the others, "
-        f"and {STATE_BYTES} bytes a parameter (float32, gradient, Adam's moments), here whole on each "
-        "chip; in brackets with parameters split over all chips. No embedding, no loss, no MLP.",
+        f"and {STATE_BYTES} bytes a parameter (float32, gradient, Adam's moments), here whole on "
+        "each chip; in brackets with parameters split over all chips. No embedding, no loss, no "
+        "MLP.",
         "",
         lengths(cells),
         "",

@@ -65,7 +65,7 @@ def processes(kind, commands, *, dies=None, cache):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-            )  # fmt: skip
+            )
         )
     try:
         yield started
