@@ -1,6 +1,7 @@
 """What a compiled program moves between devices: read from its text."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ _CALLED = re.compile(r"\b(calls|body|condition|to_apply|\w+_computation)=%?([\w.
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +106,10 @@ def _name(line: str) -> str:
 
 
 def _received(kind: str, shape: str, starts: bool, line: str) -> int:
-    arrays = [hlo.Op("", part, kind, [], "").size for part in _arrays(shape)]
+    parts = [part for part in _arrays(shape) if not part.startswith("u32[]")]  # no semaphores
+    arrays = [hlo.Op("", part, kind, [], "").size for part in parts]
     if starts and kind in ("all-gather", "collective-permute") and len(arrays) > 1:
-        # The result of a start is what is sent, what is received, and maybe two semaphores.
-        data = arrays[:-2] if kind == "collective-permute" and len(arrays) > 2 else arrays
-        arrays = data[len(data) // 2 :]
+        arrays = arrays[len(arrays) // 2 :]  # a start names what is sent, then what is received
     size = sum(arrays)
     if kind == "collective-permute":
         return size
@@ -123,7 +124,11 @@ def _arrays(shape: str) -> list[str]:
 
 
 def _devices(line: str) -> int:
-    """How many devices take part."""
+    """How many devices take part: [groups,devices], a list of groups, or axes of a mesh."""
+    if axes := _AXES.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in used)
     found = _GROUPS.search(line)
     if found is None:
         raise hlo.Unreadable(f"a collective without replica_groups: {line.strip()[:200]}")

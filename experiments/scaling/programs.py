@@ -58,7 +58,6 @@ EXCHANGES = {
 """By name. ring, ulysses and gather are rivals: all three are exact softmax attention."""
 
 LAYOUTS = {
-    ("v5e", 1): None,
     ("v5e", 4): "2x2",
     ("v5e", 16): "4x4",
     ("v5e", 64): "8x8",

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.scaling.cells import Cells
 from experiments.scaling.collectives import DIRECTIONS
 from experiments.scaling.programs import EXCHANGES, WIDTH, Key
@@ -18,7 +20,7 @@ RIVALS = ("ring", "ulysses", "gather")
 
 
 class Fit(NamedTuple):
-    """Memory of one block on each chip, ``constant + slope x tokens of the chip``."""
+    """Memory of one block on each of so many chips, ``constant + slope x tokens of the chip``."""
 
     constant: float
     slope: float
@@ -26,18 +28,31 @@ class Fit(NamedTuple):
 
 
 def fit(cells: Cells, exchange: str, chips: int) -> Fit | None:
-    """From two lengths; None unless both are known."""
+    """By least squares over the cells of all lengths and numbers of chips.
+
+    Memory is ``a + b T + c P`` where states are exchanged, and ``a + b T + c T P`` elsewhere, for T
+    tokens on each of P chips. None unless there are three cells, and two lengths among them.
+    """
     found = [
-        cell
+        (key, cell.bytes)
         for key, cell in sorted(cells.items())
-        if (key.exchange, key.chip, key.chips, key.layers) == (exchange, "v5e", chips, 1)
-        and cell.bytes is not None
+        if (key.exchange, key.chip, key.layers) == (exchange, "v5e", 1) and cell.bytes is not None
     ]
-    if len(found) < 2:
+    if len(found) < 3 or len({key.tokens for key, _ in found}) < 2:
         return None
-    (t0, m0), (t1, m1) = ((c.key.tokens, c.bytes or 0) for c in (found[0], found[-1]))
-    slope = (m1 - m0) / (t1 - t0)
-    return Fit(m0 - slope * t0, slope, found[0].figures["parameters"])
+    recurrent = EXCHANGES[exchange].recurrent
+
+    def terms(tokens: float, number: int) -> list[float]:
+        return [1.0, tokens, number if recurrent else tokens * number]
+
+    lines = np.array([terms(key.tokens, key.chips) for key, _ in found])
+    scale = lines.max(axis=0)
+    memory = np.array([size for _, size in found], float)
+    a, b, c = np.linalg.lstsq(lines / scale, memory, rcond=None)[0] / scale
+    parameters = next(cells[key].figures["parameters"] for key, _ in found)
+    if recurrent:
+        return Fit(a + c * chips, b, parameters)
+    return Fit(a, b + c * chips, parameters)
 
 
 def stack(
@@ -157,19 +172,12 @@ def lengths(cells: Cells) -> str:
     for name in EXCHANGES:
         line: list[str] = []
         for chips in (1, 4, 64, 256):
-            # On one chip nothing is exchanged: all ways of one mixer are one.
-            mixer = EXCHANGES[name].mixer
-            source = name if chips > 1 else next(n for n in ONE_CHIP if EXCHANGES[n].mixer == mixer)
-            one = fit(cells, source, chips)
+            one = fit(cells, name, chips)
             whole = "-" if one is None else f"{longest(one, chips):,}"
             parts = "-" if one is None else f"{longest(one, chips, split=True):,}"
             line.append(whole if chips == 1 or one is None else f"{whole} ({parts})")
         rows.append([name, EXCHANGES[name].mixer.mixer, *line])
     return _table(["exchange", "mixer", "1 chip", "4", "64", "256"], rows)
-
-
-ONE_CHIP = ("doubling", "affine", "halo", "checkpoints", "gather", "channels")
-"""The cells of one chip: one for each mixer."""
 
 
 def linearity(cells: Cells) -> str:
@@ -204,8 +212,8 @@ def markdown(cells: Cells, steps: dict[str, Any]) -> str:
         "Collectives as often as they run, and bytes that each chip receives, a layer. ring, "
         "ulysses and gather are the same softmax attention; all_gather, doubling and chain the "
         "same GLA; affine is Gated DeltaNet's state by doubling, halo a window of 1024, "
-        "checkpoints RAT's, channels S4's. All-reduces, which sum the gradients of parameters and give all shards the "
-        "last state, stand apart.",
+        "checkpoints RAT's, channels S4's. All-reduces, which sum the gradients of parameters and "
+        "give all shards the last state, stand apart.",
         "",
         exchanges(cells, tokens),
         "",
@@ -219,8 +227,10 @@ def markdown(cells: Cells, steps: dict[str, Any]) -> str:
         "",
         f"## The longest row of {LAYERS} blocks on v5e",
         "",
-        "Extrapolated: memory of one block is a line through two lengths; a stack whose blocks are "
-        "recomputed in the backward pass needs one block at its peak, the inputs of the others, "
+        "Extrapolated: memory of one block is linear in the tokens of a chip and, where all chips "
+        "hold something of all others, in their number (least squares over the cells; also for one "
+        "chip); a stack whose blocks are recomputed in the backward pass needs one block at its "
+        "peak, the inputs of the others, "
         f"and {STATE_BYTES} bytes a parameter (float32, gradient, Adam's moments), here whole on "
         "each chip; in brackets with parameters split over all chips. No embedding, no loss, no "
         "MLP.",

@@ -1,5 +1,5 @@
 """How processes find each other, agree, and share the rows of a batch; real ones are tested in
-`tests/experiments/test_processes.py`."""
+`tests/experiments/test_several_processes.py`."""
 
 import re
 import types
@@ -36,9 +36,7 @@ def test_each_process_reads_what_its_devices_hold():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    said = (
-        "batch_size=6 does not divide over the mesh's data axis of 4; choose 4 or 8, or a smaller"
-    )
+    said = "batch_size=6 does not divide over the mesh's data axis of 4; choose 4 or 8, or a"
     with pytest.raises(ValueError, match=re.escape(said)):
         rows_of_process(mesh(4, 1, 2), 6, 0)
     with pytest.raises(ValueError, match="choose 4, or a smaller"):
@@ -73,7 +71,7 @@ def test_the_rows_of_all_processes_are_the_batches_of_one(name):
         iter(PIPELINES[name](own)) for own in (None, np.arange(4), np.arange(4, 6))
     )
     number = 0
-    for number, parts in enumerate(zip(whole, first, second, strict=False)):  # noqa: B007
+    for number, parts in enumerate(zip(whole, first, second, strict=False)):
         expected = parts[0]
         for key, value in expected.items():
             joined = np.concatenate([part[key] for part in parts[1:]])
@@ -131,7 +129,7 @@ def test_processes_agree(monkeypatch):
     with pytest.raises(ValueError, match=r"differs .*: train\.seed=1 \(process 0: 0\); do so$"):
         processes.require_equal({"train": {"steps": 3, "seed": 1}}, "do so")
     said[:] = ["no room"]
-    with pytest.raises(ValueError, match="^process 0: no room$"), processes.together():
+    with pytest.raises(ValueError, match=r"^process 0: no room$"), processes.together():
         pass
-    with pytest.raises(OSError, match="^mine$"), processes.together():
+    with pytest.raises(OSError, match=r"^mine$"), processes.together():
         raise OSError("mine")
