@@ -94,11 +94,11 @@ def all_keys() -> list[Key]:
     first, more = TOKENS
     names = tuple(EXCHANGES)
     return [
-        *(Key(name, "v5e", chips, first, 1) for chips in (4, 64, 256) for name in names),
+        *(Key(name, "v5e", chips, first, 1) for chips in (4, 256) for name in names),
         *(Key(name, "v5e", 4, more, 1) for name in names),
         Key("doubling", "v5e", 4, first, 2),
         *(Key(name, "v5p", 512, first, 1) for name in ("doubling", "checkpoints", "ring")),
-        *(Key(name, "v5e", 16, first, 1) for name in names),
+        *(Key(name, "v5e", chips, first, 1) for chips in (64, 16) for name in names),
         *(Key(name, "v5e", 4, first, 2) for name in names if name != "doubling"),
         *(Key(name, "v5e", 64, more, 1) for name in names if EXCHANGES[name].recurrent),
     ]

@@ -112,15 +112,19 @@ def losses(run, after=0):
     return [record["loss"] for record in metrics(run) if record["step"] > after]
 
 
-MESHES = {"rows": "data=2,seq=2", "length": "data=1,seq=4"}
-"""What the processes split: rows, or the length of the same rows."""
+SPLITS = {
+    "rows": ("--mesh", "data=2,seq=2", "--carry-state", "--ema-decay", "0.9"),
+    "length": ("--mesh", "data=1,seq=4"),
+}
+"""What the processes split: rows, with states that go on from batch to batch, or the length of the
+same rows."""
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=SPLITS)
 def unbroken(request, folder):
     """A run of two processes that nothing has stopped."""
     run = f"unbroken-{request.param}"
-    command = lm_command(folder, run, "--mesh", MESHES[request.param])
+    command = lm_command(folder, run, *SPLITS[request.param])
     done = finished("lm", [command] * 2, cache=folder / "cache")
     assert [code for code, *_ in done] == [0, 0], done
     assert "result: " in done[0][1]
@@ -128,11 +132,28 @@ def unbroken(request, folder):
     return folder / run
 
 
+def test_two_processes_agree_and_hold_their_parts(tmp_path):
+    (_, first, _), (_, second, _) = finished("agree", [[], []], cache=tmp_path)
+    first, second = json.loads(first.splitlines()[-1]), json.loads(second.splitlines()[-1])
+    padded = [[0, 1, 2, 3, 4, 5, 0, 0], [6, 7, 8, 9, 10, 11, 0, 0]]
+    parts = [[row[i : i + 2] for row in padded] for i in (0, 2, 4, 6)]
+    assert (first.pop("parts"), second.pop("parts")) == (parts[:2], parts[2:])
+    assert (first.pop("rows"), second.pop("rows")) == ([[0, 1]] * 2, [[2, 3]] * 2)
+    assert first.pop("refused") == "process 1: no room"
+    assert second.pop("refused") == "no room"
+    assert first == second
+    assert first == {
+        "gathered": ["", "ab"],
+        "differs": "process 1 differs from process 0: a.b=1 (process 0: 0); do so",
+        "shape": [2, 8],
+        "votes": [0, 0, 15, 0],  # each is heard at the next call
+    }
+
+
 @pytest.mark.full
 def test_killed_with_9_and_started_again_it_ends_bitwise_equal(unbroken, folder):
     run = unbroken.name.replace("unbroken", "killed")
-    mesh = MESHES[run.removeprefix("killed-")]
-    both = [lm_command(folder, run, "--mesh", mesh)] * 2
+    both = [lm_command(folder, run, *SPLITS[run.removeprefix("killed-")])] * 2
     with processes("lm", both, dies=(1, 5), cache=folder / "cache") as started:
         assert started[1].wait(LIMIT) == -signal.SIGKILL
     done = finished("lm", [resuming(folder, run)] * 2, cache=folder / "cache")
@@ -152,7 +173,8 @@ def test_one_process_reads_the_same_batches_and_goes_on_from_their_checkpoints(
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
     alone = f"{unbroken.name}-alone"
-    assert lm_train.main([*map(str, lm_command(folder, alone))]) == 0
+    more = SPLITS[unbroken.name.removeprefix("unbroken-")][2:]
+    assert lm_train.main([*map(str, lm_command(folder, alone, *more))]) == 0
     orders = [[r.get("order") for r in metrics(run)] for run in (folder / alone, unbroken)]
     assert orders[0] == orders[1]
     tokens = [[r.get("tokens") for r in metrics(run)] for run in (folder / alone, unbroken)]
