@@ -119,14 +119,13 @@ def wanted(config: ScalingConfig, cells: Cells) -> list[Key]:
 def measure(keys: Sequence[Key]) -> Iterator[Cell]:
     """The cells, each as soon as it is known, in a process that may die of them."""
     version = source_version(REPOSITORY)
-    context = multiprocessing.get_context("spawn")
     pool = None
     for key in keys:
-        pool = pool or concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+        pool = pool or _pool()
         start = time.perf_counter()
         figures: dict[str, Any] = {}
         try:
-            figures, reason = pool.submit(_compile, key).result(), None
+            figures, reason = pool.submit(compile_cell, key).result(), None
         except BrokenProcessPool:  # the compiler may end its process
             reason, pool = "the compiler has ended its process", None
         except Exception as error:
@@ -137,10 +136,14 @@ def measure(keys: Sequence[Key]) -> Iterator[Cell]:
         pool.shutdown()
 
 
-def _compile(key: Key) -> dict[str, Any]:
+def _pool() -> concurrent.futures.ProcessPoolExecutor:
+    """One process that compiles; it looks for no accelerator of this machine."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, context, initializer=_on_cpu)
+
+
+def _on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
-    return compile_cell(key)
 
 
 def report(config: ScalingConfig) -> None:
@@ -159,11 +162,13 @@ def report(config: ScalingConfig) -> None:
             print(f"{number}/{len(keys)} {' '.join(map(str, cell.key))}: {what}", file=sys.stderr)
         for model in config.step:
             for layers in config.step_layers:
-                figures = step.compile_step(model, layers, config.step_length)
+                with _pool() as pool:
+                    compiling = pool.submit(step.compile_step, model, layers, config.step_length)
+                    figures = compiling.result()
                 steps[f"{model}/{layers}/{config.step_length}"] = figures
                 save(path, cells, steps)
                 print(f"{model}, {layers}: {json.dumps(figures)[:200]}", file=sys.stderr)
-    text = tables.markdown(cells, steps)
+    text = tables.markdown(cells, steps, [key for key in all_keys() if key not in cells])
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / "report.md", text)
     plot(cells, config.output / "report.png")
