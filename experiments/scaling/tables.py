@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.scaling import step
 from experiments.scaling.cells import Cells
 from experiments.scaling.collectives import DIRECTIONS
 from experiments.scaling.programs import EXCHANGES, WIDTH, Key
@@ -196,8 +197,8 @@ def linearity(cells: Cells) -> str:
     return _table(["exchange", "chips", "compiled", "from one block", "ratio"], rows)
 
 
-def markdown(cells: Cells, steps: dict[str, Any]) -> str:
-    """The whole report."""
+def markdown(cells: Cells, steps: dict[str, Any], missing: Sequence[Key] = ()) -> str:
+    """The whole report; it names how many cells are still missing."""
     tokens = min((key.tokens for key in cells), default=0)
     failed = [cell for cell in cells.values() if cell.reason]
     parts = [
@@ -242,12 +243,12 @@ def markdown(cells: Cells, steps: dict[str, Any]) -> str:
         linearity(cells),
         "",
     ]
+    if missing:
+        parts += [f"{len(missing)} cells are not yet compiled; the command goes on with them.", ""]
     if failed:
         parts += ["## Refused or failed", ""]
         parts += [f"- {' '.join(map(str, c.key))}: {c.reason}" for c in failed] + [""]
     if steps:
-        from experiments.scaling import step
-
         parts += [
             "## A training step of 1.3 billion parameters on 64 v5e chips",
             "",
