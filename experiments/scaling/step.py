@@ -74,7 +74,7 @@ def compile_step(name: str, repeats: int, length: int) -> dict[str, Any]:
     batch = {name: rows(jnp.int32) for name in ("inputs", "targets", "segment_ids")}
     batch["weights"] = rows(jnp.float32)
     proceed = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated(mesh))
-    program = make_train_step(task, optimizer_of(task, train), mesh)
+    program: Any = make_train_step(task, optimizer_of(task, train), mesh)
     figures: dict[str, Any] = {
         "model": name,
         "layers": layers,

@@ -219,7 +219,7 @@ def _global_array(x: np.ndarray, sharding: NamedSharding, blocks: np.ndarray) ->
     """The array of all processes, of which ``x`` is what is at ``blocks`` of the data axis."""
     size = len(x) // len(blocks)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         block = (index[0].start or 0) // size
         place = int(np.searchsorted(blocks, block)) * size
         return x[(slice(place, place + size), *index[1:])]

@@ -72,10 +72,11 @@ class Distributed(Checked):
                     f"--distributed.coordinator {self.coordinator!r} must be HOST:PORT, the host "
                     "of process 0 and a free port there, e.g. 10.0.0.1:1234"
                 )
-        if None not in (self.process, self.processes) and self.process >= self.processes:
+        process, processes = self.process, self.processes
+        if process is not None and processes is not None and process >= processes:
             raise ValueError(
-                f"--distributed.process {self.process} does not fit --distributed.processes "
-                f"{self.processes}: they are numbered from 0 to {self.processes - 1}"
+                f"--distributed.process {process} does not fit --distributed.processes "
+                f"{processes}: they are numbered from 0 to {processes - 1}"
             )
 
     def start(self) -> None:

@@ -127,8 +127,11 @@ def unbroken(request, folder):
     command = lm_command(folder, run, *SPLITS[request.param])
     done = finished("lm", [command] * 2, cache=folder / "cache")
     assert [code for code, *_ in done] == [0, 0], done
-    assert "result: " in done[0][1]
-    assert not done[1][1]  # the second says nothing
+    first, second = (said for _, said, _ in done)
+    assert "step 8: validation loss" in first
+    assert "result:" in first
+    assert "validation" not in second  # nor is there a result
+    assert "result" not in second
     return folder / run
 
 
