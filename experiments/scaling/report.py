@@ -60,8 +60,9 @@ class ScalingConfig(Checked):
     """16384, 32768: of each chip."""
     step: tuple[str, ...] = ()
     """Compile a training step of these models on 64 v5e chips: gla-1.3b, rat-1.3b."""
-    step_layers: tuple[int, ...] = (1, 2)
-    """Blocks (of a hybrid: periods of its layout) that --step compiles; 24 follow from them."""
+    step_layers: tuple[int, ...] = (step.LAYERS,)
+    """Blocks of the model that --step compiles, scanned over; from two smaller numbers all 24
+    follow."""
     step_length: int = 2**20
     """Tokens of the row of --step."""
     again: bool = False

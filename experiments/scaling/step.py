@@ -23,8 +23,8 @@ from seqmodels.training.step import make_train_step
 
 CHIPS = 64
 LAYERS = 24
-MODELS = {"gla-1.3b": 1, "rat-1.3b": 2}
-"""By name, blocks of a period: GLA, and RAT in turn with attention to a window of 1024."""
+MODELS = ("gla-1.3b", "rat-1.3b")
+"""GLA; and RAT in turn with attention to a window of 1024."""
 
 
 def model_config(name: str, layers: int) -> LanguageModelConfig:
@@ -51,17 +51,16 @@ def model_config(name: str, layers: int) -> LanguageModelConfig:
     return LanguageModelConfig(backbone, vocabulary_size=32_000, dtype="bfloat16")
 
 
-def compile_step(name: str, repeats: int, length: int) -> dict[str, Any]:
+def compile_step(name: str, layers: int, length: int) -> dict[str, Any]:
     """Memory and collectives on each chip of a step on one row, JSON-able.
 
     Args:
       name: of ``MODELS``.
-      repeats: periods of the layout.
+      layers: blocks.
       length: tokens of the row.
     """
     start = time.perf_counter()
     mesh = mesh_of("v5e", CHIPS)
-    layers = repeats * MODELS[name]
     config = model_config(name, layers)
     task = language(LanguageModel(config), lambda params: param_labels(config, params), packed=True)
     train = TrainConfig(batch_size=1, clip_norm=1.0, weight_decay=0.1)
@@ -101,10 +100,10 @@ def compile_step(name: str, repeats: int, length: int) -> dict[str, Any]:
 
 
 def table(steps: dict[str, Any]) -> str:
-    """As compiled, and for 24 blocks by the line through the two least numbers of them."""
+    """What was compiled and, where that is fewer blocks, what follows for all."""
     lines = [
-        "Sequence split over all 64 chips, blocks scanned and recomputed, loss in tiles. Memory is "
-        f"linear in the blocks; {LAYERS} follow from those compiled.",
+        "One row split over all 64 chips, blocks scanned over and recomputed in the backward pass, "
+        "the loss in tiles, AdamW; parameters float32 where `seqmodels.training` puts them.",
         "",
         "| model | blocks | parameters | tokens | GiB on a chip | |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
@@ -116,7 +115,7 @@ def table(steps: dict[str, Any]) -> str:
         group.sort(key=lambda figures: figures["layers"])
         points = [(f["layers"], f["parameters"], f["needs"]) for f in group]
         rows = [(*point, "compiled") for point in points]
-        if len(points) > 1 and points[-1][0] < LAYERS:
+        if len(points) > 1 and points[-1][0] < LAYERS:  # memory is a line in the blocks
             (n0, p0, m0), (n1, p1, m1) = points[0], points[-1]
             more = (LAYERS - n0) / (n1 - n0)
             rows.append((LAYERS, p0 + more * (p1 - p0), m0 + more * (m1 - m0), "extrapolated"))
