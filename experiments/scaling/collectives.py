@@ -16,6 +16,8 @@ _OP = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|\w+_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+# A collective in pieces, each fused with work that need not wait for it.
+_CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
 _GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
@@ -51,7 +53,12 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = _computations(text)
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
+    chains = set()
     for times, line in _runs(computations, entry, 1):
+        if chain := _CHAIN.search(line):
+            if chain.groups() in chains:
+                continue
+            chains.add(chain.groups())
         found = _OP.match(line)
         assert found is not None
         kind = found[3].removesuffix("-start")

@@ -19,12 +19,17 @@ HloModule jit_traced
 }
 
 %fused (p.1: bf16[2,16]) -> bf16[8,16] {
-  %gather = bf16[8,16]{1,0} all-gather(%p.1), replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(f)/transpose(jvp(M))/gather"}
+  %gather = bf16[8,16]{1,0} all-gather(%p.1), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}, metadata={op_name="jit(f)/transpose(jvp(M))/gather"}
+}
+
+%fused.1 (p.2: bf16[2,16]) -> bf16[8,16] {
+  %rest = bf16[8,16]{1,0} all-gather(%p.2), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}, metadata={op_name="jit(f)/transpose(jvp(M))/gather"}
 }
 
 ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %loop = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %f = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%fused
+  %f.1 = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%fused.1
   %sum = (f32[10]{0}, f32[6]{0}) all-reduce(%a, %a), replica_groups=mesh['data'=2,'seq'=4] {'seq'}, to_apply=%add, metadata={op_name="jit(f)/jvp(M)/psum"}
   %scattered = f32[5]{0} reduce-scatter(%a), replica_groups={{0,1,2},{3,4,5}}, dimensions={0}, to_apply=%add, metadata={op_name="jit(f)/jvp(M)/psum"}
 }
