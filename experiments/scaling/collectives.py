@@ -59,12 +59,11 @@ def collectives(text: str) -> list[Collective]:
             if chain.groups() in chains:
                 continue
             chains.add(chain.groups())
-        found = _OP.match(line)
-        assert found is not None
-        kind = found[3].removesuffix("-start")
+        _, shape, issued, _ = _parts(line)
+        kind = issued.removesuffix("-start")
         key = kind, "backward" if "transpose(" in _name(line) else "forward"
         counts[key] += times
-        sizes[key] += times * _received(kind, found[2], found[3].endswith("-start"), line)
+        sizes[key] += times * _received(kind, shape, issued != kind, line)
     return [Collective(*key, counts[key], sizes[key]) for key in sorted(counts)]
 
 
@@ -85,9 +84,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _runs(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[int, str]]:
     """Each collective that a computation runs, and how often."""
     for line in computations.get(name, ()):
-        found = _OP.match(line)
-        assert found is not None
-        kind = found[3]
+        kind = _parts(line)[2]
         if kind.removesuffix("-start") in KINDS:
             yield times, line
             continue
@@ -101,11 +98,40 @@ def _runs(computations: dict[str, list[str]], name: str, times: int) -> Iterator
         for inner in called:
             turns = 1
             if kind == "while" and any(True for _ in _runs(computations, inner, 1)):
-                trips = _TRIPS.search(line)
-                if trips is None:
-                    raise hlo.Unreadable(f"the loop {found[1]} does not say how often it turns")
-                turns = int(trips[1])
+                turns = _turns(computations, computations[name], line)
             yield from _runs(computations, inner, times * turns)
+
+
+def _turns(computations: dict[str, list[str]], around: list[str], loop: str) -> int:
+    """How often a loop turns: as the compiler says, or from its counter's two ends."""
+    if trips := _TRIPS.search(loop):
+        return int(trips[1])
+    condition = dict(_CALLED.findall(loop)).get("condition", "")
+    inside = {name: (kind, rest) for name, _, kind, rest in map(_parts, computations[condition])}
+    compared = [rest for kind, rest in inside.values() if kind == "compare" and "=LT" in rest]
+    if len(compared) == 1:
+        counter, end = re.findall(r"%([\w.-]+)", compared[0])[:2]
+        place = re.search(r"index=(\d+)", inside[counter][1])
+        outside = {name: (kind, rest) for name, _, kind, rest in map(_parts, around)}
+        if place and inside[end][0] == "constant":
+            start = outside[_operands(loop)[0]]
+            for _ in range(4):  # a constant may have been copied
+                if start[0] == "constant":
+                    return int(inside[end][1].split(")")[0]) - int(start[1].split(")")[0])
+                names = re.findall(r"%([\w.-]+)", start[1].split("), ")[0])
+                start = outside[names[int(place[1]) if start[0] == "tuple" else 0]]
+    raise hlo.Unreadable(f"the loop {_parts(loop)[0]} does not say how often it turns")
+
+
+def _parts(line: str) -> tuple[str, str, str, str]:
+    """Name, shape, kind and the rest of an instruction."""
+    found = _OP.match(line)
+    assert found is not None
+    return found[1], found[2], found[3], found[4]
+
+
+def _operands(line: str) -> list[str]:
+    return re.findall(r"%([\w.-]+)", _parts(line)[3].split("), ")[0])
 
 
 def _name(line: str) -> str:

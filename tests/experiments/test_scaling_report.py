@@ -18,6 +18,12 @@ HloModule jit_traced
   %done = f32[8,4]{1,0} collective-permute-done(%permute), metadata={op_name="jit(f)/jvp(M)/ppermute"}
 }
 
+%cond (p.3: (s32[], f32[8,4])) -> pred[] {
+  %n = s32[] constant(4)
+  %i = s32[] get-tuple-element(%p.3), index=0
+  ROOT %less = pred[] compare(%i, %i), direction=LT
+}
+
 %fused (p.1: bf16[2,16]) -> bf16[8,16] {
   %gather = bf16[8,16]{1,0} all-gather(%p.1), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}, metadata={op_name="jit(f)/transpose(jvp(M))/gather"}
 }
@@ -27,6 +33,9 @@ HloModule jit_traced
 }
 
 ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %one = s32[] constant(1)
+  %copied = s32[] copy(%one)
+  %t = (s32[], f32[8,4]{1,0}) tuple(%copied, %a)
   %loop = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %f = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%fused
   %f.1 = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%fused.1
@@ -45,6 +54,10 @@ def test_collectives_are_counted_with_their_loops_and_bytes():
     ]
     with pytest.raises(hlo.Unreadable, match="loop does not say how often it turns"):
         collectives(PROGRAM.replace("known_trip_count", "unknown"))
+    counted = PROGRAM.replace("known_trip_count", "unknown").replace(
+        "compare(%i, %i)", "compare(%i, %n)"
+    )
+    assert collectives(counted) == collectives(PROGRAM)
 
 
 def cell(exchange, chips, tokens, memory, *, moved=100, layers=1):
