@@ -33,10 +33,11 @@ import jax
 
 from experiments import terminal
 from experiments.command_line import run_command
-from experiments.scaling import step, tables
+from experiments.scaling import tables
 from experiments.scaling.cells import Cell, Cells, load, save
 from experiments.scaling.plots import plot
 from experiments.scaling.programs import EXCHANGES, LAYOUTS, Key, compile_cell
+from experiments.scaling.step import LAYERS, MODELS, compile_step
 from pallas_kernels.tools import aot
 from seqmodels.ranges import Checked
 from seqmodels.training.metrics import write_atomically
@@ -60,7 +61,7 @@ class ScalingConfig(Checked):
     """16384, 32768: of each chip."""
     step: tuple[str, ...] = ()
     """Compile a training step of these models on 64 v5e chips: gla-1.3b, rat-1.3b."""
-    step_layers: tuple[int, ...] = (step.LAYERS,)
+    step_layers: tuple[int, ...] = (LAYERS,)
     """Blocks of the model that --step compiles, scanned over; from two smaller numbers all 24
     follow."""
     step_length: int = 2**20
@@ -80,7 +81,7 @@ class ScalingConfig(Checked):
             "exchange": tuple(EXCHANGES),
             "chips": tuple(chips for _, chips in LAYOUTS),
             "tokens": TOKENS,
-            "step": tuple(step.MODELS),
+            "step": MODELS,
         }
         for name, allowed in known.items():
             for value in getattr(self, name):
@@ -164,7 +165,7 @@ def report(config: ScalingConfig) -> None:
         for model in config.step:
             for layers in config.step_layers:
                 with _pool() as pool:
-                    compiling = pool.submit(step.compile_step, model, layers, config.step_length)
+                    compiling = pool.submit(compile_step, model, layers, config.step_length)
                     figures = compiling.result()
                 steps[f"{model}/{layers}/{config.step_length}"] = figures
                 save(path, cells, steps)
