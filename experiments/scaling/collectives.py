@@ -28,7 +28,8 @@ class Collective:
 
     Attributes:
       kind: as XLA calls it.
-      direction: "forward", or "backward" with what that recomputes.
+      direction: "forward", or "backward" with what that recomputes; also where the compiler does
+        not say what it has made a collective from, as in place of a reduce-scatter.
       count: how often it runs.
       bytes: that the device receives, all together.
     """
@@ -61,7 +62,9 @@ def collectives(text: str) -> list[Collective]:
             chains.add(chain.groups())
         _, shape, issued, _ = _parts(line)
         kind = issued.removesuffix("-start")
-        key = kind, "backward" if "transpose(" in _name(line) else "forward"
+        came_from = _name(line)
+        backward = not came_from or "transpose(" in came_from
+        key = kind, "backward" if backward else "forward"
         counts[key] += times
         sizes[key] += times * _received(kind, shape, issued != kind, line)
     return [Collective(*key, counts[key], sizes[key]) for key in sorted(counts)]

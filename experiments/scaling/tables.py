@@ -214,7 +214,9 @@ def markdown(cells: Cells, steps: dict[str, Any], missing: Sequence[Key] = ()) -
         "ulysses and gather are the same softmax attention; all_gather, doubling and chain the "
         "same GLA; affine is Gated DeltaNet's state by doubling, halo a window of 1024, "
         "checkpoints RAT's, channels S4's. All-reduces, which sum the gradients of parameters and "
-        "give all shards the last state, stand apart.",
+        "give all shards the last state, stand apart; where they are more than that, 2 (P - 1) / P "
+        "of the parameters' bytes, the compiler has put one in place of a reduce-scatter (of the "
+        "gradients of RAT's checkpoints).",
         "",
         exchanges(cells, tokens),
         "",
