@@ -39,7 +39,7 @@ from experiments.scaling.plots import plot
 from experiments.scaling.programs import EXCHANGES, LAYOUTS, Key, compile_cell
 from experiments.scaling.step import LAYERS, MODELS, compile_step
 from pallas_kernels.tools import aot
-from seqmodels.ranges import Checked
+from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import source_version
 
@@ -61,10 +61,10 @@ class ScalingConfig(Checked):
     """16384, 32768: of each chip."""
     step: tuple[str, ...] = ()
     """Compile a training step of these models on 64 v5e chips: gla-1.3b, rat-1.3b."""
-    step_layers: tuple[int, ...] = (LAYERS,)
+    step_layers: tuple[Size, ...] = (LAYERS,)
     """Blocks of the model that --step compiles, scanned over; from two smaller numbers all 24
     follow."""
-    step_length: int = 2**20
+    step_length: Size = 2**20
     """Tokens of the row of --step."""
     again: bool = False
     """Do cells again that are known."""
@@ -155,7 +155,7 @@ def report(config: ScalingConfig) -> None:
     if not config.print_only:
         chip = "v5e"
         if reason := aot.missing(chip):
-            raise ImportError(reason)
+            raise ValueError(reason)
         keys = [] if config.step else wanted(config, cells)
         for number, cell in enumerate(measure(keys), 1):
             cells[cell.key] = cell
@@ -170,12 +170,12 @@ def report(config: ScalingConfig) -> None:
                 steps[f"{model}/{layers}/{config.step_length}"] = figures
                 save(path, cells, steps)
                 print(f"{model}, {layers}: {json.dumps(figures)[:200]}", file=sys.stderr)
-    text = tables.markdown(cells, steps, [key for key in all_keys() if key not in cells])
+    missing = [key for key in all_keys() if key not in cells]
+    text = tables.markdown(cells, steps, missing)
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / "report.md", text)
     plot(cells, config.output / "report.png")
-    print(text)
-    terminal.say(f"written to {config.output}")
+    terminal.say(f"{len(cells)} cells, {len(missing)} missing: {config.output / 'report.md'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
