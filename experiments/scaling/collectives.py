@@ -27,9 +27,9 @@ class Collective:
     """All collectives of one kind and direction of a program, on one device.
 
     Attributes:
-      kind: as XLA calls it.
-      direction: "forward", or "backward" with what that recomputes; also where the compiler does
-        not say what it has made a collective from, as in place of a reduce-scatter.
+      kind: as XLA calls it; "reduce-scatter*" is one that the compiler has made an all-reduce of.
+      direction: "forward", or "backward" with what that recomputes, and with "reduce-scatter*",
+        which is of the gradient of an all-gather.
       count: how often it runs.
       bytes: that the device receives, all together.
     """
@@ -64,7 +64,8 @@ def collectives(text: str) -> list[Collective]:
         kind = issued.removesuffix("-start")
         came_from = _name(line)
         backward = not came_from or "transpose(" in came_from
-        key = kind, "backward" if backward else "forward"
+        scattered = kind == "all-reduce" and 'from-cross-replica-sharding="true"' in line
+        key = "reduce-scatter*" if scattered else kind, "backward" if backward else "forward"
         counts[key] += times
         sizes[key] += times * _received(kind, shape, issued != kind, line)
     return [Collective(*key, counts[key], sizes[key]) for key in sorted(counts)]

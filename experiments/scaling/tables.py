@@ -214,9 +214,8 @@ def markdown(cells: Cells, steps: dict[str, Any], missing: Sequence[Key] = ()) -
         "ulysses and gather are the same softmax attention; all_gather, doubling and chain the "
         "same GLA; affine is Gated DeltaNet's state by doubling, halo a window of 1024, "
         "checkpoints RAT's, channels S4's. All-reduces, which sum the gradients of parameters and "
-        "give all shards the last state, stand apart; where they are more than that, 2 (P - 1) / P "
-        "of the parameters' bytes, the compiler has put one in place of a reduce-scatter (of the "
-        "gradients of RAT's checkpoints).",
+        "give all shards the last state, stand apart. reduce-scatter* is one, of float32 gradients "
+        "of what was gathered, that the compiler has made an all-reduce of, twice the bytes.",
         "",
         exchanges(cells, tokens),
         "",
