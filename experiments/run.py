@@ -17,6 +17,7 @@ from seqmodels import ranges
 from seqmodels.config import from_dict, to_dict
 from seqmodels.parallel.mesh import MESH_AXES, make_mesh
 from seqmodels.ranges import Checked
+from seqmodels.training import processes
 from seqmodels.training.checkpoint import Checkpoints, differences
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.errors import RunDirectoryError
@@ -128,6 +129,11 @@ class Locations(Checked):
             raise RunDirectoryError(f"cannot read {run_dir / 'data.json'}: {error}") from error
 
 
+def require_same_data(locations: Locations) -> None:
+    """Refuses processes that would train on other data than the first; all of them call this."""
+    processes.require_equal({"data": locations.digest}, "give all processes the same data")
+
+
 def require_names(arguments: Any, saved: Mapping[str, Any], run_dir: Path) -> None:
     """Refuses a command line that names another experiment than the run to resume.
 
@@ -201,9 +207,14 @@ def _completed(saved: Any, kind: type) -> dict[str, Any]:
 
 
 def restore(
-    task: Task, train: TrainConfig, config_dict: Mapping[str, Any], checkpoints: Path, step: int
+    task: Task,
+    train: TrainConfig,
+    config_dict: Mapping[str, Any],
+    checkpoints: Path,
+    step: int,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state of one checkpoint, on the first device.
+    """The state of one checkpoint.
 
     Args:
       task: the model.
@@ -211,11 +222,13 @@ def restore(
       config_dict: the whole config as JSON, as the run directory has it.
       checkpoints: their directory.
       step: which of them.
+      mesh: where it goes; default the first device.
 
     Raises:
       CheckpointError: it cannot be read.
     """
-    template = abstract_state(task, train, make_mesh(devices=jax.devices()[:1]))
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    template = abstract_state(task, train, mesh)
     with Checkpoints(checkpoints, config_dict, read_only=True) as saved:
         return saved.restore(template, step)[0]
 

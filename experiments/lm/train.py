@@ -22,7 +22,7 @@ to --resume from.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +38,7 @@ from experiments.run import (
     history,
     mesh_sizes,
     require_names,
+    require_same_data,
     result_path,
     say_padding,
     selection,
@@ -47,8 +48,11 @@ from experiments.run import (
 )
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data import text
+from seqmodels.parallel.mesh import rows_of_process
 from seqmodels.ranges import Between, Checked, Positive, Seed, Size
+from seqmodels.training import processes
 from seqmodels.training.loop import OnEvent, Outcome, fit
+from seqmodels.training.processes import Distributed
 from seqmodels.training.run_directory import Run, open_run, read_config
 
 PROG = "experiments.lm.train"
@@ -84,6 +88,8 @@ class Arguments(Checked):
     mesh: str | None = None
     """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
     row over seq; default: all devices are data."""
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+    """Several processes that train as one, see docs/launching.md."""
     resume: bool = False
     """Continue the run in --run-dir; everything else comes from there."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
@@ -147,15 +153,26 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     Raises:
       ValueError, OSError, TrainingError: with a message for the user.
     """
-    config, run_dir = resolve(arguments, fields)
-    run = open_run(run_dir, to_dict(config), resume=arguments.resume)
-    path = result_path(arguments.results_dir, config.name, config)
-    data, locations = _data(arguments, config, run_dir)
-    say_padding([config.data.length], config.train.mesh.seq)
-    print(f"{config.name}: {run_dir}", file=sys.stderr)
+    arguments.distributed.start()
+    with processes.together():
+        config, run_dir = resolve(arguments, fields)
+        run = open_run(run_dir, to_dict(config), resume=arguments.resume)
+        path = result_path(arguments.results_dir, config.name, config)
+        data, locations = _data(arguments, config, run_dir)
+    require_same_data(locations)
+    if processes.is_first():
+        say_padding([config.data.length], config.train.mesh.seq)
+        print(f"{config.name}: {run_dir}", file=sys.stderr)
     result = train_and_evaluate(
         config, data, run, locations=locations, show_progress=arguments.progress
     )
+    with processes.together():
+        if processes.is_first():
+            _tell(result, config, run_dir, path)
+
+
+def _tell(result: Mapping[str, Any], config: ExperimentConfig, run_dir: Path, path: Path) -> None:
+    """Prints the result and writes it."""
     if not result["complete"]:
         limit = config.train.max_minutes
         terminal.say(f"stopped after {result['steps']} steps: max_minutes={limit}")
@@ -177,15 +194,20 @@ def train_and_evaluate(
     show_progress: bool = True,
     on_event: OnEvent = lambda what, step: None,
 ) -> dict[str, Any]:
-    """Trains in the run's directory; returns the result, with the validation of the chosen step."""
+    """Trains in the run's directory; returns the result, with the validation of the chosen step.
+
+    Of several processes, the first one; the others return an empty result.
+    """
+    mesh = config.train.mesh.make()
     options: dict[str, Any] = {
         "length": config.data.length,
         "batch_size": config.train.batch_size,
         "streams": config.carry_state,
+        "own": rows_of_process(mesh, config.train.batch_size),
     }
 
     def event(what: str, step: int) -> None:
-        if what == "prepared":
+        if what == "prepared" and processes.is_first():
             locations.write(run.directory)
         on_event(what, step)
 
@@ -195,10 +217,11 @@ def train_and_evaluate(
         config.train,
         run,
         validation=text.eval_batches(data.validation, **options),
+        mesh=mesh,
         show_progress=show_progress,
         on_event=event,
     )
-    return make_result(config, run, data, outcome)
+    return make_result(config, run, data, outcome) if processes.is_first() else {}
 
 
 def make_result(

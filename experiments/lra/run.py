@@ -15,7 +15,7 @@ from seqmodels.data import batches
 from seqmodels.data.examples import Examples, TaskData
 from seqmodels.data.lra import load
 from seqmodels.models import Classifier, Matcher, MatcherConfig, param_labels
-from seqmodels.parallel.mesh import make_mesh, replicated
+from seqmodels.parallel.mesh import make_mesh, replicated, rows_of_process
 from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.step import make_eval_step
 from seqmodels.training.task import Task, classification
@@ -69,10 +69,12 @@ def make_task(config: ExperimentConfig) -> Task:
     )
 
 
-def eval_batches(config: ExperimentConfig, examples: Examples) -> Any:
-    """Batches that hold each example once."""
+def eval_batches(
+    config: ExperimentConfig, examples: Examples, own: np.ndarray | None = None
+) -> Any:
+    """Batches that hold each example once; of their rows ``own``, where processes share them."""
     return batches.eval_batches(
-        examples, batch_size=config.train.batch_size, lengths=config.lengths
+        examples, batch_size=config.train.batch_size, lengths=config.lengths, own=own
     )
 
 
@@ -92,13 +94,16 @@ def evaluate_checkpoint(
       path: the directory of the checkpoints.
       step: which of them.
       examples: the split.
-      mesh: default: of the first device.
+      mesh: default: of the first device. With several processes, theirs, and each calls this.
 
     Raises:
       CheckpointError: it cannot be read.
     """
     task = make_task(config)
-    state = restore(task, config.train, config_dict, path, step)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    several = jax.process_count() > 1
+    state = restore(task, config.train, config_dict, path, step, mesh if several else None)
     variables = jax.device_put(state.averaged, replicated(mesh))
-    return evaluate(make_eval_step(task, mesh), variables, eval_batches(config, examples), mesh)
+    own = rows_of_process(mesh, config.train.batch_size) if several else None
+    rows = eval_batches(config, examples, own)
+    return evaluate(make_eval_step(task, mesh), variables, rows, mesh)

@@ -18,10 +18,11 @@ stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from experiments import terminal
@@ -43,6 +44,7 @@ from experiments.run import (
     history,
     mesh_sizes,
     require_names,
+    require_same_data,
     result_path,
     say_padding,
     selection,
@@ -52,9 +54,12 @@ from experiments.run import (
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data import batches
 from seqmodels.data.examples import TaskData
+from seqmodels.parallel.mesh import rows_of_process
 from seqmodels.ranges import Checked, Positive, Seed, Size
+from seqmodels.training import processes
 from seqmodels.training.evaluation import Evaluation
 from seqmodels.training.loop import Outcome, fit
+from seqmodels.training.processes import Distributed
 from seqmodels.training.run_directory import Run, open_run, read_config
 
 PROG = "experiments.lra.train"
@@ -93,6 +98,8 @@ class Arguments(Checked):
     mesh: str | None = None
     """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
     row over seq; default: all devices are data."""
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+    """Several processes that train as one, see docs/launching.md."""
     resume: bool = False
     """Continue the run in --run-dir; everything else comes from there."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
@@ -149,35 +156,57 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     Raises:
       ValueError, OSError, TrainingError: with a message for the user.
     """
-    config, run_dir = resolve(arguments, fields)
-    run = open_run(run_dir, to_dict(config), resume=arguments.resume)
-    path = result_path(arguments.results_dir, config.name, config)
-    data, locations = _data(arguments, config, run_dir)
-    task = make_task(config)
-    say_padding(config.lengths, config.train.mesh.seq)
-    print(f"{config.name}: {run_dir}", file=sys.stderr)
+    arguments.distributed.start()
+    with processes.together():
+        config, run_dir = resolve(arguments, fields)
+        run = open_run(run_dir, to_dict(config), resume=arguments.resume)
+        path = result_path(arguments.results_dir, config.name, config)
+        data, locations = _data(arguments, config, run_dir)
+        mesh = config.train.mesh.make()
+        own = rows_of_process(mesh, config.train.batch_size)
+    require_same_data(locations)
+    if processes.is_first():
+        say_padding(config.lengths, config.train.mesh.seq)
+        print(f"{config.name}: {run_dir}", file=sys.stderr)
     outcome = fit(
-        task,
+        make_task(config),
         batches.train_batches(
             data.train,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             lengths=config.lengths,
+            own=own,
         ),
         config.train,
         run,
-        validation=eval_batches(config, data.validation) if len(data.validation) else None,
+        validation=eval_batches(config, data.validation, own) if len(data.validation) else None,
+        mesh=mesh,
         show_progress=arguments.progress,
-        on_event=lambda what, _: locations.write(run_dir) if what == "prepared" else None,
+        on_event=lambda what, _: (
+            locations.write(run_dir) if what == "prepared" and processes.is_first() else None
+        ),
     )
-    if not outcome.complete:
+    test = evaluate_checkpoint(
+        config,
+        run.config_dict,
+        run_dir / "checkpoints",
+        outcome.chosen_step,
+        data.test,
+        mesh if jax.process_count() > 1 else None,
+    )
+    with processes.together():
+        if processes.is_first():
+            _tell(make_result(config, run, data, outcome, test), config, run_dir, path)
+
+
+def _tell(result: Mapping[str, Any], config: ExperimentConfig, run_dir: Path, path: Path) -> None:
+    """Prints the result, writes it and draws the learning curve."""
+    if not result["complete"]:
         limit = config.train.max_minutes
-        terminal.say(f"stopped after {outcome.progress.step} steps: max_minutes={limit}")
-    step = outcome.chosen_step
-    test = evaluate_checkpoint(config, run.config_dict, run_dir / "checkpoints", step, data.test)
-    result = make_result(config, run, data, outcome, test)
+        terminal.say(f"stopped after {result['steps']} steps: max_minutes={limit}")
     terminal.say(
-        f"test accuracy {test.accuracy:.4f} at step {step} of {outcome.progress.step}; baselines: "
+        f"test accuracy {result['test_accuracy']:.4f} at step {result['test_step']} of "
+        f"{result['steps']}; baselines: "
         + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     )
     write_result(result, run_dir, path)

@@ -35,6 +35,7 @@ def train_batches(
     lengths: Sequence[int],
     window: int = 50,
     prefetch: int = 16,
+    own: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
     """Batches without end, epoch after epoch, each epoch in its own order.
 
@@ -48,6 +49,9 @@ def train_batches(
       lengths: the padded lengths, increasing.
       window: how many batches are grouped by length together; 1 means not at all.
       prefetch: batches made ahead in threads; 0 makes them on demand.
+      own: the rows of each batch that are made here, `(b,)` of 0 .. B - 1: what one of several
+        processes reads; default all. Which batches there are, how long they are padded and the
+        state do not depend on it.
 
     Raises:
       ValueError: an argument is out of range, or there are fewer examples than `batch_size`.
@@ -58,17 +62,22 @@ def train_batches(
             raise ValueError(f"{name}={value} must be at least {least}")
     if batch_size > len(examples):
         raise ValueError(f"batch_size={batch_size} is more than the {len(examples)} examples")
-    batches = TrainBatches(examples, batch_size, seed, tuple(lengths), window)
+    batches = TrainBatches(examples, batch_size, seed, tuple(lengths), window, own)
     options = grain.ReadOptions(num_threads=min(prefetch, 2), prefetch_buffer_size=prefetch)
     return grain.MapDataset.source(batches).to_iter_dataset(options)
 
 
 def eval_batches(
-    examples: Examples, *, batch_size: int, lengths: Sequence[int]
+    examples: Examples,
+    *,
+    batch_size: int,
+    lengths: Sequence[int],
+    own: np.ndarray | None = None,
 ) -> grain.MapDataset[Batch]:
     """Batches that hold each example once, longest first; has `len()` and can be iterated again.
 
-    The last batch is filled up with repetitions of its last example, of weight 0.
+    The last batch is filled up with repetitions of its last example, of weight 0. `own` is as in
+    `train_batches`.
 
     Raises:
       ValueError: an argument is out of range, or there are no examples.
@@ -76,7 +85,7 @@ def eval_batches(
     _check(batch_size, lengths)
     if not len(examples):
         raise ValueError("there are no examples to evaluate")
-    return grain.MapDataset.source(EvalBatches(examples, batch_size, tuple(lengths)))
+    return grain.MapDataset.source(EvalBatches(examples, batch_size, tuple(lengths), own))
 
 
 def batches_per_epoch(examples: Examples, batch_size: int) -> int:
@@ -94,12 +103,14 @@ class TrainBatches:
         seed: int,
         lengths: tuple[int, ...],
         window: int,
+        own: np.ndarray | None = None,
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
         self.lengths = lengths
         self.window = window
+        self.own = own
         self._plans: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -108,7 +119,7 @@ class TrainBatches:
     def __getitem__(self, number: int) -> Batch:
         epoch, place = divmod(number, batches_per_epoch(self.examples, self.batch_size))
         rows = self.plan(epoch)[place]
-        return make_batch(self.examples, rows, self.lengths)
+        return make_batch(self.examples, rows, self.lengths, self.own)
 
     def plan(self, epoch: int) -> np.ndarray:
         """The rows of each batch of an epoch, `(batches, batch_size)` int64."""
@@ -133,8 +144,15 @@ class TrainBatches:
 class EvalBatches:
     """Random access to the evaluation batches; see `eval_batches`."""
 
-    def __init__(self, examples: Examples, batch_size: int, lengths: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        lengths: tuple[int, ...],
+        own: np.ndarray | None = None,
+    ) -> None:
         self.examples = examples
+        self.own = np.arange(batch_size) if own is None else own
         self.batch_size = batch_size
         self.lengths = lengths
         self._order = np.argsort(-examples.lengths, kind="stable")
@@ -145,20 +163,25 @@ class EvalBatches:
     def __getitem__(self, number: int) -> Batch:
         rows = self._order[number * self.batch_size :][: self.batch_size]
         filled = np.pad(rows, (0, self.batch_size - len(rows)), mode="edge")
-        batch = make_batch(self.examples, filled, self.lengths)
-        batch["weights"][len(rows) :] = 0
+        batch = make_batch(self.examples, filled, self.lengths, self.own)
+        batch["weights"][self.own >= len(rows)] = 0
         return batch
 
 
-def make_batch(examples: Examples, rows: np.ndarray, lengths: Sequence[int]) -> Batch:
-    """The examples at `rows`, padded to the smallest of `lengths` that holds them all."""
+def make_batch(
+    examples: Examples, rows: np.ndarray, lengths: Sequence[int], own: np.ndarray | None = None
+) -> Batch:
+    """The examples at `rows`, or at `rows[own]`, padded to the smallest of `lengths` that holds all
+    of `rows`."""
     parts, channels = examples.parts, examples.tokens.shape[1:]
-    sequences = (rows[:, None] * parts + np.arange(parts)).reshape(-1)
+    sequences = rows[:, None] * parts + np.arange(parts)
     starts, ends = examples.offsets[sequences], examples.offsets[sequences + 1]
     kept = np.minimum(ends - starts, lengths[-1])
     length = lengths[np.searchsorted(lengths, kept.max())]
+    mine = slice(None) if own is None else own
+    rows, starts, kept = rows[mine], starts[mine].reshape(-1), kept[mine].reshape(-1)
     segment_ids = (np.arange(length) < kept[:, None]).astype(np.int32)
-    inputs = np.zeros((len(sequences), length, *channels), np.float32 if channels else np.int32)
+    inputs = np.zeros((len(starts), length, *channels), np.float32 if channels else np.int32)
     for row, start, size in zip(inputs, starts, kept, strict=True):
         row[:size] = examples.as_inputs(examples.tokens[start : start + size])
     side_by_side = (len(rows), parts) if parts > 1 else (len(rows),)

@@ -177,6 +177,7 @@ def train_batches(
     seed: int = 0,
     streams: bool = False,
     prefetch: int = 8,
+    own: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
     """Batches without end.
 
@@ -184,6 +185,9 @@ def train_batches(
     shuffles them by `seed`; rows that fill no batch are left out. As streams: row r of a batch goes
     on where row r of the batch before ended; the rows begin evenly spaced, and after the text's
     last document comes its first again.
+
+    `own`, if given, are the rows of each batch that are made here, `(b,)` of 0 .. B - 1: what one
+    of several processes reads. Which batches there are, and the state, do not depend on it.
 
     `iter(...)` has `get_state()` and `set_state(state)`, where the state is a JSON-able dict, and
     restoring it takes no replay.
@@ -201,20 +205,25 @@ def train_batches(
             f"the text has {len(text.tokens)} tokens, fewer than the {needed} that length={length} "
             f"and batch_size={batch_size} need; use a longer text, or smaller values"
         )
-    source: Any = Windows(text, length, batch_size, seed)
+    source: Any = Windows(text, length, batch_size, seed, own)
     if streams:
-        source = Streams(text, length, batch_size)
+        source = Streams(text, length, batch_size, own)
     options = grain.ReadOptions(num_threads=min(prefetch, 2), prefetch_buffer_size=prefetch)
     return grain.MapDataset.source(source).to_iter_dataset(options)
 
 
 def eval_batches(
-    text: Text, *, length: int, batch_size: int, streams: bool = False
+    text: Text,
+    *,
+    length: int,
+    batch_size: int,
+    streams: bool = False,
+    own: np.ndarray | None = None,
 ) -> grain.MapDataset[Batch]:
     """Batches that predict each token of the text once; has `len()` and can be iterated again.
 
     As windows, a token's context is what stands before it in its row; as streams, of which there
-    are `batch_size`, also what earlier batches had in the row.
+    are `batch_size`, also what earlier batches had in the row. `own` is as in `train_batches`.
 
     Raises:
       ValueError: an argument is out of range.
@@ -228,7 +237,8 @@ def eval_batches(
     if streams:  # one row of starts, from which the batches go on
         starts = starts + np.arange(0, size, length)[:, None]
         ends = np.broadcast_to(ends, starts.shape)
-    return grain.MapDataset.source(EvalRows(text, length, starts, ends))
+    mine = slice(None) if own is None else own
+    return grain.MapDataset.source(EvalRows(text, length, starts[:, mine], ends[:, mine]))
 
 
 def rows(text: Text, starts: np.ndarray, length: int) -> Batch:
@@ -250,8 +260,11 @@ def rows(text: Text, starts: np.ndarray, length: int) -> Batch:
 class Windows:
     """Random access to the endless batches of shuffled windows; see `train_batches`."""
 
-    def __init__(self, text: Text, length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, text: Text, length: int, batch_size: int, seed: int, own: np.ndarray | None = None
+    ) -> None:
         self.text, self.length, self.batch_size, self.seed = text, length, batch_size, seed
+        self.own = slice(None) if own is None else own
         # One window less than there is room for leaves the offset free.
         self.windows = max(text.predictions // length - 1, batch_size)
         self.batches = self.windows // batch_size
@@ -262,7 +275,7 @@ class Windows:
 
     def __getitem__(self, number: int) -> Batch:
         epoch, place = divmod(number, self.batches)
-        return rows(self.text, self.plan(epoch)[place], self.length)
+        return rows(self.text, self.plan(epoch)[place][self.own], self.length)
 
     def plan(self, epoch: int) -> np.ndarray:
         """Where the rows of an epoch's batches start, `(batches, B)` int64."""
@@ -282,9 +295,12 @@ class Windows:
 class Streams:
     """Random access to the endless batches of streams; see `train_batches`."""
 
-    def __init__(self, text: Text, length: int, batch_size: int) -> None:
+    def __init__(
+        self, text: Text, length: int, batch_size: int, own: np.ndarray | None = None
+    ) -> None:
         self.text, self.length = text, length
-        self.starts = np.arange(batch_size, dtype=np.int64) * text.predictions // batch_size
+        rows = np.arange(batch_size, dtype=np.int64) if own is None else own
+        self.starts = rows * text.predictions // batch_size
 
     def __len__(self) -> int:
         return sys.maxsize  # what grain takes for endless

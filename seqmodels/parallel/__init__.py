@@ -7,6 +7,7 @@ from seqmodels.parallel.mesh import (
     on_mesh,
     put_batch,
     replicated,
+    rows_of_process,
     token_sharding,
 )
 from seqmodels.parallel.strategies import STRATEGIES
@@ -19,5 +20,6 @@ __all__ = [
     "on_mesh",
     "put_batch",
     "replicated",
+    "rows_of_process",
     "token_sharding",
 ]

@@ -135,11 +135,46 @@ def token_sharding(mesh: Mesh, axis: int = 1) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data", *(None,) * (axis - 1), "seq"))
 
 
+def rows_of_process(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """Which rows of a batch a process reads: those that its devices hold a part of.
+
+    Processes whose devices split the length of the same rows read the same rows.
+
+    Args:
+      mesh: a mesh of ``make_mesh``.
+      batch_size: rows of the whole batch.
+      process: default this one.
+
+    Returns:
+      Row numbers, increasing, int64.
+
+    Raises:
+      ValueError: ``batch_size`` does not divide by the data axis.
+    """
+    data = mesh.shape["data"]
+    if batch_size % data:
+        lower, upper = batch_size // data * data, -(-batch_size // data) * data
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over the mesh's data axis of {data}; choose "
+            + (f"{lower} or {upper}" if lower else f"{upper}")
+            + ", or a smaller data axis"
+        )
+    blocks = _data_blocks(mesh, jax.process_index() if process is None else process)
+    size = batch_size // data
+    return (blocks[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def _data_blocks(mesh: Mesh, process: int) -> np.ndarray:
+    """Places on the data axis of the devices of a process, increasing."""
+    mine = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
+    return np.flatnonzero(mine.any(axis=(1, 2)))
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """Puts a host batch on the mesh, rows split over ``data``, their length over ``seq``.
 
     Rows whose length does not divide get more padding. With several processes each one passes its
-    own rows, and the result is the global batch.
+    own rows, those of ``rows_of_process``, and the result is the global batch.
 
     Args:
       batch: arrays ``(B, ...)`` that agree on ``B``; "segment_ids", if any, ``(B, ..., L)``. Arrays
@@ -155,10 +190,12 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
         # The last place where they can be read: a step sees traced ones.
         ids = np.asarray(batch["segment_ids"])
         segments.check(ids.reshape(-1, ids.shape[-1]))
-    processes = jax.process_count()
+    data, blocks = mesh.shape["data"], np.arange(mesh.shape["data"])
+    if jax.process_count() > 1:
+        blocks = _data_blocks(mesh, jax.process_index())
     for name, value in batch.items():
-        rows = value.shape[0] * processes
-        if rows % mesh.shape["data"]:
+        rows = value.shape[0] * data // len(blocks)
+        if value.shape[0] % len(blocks):
             raise ValueError(
                 f"batch['{name}'] has {rows} rows, which do not divide over the mesh's data axis "
                 f"of {mesh.shape['data']}; choose a batch_size that is a multiple of "
@@ -171,11 +208,24 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
         if len(tokens) > 1 and array.shape[: len(tokens)] == tokens:
             sharding = token_sharding(mesh, len(tokens) - 1)
             array = _lengthened(name, array, len(tokens) - 1, mesh, "segment_ids" in batch)
-        if processes == 1:
+        if jax.process_count() == 1:
             placed[name] = jax.device_put(array, sharding)
         else:
-            placed[name] = jax.make_array_from_process_local_data(sharding, array)
+            placed[name] = _global_array(array, sharding, blocks)
     return placed
+
+
+def _global_array(x: np.ndarray, sharding: NamedSharding, blocks: np.ndarray) -> jax.Array:
+    """The array of all processes, of which ``x`` is what is at ``blocks`` of the data axis."""
+    size = len(x) // len(blocks)
+
+    def part(index: Any) -> np.ndarray:
+        block = (index[0].start or 0) // size
+        place = int(np.searchsorted(blocks, block)) * size
+        return x[(slice(place, place + size), *index[1:])]
+
+    shape = (size * sharding.mesh.shape["data"], *x.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _lengthened(name: str, x: np.ndarray, axis: int, mesh: Mesh, padded: bool) -> np.ndarray:

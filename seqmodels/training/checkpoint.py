@@ -39,15 +39,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What keeps a checkpoint of config ``saved`` from being continued with ``wanted``.
 
-    Fields whose paths are in ``RESUMABLE`` may differ.
+    Fields whose paths, or the beginnings of them, are in ``RESUMABLE`` may differ.
     """
     # Through JSON, so that a tuple equals the list it was stored as.
     old, new = flatten(json.loads(json.dumps(saved))), flatten(json.loads(json.dumps(wanted)))
     return [
         f"{name}={new.get(name)!r} (saved: {old.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in RESUMABLE
+        if old.get(name) != new.get(name) and not _resumable(name)
     ]
+
+
+def _resumable(path: str) -> bool:
+    return any(f"{path}.".startswith(f"{field}.") for field in RESUMABLE)
 
 
 def _score(metrics: Mapping[str, float]) -> float:

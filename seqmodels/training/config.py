@@ -19,12 +19,13 @@ from seqmodels.ranges import (
     Size,
 )
 
-# Fields of an experiment's config, by path, that may change when a run is resumed: they do not
-# touch the sequence of updates.
+# Fields of an experiment's config, by path, that may change when a run is resumed, with all below
+# them: they do not touch the sequence of updates, but that another mesh rounds otherwise.
 RESUMABLE = frozenset(
     f"train.{name}"
     for name in (
         "log_every", "eval_every", "checkpoint_every", "keep", "on_nan", "max_skips", "max_minutes",
+        "mesh",
     )
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from seqmodels.parallel.mesh import batch_sharding, put_batch
+from seqmodels.training import processes
 from seqmodels.training.task import Batch, Sums, Variables
 
 
@@ -46,6 +47,7 @@ class PerShape:
             start = time.perf_counter()
             self._compiled[key] = self._function.lower(*arguments).compile()
             self.seconds += time.perf_counter() - start
+            processes.gather("")  # who compiles longer is waited for: the devices of CPUs would not
         return self._compiled[key](*arguments)
 
 
@@ -80,10 +82,12 @@ def evaluate(
         weight += float(host.weight)
 
     for number, batch in enumerate(batches):
+        placed = put_batch(batch, mesh)
         if number == 0:
-            carry = jax.device_put(start(len(next(iter(batch.values())))), batch_sharding(mesh))
+            rows = len(next(iter(placed.values())))
+            carry = jax.device_put(start(rows), batch_sharding(mesh))
         # The device works on this batch while the last one's sums are read.
-        following, carry = eval_step(variables, put_batch(batch, mesh), carry)
+        following, carry = eval_step(variables, placed, carry)
         if waiting is not None:
             add(waiting)
         waiting = following

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from seqmodels.parallel.mesh import put_batch, replicated
+from seqmodels.parallel.mesh import put_batch, replicated, rows_of_process
+from seqmodels.training import processes
 from seqmodels.training.checkpoint import Checkpoints
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.errors import Interrupted, NonFiniteError
 from seqmodels.training.evaluation import Evaluation, PerShape, evaluate
-from seqmodels.training.metrics import JsonLines, MetricsWriter, truncate_jsonl
+from seqmodels.training.metrics import JsonLines, MetricsWriter, NoMetrics, truncate_jsonl
 from seqmodels.training.optimizer import schedule
 from seqmodels.training.run_directory import Run
 from seqmodels.training.state import TrainState, abstract_state, create_state, optimizer_of
@@ -32,6 +32,7 @@ from seqmodels.training.task import Batch, Task
 
 # tqdm's own, less the steps a second: with them, tokens/s do not fit in 80 columns.
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_OUT_OF_TIME = 1  # what asks to stop, beside the numbers of SIGINT and SIGTERM
 
 OnEvent = Callable[[str, int], None]
 """Called with what was just done ("prepared", "step", "log", "eval", "save", "saved") and the step.
@@ -110,8 +111,6 @@ class _Pending:
     """A step that the device may still be working on."""
 
     step: int
-    index: list[int]
-    tokens: int
     data_before: Any
     metrics: StepMetrics
 
@@ -130,13 +129,16 @@ def fit(
     """Trains and leaves everything in the run's directory (see ``run_directory``).
 
     A run that was killed at any moment and resumed gives the same parameters and metrics, bit for
-    bit, as one that was not; only the fields in ``metrics.TIMING_FIELDS`` differ.
+    bit, as one that was not; only the fields in ``metrics.TIMING_FIELDS`` differ. So do several
+    processes that are killed and started again; the first of them writes the metrics, all of them
+    the checkpoints, which any other number of processes or devices can go on from.
 
     Args:
       task: the model.
       batches: ``iter(batches)`` is a ``BatchIterator``. A batch is a dict of arrays ``(B, ...)``
         with "index" ``(B,)`` (which examples) and what the task needs; "segment_ids", where there
-        is one, counts the real tokens.
+        is one, counts the real tokens. With several processes a batch has the rows that
+        ``rows_of_process`` gives to this one.
       config: how to train.
       run: its directory, its config, and whether it goes on; see ``open_run``.
       validation: batches evaluated every ``eval_every`` steps and at the end; may be None where
@@ -149,8 +151,8 @@ def fit(
       CheckpointError: see there.
       NonFiniteError: a loss or gradient was not finite and ``config.on_nan`` is "stop".
       Interrupted: SIGTERM or SIGINT; the step was finished and saved.
-      ValueError: the config does not fit the model or the devices, or selects by a validation that
-        is not there.
+      ValueError: the config does not fit the model or the devices, is not that of the other
+        processes, or selects by a validation that is not there.
     """
     if validation is None and config.select != "last":
         raise ValueError(
@@ -158,8 +160,15 @@ def fit(
         )
     if mesh is None:
         mesh = config.mesh.make()
+    rows_of_process(mesh, config.batch_size)  # raises where they do not divide
     run_dir, resume = run.directory, run.resume
-    run.prepare()
+    first = processes.is_first()
+    processes.require_equal(
+        {"config": run.config_dict, "run_dir": str(run_dir.absolute()), "resume": resume},
+        "start all processes with the same command, but for --distributed.process",
+    )
+    if first:
+        run.prepare()
     tell = on_event or (lambda what, step: None)
     tell("prepared", 0)
     iterator: Any = iter(batches)
@@ -167,6 +176,10 @@ def fit(
         run_dir / "checkpoints", run.config_dict, max_to_keep=config.keep
     ) as checkpoints:
         progress = Progress()
+        processes.require_equal(
+            {"checkpoints": checkpoints.steps()},
+            f"all processes need {run_dir} in a file system that they share",
+        )
         if resume and checkpoints.steps():
             template = abstract_state(task, config, mesh)
             state, position = checkpoints.restore(template, checkpoints.latest())
@@ -174,7 +187,7 @@ def fit(
             iterator.set_state(position["data"])
         else:
             state = create_state(task, config, mesh)
-        if resume:
+        if resume and first:
             truncate_jsonl(run_dir / "nonfinite.jsonl", progress.step)
         train_step = make_train_step(
             task,
@@ -186,13 +199,13 @@ def fit(
             exchange=config.mesh.exchange,
         )
         with (
-            MetricsWriter(run_dir, progress.step if resume else None) as writer,
+            _metrics_writer(run_dir, progress.step if resume else None) as writer,
             _stop_signals() as stop,
             tqdm(
                 total=config.steps,
                 initial=progress.step,
                 unit="step",
-                disable=not show_progress,
+                disable=not (show_progress and first),
                 dynamic_ncols=True,
                 bar_format=BAR_FORMAT,
                 mininterval=0.1 if sys.stderr.isatty() else 30,
@@ -218,6 +231,10 @@ def fit(
             return loop.run()
 
 
+def _metrics_writer(run_dir: Path, resume_step: int | None) -> MetricsWriter | NoMetrics:
+    return MetricsWriter(run_dir, resume_step) if processes.is_first() else NoMetrics()
+
+
 @dataclasses.dataclass
 class _Loop:
     """The loop's moving parts; ``state`` may be one step ahead of ``progress``."""
@@ -233,7 +250,7 @@ class _Loop:
     state: TrainState
     progress: Progress
     checkpoints: Checkpoints
-    writer: MetricsWriter
+    writer: MetricsWriter | NoMetrics
     bar: Any
     stop: list[int]
     on_event: OnEvent
@@ -241,7 +258,8 @@ class _Loop:
     def __post_init__(self) -> None:
         self.pending: deque[_Pending] = deque()
         self.rate = schedule(self.config, self.config.learning_rate)
-        self.proceed = jax.device_put(jnp.asarray(True), replicated(self.mesh))
+        self.proceed = jax.device_put(np.asarray(True), replicated(self.mesh))
+        self.votes = processes.Votes(self.mesh)
         self.started = time.perf_counter() - self.progress.wall_seconds
         self.compiled_before = self.progress.compile_seconds
 
@@ -251,8 +269,8 @@ class _Loop:
         while step < self.config.steps:
             step += 1
             self._dispatch(step)
-            stopping = bool(self.stop)  # read once: a later signal waits for the next step
-            last = stopping or self._out_of_time() or step == self.config.steps
+            asked = self.votes.largest(self._asks())  # once: a later signal waits for the next step
+            last = asked != 0 or step == self.config.steps
             evaluates = step % self.config.eval_every == 0 or step == self.config.steps
             saves = step % self.config.checkpoint_every == 0 or last
             # Reading a step's result one step late keeps the device busy.
@@ -260,8 +278,8 @@ class _Loop:
                 self._finish(self.pending.popleft())
             if evaluates or saves:
                 self._at_boundary(evaluates, saves)
-            if stopping:
-                self._interrupt(self.stop[0])
+            if asked > _OUT_OF_TIME:
+                self._interrupt(asked)
             if last:
                 break
         self.checkpoints.wait()
@@ -288,7 +306,7 @@ class _Loop:
             self.eval_step, self.state.averaged, validation, self.mesh, self.task.start
         )
         self.writer.write("eval", progress.step, dataclasses.asdict(result) | self._timing())
-        self.bar.write(
+        self._say(
             f"step {progress.step}: validation loss {result.loss:.4f}, "
             f"accuracy {result.accuracy:.4f}"
         )
@@ -317,9 +335,17 @@ class _Loop:
             f"checkpoint is in {self.run_dir}; continue with --resume",
         )
 
-    def _out_of_time(self) -> bool:
+    def _asks(self) -> int:
+        """The signal that asks this process to stop, or ``_OUT_OF_TIME``; 0 to go on."""
+        if self.stop:
+            return self.stop[0]
         limit = self.config.max_minutes
-        return limit is not None and time.perf_counter() - self.started > 60 * limit
+        over = limit is not None and time.perf_counter() - self.started > 60 * limit
+        return _OUT_OF_TIME if over else 0
+
+    def _say(self, text: str) -> None:
+        if processes.is_first():
+            self.bar.write(text)
 
     def _timing(self) -> dict[str, float]:
         """Wall and compile time so far, over all starts of the run."""
@@ -346,15 +372,12 @@ class _Loop:
         """Hands the next batch to the device without waiting for the result."""
         data_before = self.iterator.get_state()
         batch = next(self.iterator)
-        segment_ids = batch.get("segment_ids")
         self.state, metrics = self.train_step(self.state, put_batch(batch, self.mesh), self.proceed)
         if self.config.on_nan == "stop":
             self.proceed = metrics.finite
         self.pending.append(
             _Pending(
                 step=step,
-                index=np.asarray(batch["index"]).tolist(),
-                tokens=0 if segment_ids is None else int(np.count_nonzero(segment_ids)),
                 data_before=data_before,
                 metrics=metrics,
             )
@@ -367,9 +390,9 @@ class _Loop:
             self._not_finite(done, metrics)
         progress, window = self.progress, self.progress.window
         progress.step = done.step
-        progress.tokens += done.tokens
-        progress.order = chain_digest(progress.order, done.index)
-        window.tokens += done.tokens
+        progress.tokens += int(metrics.tokens)
+        progress.order = chain_digest(progress.order, metrics.index.tolist())
+        window.tokens += int(metrics.tokens)
         if metrics.finite:
             window.loss += float(metrics.sums.loss)
             window.correct += float(metrics.sums.correct)
@@ -385,15 +408,16 @@ class _Loop:
     def _not_finite(self, done: _Pending, metrics: StepMetrics) -> None:
         record = {
             "step": done.step,
-            "index": done.index,
+            "index": metrics.index.tolist(),
             "loss": float(metrics.sums.loss / metrics.sums.weight),
             "grad_norm": float(metrics.grad_norm),
             "data": done.data_before,
         }
-        lines = JsonLines(self.run_dir / "nonfinite.jsonl")
-        lines.write(record)
-        lines.sync()
-        lines.close()
+        if processes.is_first():
+            lines = JsonLines(self.run_dir / "nonfinite.jsonl")
+            lines.write(record)
+            lines.sync()
+            lines.close()
         what = (
             f"step {done.step}: loss {record['loss']}, gradient norm {record['grad_norm']}; the "
             f"batch is described in {lines.path}"
@@ -408,7 +432,7 @@ class _Loop:
                 "clip_norm may help, on_nan=skip leaves such batches out"
             )
         self.progress.skipped += 1
-        self.bar.write(f"skipped a batch that is not finite at {what}")
+        self._say(f"skipped a batch that is not finite at {what}")
         if self.progress.skipped > self.config.max_skips:
             raise NonFiniteError(f"more than max_skips={self.config.max_skips} skipped; {what}")
 

@@ -125,3 +125,19 @@ class MetricsWriter:
     def __exit__(self, *unused: Any) -> None:
         self._jsonl.close()
         self._board.close()
+
+
+class NoMetrics:
+    """A ``MetricsWriter`` that writes nothing: that of all processes but the first."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        pass

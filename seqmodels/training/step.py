@@ -23,11 +23,15 @@ class StepMetrics:
       sums: loss and accuracy.
       grad_norm: global norm of the gradient before clipping, float32 scalar.
       finite: bool scalar; False when the update was not applied.
+      index: the batch's "index" ``(B,)``, of the rows of all processes; None without one.
+      tokens: its real tokens, int32 scalar; 0 without segment ids.
     """
 
     sums: Any
     grad_norm: Any
     finite: Any
+    index: Any = None
+    tokens: Any = 0
 
 
 def micro_batches(rows: Any, count: int) -> Any:
@@ -136,7 +140,14 @@ def make_train_step(
             average=kept[3],
             carry=kept[4],
         )
-        return new_state, StepMetrics(sums=sums, grad_norm=grad_norm, finite=finite)
+        real = jnp.asarray(batch.get("segment_ids", 0)) != 0
+        return new_state, StepMetrics(
+            sums=sums,
+            grad_norm=grad_norm,
+            finite=finite,
+            index=batch.get("index"),
+            tokens=jnp.sum(real, dtype=jnp.int32),
+        )
 
     whole = replicated(mesh)
     return jax.jit(

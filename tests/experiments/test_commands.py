@@ -30,6 +30,7 @@ from experiments.lra import presets as lra_presets
 from experiments.lra import report as lra_report
 from experiments.lra import train as lra_train
 from experiments.models import bench as models_bench
+from experiments.scaling import report as scaling_report
 from pallas_kernels.tools import aot
 from pallas_kernels.tools.families import TABULATED
 from seqmodels import ranges
@@ -100,6 +101,9 @@ COMMANDS = {
     "models.bench": Command(
         models_bench, ["--output", "models.json"], options(models_bench.ModelBenchConfig)
     ),
+    "scaling.report": Command(
+        scaling_report, ["--output", "scaling"], options(scaling_report.ScalingConfig)
+    ),
 }
 
 BORDERS = (
@@ -136,7 +140,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             (lra_train, "load_data"), (lra_eval, "load_data"), (lra_baselines, "load"),
             (lra_data, "load"),
             (lra_report, "comparison"), (lm_train, "load_data"), (lm_run, "restore"),
-            (lm_table, "load_data"), (kernels_aot, "measure"),
+            (lm_table, "load_data"), (kernels_aot, "measure"), (scaling_report, "measure"),
         ):  # fmt: skip
             patch.setattr(module, name, cut_off)
         for module in (kernels_bench, models_bench):

@@ -60,3 +60,9 @@ def test_what_may_change_on_resuming_is_known_by_its_whole_path():
     saved = {"train": {"keep": 2}, "model": {"keep": 2}, "keep": 2}
     wanted = {"train": {"keep": 3}, "model": {"keep": 3}, "keep": 3}
     assert differences(saved, wanted) == ["keep=3 (saved: 2)", "model.keep=3 (saved: 2)"]
+
+
+def test_a_run_may_go_on_on_another_mesh():
+    saved = {"train": {"mesh": {"seq": 4, "exchange": {"linear_attention": "chain"}}}}
+    wanted = {"train": {"mesh": {"seq": 2, "exchange": {}}, "meshes": 1}}
+    assert differences(saved, wanted) == ["train.meshes=1 (saved: None)"]

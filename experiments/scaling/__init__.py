@@ -1,0 +1,1 @@
+"""Sequence-sharded programs on chips that are not there."""
