@@ -8,17 +8,27 @@ from tyro.conf import Fixed
 
 from seqmodels.data.lra import TASKS, TaskConfig
 from seqmodels.data.lra.listops import SYMBOLS
+from seqmodels.mixers import BidirectionalConfig
 from seqmodels.models import ClassifierConfig
 from seqmodels.models.classifier import Interaction
-from seqmodels.ranges import Checked, Size
+from seqmodels.ranges import Checked, Positive, Size
 from seqmodels.training.config import TrainConfig
 
 Task = Literal[
     "listops", "text", "retrieval", "image", "pathfinder", "path-x", "path-256", "cifar", "mnist",
     "pmnist", "speech",
 ]  # fmt: skip
-Model = Literal["s4d", "s5"]
-Preset = Literal["paper", "cpu"]
+Model = Literal[
+    "s4", "s4d", "s4d-legs", "s4d-inv", "s5", "lru", "mamba", "mamba2", "transformer", "rotary",
+    "gla", "retnet", "gated_deltanet", "hydra", "rat", "scout",
+]  # fmt: skip
+"""A mixer and its block; "s4d" is S4D-Lin, "transformer" Long Range Arena's."""
+Preset = Literal["paper", "cpu", "cpu-hour", "gpu-15min"]
+
+# The mixer of a model that is not called as it is.
+_MIXERS = {
+    "s4d-legs": "s4d", "s4d-inv": "s4d", "transformer": "attention", "rotary": "attention",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +72,17 @@ class ExperimentConfig(Checked):
 
     Attributes:
       task: names what ``data`` are, and does not change them.
-      model: name of the mixer in ``classifier``; likewise.
-      preset: "paper" or "cpu", what this config was made from.
+      model: names what ``classifier`` is, whose blocks have that mixer, or it from both sides;
+        likewise.
+      preset: what this config was made from.
       data: which data.
       lengths: the padded lengths, increasing; the last one holds the longest row. Padding is
         masked everywhere, so that they change the speed only.
       classifier: the model, or what encodes each of two inputs.
       train: the training; its seed also orders the batches.
       interaction: what the head sees of two encodings, see ``MatcherConfig``; None for one input.
+      minutes: the training time that ``train.steps`` were chosen to take on the machine at hand;
+        None where nothing was timed.
     """
 
     task: Annotated[Task, Fixed]
@@ -80,6 +93,7 @@ class ExperimentConfig(Checked):
     classifier: ClassifierConfig
     train: TrainConfig
     interaction: Interaction | None = None
+    minutes: Annotated[Positive | None, Fixed] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,9 +103,12 @@ class ExperimentConfig(Checked):
             getattr(self.data, name) != value for name, value in fixed.items()
         ):
             raise ValueError(f"task={self.task!r} does not have data={self.data}")
-        layout = self.classifier.backbone.layout
-        if set(layout) != {self.model}:
-            raise ValueError(f"model={self.model!r} is not what layout={layout} consists of")
+        backbone = self.classifier.backbone
+        sides = (m.local if isinstance(m, BidirectionalConfig) else m for m in backbone.mixers)
+        if {side.mixer for side in sides} != {_MIXERS.get(self.model, self.model)}:
+            raise ValueError(
+                f"model={self.model!r} is not what layout={backbone.layout} consists of"
+            )
         self._check_data()
         self._check_interface(INTERFACES[self.task])
 
@@ -142,5 +159,6 @@ class ExperimentConfig(Checked):
 
     @property
     def name(self) -> str:
-        """``<task>-<model>-<preset>-seed<k>``: of the run directory and of the result."""
-        return f"{self.task}-{self.model}-{self.preset}-seed{self.train.seed}"
+        """``<task>-<model>-<preset>[-<m>min]-seed<k>``: of the run directory and of the result."""
+        minutes = "" if self.minutes is None else f"-{self.minutes:g}min"
+        return f"{self.task}-{self.model}-{self.preset}{minutes}-seed{self.train.seed}"

@@ -1,22 +1,26 @@
 """Trains one model on one task and writes down what came out.
 
     python -m experiments.lra.train --task listops --model s5 --preset cpu
+    python -m experiments.lra.train --task listops --model gla --minutes 10
     python -m experiments.lra.train --resume --run-dir runs/lra/listops-s5-cpu-seed0
 
-Presets: "paper" has the published settings and is meant for an accelerator; "cpu" is what two
-processor cores do in ten minutes (Text: an hour), with smaller models and easier data (see
-experiments/lra/presets.py for each difference). Any field of the config can be changed;
---help-fields lists them. For example
+Presets: "paper" has the published settings, or our recipe where nobody has published any, and is
+meant for an accelerator; "gpu-15min" is shorter; "cpu" is what two processor cores do in ten
+minutes and "cpu-hour" in an hour, with smaller models and some with easier data (see
+experiments/lra/presets/ for each difference). Any field of the config can be changed; --help-fields
+lists them. For example
 
     --train.learning-rate 0.002 --classifier.backbone.width 128 --lengths 100 200
 
 The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result and
-its learning curve go to --results-dir as <task>-<model>-<preset>-seed<k>.json and .png.
+its learning curve go to --results-dir as <task>-<model>-<preset>-seed<k>.json and .png, with
+--minutes 10 as <task>-<model>-<preset>-10min-seed<k>.
 Exit codes: 0 done; 1 an error; 2 a wrong command line; 3 the loss was not finite; 130 and 143
 stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
 """
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +31,7 @@ import tyro
 from experiments import terminal
 from experiments.command_line import UsageError, as_options, changed, run_command
 from experiments.lra.baselines import baselines
+from experiments.lra.budget import Budget, planned, timed
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.plots import learning_curve
 from experiments.lra.presets import experiment
@@ -70,9 +75,11 @@ class Arguments(Checked):
     """listops, text, retrieval, image, pathfinder, path-x, path-256, cifar (in colour), mnist,
     pmnist (permuted) or speech; needed unless --resume."""
     model: str | None = None
-    """s5 or s4d; needed unless --resume."""
+    """s4, s4d, s4d-legs, s4d-inv, s5, lru, mamba, mamba2, transformer (Long Range Arena's), rotary
+    (the transformer of its critics), gla, retnet, gated_deltanet, hydra, rat or scout; needed
+    unless --resume."""
     preset: str | None = None
-    """paper or cpu; default cpu."""
+    """paper, gpu-15min, cpu or cpu-hour; default cpu."""
     seed: Seed | None = None
     """Seed of parameters, dropout and data order; default 0."""
     data_dir: Path | None = None
@@ -88,6 +95,9 @@ class Arguments(Checked):
     """Where the result and the learning curve go; those in experiments/results are committed."""
     steps: Size | None = None
     """Number of steps, instead of the preset's; the schedule follows."""
+    minutes: Positive | None = None
+    """Time a few steps first, and take as many as fill this training time on this machine; the
+    schedule follows. With --steps nothing is timed, only noted."""
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and test what there is."""
     mesh: str | None = None
@@ -133,12 +143,13 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
             )
         preset = "cpu" if arguments.preset is None else arguments.preset
         fresh = experiment(arguments.task, arguments.model, preset, arguments.seed or 0)
+        fresh = dataclasses.replace(fresh, minutes=arguments.minutes)
         if not arguments.resume:
             config = changed(fresh, options, prog=PROG)
             return config, run_dir or RUNS / config.name
         run_dir = RUNS / fresh.name
     config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
-    saved = {name: getattr(config, name) for name in ("task", "model", "preset")}
+    saved = {name: getattr(config, name) for name in ("task", "model", "preset", "minutes")}
     require_names(arguments, saved | {"seed": config.train.seed}, run_dir)
     return changed(config, options, prog=PROG), run_dir
 
@@ -153,6 +164,19 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     run = open_run(run_dir, to_dict(config), resume=arguments.resume)
     path = result_path(arguments.results_dir, config.name, config)
     data, locations = _data(arguments, config, run_dir)
+    budget = Budget.read(run_dir) if arguments.resume else None
+    if arguments.minutes is not None and arguments.steps is None and not arguments.resume:
+        budget = timed(config, data, arguments.minutes)
+        config = planned(config, budget)
+        run = open_run(run_dir, to_dict(config))
+        terminal.say(f"{budget.minutes:g} minutes: {budget.steps} steps")
+
+    def tell(what: str, step: int) -> None:
+        if what == "prepared":
+            locations.write(run_dir)
+            if budget is not None:
+                budget.write(run_dir)
+
     task = make_task(config)
     say_padding(config.lengths, config.train.mesh.seq)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
@@ -168,7 +192,7 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
         run,
         validation=eval_batches(config, data.validation) if len(data.validation) else None,
         show_progress=arguments.progress,
-        on_event=lambda what, _: locations.write(run_dir) if what == "prepared" else None,
+        on_event=tell,
     )
     if not outcome.complete:
         limit = config.train.max_minutes
@@ -176,6 +200,10 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     step = outcome.chosen_step
     test = evaluate_checkpoint(config, run.config_dict, run_dir / "checkpoints", step, data.test)
     result = make_result(config, run, data, outcome, test)
+    result |= {
+        "command": command_of(config, locations.data_dir is not None),
+        "budget": None if budget is None else dataclasses.asdict(budget),
+    }
     terminal.say(
         f"test accuracy {test.accuracy:.4f} at step {step} of {outcome.progress.step}; baselines: "
         + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
@@ -230,6 +258,39 @@ def make_result(
         "data": {"digest": data_digest(data), **dict(data.description)},
         **how,
     }
+
+
+def command_of(config: ExperimentConfig, with_data: bool) -> str:
+    """The command line that runs this experiment again, on any machine.
+
+    Args:
+      config: the experiment.
+      with_data: it reads original files, whose place is called DATA_DIR.
+    """
+    seed, minutes = config.train.seed, config.minutes
+    preset = experiment(config.task, config.model, config.preset, seed)
+    command = ["--task", config.task, "--model", config.model, "--preset", config.preset]
+    command += ["--seed", str(seed)] if seed else []
+    command += [] if minutes is None else ["--minutes", f"{minutes:g}", "--steps"]
+    command += [] if minutes is None else [str(config.train.steps)]
+    command += ["--data-dir", "DATA_DIR"] if with_data else []
+    before, now = (_leaves(to_dict(c)) for c in (preset, config))
+    for name, value in now.items():
+        if value == before.get(name) or name in ("minutes", "train.steps" if minutes else ""):
+            continue
+        values = value if isinstance(value, list) else [value]
+        command += [f"--{name}", *map(str, values)]
+    return shlex.join(["python", "-m", PROG, *command])
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """The fields of a config by path, as the command line names them."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {path: value}
+    parts = (_leaves(item, f"{path}.{key}" if path else str(key)) for key, item in value.items())
+    return {name: leaf for part in parts for name, leaf in part.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,6 +30,9 @@ def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
         after = optax.cosine_decay_schedule(peak, decay_steps, alpha=alpha)
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, end, decay_steps)
+    elif config.schedule == "rsqrt":
+        begin = max(config.warmup_steps, 1)
+        after = lambda n: peak * jnp.sqrt(begin / (begin + n))  # noqa: E731
     else:
         after = optax.constant_schedule(peak)
     if not config.warmup_steps:
