@@ -19,15 +19,15 @@ Task = Literal[
     "pmnist", "speech",
 ]  # fmt: skip
 Model = Literal[
-    "s4", "s4d", "s4d-legs", "s4d-inv", "s5", "lru", "mamba", "mamba2", "transformer", "rotary",
-    "gla", "retnet", "gated_deltanet", "hydra", "rat", "scout",
+    "s4", "s4d", "s4d-legs", "s4d-inv", "s4d-ft", "s5", "lru", "mamba", "b2s6", "mamba2",
+    "transformer", "rotary", "gla", "retnet", "gated_deltanet", "hydra", "rat", "scout",
 ]  # fmt: skip
 """A mixer and its block; "s4d" is S4D-Lin, "transformer" Long Range Arena's."""
 Preset = Literal["paper", "cpu", "cpu-hour", "gpu-15min"]
 
 # The mixer of a model that is not called as it is.
 _MIXERS = {
-    "s4d-legs": "s4d", "s4d-inv": "s4d", "transformer": "attention", "rotary": "attention",
+    "s4d-legs": "s4d", "s4d-inv": "s4d", "s4d-ft": "s4d", "b2s6": "mamba", "transformer": "attention", "rotary": "attention",
 }  # fmt: skip
 
 

@@ -75,9 +75,9 @@ class Arguments(Checked):
     """listops, text, retrieval, image, pathfinder, path-x, path-256, cifar (in colour), mnist,
     pmnist (permuted) or speech; needed unless --resume."""
     model: str | None = None
-    """s4, s4d, s4d-legs, s4d-inv, s5, lru, mamba, mamba2, transformer (Long Range Arena's), rotary
-    (the transformer of its critics), gla, retnet, gated_deltanet, hydra, rat or scout; needed
-    unless --resume."""
+    """s4, s4d, s4d-legs, s4d-inv, s4d-ft, s5, lru, mamba, b2s6, mamba2, transformer (Long Range
+    Arena's), rotary (the transformer of its critics), gla, retnet, gated_deltanet, hydra, rat or
+    scout; needed unless --resume."""
     preset: str | None = None
     """paper, gpu-15min, cpu or cpu-hour; default cpu."""
     seed: Seed | None = None

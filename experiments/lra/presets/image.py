@@ -8,12 +8,14 @@ from experiments.lra.presets.models import (
     EXAMPLES,
     Presets,
     Shape,
+    b2s6,
     cosine,
     lru,
     resized,
     rotary,
     s4,
     s4d,
+    s4d_ft,
     s5,
     trained,
     transformer,
@@ -64,6 +66,15 @@ PRESETS = Presets(
         **s4d(
             TASK, n_ssm=2, width=512, norm="layer", prenorm=False, dropout=0.1, batch_size=50,
             steps=180_000,
+        ),
+        "s4d-ft": s4d_ft(
+            TASK, 3.0,
+            width=512, norm="layer", prenorm=False, dropout=0.1, weight_decay=0.01, batch_size=50,
+            steps=180_000,
+        ),
+        "b2s6": b2s6(
+            TASK, width=512, norm="layer", prenorm=False, rate=1e-2, batch_size=48, epochs=500,
+            weight_decay=0.05,
         ),
         "lru": lru(TASK, "cifar", factor=0.25, batch_size=50, steps=180_000, dropout=0.1),
         "transformer": transformer(

@@ -8,6 +8,7 @@ from experiments.lra.presets.models import (
     EXAMPLES,
     Presets,
     Shape,
+    b2s6,
     lru,
     on,
     resized,
@@ -15,6 +16,7 @@ from experiments.lra.presets.models import (
     rsqrt,
     s4,
     s4d,
+    s4d_ft,
     s5,
     trained,
     transformer,
@@ -62,6 +64,15 @@ PRESETS = Presets(
             prenorm=False, batch_size=32, steps=120_000,
         ),
         **s4d(TASK, layers=8, width=128, prenorm=False, batch_size=50, steps=80_000),
+        "s4d-ft": s4d_ft(
+            TASK, 3.0, mixer={"n_ssm": 1, "dt_global": True},
+            width=128, rates=(4e-3, 8e-3), weight_decay=0.03, batch_size=32, steps=150_000,
+            warmup=5_000,
+        ),
+        "b2s6": b2s6(
+            TASK, layers=8, width=128, prenorm=False, rate=8e-3, batch_size=32, epochs=120,
+            weight_decay=0.03,
+        ),
         "lru": lru(TASK, "listops", factor=0.5, batch_size=32, steps=80_000, dropout=0.0),
         "transformer": transformer(
             TASK, layers=4, heads=8, sizes=(512, 512, 1024), dropout=0.1,

@@ -4,7 +4,8 @@ Sources: S5, Smith et al. 2023, lindermanlab/S5 (bin/run_experiments). S4D, Gu e
 state-spaces/s4 at v3, the version of the paper; S4, Gu et al. 2022, the same repository's latest
 configs. LRU, Orvieto et al. 2023, its appendix. Transformer, Tay et al. 2021,
 google-research/long-range-arena. Rotary transformer, Amos et al. 2024 ("Never Train from Scratch"),
-IdoAmos/not-from-scratch. Nobody has published recipes of the other models: ``ours`` is one.
+IdoAmos/not-from-scratch. S4D-FT, Yu et al. 2025, AnnanYu/FreqBiasSSM. B2S6, Yu & Erichson 2025,
+its table of hyperparameters. Nobody has published recipes of the other models: ``ours`` is one.
 """
 
 import dataclasses
@@ -211,13 +212,19 @@ def s4(
     steps: int,
     rates: tuple[float, float] = (1e-3, 1e-2),
     weight_decay: float = 0.05,
+    warmup: int | None = None,
     **fields: Any,
 ) -> ExperimentConfig:
     """A recipe of the S4 authors; a tenth of the steps is warm-up, as in their latest configs."""
     if INTERFACES[task].vocabulary is not None:
         fields["embedding_std"] = 1.0
     train = training(
-        task, batch_size=batch_size, steps=steps, rates=rates, weight_decay=weight_decay
+        task,
+        batch_size=batch_size,
+        steps=steps,
+        rates=rates,
+        weight_decay=weight_decay,
+        warmup=warmup,
     )
     return experiment(
         task,
@@ -249,6 +256,57 @@ def s4d(task: Task, *, dt_min: float = 1e-3, n_ssm: int = 1, **fields: Any) -> d
         )
         for model, init in inits.items()
     }
+
+
+def s4d_ft(
+    task: Task, scale: float, *, mixer: Mapping[str, Any] | None = None, **fields: Any
+) -> ExperimentConfig:
+    """A recipe of S4D-FT: 64 complex states, and a rate of 0.01 for the frequencies' weights.
+
+    Args:
+      scale: of the frequencies.
+      mixer: more of ``S4DConfig``'s fields; ``fields`` are those of ``s4``.
+    """
+    config = S4DConfig(
+        state_size=128,
+        bidirectional=True,
+        frequency_scale=scale,
+        frequency_weight=True,
+        **(mixer or {}),
+    )
+    found = s4(task, "s4d-ft", config, **fields)
+    rates = found.train.group_learning_rates | {"frequency": 1e-2}
+    return dataclasses.replace(
+        found, train=dataclasses.replace(found.train, group_learning_rates=rates)
+    )
+
+
+def b2s6(
+    task: Task,
+    *,
+    layers: int = 6,
+    width: int,
+    norm: str = "batch",
+    prenorm: bool = True,
+    rate: float,
+    batch_size: int,
+    epochs: int,
+    weight_decay: float,
+) -> ExperimentConfig:
+    """A recipe of B2S6, from both sides; 16 complex states and a rate of 1e-3 for A and the step
+    sizes are ours."""
+    train = training(
+        task,
+        batch_size=batch_size,
+        steps=EXAMPLES[task] // batch_size * epochs,
+        rates=(1e-3, rate),
+        weight_decay=weight_decay,
+    )
+    mixer = BidirectionalConfig(MambaConfig(expand=1, blocks=8, layers=layers))
+    return experiment(
+        task, "b2s6", mixer, layers, train,
+        width=width, norm=norm, prenorm=prenorm, final_norm=prenorm,
+    )  # fmt: skip
 
 
 def lru(
@@ -463,7 +521,7 @@ def resized(
         kept = dataclasses.replace(kept, state_size=state, blocks=state // 16)
     elif state is not None and isinstance(kept, LRUConfig):
         kept = dataclasses.replace(kept, state_size=state // 2)
-    elif state is not None:
+    elif state is not None and isinstance(kept, S4Config | S4DConfig):
         kept = dataclasses.replace(kept, state_size=state)
     smaller = dataclasses.replace(
         backbone, layout=(kept.mixer,) * layers, mixers=(kept,), width=width, mlp=hidden

@@ -9,12 +9,14 @@ from experiments.lra.presets.models import (
     EXAMPLES,
     Presets,
     Shape,
+    b2s6,
     cosine,
     lru,
     resized,
     rotary,
     s4,
     s4d,
+    s4d_ft,
     s5,
     trained,
     transformer,
@@ -65,6 +67,12 @@ PRESETS = Presets(
         ),
         # The paper had steps of up to 0.01, with which S4D-Lin fails here (S4D-DFouT).
         **s4d(TASK, dt_min=1e-4, batch_size=16, steps=500_000, rates=(5e-4, 5e-4)),
+        "s4d-ft": s4d_ft(
+            TASK, 5.0, mixer={"dt_min": 1e-4},
+            width=128, rates=(1e-3, 1e-3), weight_decay=0.03, batch_size=20, steps=1_250_000,
+            warmup=200_000,
+        ),
+        "b2s6": b2s6(TASK, width=128, rate=1e-3, batch_size=24, epochs=120, weight_decay=0.03),
         "lru": lru(TASK, "pathx", factor=0.25, batch_size=32, steps=250_000, dropout=0.0),
         "transformer": transformer(
             TASK, layers=1, heads=2, sizes=(32, 16, 32), dropout=0.1, learned=True,

@@ -10,6 +10,7 @@ from experiments.lra.presets.models import (
     EXAMPLES,
     Presets,
     Shape,
+    b2s6,
     cosine,
     lru,
     on,
@@ -17,6 +18,7 @@ from experiments.lra.presets.models import (
     rotary,
     s4,
     s4d,
+    s4d_ft,
     s5,
     trained,
     transformer,
@@ -75,6 +77,11 @@ PRESETS = Presets(
             TASK, batch_size=64, steps=500_000, rates=(1e-3, 4e-3), weight_decay=0.03,
             pooling="last",
         ),
+        "s4d-ft": s4d_ft(
+            TASK, 3.0, mixer={"n_ssm": 1},
+            rates=(1e-3, 4e-3), weight_decay=0.03, batch_size=50, steps=800_000, warmup=150_000,
+        ),
+        "b2s6": b2s6(TASK, width=256, rate=4e-3, batch_size=48, epochs=250, weight_decay=0.03),
         "lru": lru(TASK, "pathfinder", factor=0.25, batch_size=64, steps=500_000, dropout=0.0),
         "transformer": transformer(
             TASK, layers=4, heads=4, sizes=(32, 16, 32), dropout=0.2, pooling="mean",

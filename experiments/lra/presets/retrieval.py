@@ -8,6 +8,7 @@ from experiments.lra.presets.models import (
     EXAMPLES,
     Presets,
     Shape,
+    b2s6,
     lru,
     on,
     resized,
@@ -15,6 +16,7 @@ from experiments.lra.presets.models import (
     rsqrt,
     s4,
     s4d,
+    s4d_ft,
     s5,
     trained,
     transformer,
@@ -65,6 +67,12 @@ PRESETS = Presets(
             batch_size=64, steps=50_000,
         ),
         **s4d(TASK, batch_size=64, steps=50_000),
+        "s4d-ft": s4d_ft(
+            TASK, 3.0, mixer={"n_ssm": 1, "dt_global": True},
+            width=128, rates=(1e-3, 4e-3), weight_decay=0.03, batch_size=64, steps=100_000,
+            warmup=5_000,
+        ),
+        "b2s6": b2s6(TASK, width=128, rate=4e-3, batch_size=60, epochs=200, weight_decay=0.03),
         "lru": lru(TASK, "aan", factor=0.5, batch_size=64, steps=100_000, dropout=0.1),
         "transformer": transformer(
             TASK, layers=4, heads=4, sizes=(128, 128, 512), dropout=0.1,

@@ -8,6 +8,7 @@ from experiments.lra.presets.models import (
     EXAMPLES,
     Presets,
     Shape,
+    b2s6,
     lru,
     on,
     resized,
@@ -15,6 +16,7 @@ from experiments.lra.presets.models import (
     rsqrt,
     s4,
     s4d,
+    s4d_ft,
     s5,
     trained,
     transformer,
@@ -62,6 +64,10 @@ PRESETS = Presets(
             batch_size=16, steps=50_000,
         ),
         **s4d(TASK, batch_size=16, steps=50_000),
+        "s4d-ft": s4d_ft(
+            TASK, 5.0, mixer={"n_ssm": 1, "dt_global": True}, batch_size=32, steps=20_000
+        ),
+        "b2s6": b2s6(TASK, width=256, rate=1e-2, batch_size=16, epochs=40, weight_decay=0.05),
         "lru": lru(TASK, "imdb", factor=0.1, batch_size=32, steps=50_000, dropout=0.1),
         "transformer": transformer(
             TASK, layers=4, heads=4, sizes=(256, 256, 1024), dropout=0.1,
