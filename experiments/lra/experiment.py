@@ -27,7 +27,8 @@ Preset = Literal["paper", "cpu", "cpu-hour", "gpu-15min"]
 
 # The mixer of a model that is not called as it is.
 _MIXERS = {
-    "s4d-legs": "s4d", "s4d-inv": "s4d", "s4d-ft": "s4d", "b2s6": "mamba", "transformer": "attention", "rotary": "attention",
+    "s4d-legs": "s4d", "s4d-inv": "s4d", "s4d-ft": "s4d", "b2s6": "mamba",
+    "transformer": "attention", "rotary": "attention",
 }  # fmt: skip
 
 
