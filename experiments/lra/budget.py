@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lra.experiment import ExperimentConfig
+from experiments.lra.pretrain import split
 from experiments.lra.run import make_task
 from experiments.run import read_object
 from seqmodels.data import batches
@@ -75,16 +76,15 @@ def timed(config: ExperimentConfig, data: TaskData, minutes: float) -> Budget:
 
 
 def planned(config: ExperimentConfig, budget: Budget) -> ExperimentConfig:
-    """The experiment with this number of steps; the warm-up keeps its share of them."""
-    train, steps = config.train, budget.steps
+    """The experiment with this number of steps, of which pretraining has its part."""
+    config = split(config, budget.steps)
+    train, steps = config.train, config.train.steps
     between = max(int(_BETWEEN_CHECKPOINTS / budget.seconds_per_step), 1)
     every = -(-steps // EVALUATIONS)
     return dataclasses.replace(
         config,
         train=dataclasses.replace(
             train,
-            steps=steps,
-            warmup_steps=round(steps * train.warmup_steps / train.steps),
             eval_every=every,
             checkpoint_every=min(between, every),
             log_every=max(min(train.log_every, steps // 20), 1),

@@ -11,7 +11,8 @@ from seqmodels.data.lra.listops import SYMBOLS
 from seqmodels.mixers import BidirectionalConfig
 from seqmodels.models import ClassifierConfig
 from seqmodels.models.classifier import Interaction
-from seqmodels.ranges import Checked, Positive, Size
+from seqmodels.models.denoiser import Denoising
+from seqmodels.ranges import Between, Checked, Positive, Size
 from seqmodels.training.config import TrainConfig
 
 Task = Literal[
@@ -68,6 +69,21 @@ _FIXED = ("size", "colour", "permuted")
 
 
 @dataclasses.dataclass(frozen=True)
+class PretrainConfig(Checked):
+    """Denoising of the training inputs, with the schedule of the training that comes after it.
+
+    Attributes:
+      kind: "masked" or "causal", see ``seqmodels.models.denoiser.corrupt``.
+      steps: before the first step with labels.
+      share: of the tokens that are masked.
+    """
+
+    kind: Annotated[Denoising, Fixed]
+    steps: Size
+    share: Between = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
     """One experiment, complete: data, model and training.
 
@@ -84,6 +100,7 @@ class ExperimentConfig(Checked):
       interaction: what the head sees of two encodings, see ``MatcherConfig``; None for one input.
       minutes: the training time that ``train.steps`` were chosen to take on the machine at hand;
         None where nothing was timed.
+      pretrain: what the model learns from inputs alone before it is trained; None for nothing.
     """
 
     task: Annotated[Task, Fixed]
@@ -95,6 +112,7 @@ class ExperimentConfig(Checked):
     train: TrainConfig
     interaction: Interaction | None = None
     minutes: Annotated[Positive | None, Fixed] = None
+    pretrain: PretrainConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +127,12 @@ class ExperimentConfig(Checked):
         if {side.mixer for side in sides} != {_MIXERS.get(self.model, self.model)}:
             raise ValueError(
                 f"model={self.model!r} is not what layout={backbone.layout} consists of"
+            )
+        causal = all(m.causal for m in backbone.mixers) and self.classifier.pooling != "class"
+        if self.pretrain is not None and self.pretrain.kind == "causal" and not causal:
+            raise ValueError(
+                f"pretrain.kind='causal', but model={self.model!r} sees the tokens that it would "
+                "predict: take 'masked'"
             )
         self._check_data()
         self._check_interface(INTERFACES[self.task])
@@ -160,6 +184,9 @@ class ExperimentConfig(Checked):
 
     @property
     def name(self) -> str:
-        """``<task>-<model>-<preset>[-<m>min]-seed<k>``: of the run directory and of the result."""
-        minutes = "" if self.minutes is None else f"-{self.minutes:g}min"
-        return f"{self.task}-{self.model}-{self.preset}{minutes}-seed{self.train.seed}"
+        """``<task>-<model>-<preset>[-masked][-<m>min]-seed<k>``: of the run directory and of the
+        result; "masked" or "causal" is how it is pretrained."""
+        parts = [self.task, self.model, self.preset]
+        parts += [] if self.pretrain is None else [self.pretrain.kind]
+        parts += [] if self.minutes is None else [f"{self.minutes:g}min"]
+        return "-".join([*parts, f"seed{self.train.seed}"])

@@ -4,19 +4,20 @@
     python -m experiments.lra.sweep --tasks listops --models s5 gla --seeds 0 1 2 --dry-run
     python -m experiments.lra.sweep --cells image:s4:cpu-hour mnist:s4d --minutes 60
 
-A cell is a task, a model, a preset and a seed; experiments.lra.train runs it with --minutes, which
-chooses the number of steps by timing a few. A sweep that was killed, at any moment, and is started
-again with the same command goes on where it was: cells with a result are left out, the one under
-way continues from its last checkpoint, and the time it has trained counts. Results, learning curves
-and run directories are those of experiments.lra.train. A cell that fails is reported and does not
-stop the others. Exit codes: 0 all cells have a result; 1 some have failed; 130 and 143 stopped.
+A cell is a task, a model, a preset, a seed, and perhaps a pretraining; experiments.lra.train runs
+it with --minutes, which chooses the number of steps by timing a few. A sweep that was killed, at
+any moment, and is started again with the same command goes on where it was: cells with a result
+are left out, the one under way continues from its last checkpoint, and the time it has trained
+counts. Results, learning curves and run directories are those of experiments.lra.train. A cell
+that fails is reported and does not stop the others. Exit codes: 0 all cells have a result; 1 some
+have failed; 130 and 143 stopped.
 """
 
 import dataclasses
 import gc
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 
@@ -25,7 +26,9 @@ from experiments.command_line import UsageError, run_command
 from experiments.lra import train
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets import experiment
+from experiments.lra.pretrain import with_pretraining
 from experiments.run import read_object
+from seqmodels.models.denoiser import Denoising
 from seqmodels.ranges import Checked, Positive, Seed
 
 PROG = "experiments.lra.sweep"
@@ -33,6 +36,7 @@ TASKS = ("listops", "text", "image", "pathfinder")
 MODELS = (
     "s4d", "s5", "lru", "mamba2", "gla", "gated_deltanet", "rat", "scout", "hydra", "rotary",
 )  # fmt: skip
+KINDS = get_args(Denoising)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +51,11 @@ class Arguments(Checked):
     """Preset of all cells."""
     seeds: tuple[Seed, ...] = (0,)
     """Seeds; each with all tasks and models."""
+    pretrain: tuple[str, ...] = ("none",)
+    """none, masked or causal, or several; each with all of these. See experiments.lra.train."""
     cells: tuple[str, ...] = ()
     """The cells themselves, in this order, in place of tasks and models:
-    task:model, or task:model:preset, or task:model:preset:seed."""
+    task:model, and then perhaps :preset, :seed and :masked or :causal."""
     minutes: Positive = 10.0
     """Training time of each cell."""
     data: tuple[str, ...] = ()
@@ -78,7 +84,8 @@ def cells(arguments: Arguments) -> list[ExperimentConfig]:
       UsageError: a name is unknown, a cell is there twice or reads like none.
     """
     names = arguments.cells or [
-        f"{task}:{model}:{arguments.preset}:{seed}"
+        f"{task}:{model}:{arguments.preset}:{seed}:{kind}"
+        for kind in arguments.pretrain
         for seed in arguments.seeds
         for task in arguments.tasks
         for model in arguments.models
@@ -94,10 +101,11 @@ def cells(arguments: Arguments) -> list[ExperimentConfig]:
 
 def _cell(name: str, preset: str) -> ExperimentConfig:
     task, *rest = name.split(":")
-    if not 1 <= len(rest) <= 3 or (len(rest) == 3 and not rest[2].isdecimal()):
-        raise UsageError(f"--cells {name} must look like listops:s5 or listops:s5:cpu:0")
-    model, preset, seed = [*rest, *(preset, "0")[len(rest) - 1 :]]
-    return experiment(task, model, preset, int(seed))
+    model, preset, seed, kind = [*rest, *("", preset, "0", "none")[len(rest) :]][:4]
+    if not 1 <= len(rest) <= 4 or not seed.isdecimal() or kind not in ("none", *KINDS):
+        raise UsageError(f"--cells {name} must look like listops:s5 or listops:s5:cpu:0:masked")
+    config = experiment(task, model, preset, int(seed))
+    return with_pretraining(config, None if kind == "none" else cast(Denoising, kind))
 
 
 def locations(arguments: Arguments) -> dict[str, str]:
@@ -128,6 +136,7 @@ def command(arguments: Arguments, config: ExperimentConfig, data_dir: str | None
     return [
         f"--task={config.task}", f"--model={config.model}", f"--preset={config.preset}",
         f"--seed={config.train.seed}", f"--minutes={arguments.minutes:g}",
+        *([] if config.pretrain is None else [f"--pretrain={config.pretrain.kind}"]),
         *(["--allow-partial"] if config.task in arguments.allow_partial else []), *options,
     ]  # fmt: skip
 

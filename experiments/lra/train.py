@@ -14,7 +14,7 @@ lists them. For example
 
 The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result and
 its learning curve go to --results-dir as <task>-<model>-<preset>-seed<k>.json and .png, with
---minutes 10 as <task>-<model>-<preset>-10min-seed<k>.
+--minutes 10 as <task>-<model>-<preset>-10min-seed<k>, with --pretrain masked -masked before that.
 Exit codes: 0 done; 1 an error; 2 a wrong command line; 3 the loss was not finite; 130 and 143
 stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
 """
@@ -35,6 +35,7 @@ from experiments.lra.budget import Budget, planned, timed
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.plots import learning_curve
 from experiments.lra.presets import experiment
+from experiments.lra.pretrain import pretrain, with_pretraining
 from experiments.lra.run import (
     data_digest,
     eval_batches,
@@ -57,7 +58,9 @@ from experiments.run import (
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data import batches
 from seqmodels.data.examples import TaskData
+from seqmodels.models.denoiser import Denoising
 from seqmodels.ranges import Checked, Positive, Seed, Size
+from seqmodels.training.denoising import beginning_with
 from seqmodels.training.evaluation import Evaluation
 from seqmodels.training.loop import Outcome, fit
 from seqmodels.training.run_directory import Run, open_run, read_config
@@ -95,6 +98,9 @@ class Arguments(Checked):
     """Where the result and the learning curve go; those in experiments/results are committed."""
     steps: Size | None = None
     """Number of steps, instead of the preset's; the schedule follows."""
+    pretrain: Denoising | None = None
+    """Give half of the steps to denoising the task's own inputs, without labels, before training:
+    masked, or causal for models that see the past alone."""
     minutes: Positive | None = None
     """Time a few steps first, and take as many as fill this training time on this machine; the
     schedule follows. With --steps nothing is timed, only noted."""
@@ -143,6 +149,7 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
             )
         preset = "cpu" if arguments.preset is None else arguments.preset
         fresh = experiment(arguments.task, arguments.model, preset, arguments.seed or 0)
+        fresh = with_pretraining(fresh, arguments.pretrain)
         fresh = dataclasses.replace(fresh, minutes=arguments.minutes)
         if not arguments.resume:
             config = changed(fresh, options, prog=PROG)
@@ -150,7 +157,8 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
         run_dir = RUNS / fresh.name
     config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
     saved = {name: getattr(config, name) for name in ("task", "model", "preset", "minutes")}
-    require_names(arguments, saved | {"seed": config.train.seed}, run_dir)
+    saved |= {"seed": config.train.seed, "pretrain": config.pretrain and config.pretrain.kind}
+    require_names(arguments, saved, run_dir)
     return changed(config, options, prog=PROG), run_dir
 
 
@@ -177,7 +185,12 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
             if budget is not None:
                 budget.write(run_dir)
 
-    task = make_task(config)
+    task, pretraining = make_task(config), None
+    if config.pretrain is not None:
+        run.write_config()  # from here on it can be resumed
+        tell("prepared", 0)
+        learned, pretraining = pretrain(config, run, data, show_progress=arguments.progress)
+        task = beginning_with(task, learned)
     say_padding(config.lengths, config.train.mesh.seq)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
     outcome = fit(
@@ -203,7 +216,10 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     result |= {
         "command": command_of(config, locations.data_dir is not None),
         "budget": None if budget is None else dataclasses.asdict(budget),
+        "pretraining": pretraining,
     }
+    if pretraining is not None:
+        result["wall_seconds"] += pretraining["wall_seconds"]
     terminal.say(
         f"test accuracy {test.accuracy:.4f} at step {step} of {outcome.progress.step}; baselines: "
         + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
@@ -268,9 +284,12 @@ def command_of(config: ExperimentConfig, with_data: bool) -> str:
       with_data: it reads original files, whose place is called DATA_DIR.
     """
     seed, minutes = config.train.seed, config.minutes
+    kind = None if config.pretrain is None else config.pretrain.kind
     preset = experiment(config.task, config.model, config.preset, seed)
+    preset = with_pretraining(preset, kind)
     command = ["--task", config.task, "--model", config.model, "--preset", config.preset]
     command += ["--seed", str(seed)] if seed else []
+    command += [] if kind is None else ["--pretrain", kind]
     command += [] if minutes is None else ["--minutes", f"{minutes:g}", "--steps"]
     command += [] if minutes is None else [str(config.train.steps)]
     command += ["--data-dir", "DATA_DIR"] if with_data else []

@@ -155,7 +155,20 @@ def encode(
     segment_ids: Int[Array | np.ndarray, "b l"] | None,
     deterministic: bool,
 ) -> Float[Array, "b d"]:
-    """The pooled float32 encoding of each row; parameters are those of ``module``.
+    """The pooled float32 encoding of each row; arguments and errors as ``hidden``'s."""
+    x, segments = hidden(module, config, inputs, segment_ids, deterministic)
+    return pool(x.astype(jnp.float32), segments, config.pooling)
+
+
+def hidden(
+    module: nn.Module,
+    config: ClassifierConfig,
+    inputs: Int[Array | np.ndarray, "b l"] | Float[Array | np.ndarray, "b l c"],
+    segment_ids: Int[Array | np.ndarray, "b l"] | None,
+    deterministic: bool,
+) -> tuple[Float[Array, "b t d"], Segments | None]:
+    """What the backbone makes of each row, and its segments; both begin with the class token, if
+    there is one. Parameters are those of ``module``.
 
     Raises:
       ValueError: ``inputs`` do not fit the configured vocabulary (of ids, see ``check_ids``).
@@ -188,7 +201,7 @@ def encode(
     x, _ = Backbone(config.backbone, name="backbone")(
         x, segments=segments, deterministic=deterministic
     )
-    return pool(x.astype(jnp.float32), segments, config.pooling)
+    return x, segments
 
 
 def pool(x: Float[Array, "b l d"], segments: Segments | None, kind: Pooling) -> Float[Array, "b d"]:

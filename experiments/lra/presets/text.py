@@ -29,14 +29,14 @@ TASK = "text"
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:
     """The first 1,024 bytes of each review."""
-    short = on(paper, TextConfig(max_length=1024), (512, 768, 1024))
+    short = on(paper, TextConfig(max_length=1024), (640, 1024))
     small = resized(short, layers=2, width=64, state=32)
     return trained(small, steps=2_500, batch_size=16, rate=2e-3)
 
 
 def hour(paper: ExperimentConfig) -> ExperimentConfig:
     """The first 2,048 bytes of each review."""
-    short = on(paper, TextConfig(max_length=2048), (512, 1024, 1536, 2048))
+    short = on(paper, TextConfig(max_length=2048), (768, 1280, 2048))
     small = resized(short, layers=2, width=96, state=32)
     return trained(small, steps=7_000, batch_size=16, rate=2e-3)
 
