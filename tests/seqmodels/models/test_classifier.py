@@ -342,7 +342,7 @@ def test_positions_tell_a_row_from_its_reverse():
 
 def test_learned_positions_end():
     config = dataclasses.replace(CONFIG, positions="learned", max_length=6)
-    with pytest.raises(ValueError, match="rows of 7 tokens.*raise max_length=6"):
+    with pytest.raises(ValueError, match=r"rows of 7 tokens.*raise max_length=6"):
         jax.eval_shape(Classifier(config).init, jax.random.key(0), TOKENS, IDS)
     with pytest.raises(ValueError, match="max_length=6 with positions=None"):
         dataclasses.replace(CONFIG, max_length=6)
