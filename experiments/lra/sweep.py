@@ -157,7 +157,7 @@ def sweep(arguments: Arguments) -> None:
             terminal.say(f"{about}: {_state(arguments, config, result)}")
             continue
         terminal.say(f"{about}: trains for {arguments.minutes:g} minutes")
-        code = train.main(command(arguments, config, places.get(config.task)))
+        code = train_cell(command(arguments, config, places.get(config.task)))
         if code in (130, 143):
             raise Stopped(code)
         result = _result(arguments, config)
@@ -168,6 +168,11 @@ def sweep(arguments: Arguments) -> None:
         gc.collect()
     if failed:
         raise ValueError(f"{len(failed)} of {len(todo)} cells have failed: {', '.join(failed)}")
+
+
+def train_cell(words: list[str]) -> int:
+    """Trains in this process, so that what ends one ends both; the exit code."""
+    return train.main(words)
 
 
 class Stopped(ValueError):
