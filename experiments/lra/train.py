@@ -20,9 +20,8 @@ stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
 """
 
 import dataclasses
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +31,7 @@ from experiments import terminal
 from experiments.command_line import UsageError, as_options, changed, run_command
 from experiments.lra.baselines import baselines
 from experiments.lra.budget import Budget, planned, timed
+from experiments.lra.command import PROG, command_of
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.plots import learning_curve
 from experiments.lra.presets import experiment
@@ -65,7 +65,6 @@ from seqmodels.training.evaluation import Evaluation
 from seqmodels.training.loop import Outcome, fit
 from seqmodels.training.run_directory import Run, open_run, read_config
 
-PROG = "experiments.lra.train"
 RUNS = Path("runs/lra")
 CACHE = "~/.cache/seqmodels"
 
@@ -172,41 +171,15 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     run = open_run(run_dir, to_dict(config), resume=arguments.resume)
     path = result_path(arguments.results_dir, config.name, config)
     data, locations = _data(arguments, config, run_dir)
-    budget = Budget.read(run_dir) if arguments.resume else None
-    if arguments.minutes is not None and arguments.steps is None and not arguments.resume:
-        budget = timed(config, data, arguments.minutes)
-        config = planned(config, budget)
-        run = open_run(run_dir, to_dict(config))
-        terminal.say(f"{budget.minutes:g} minutes: {budget.steps} steps")
+    config, budget = _budgeted(arguments, config, run_dir, data)
+    run = dataclasses.replace(run, config_dict=to_dict(config))
 
-    def tell(what: str, step: int) -> None:
-        if what == "prepared":
-            locations.write(run_dir)
-            if budget is not None:
-                budget.write(run_dir)
+    def note() -> None:
+        locations.write(run_dir)
+        if budget is not None:
+            budget.write(run_dir)
 
-    task, pretraining = make_task(config), None
-    if config.pretrain is not None:
-        run.write_config()  # from here on it can be resumed
-        tell("prepared", 0)
-        learned, pretraining = pretrain(config, run, data, show_progress=arguments.progress)
-        task = beginning_with(task, learned)
-    say_padding(config.lengths, config.train.mesh.seq)
-    print(f"{config.name}: {run_dir}", file=sys.stderr)
-    outcome = fit(
-        task,
-        batches.train_batches(
-            data.train,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            lengths=config.lengths,
-        ),
-        config.train,
-        run,
-        validation=eval_batches(config, data.validation) if len(data.validation) else None,
-        show_progress=arguments.progress,
-        on_event=tell,
-    )
+    outcome, pretraining = _fit(config, run, data, note, show_progress=arguments.progress)
     if not outcome.complete:
         limit = config.train.max_minutes
         terminal.say(f"stopped after {outcome.progress.step} steps: max_minutes={limit}")
@@ -227,6 +200,56 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     write_result(result, run_dir, path)
     learning_curve(result, path.with_suffix(".png"))
     terminal.say(f"result: {path}")
+
+
+def _budgeted(
+    arguments: Arguments, config: ExperimentConfig, run_dir: Path, data: TaskData
+) -> tuple[ExperimentConfig, Budget | None]:
+    """The experiment with its number of steps, and what that was chosen from, if it was."""
+    if arguments.resume:
+        return config, Budget.read(run_dir)
+    if arguments.minutes is None or arguments.steps is not None:
+        return config, None
+    budget = timed(config, data, arguments.minutes)
+    terminal.say(f"{budget.minutes:g} minutes: {budget.steps} steps")
+    return planned(config, budget), budget
+
+
+def _fit(
+    config: ExperimentConfig,
+    run: Run,
+    data: TaskData,
+    note: Callable[[], None],
+    *,
+    show_progress: bool,
+) -> tuple[Outcome, dict[str, Any] | None]:
+    """Trains, after pretraining if there is any; of that, what a result says.
+
+    ``note`` leaves beside the config what a resumed run needs.
+    """
+    task, pretraining = make_task(config), None
+    if config.pretrain is not None:
+        run.write_config()  # from here on it can be resumed
+        note()
+        learned, pretraining = pretrain(config, run, data, show_progress=show_progress)
+        task = beginning_with(task, learned)
+    say_padding(config.lengths, config.train.mesh.seq)
+    print(f"{config.name}: {run.directory}", file=sys.stderr)
+    outcome = fit(
+        task,
+        batches.train_batches(
+            data.train,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            lengths=config.lengths,
+        ),
+        config.train,
+        run,
+        validation=eval_batches(config, data.validation) if len(data.validation) else None,
+        show_progress=show_progress,
+        on_event=lambda what, _: note() if what == "prepared" else None,
+    )
+    return outcome, pretraining
 
 
 def _data(
@@ -274,42 +297,6 @@ def make_result(
         "data": {"digest": data_digest(data), **dict(data.description)},
         **how,
     }
-
-
-def command_of(config: ExperimentConfig, with_data: bool) -> str:
-    """The command line that runs this experiment again, on any machine.
-
-    Args:
-      config: the experiment.
-      with_data: it reads original files, whose place is called DATA_DIR.
-    """
-    seed, minutes = config.train.seed, config.minutes
-    kind = None if config.pretrain is None else config.pretrain.kind
-    preset = experiment(config.task, config.model, config.preset, seed)
-    preset = with_pretraining(preset, kind)
-    command = ["--task", config.task, "--model", config.model, "--preset", config.preset]
-    command += ["--seed", str(seed)] if seed else []
-    command += [] if kind is None else ["--pretrain", kind]
-    command += [] if minutes is None else ["--minutes", f"{minutes:g}", "--steps"]
-    command += [] if minutes is None else [str(config.train.steps)]
-    command += ["--data-dir", "DATA_DIR"] if with_data else []
-    before, now = (_leaves(to_dict(c)) for c in (preset, config))
-    for name, value in now.items():
-        if value == before.get(name) or name in ("minutes", "train.steps" if minutes else ""):
-            continue
-        values = value if isinstance(value, list) else [value]
-        command += [f"--{name}", *map(str, values)]
-    return shlex.join(["python", "-m", PROG, *command])
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """The fields of a config by path, as the command line names them."""
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return {path: value}
-    parts = (_leaves(item, f"{path}.{key}" if path else str(key)) for key, item in value.items())
-    return {name: leaf for part in parts for name, leaf in part.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.command_line import UsageError, as_options, changed
+from experiments.command_line import UsageError, as_options, changed, parse
 from experiments.lra import pretrain as pretraining
 from experiments.lra import train
 from experiments.lra.presets import experiment
@@ -104,7 +104,7 @@ def test_the_result_says_how_it_was_pretrained(trained):
 
 def tiny(folder):
     words = command(folder, *MASKED)
-    arguments, fields = train.parse(train.Arguments, words, prog=train.PROG)
+    arguments, fields = parse(train.Arguments, words, prog=train.PROG)
     config, _ = train.resolve(arguments, fields)
     return config, load_data(config, cache_dir=str(folder / "cache"), data_dir=None, progress=False)
 

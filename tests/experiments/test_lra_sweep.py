@@ -9,9 +9,11 @@ import pytest
 
 from experiments.command_line import UsageError, as_options, changed, parse
 from experiments.lra import budget, sweep, train
+from experiments.lra import command as lra_command
 from experiments.lra.budget import Budget
+from experiments.lra.command import command_of
 from experiments.lra.presets import experiment
-from experiments.lra.train import command_of, resolve
+from experiments.lra.train import resolve
 from tests.experiments.test_lra_train import TINY
 from tests.seqmodels.training.compilation import compiled_once
 
@@ -25,7 +27,7 @@ def _setting(tmp_path_factory):
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: first)
-        for module in (sweep, train):
+        for module in (sweep, train, lra_command):
             patch.setattr(module, "experiment", tiny)
         with compiled_once(tmp_path_factory.mktemp("compiled")):
             yield
@@ -152,7 +154,8 @@ def test_the_plan_of_a_budget():
     ],
 )
 def test_any_experiment_has_a_command(task, model, preset, settings, monkeypatch):
-    monkeypatch.setattr(train, "experiment", experiment)
+    for module in (train, lra_command):
+        monkeypatch.setattr(module, "experiment", experiment)
     config = changed(experiment(task, model, preset, 7), as_options(settings))
     *_, text = command_of(config, with_data=True).partition("experiments.lra.train ")
     arguments, fields = parse(train.Arguments, shlex.split(text), prog=train.PROG)
