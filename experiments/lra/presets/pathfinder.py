@@ -44,7 +44,7 @@ def fewer(paper: ExperimentConfig, images: int, difficulty: str) -> ExperimentCo
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:
     """Short contours, and fewer images."""
-    small = resized(fewer(paper, 20_000, "easy"), layers=2, width=32, state=32)
+    small = resized(fewer(paper, 40_000, "easy"), layers=2, width=32, state=32)
     return trained(small, steps=800, batch_size=32, rate=2e-3)
 
 
