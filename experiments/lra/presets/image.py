@@ -3,6 +3,8 @@
 Data: --data-dir with cifar-10-binary.tar.gz (162 MB) or the Python version.
 """
 
+from typing import Final
+
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets.models import (
     EXAMPLES,
@@ -22,7 +24,7 @@ from experiments.lra.presets.models import (
 )
 from seqmodels.mixers import S4Config, S5Config
 
-TASK = "image"
+TASK: Final = "image"
 
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:

@@ -3,6 +3,8 @@
 Data: generated, nothing to download; or listops-1000/ of Long Range Arena's release.
 """
 
+from typing import Final
+
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets.models import (
     EXAMPLES,
@@ -24,7 +26,7 @@ from experiments.lra.presets.models import (
 from seqmodels.data.lra import ListOpsConfig
 from seqmodels.mixers import S4Config, S5Config
 
-TASK = "listops"
+TASK: Final = "listops"
 
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:

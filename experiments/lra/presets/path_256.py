@@ -3,12 +3,14 @@
 Data: generated, nothing to download; or pathfinder256/ of Long Range Arena's release (7.7 GB).
 """
 
+from typing import Final
+
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets import path_x
 from experiments.lra.presets.models import EXAMPLES, Presets, resized, trained
 from experiments.lra.presets.pathfinder import fewer
 
-TASK = "path-256"
+TASK: Final = "path-256"
 
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:

@@ -4,6 +4,8 @@ Data: generated, nothing to download; or pathfinder128/ of Long Range Arena's re
 inner of two folders of that name.
 """
 
+from typing import Final
+
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets.models import (
     EXAMPLES,
@@ -24,7 +26,7 @@ from experiments.lra.presets.models import (
 from experiments.lra.presets.pathfinder import fewer
 from seqmodels.mixers import S4Config, S5Config
 
-TASK = "path-x"
+TASK: Final = "path-x"
 
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:

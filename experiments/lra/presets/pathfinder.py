@@ -4,6 +4,7 @@ Data: generated, nothing to download; or pathfinder32/ of Long Range Arena's rel
 """
 
 import dataclasses
+from typing import Final
 
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets.models import (
@@ -24,12 +25,13 @@ from experiments.lra.presets.models import (
     transformer,
 )
 from seqmodels.data.lra import PathfinderConfig
+from seqmodels.data.lra.pathfinder import Difficulty
 from seqmodels.mixers import S4Config, S5Config
 
-TASK = "pathfinder"
+TASK: Final = "pathfinder"
 
 
-def fewer(paper: ExperimentConfig, images: int, difficulty: str) -> ExperimentConfig:
+def fewer(paper: ExperimentConfig, images: int, difficulty: Difficulty) -> ExperimentConfig:
     """The experiment with so many images to train on."""
     assert isinstance(paper.data, PathfinderConfig)
     data = dataclasses.replace(

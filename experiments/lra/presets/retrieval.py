@@ -3,6 +3,8 @@
 Data: --data-dir with tsv_data/ of Long Range Arena's release (7.7 GB).
 """
 
+from typing import Final
+
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets.models import (
     EXAMPLES,
@@ -24,7 +26,7 @@ from experiments.lra.presets.models import (
 from seqmodels.data.lra import RetrievalConfig
 from seqmodels.mixers import S4Config, S5Config
 
-TASK = "retrieval"
+TASK: Final = "retrieval"
 
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:

@@ -4,12 +4,14 @@ Data: --data-dir with speech_commands_v0.02.tar.gz (2.4 GB), or with the recordi
 Spoken Digit Dataset (16 MB), and with it --allow-partial.
 """
 
+from typing import Final
+
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets import path_x
 from experiments.lra.presets.models import EXAMPLES, Presets, resized, s5, trained
 from seqmodels.mixers import S5Config
 
-TASK = "speech"
+TASK: Final = "speech"
 
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:

@@ -3,6 +3,8 @@
 Data: --data-dir with aclImdb_v1.tar.gz (84 MB), the Large Movie Review Dataset.
 """
 
+from typing import Final
+
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets.models import (
     EXAMPLES,
@@ -24,7 +26,7 @@ from experiments.lra.presets.models import (
 from seqmodels.data.lra import TextConfig
 from seqmodels.mixers import S4Config, S5Config
 
-TASK = "text"
+TASK: Final = "text"
 
 
 def cpu(paper: ExperimentConfig) -> ExperimentConfig:
