@@ -106,10 +106,9 @@ def block_scan(
     def state(y: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
         a, b, c, b_bias, before = now
         b, c = (jnp.repeat(part, width, axis=-1) for part in (b, c))
-        decay = jnp.exp(steps * a[None, None])
-        h, after = ops.linear_scan(
-            decay, steps * x * (b + b_bias[None, None]), initial_state=before, segments=segments
-        )
+        decay = jnp.exp(steps.astype(a.dtype) * a[None, None])
+        drive = (steps * x).astype(b.dtype) * (b + b_bias[None, None])
+        h, after = ops.linear_scan(decay, drive, initial_state=before, segments=segments)
         return y + (c * h).real, after
 
     each = tuple(jnp.moveaxis(part, -1, 0) for part in (a, b, c, b_bias, initial_state))

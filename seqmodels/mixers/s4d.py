@@ -155,9 +155,10 @@ def _run_weighted(
     left, right = (ops.diagonal_ssm(impulse, system.log_a, c)[0][0] for c in system.c)
     # Of a ring of 2 L places, those behind L are the ones before the first.
     kernel = jnp.concatenate([left, jnp.flip(right, axis=0)])
-    frequency = jnp.arange(length + 1) / (2.0 * length)
-    weight = jnp.exp(jnp.log1p(frequency)[:, None] * power[None])
-    spectrum = jnp.fft.rfft(kernel, axis=0) * weight
+    logarithm = np.log1p(np.arange(length + 1) / (2 * length)).astype(np.float32)
+    weight = jnp.exp(logarithm[:, None] * power[None])
+    spectrum = jnp.fft.rfft(kernel, axis=0)
+    spectrum = spectrum * weight.astype(spectrum.dtype)
     rows = jnp.fft.rfft(u, n=2 * length, axis=1)
     return jnp.fft.irfft(rows * spectrum[None], n=2 * length, axis=1)[:, :length]
 

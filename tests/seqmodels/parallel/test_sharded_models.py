@@ -39,7 +39,8 @@ def served(name):
 
 
 SERVED = [name for name in CASES if served(name)]
-BOTH_WAYS = [n for n in CASES if not served(n) and CASES[n].mixer != "bidirectional"]
+WHOLE_ROWS = {"bidirectional", "bidirectional-tied", "s4d-weighted"}  # what they refuse to split
+BOTH_WAYS = [name for name in CASES if not served(name) and name not in WHOLE_ROWS]
 
 
 @functools.cache
