@@ -197,8 +197,9 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
         f"test accuracy {test.accuracy:.4f} at step {step} of {outcome.progress.step}; baselines: "
         + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     )
-    write_result(result, run_dir, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     learning_curve(result, path.with_suffix(".png"))
+    write_result(result, run_dir, path)  # last: where a result is, nothing is missing
     terminal.say(f"result: {path}")
 
 
