@@ -35,7 +35,7 @@ def cpu(paper: ExperimentConfig) -> ExperimentConfig:
 
 def hour(paper: ExperimentConfig) -> ExperimentConfig:
     """A few epochs."""
-    small = resized(paper, layers=4, width=64, state=64)
+    small = resized(paper, layers=3, width=64, state=32)
     return trained(small, steps=4_000, batch_size=32, rate=2e-3)
 
 

@@ -52,7 +52,7 @@ def cpu(paper: ExperimentConfig) -> ExperimentConfig:
 
 def hour(paper: ExperimentConfig) -> ExperimentConfig:
     """Fewer images."""
-    small = resized(fewer(paper, 80_000, "hard"), layers=4, width=64, state=64)
+    small = resized(fewer(paper, 80_000, "hard"), layers=3, width=64, state=32)
     return trained(small, steps=4_000, batch_size=32, rate=2e-3)
 
 
