@@ -186,7 +186,7 @@ class ExperimentConfig(Checked):
     def name(self) -> str:
         """``<task>-<model>-<preset>[-masked][-<m>min]-seed<k>``: of the run directory and of the
         result; "masked" or "causal" is how it is pretrained."""
-        parts = [self.task, self.model, self.preset]
+        parts: list[str] = [self.task, self.model, self.preset]
         parts += [] if self.pretrain is None else [self.pretrain.kind]
         parts += [] if self.minutes is None else [f"{self.minutes:g}min"]
         return "-".join([*parts, f"seed{self.train.seed}"])

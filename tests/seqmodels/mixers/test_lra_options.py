@@ -101,6 +101,7 @@ def test_frequencies_begin_scaled_and_their_weights_at_one():
     assert (label.group, label.weight_decay) == ("frequency", False)
 
 
+@pytest.mark.full
 @pytest.mark.optimised
 def test_weights_of_one_change_nothing():
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, 2))
@@ -141,10 +142,9 @@ def b2s6(values, *, blocks, states, lengths=(LENGTH, LENGTH)):
     return outputs
 
 
+@pytest.mark.full  # the next test has all that this one has but for ranks
 @pytest.mark.optimised
-@pytest.mark.parametrize(
-    ("blocks", "rank"), [(2, 2), pytest.param(1, None, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize(("blocks", "rank"), [(2, 2), (1, None)])
 def test_mamba_with_blocks(blocks, rank):
     config = MambaConfig(state_size=3, expand=2, conv_size=2, dt_rank=rank, blocks=blocks)
 
