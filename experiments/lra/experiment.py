@@ -8,17 +8,29 @@ from tyro.conf import Fixed
 
 from seqmodels.data.lra import TASKS, TaskConfig
 from seqmodels.data.lra.listops import SYMBOLS
+from seqmodels.mixers import BidirectionalConfig
 from seqmodels.models import ClassifierConfig
 from seqmodels.models.classifier import Interaction
-from seqmodels.ranges import Checked, Size
+from seqmodels.models.denoiser import Denoising
+from seqmodels.ranges import Between, Checked, Positive, Size
 from seqmodels.training.config import TrainConfig
 
 Task = Literal[
     "listops", "text", "retrieval", "image", "pathfinder", "path-x", "path-256", "cifar", "mnist",
     "pmnist", "speech",
 ]  # fmt: skip
-Model = Literal["s4d", "s5"]
-Preset = Literal["paper", "cpu"]
+Model = Literal[
+    "s4", "s4d", "s4d-legs", "s4d-inv", "s4d-ft", "s5", "lru", "mamba", "b2s6", "mamba2",
+    "transformer", "rotary", "gla", "retnet", "gated_deltanet", "hydra", "rat", "scout",
+]  # fmt: skip
+"""A mixer and its block; "s4d" is S4D-Lin, "transformer" Long Range Arena's."""
+Preset = Literal["paper", "cpu", "cpu-hour", "gpu-15min"]
+
+# The mixer of a model that is not called as it is.
+_MIXERS = {
+    "s4d-legs": "s4d", "s4d-inv": "s4d", "s4d-ft": "s4d", "b2s6": "mamba",
+    "transformer": "attention", "rotary": "attention",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +69,38 @@ _FIXED = ("size", "colour", "permuted")
 
 
 @dataclasses.dataclass(frozen=True)
+class PretrainConfig(Checked):
+    """Denoising of the training inputs, with the schedule of the training that comes after it.
+
+    Attributes:
+      kind: "masked" or "causal", see ``seqmodels.models.denoiser.corrupt``.
+      steps: before the first step with labels.
+      share: of the tokens that are masked.
+    """
+
+    kind: Annotated[Denoising, Fixed]
+    steps: Size
+    share: Between = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
     """One experiment, complete: data, model and training.
 
     Attributes:
       task: names what ``data`` are, and does not change them.
-      model: name of the mixer in ``classifier``; likewise.
-      preset: "paper" or "cpu", what this config was made from.
+      model: names what ``classifier`` is, whose blocks have that mixer, or it from both sides;
+        likewise.
+      preset: what this config was made from.
       data: which data.
       lengths: the padded lengths, increasing; the last one holds the longest row. Padding is
         masked everywhere, so that they change the speed only.
       classifier: the model, or what encodes each of two inputs.
       train: the training; its seed also orders the batches.
       interaction: what the head sees of two encodings, see ``MatcherConfig``; None for one input.
+      minutes: the training time that ``train.steps`` were chosen to take on the machine at hand;
+        None where nothing was timed.
+      pretrain: what the model learns from inputs alone before it is trained; None for nothing.
     """
 
     task: Annotated[Task, Fixed]
@@ -80,6 +111,8 @@ class ExperimentConfig(Checked):
     classifier: ClassifierConfig
     train: TrainConfig
     interaction: Interaction | None = None
+    minutes: Annotated[Positive | None, Fixed] = None
+    pretrain: PretrainConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,9 +122,18 @@ class ExperimentConfig(Checked):
             getattr(self.data, name) != value for name, value in fixed.items()
         ):
             raise ValueError(f"task={self.task!r} does not have data={self.data}")
-        layout = self.classifier.backbone.layout
-        if set(layout) != {self.model}:
-            raise ValueError(f"model={self.model!r} is not what layout={layout} consists of")
+        backbone = self.classifier.backbone
+        sides = (m.local if isinstance(m, BidirectionalConfig) else m for m in backbone.mixers)
+        if {side.mixer for side in sides} != {_MIXERS.get(self.model, self.model)}:
+            raise ValueError(
+                f"model={self.model!r} is not what layout={backbone.layout} consists of"
+            )
+        causal = all(m.causal for m in backbone.mixers) and self.classifier.pooling != "class"
+        if self.pretrain is not None and self.pretrain.kind == "causal" and not causal:
+            raise ValueError(
+                f"pretrain.kind='causal', but model={self.model!r} sees the tokens that it would "
+                "predict: take 'masked'"
+            )
         self._check_data()
         self._check_interface(INTERFACES[self.task])
 
@@ -142,5 +184,9 @@ class ExperimentConfig(Checked):
 
     @property
     def name(self) -> str:
-        """``<task>-<model>-<preset>-seed<k>``: of the run directory and of the result."""
-        return f"{self.task}-{self.model}-{self.preset}-seed{self.train.seed}"
+        """``<task>-<model>-<preset>[-masked][-<m>min]-seed<k>``: of the run directory and of the
+        result; "masked" or "causal" is how it is pretrained."""
+        parts: list[str] = [self.task, self.model, self.preset]
+        parts += [] if self.pretrain is None else [self.pretrain.kind]
+        parts += [] if self.minutes is None else [f"{self.minutes:g}min"]
+        return "-".join([*parts, f"seed{self.train.seed}"])

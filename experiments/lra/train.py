@@ -1,36 +1,43 @@
 """Trains one model on one task and writes down what came out.
 
     python -m experiments.lra.train --task listops --model s5 --preset cpu
+    python -m experiments.lra.train --task listops --model gla --minutes 10
     python -m experiments.lra.train --resume --run-dir runs/lra/listops-s5-cpu-seed0
 
-Presets: "paper" has the published settings and is meant for an accelerator; "cpu" is what two
-processor cores do in ten minutes (Text: an hour), with smaller models and easier data (see
-experiments/lra/presets.py for each difference). Any field of the config can be changed;
---help-fields lists them. For example
+Presets: "paper" has the published settings, or our recipe where nobody has published any, and is
+meant for an accelerator; "gpu-15min" is shorter; "cpu" is what two processor cores do in ten
+minutes and "cpu-hour" in an hour, with smaller models and some with easier data (see
+experiments/lra/presets/ for each difference). Any field of the config can be changed; --help-fields
+lists them. For example
 
     --train.learning-rate 0.002 --classifier.backbone.width 128 --lengths 100 200
 
 The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result and
-its learning curve go to --results-dir as <task>-<model>-<preset>-seed<k>.json and .png.
+its learning curve go to --results-dir as <task>-<model>-<preset>-seed<k>.json and .png, with
+--minutes 10 as <task>-<model>-<preset>-10min-seed<k>, with --pretrain masked -masked before that.
 Exit codes: 0 done; 1 an error; 2 a wrong command line; 3 the loss was not finite; 130 and 143
 stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
 """
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
 
 from experiments import terminal
 from experiments.command_line import UsageError, as_options, changed, run_command
 from experiments.lra.baselines import baselines
+from experiments.lra.budget import Budget, planned, timed
+from experiments.lra.command import PROG, command_of
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.plots import learning_curve
 from experiments.lra.presets import experiment
+from experiments.lra.pretrain import pretrain, with_pretraining
 from experiments.lra.run import (
     data_digest,
     eval_batches,
@@ -54,15 +61,16 @@ from experiments.run import (
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data import batches
 from seqmodels.data.examples import TaskData
+from seqmodels.models.denoiser import Denoising
 from seqmodels.parallel.mesh import rows_of_process
 from seqmodels.ranges import Checked, Positive, Seed, Size
 from seqmodels.training import processes
+from seqmodels.training.denoising import beginning_with
 from seqmodels.training.evaluation import Evaluation
 from seqmodels.training.loop import Outcome, fit
 from seqmodels.training.processes import Distributed
 from seqmodels.training.run_directory import Run, open_run, read_config
 
-PROG = "experiments.lra.train"
 RUNS = Path("runs/lra")
 CACHE = "~/.cache/seqmodels"
 
@@ -75,9 +83,11 @@ class Arguments(Checked):
     """listops, text, retrieval, image, pathfinder, path-x, path-256, cifar (in colour), mnist,
     pmnist (permuted) or speech; needed unless --resume."""
     model: str | None = None
-    """s5 or s4d; needed unless --resume."""
+    """s4, s4d, s4d-legs, s4d-inv, s4d-ft, s5, lru, mamba, b2s6, mamba2, transformer (Long Range
+    Arena's), rotary (the transformer of its critics), gla, retnet, gated_deltanet, hydra, rat or
+    scout; needed unless --resume."""
     preset: str | None = None
-    """paper or cpu; default cpu."""
+    """paper, gpu-15min, cpu or cpu-hour; default cpu."""
     seed: Seed | None = None
     """Seed of parameters, dropout and data order; default 0."""
     data_dir: Path | None = None
@@ -93,6 +103,12 @@ class Arguments(Checked):
     """Where the result and the learning curve go; those in experiments/results are committed."""
     steps: Size | None = None
     """Number of steps, instead of the preset's; the schedule follows."""
+    pretrain: Denoising | None = None
+    """Give half of the steps to denoising the task's own inputs, without labels, before training:
+    masked, or causal for models that see the past alone."""
+    minutes: Positive | None = None
+    """Time a few steps first, and take as many as fill this training time on this machine; the
+    schedule follows. With --steps nothing is timed, only noted."""
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and test what there is."""
     mesh: str | None = None
@@ -140,13 +156,16 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
             )
         preset = "cpu" if arguments.preset is None else arguments.preset
         fresh = experiment(arguments.task, arguments.model, preset, arguments.seed or 0)
+        fresh = with_pretraining(fresh, arguments.pretrain)
+        fresh = dataclasses.replace(fresh, minutes=arguments.minutes)
         if not arguments.resume:
             config = changed(fresh, options, prog=PROG)
             return config, run_dir or RUNS / config.name
         run_dir = RUNS / fresh.name
     config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
-    saved = {name: getattr(config, name) for name in ("task", "model", "preset")}
-    require_names(arguments, saved | {"seed": config.train.seed}, run_dir)
+    saved = {name: getattr(config, name) for name in ("task", "model", "preset", "minutes")}
+    saved |= {"seed": config.train.seed, "pretrain": config.pretrain and config.pretrain.kind}
+    require_names(arguments, saved, run_dir)
     return changed(config, options, prog=PROG), run_dir
 
 
@@ -159,32 +178,24 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     arguments.distributed.start()
     with processes.together():
         config, run_dir = resolve(arguments, fields)
+        _require_one_process(config)
         run = open_run(run_dir, to_dict(config), resume=arguments.resume)
         path = result_path(arguments.results_dir, config.name, config)
         data, locations = _data(arguments, config, run_dir)
         mesh = config.train.mesh.make()
         own = rows_of_process(mesh, config.train.batch_size)
+        config, budget = _budgeted(arguments, config, run_dir, data)
+        run = dataclasses.replace(run, config_dict=to_dict(config))
     require_same_data(locations)
-    if processes.is_first():
-        say_padding(config.lengths, config.train.mesh.seq)
-        print(f"{config.name}: {run_dir}", file=sys.stderr)
-    outcome = fit(
-        make_task(config),
-        batches.train_batches(
-            data.train,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            lengths=config.lengths,
-            own=own,
-        ),
-        config.train,
-        run,
-        validation=eval_batches(config, data.validation, own) if len(data.validation) else None,
-        mesh=mesh,
-        show_progress=arguments.progress,
-        on_event=lambda what, _: (
-            locations.write(run_dir) if what == "prepared" and processes.is_first() else None
-        ),
+
+    def note() -> None:
+        if processes.is_first():
+            locations.write(run_dir)
+            if budget is not None:
+                budget.write(run_dir)
+
+    outcome, pretraining = _fit(
+        config, run, data, note, mesh=mesh, own=own, show_progress=arguments.progress
     )
     test = evaluate_checkpoint(
         config,
@@ -196,11 +207,28 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     )
     with processes.together():
         if processes.is_first():
-            _tell(make_result(config, run, data, outcome, test), config, run_dir, path)
+            result = make_result(config, run, data, outcome, test)
+            result |= {
+                "command": command_of(config, locations.data_dir is not None),
+                "budget": None if budget is None else dataclasses.asdict(budget),
+                "pretraining": pretraining,
+            }
+            if pretraining is not None:
+                result["wall_seconds"] += pretraining["wall_seconds"]
+            _tell(result, config, run_dir, path)
+
+
+def _require_one_process(config: ExperimentConfig) -> None:
+    """Raises ValueError for what several processes cannot do together."""
+    if jax.process_count() > 1 and (config.minutes is not None or config.pretrain is not None):
+        raise ValueError(
+            "--minutes and --pretrain need a single process, which times or pretrains by itself; "
+            "leave them out, or start one process"
+        )
 
 
 def _tell(result: Mapping[str, Any], config: ExperimentConfig, run_dir: Path, path: Path) -> None:
-    """Prints the result, writes it and draws the learning curve."""
+    """Prints the result, draws the learning curve and writes both."""
     if not result["complete"]:
         limit = config.train.max_minutes
         terminal.say(f"stopped after {result['steps']} steps: max_minutes={limit}")
@@ -209,9 +237,65 @@ def _tell(result: Mapping[str, Any], config: ExperimentConfig, run_dir: Path, pa
         f"{result['steps']}; baselines: "
         + ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     )
-    write_result(result, run_dir, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     learning_curve(result, path.with_suffix(".png"))
+    write_result(result, run_dir, path)  # last: where a result is, nothing is missing
     terminal.say(f"result: {path}")
+
+
+def _budgeted(
+    arguments: Arguments, config: ExperimentConfig, run_dir: Path, data: TaskData
+) -> tuple[ExperimentConfig, Budget | None]:
+    """The experiment with its number of steps, and what that was chosen from, if it was."""
+    if arguments.resume:
+        return config, Budget.read(run_dir)
+    if arguments.minutes is None or arguments.steps is not None:
+        return config, None
+    budget = timed(config, data, arguments.minutes)
+    terminal.say(f"{budget.minutes:g} minutes: {budget.steps} steps")
+    return planned(config, budget), budget
+
+
+def _fit(
+    config: ExperimentConfig,
+    run: Run,
+    data: TaskData,
+    note: Callable[[], None],
+    *,
+    mesh: jax.sharding.Mesh,
+    own: np.ndarray,
+    show_progress: bool,
+) -> tuple[Outcome, dict[str, Any] | None]:
+    """Trains, after pretraining if there is any; of that, what a result says.
+
+    ``note`` leaves beside the config what a resumed run needs; ``own`` are this process's rows.
+    """
+    task, pretraining = make_task(config), None
+    if config.pretrain is not None:
+        run.write_config()  # from here on it can be resumed
+        note()
+        learned, pretraining = pretrain(config, run, data, show_progress=show_progress)
+        task = beginning_with(task, learned)
+    if processes.is_first():
+        say_padding(config.lengths, config.train.mesh.seq)
+        print(f"{config.name}: {run.directory}", file=sys.stderr)
+    outcome = fit(
+        task,
+        batches.train_batches(
+            data.train,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            lengths=config.lengths,
+            own=own,
+        ),
+        config.train,
+        run,
+        validation=eval_batches(config, data.validation, own) if len(data.validation) else None,
+        mesh=mesh,
+        show_progress=show_progress,
+        on_event=lambda what, _: note() if what == "prepared" else None,
+    )
+    return outcome, pretraining
 
 
 def _data(

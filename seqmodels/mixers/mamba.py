@@ -2,13 +2,15 @@
 
 Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023
 (arXiv:2312.00752), section 3; Zuo et al., "Falcon Mamba", 2024 (arXiv:2410.05355) for the norms of
-what depends on the token.
+what depends on the token; Yu & Erichson, "Block-Biased Mamba for Long-Range Sequence Processing",
+NeurIPS 2025 (arXiv:2505.09022) for blocks (B2S6).
 """
 
 import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,8 +18,10 @@ from seqmodels import ops
 from seqmodels.layers.heads import step_bias
 from seqmodels.layers.projections import dense, rms_normalise, uniform_fan_in
 from seqmodels.layers.short_conv import ShortConv, start_window
+from seqmodels.mixers.b2s6 import BlockRecurrence
 from seqmodels.mixers.base import (
     NO_DECAY_LABEL,
+    SSM_LABEL,
     Implementation,
     Mixer,
     MixerConfig,
@@ -45,6 +49,10 @@ class MambaConfig(MixerConfig):
       use_conv_bias: bias of the convolution.
       mixer_rms_eps: None, or the epsilon of RMS norms, without scales, of what each token gives to
         B, C and the step sizes (Falcon Mamba).
+      blocks: None is Mamba; a number makes it B2S6. The channels are divided into so many blocks,
+        B, C and step sizes come from a token's channels of the same block, A, B and C are complex,
+        each channel adds a bias to B, and A and the step sizes are trained at the "ssm" rate.
+        ``dt_rank`` is that of a block, None for ``ceil(width / 16 blocks)``.
       layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
       implementation: of the kernel, see ``pallas_kernels.common.dispatch``; None for the fastest,
         "reference" for forward mode and second derivatives.
@@ -61,15 +69,25 @@ class MambaConfig(MixerConfig):
     use_bias: bool = False
     use_conv_bias: bool = True
     mixer_rms_eps: Positive | None = None
+    blocks: Size | None = None
     layers: Size = 1
     implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_step_range("MambaConfig", self.dt_min, self.dt_max)
+        if self.blocks is not None and self.mixer_rms_eps is not None:
+            raise ValueError(
+                f"MambaConfig: mixer_rms_eps={self.mixer_rms_eps} with blocks={self.blocks}: one "
+                "of them must be None"
+            )
 
     def param_labels(self) -> dict[str, ParamLabel]:
-        return dict.fromkeys(("A_log", "D", "dt_proj/bias"), NO_DECAY_LABEL)
+        if self.blocks is None:
+            return dict.fromkeys(("A_log", "D", "dt_proj/bias"), NO_DECAY_LABEL)
+        labels = dict.fromkeys(("B_bias", "D"), NO_DECAY_LABEL)
+        labels |= dict.fromkeys(("A_log", "A_imag", "dt_proj", "dt_bias"), SSM_LABEL)
+        return {f"blocks/{name}": label for name, label in labels.items()}
 
 
 MAMBA_130M = Published(768, 24, MambaConfig(layers=24))
@@ -89,6 +107,8 @@ class Mamba(Mixer[MambaConfig]):
     Parameters, names as in the published checkpoints: ``in_proj``, ``conv1d``, ``x_proj``,
     ``dt_proj``, ``out_proj``, each with a ``kernel`` (inputs first), some a ``bias``; ``A_log``
     ``(E, N)``; ``D`` ``(E,)``. Step sizes, A, D and states are float32.
+
+    With blocks the recurrence, and all that belongs to it, is ``BlockRecurrence``, ``blocks``.
     """
 
     @nn.compact
@@ -109,19 +129,24 @@ class Mamba(Mixer[MambaConfig]):
         inner, gate = jnp.split(both, 2, axis=-1)
         conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")
         inner, window = conv(inner, entering["conv"], segments=segments)
-        parameters, (dt, b, c) = self._selection(inner)
-        y, final_state = ops.selective_scan(
-            inner,
-            dt,
-            B=b,
-            C=c,
-            gate=gate,
-            dt_softplus=True,
-            initial_state=entering["recurrent_state"],
-            segments=segments,
-            implementation=config.implementation,
-            **parameters,
-        )
+        if config.blocks is not None:
+            recurrence = self._blocks(config.blocks)
+            y, final_state = recurrence(inner, entering["recurrent_state"], segments)
+            y = y * jax.nn.silu(gate)
+        else:
+            parameters, (dt, b, c) = self._selection(inner)
+            y, final_state = ops.selective_scan(
+                inner,
+                dt,
+                B=b,
+                C=c,
+                gate=gate,
+                dt_softplus=True,
+                initial_state=entering["recurrent_state"],
+                segments=segments,
+                implementation=config.implementation,
+                **parameters,
+            )
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
         state = state.update({"conv": window, "recurrent_state": final_state}, segments, x.shape[1])
@@ -131,8 +156,9 @@ class Mamba(Mixer[MambaConfig]):
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
         """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E)`` in ``dtype``,
-        ``"recurrent_state"`` float32 ``(B, E, N)``."""
-        zeros = jnp.zeros((batch_size, self.inner, self.config.state_size), jnp.float32)
+        ``"recurrent_state"`` float32 ``(B, E, N)``, complex64 with blocks."""
+        kind = jnp.float32 if self.config.blocks is None else jnp.complex64
+        zeros = jnp.zeros((batch_size, self.inner, self.config.state_size), kind)
         window = start_window(batch_size, self.config.conv_size, self.inner, dtype)
         return RecurrentState.start({"conv": window, "recurrent_state": zeros}, batch_size)
 
@@ -140,6 +166,13 @@ class Mamba(Mixer[MambaConfig]):
     def inner(self) -> int:
         """E, the channels of the recurrence."""
         return self.config.expand * self.width
+
+    def _blocks(self, blocks: int) -> BlockRecurrence:
+        config, rank = self.config, self.config.dt_rank
+        rank = -(-self.width // (16 * blocks)) if rank is None else rank
+        return BlockRecurrence(
+            config.state_size, blocks, rank, config.dt_min, config.dt_max, name="blocks"
+        )
 
     def _selection(self, x: Float[Array, "b l e"]) -> tuple[dict[str, Array], list[Array]]:
         """``A (E, N)``, ``D (E,)``, ``dt_bias (E,)``; and what each token says: its step before

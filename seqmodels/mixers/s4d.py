@@ -1,23 +1,29 @@
 """S4D: one diagonal state-space model for each channel.
 
 Gu, Gupta, Goel & Ré, "On the Parameterization and Initialization of Diagonal State Space Models",
-NeurIPS 2022.
+NeurIPS 2022; Yu, Lyu, Lim, Mahoney & Erichson, "Tuning Frequency Bias of State Space Models", ICLR
+2025 (arXiv:2410.02035), for the frequencies and their weights (S4D-FT).
 """
 
 import dataclasses
 from typing import ClassVar, Literal, NamedTuple
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from seqmodels import ops
 from seqmodels.mixers import hippo
-from seqmodels.mixers.base import Segments
+from seqmodels.mixers.base import ParamLabel, Segments
 from seqmodels.mixers.siso import SISOConfig, SISOMixer
 from seqmodels.mixers.ssm import Discretization, discretize
+from seqmodels.ranges import Positive
 
 Init = Literal["lin", "inv", "legs", "real"]
+
+FREQUENCY_LABEL = ParamLabel(group="frequency", weight_decay=False, float32=True)
+"""Exponents of the frequencies' weights: a learning rate of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +34,35 @@ class S4DConfig(SISOConfig):
       init: eigenvalues: "lin" ``-1/2 + i pi n``, "inv" the inverse law, "legs" HiPPO-LegS without
         its low-rank part (with S4's clipped input vector), "real" ``-(n + 1)``.
       discretization: zero-order hold or bilinear.
+      frequency_scale: α, multiplies the initial imaginary parts of the eigenvalues.
+      frequency_weight: trains β, one a channel: what passes at f cycles a token is multiplied by
+        ``(1 + f)^β``, initially 1. Rows are whole and see both sides.
     """
 
     mixer: ClassVar[str] = "s4d"
 
     init: Init = "lin"
     discretization: Discretization = "zoh"
+    frequency_scale: Positive = 1.0
+    frequency_weight: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frequency_weight and not self.bidirectional:
+            raise ValueError(
+                "S4DConfig: frequency_weight=True sees both sides of a token; set "
+                "bidirectional=True"
+            )
+
+    @property
+    def supports_packing(self) -> bool:
+        return not self.frequency_weight  # a transform does not stop where a document ends
+
+    def param_labels(self) -> dict[str, ParamLabel]:
+        labels = super().param_labels()
+        if self.frequency_weight:
+            labels["frequency_weight"] = FREQUENCY_LABEL
+        return labels
 
 
 class System(NamedTuple):
@@ -50,10 +79,13 @@ class System(NamedTuple):
 class S4D(SISOMixer[S4DConfig]):
     """``y = K_left * u (+ K_right * u) + D u``, ``K_j = 2 Re sum_n C_n B_n f(λ_n) a_n^j``.
 
-    Parameters as ``SISOMixer`` lists them. All arithmetic is float32.
+    Parameters as ``SISOMixer`` lists them, and with ``frequency_weight`` the exponents of that name
+    ``(H,)``. All arithmetic is float32.
 
     The kernel of `pallas_kernels.diagonal_ssm` for every use: whole rows, packed ones, carried
-    states and single tokens.
+    states and single tokens. With ``frequency_weight`` its response to an impulse is convolved with
+    rows, by a transform of twice the padded length, on which the weights depend as they do in the
+    published code.
     """
 
     def mix(
@@ -61,11 +93,17 @@ class S4D(SISOMixer[S4DConfig]):
         u: Float[Array, "b l h"],
         segments: Segments | None,
         initial_state: Complex[Array, "b h n"] | None,
-    ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
-        return _run(u, self._system(), segments, initial_state, stateful=self.stateful)
+    ) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"] | None]:
+        system = self._system()
+        if self.config.frequency_weight:
+            zeros = nn.initializers.zeros
+            power = self.param("frequency_weight", zeros, (self.width,), jnp.float32)
+            return _run_weighted(u, system, power), None
+        return _run(u, system, segments, initial_state, stateful=self.stateful)
 
     def _system(self) -> System:
         values, inputs = initial_system(self.config.init, self.config.state_size)
+        values = values.real + 1j * self.config.frequency_scale * values.imag
         eigenvalues, b = self.eigenvalues(values), self.vector("B", inputs)
         step = jnp.broadcast_to(self.steps()[:, None], eigenvalues.shape)
         log_a, gain = discretize(eigenvalues, step, self.config.discretization)
@@ -105,6 +143,24 @@ def _run(
         later, _ = ops.diagonal_ssm(u, system.log_a, c, segments=within, reverse=True)
         y = y + _next_token(later, segments)
     return y, final
+
+
+def _run_weighted(
+    u: Float[Array, "b l h"], system: System, power: Float[Array, " h"]
+) -> Float[Array, "b l h"]:
+    """The layer, each frequency times its weight; ``u`` is zero on padding."""
+    length, width = u.shape[1:]
+    ops.require_whole_rows("s4d with frequency_weight", length)
+    impulse = jnp.zeros((1, length, width), u.dtype).at[:, 0].set(1.0)
+    left, right = (ops.diagonal_ssm(impulse, system.log_a, c)[0][0] for c in system.c)
+    # Of a ring of 2 L places, those behind L are the ones before the first.
+    kernel = jnp.concatenate([left, jnp.flip(right, axis=0)])
+    logarithm = np.log1p(np.arange(length + 1) / (2 * length)).astype(np.float32)
+    weight = jnp.exp(logarithm[:, None] * power[None])
+    spectrum = jnp.fft.rfft(kernel, axis=0)
+    spectrum = spectrum * weight.astype(spectrum.dtype)
+    rows = jnp.fft.rfft(u, n=2 * length, axis=1)
+    return jnp.fft.irfft(rows * spectrum[None], n=2 * length, axis=1)[:, :length]
 
 
 def _next_token(y: Float[Array, "b l h"], segments: Segments | None) -> Float[Array, "b l h"]:

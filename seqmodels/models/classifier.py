@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from seqmodels.layers.embedding import Embedding
+from seqmodels.layers.embedding import Embedding, LearnedPositions, sinusoids
 from seqmodels.mixers import Segments
 from seqmodels.models.backbone import Backbone, BackboneConfig
 from seqmodels.models.ids import check_ids
@@ -20,6 +20,7 @@ from seqmodels.ranges import Checked, Positive, Size
 
 Pooling = Literal["mean", "last", "class"]
 Interaction = Literal["concat", "nli"]
+Positions = Literal["sinusoid", "learned"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,9 @@ class ClassifierConfig(Checked):
         layer on one-hot tokens has (S5's encoder); torch's and S4's is 1.
       pooling: "mean" over the real tokens, the "last" of them, or what becomes of a learned "class"
         token put in front, as in the Transformers of Long Range Arena.
+      positions: what is added to the inputs by their place in the row: fixed "sinusoid" functions
+        or "learned" vectors, as in the Transformers of Long Range Arena; None for nothing.
+      max_length: the longest row, class token included, that has "learned" positions.
     """
 
     backbone: BackboneConfig
@@ -41,11 +45,18 @@ class ClassifierConfig(Checked):
     vocabulary_size: Size | None = None
     embedding_std: Positive | None = None
     pooling: Pooling = "mean"
+    positions: Positions | None = None
+    max_length: Size | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_classes < 2:
             raise ValueError(f"ClassifierConfig: num_classes={self.num_classes} must be at least 2")
+        if (self.max_length is not None) != (self.positions == "learned"):
+            raise ValueError(
+                f"ClassifierConfig: max_length={self.max_length} with positions="
+                f"{self.positions!r}: learned positions need it, nothing else has it"
+            )
         if self.pooling == "class" and all(mixer.causal for mixer in self.backbone.mixers):
             raise ValueError(
                 f"ClassifierConfig: pooling='class' reads the first token, which sees nothing "
@@ -144,7 +155,20 @@ def encode(
     segment_ids: Int[Array | np.ndarray, "b l"] | None,
     deterministic: bool,
 ) -> Float[Array, "b d"]:
-    """The pooled float32 encoding of each row; parameters are those of ``module``.
+    """The pooled float32 encoding of each row; arguments and errors as ``hidden``'s."""
+    x, segments = hidden(module, config, inputs, segment_ids, deterministic)
+    return pool(x.astype(jnp.float32), segments, config.pooling)
+
+
+def hidden(
+    module: nn.Module,
+    config: ClassifierConfig,
+    inputs: Int[Array | np.ndarray, "b l"] | Float[Array | np.ndarray, "b l c"],
+    segment_ids: Int[Array | np.ndarray, "b l"] | None,
+    deterministic: bool,
+) -> tuple[Float[Array, "b t d"], Segments | None]:
+    """What the backbone makes of each row, and its segments; both begin with the class token, if
+    there is one. Parameters are those of ``module``.
 
     Raises:
       ValueError: ``inputs`` do not fit the configured vocabulary (of ids, see ``check_ids``).
@@ -169,11 +193,15 @@ def encode(
         x = jnp.concatenate([front, x], axis=1)
         if segment_ids is not None:
             segment_ids = jnp.concatenate([segment_ids[:, :1], segment_ids], axis=1)
+    if config.positions == "sinusoid":
+        x = x + sinusoids(*x.shape[1:]).astype(x.dtype)[None]
+    elif config.positions == "learned":
+        x = x + LearnedPositions(config.max_length or 0, width, name="positions")(x)[None]
     segments = None if segment_ids is None else Segments.from_ids(segment_ids, single=True)
     x, _ = Backbone(config.backbone, name="backbone")(
         x, segments=segments, deterministic=deterministic
     )
-    return pool(x.astype(jnp.float32), segments, config.pooling)
+    return x, segments
 
 
 def pool(x: Float[Array, "b l d"], segments: Segments | None, kind: Pooling) -> Float[Array, "b d"]:

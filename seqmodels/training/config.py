@@ -75,8 +75,9 @@ class TrainConfig(Checked):
     """Decoupled weight decay of the parameters that are marked for it, times the learning rate."""
     warmup_steps: Count = 0
     """Steps of linear warm-up from 0 to the peak."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up: "cosine" or "linear" to `min_lr` at the last step, or "constant"."""
+    schedule: Literal["cosine", "linear", "constant", "rsqrt"] = "cosine"
+    """After the warm-up: "cosine" or "linear" to `min_lr` at the last step, "constant", or "rsqrt",
+    the peak times the root of warm-up steps over steps."""
     min_lr: NonNegative = 0.0
     """Learning rate that cosine and linear end with, in each group."""
     clip_norm: Positive | None = None

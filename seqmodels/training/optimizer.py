@@ -30,6 +30,8 @@ def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
         after = optax.cosine_decay_schedule(peak, decay_steps, alpha=alpha)
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, end, decay_steps)
+    elif config.schedule == "rsqrt":
+        after = _rsqrt(peak, max(config.warmup_steps, 1))
     else:
         after = optax.constant_schedule(peak)
     if not config.warmup_steps:
@@ -37,6 +39,12 @@ def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     # Shifted by one, so that the first update is not a wasted one at rate 0.
     return optax.join_schedules([lambda n: warmup(n + 1), after], [config.warmup_steps])
+
+
+def _rsqrt(peak: float, begin: int) -> optax.Schedule:
+    """``peak sqrt(begin / (begin + n))`` at step n after the warm-up; before it, where nobody looks
+    but the schedules that are joined, the peak."""
+    return lambda n: peak * jnp.sqrt(begin / (begin + jnp.maximum(n, 0)))
 
 
 class GroupRatesState(NamedTuple):

@@ -64,10 +64,14 @@ class Run:
 
     def prepare(self) -> None:
         """Makes the directory if it is not there; writes the config and notes this start."""
+        self.write_config()
+        _append_environment(self.directory / "environment.json")
+
+    def write_config(self) -> None:
+        """Makes the directory, if it is not there, one that can be resumed."""
         self.directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config_dict, indent=2) + "\n"
         write_atomically(self.directory / "config.json", text)
-        _append_environment(self.directory / "environment.json")
 
 
 def open_run(directory: Path, config_dict: Mapping[str, Any], *, resume: bool = False) -> Run:

@@ -28,6 +28,7 @@ from experiments.lra import data as lra_data
 from experiments.lra import eval as lra_eval
 from experiments.lra import presets as lra_presets
 from experiments.lra import report as lra_report
+from experiments.lra import sweep as lra_sweep
 from experiments.lra import train as lra_train
 from experiments.models import bench as models_bench
 from experiments.scaling import report as scaling_report
@@ -74,6 +75,7 @@ COMMANDS = {
     "lra.train": Command(
         lra_train, ["--task", "listops", "--model", "s5"], options(lra_train.Arguments) + LRA_FIELDS
     ),
+    "lra.sweep": Command(lra_sweep, ["--runs-dir", "runs"], options(lra_sweep.Arguments)),
     "lra.eval": Command(lra_eval, ["--checkpoint", "lra-run"], options(lra_eval.Arguments)),
     "lra.report": Command(lra_report, ["--results-dir", "results"], options(lra_report.Arguments)),
     "lra.baselines": Command(
@@ -138,7 +140,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         for module, name in (
             (lra_train, "load_data"), (lra_eval, "load_data"), (lra_baselines, "load"),
-            (lra_data, "load"),
+            (lra_data, "load"), (lra_sweep, "train_cell"),
             (lra_report, "comparison"), (lm_train, "load_data"), (lm_run, "restore"),
             (lm_table, "load_data"), (kernels_aot, "measure"), (scaling_report, "measure"),
         ):  # fmt: skip

@@ -150,7 +150,7 @@ def test_resuming_needs_only_the_run_directory(trained, tmp_path):
     ("arguments", "message"),
     [
         (["--task", "lstops", "--model", "s5"], "choose one of listops, text"),
-        (["--task", "listops", "--model", "s6"], "choose one of s4d, s5"),
+        (["--task", "listops", "--model", "s6"], "choose one of s4, s4d"),
         (["--task", "listops", "--model", "s5", "--preset", "x"], "choose one of paper, cpu"),
         (["--task", "listops"], "needs --task and --model"),
         (["--task", "listops", "--model", "s5", "--set", "train.x=1"], "--train.x=1"),

@@ -1,20 +1,30 @@
-"""The published settings, what the CPU preset changes, and changes by path."""
+"""The published settings, what other presets change in them, and changes by path."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.command_line import UsageError, as_options, changed
-from experiments.lra.experiment import INTERFACES, ExperimentConfig, Model, Task
-from experiments.lra.presets import CPU, PAPER, experiment
+from experiments.lra import presets
+from experiments.lra.experiment import INTERFACES, ExperimentConfig, Model, Preset, Task
+from experiments.lra.presets import PAPER, experiment
+from experiments.lra.presets.models import OURS
 from experiments.lra.run import make_task
 from experiments.run import result_path
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data.lra import TASKS
+from seqmodels.mixers import ParamLabel
+from seqmodels.parallel.mesh import make_mesh, put_batch
+from seqmodels.training.optimizer import schedule
+from seqmodels.training.state import create_state, optimizer_of
+from seqmodels.training.step import make_train_step
 from tests.tiers import one_of_many
 
 
@@ -29,59 +39,63 @@ def flat(value, prefix=""):
     return {k: v for key, item in pairs for k, v in flat(item, f"{prefix}{key}.").items()}
 
 
-FEWER = {
-    "preset", "classifier.backbone.width", "classifier.backbone.layout", "train.steps",
-    "train.warmup_steps", "train.eval_every", "train.checkpoint_every",
+MODELS, TASK_NAMES, PRESETS = get_args(Model), get_args(Task), get_args(Preset)
+SCHEDULE = {
+    "preset", "train.steps", "train.batch_size", "train.warmup_steps", "train.eval_every",
+    "train.checkpoint_every",
 }  # fmt: skip
-SHORTER = FEWER | {"lengths", "data.max_length"}
-BATCH = {"train.batch_size"}
-STATES = {"classifier.backbone.mixers.0.state_size"}
-BLOCKS = STATES | {"classifier.backbone.mixers.0.blocks"}
-EASIER = FEWER | BATCH | {"data.difficulty", "data.train", "data.validation", "data.test"}
-CPU_CHANGES = {
-    ("listops", "s5"): SHORTER | {"data.min_length"},
-    ("listops", "s4d"): SHORTER | {"data.min_length"},
-    ("text", "s5"): SHORTER | BATCH | BLOCKS,
-    ("text", "s4d"): SHORTER | STATES,
-    ("retrieval", "s5"): SHORTER | BATCH | BLOCKS,
-    ("retrieval", "s4d"): SHORTER | BATCH | STATES,
-    ("image", "s5"): FEWER | BLOCKS,
-    ("image", "s4d"): FEWER | STATES,
-    ("pathfinder", "s5"): EASIER | BLOCKS,
-    ("pathfinder", "s4d"): EASIER | STATES,
-    ("path-x", "s5"): EASIER | BLOCKS,
-    ("path-x", "s4d"): EASIER | STATES,
-    ("speech", "s5"): FEWER | BLOCKS,
-}
+SMALLER = SCHEDULE | {
+    "lengths", "classifier.backbone.width", "classifier.backbone.layout", "classifier.backbone.mlp",
+    "train.learning_rate", "train.schedule",
+}  # fmt: skip
+EASIER = {"min_length", "max_length", "difficulty", "train", "validation", "test"}
 
 
-@pytest.mark.parametrize(("task", "model"), PAPER)
-def test_cpu_differs_from_paper_in_the_listed_fields_only(task, model):
-    paper, cpu = (flat(to_dict(experiment(task, model, preset))) for preset in ("paper", "cpu"))
-    different = {path for path in paper.keys() | cpu.keys() if paper.get(path) != cpu.get(path)}
-    assert different == CPU_CHANGES[task, model]
+def different(task, model, preset):
+    paper, other = (flat(to_dict(experiment(task, model, p))) for p in ("paper", preset))
+    return {path for path in paper.keys() | other.keys() if paper.get(path) != other.get(path)}
 
 
-EVERY = [(*names, preset) for preset, them in (("paper", PAPER), ("cpu", CPU)) for names in them]
+EVERY = list(itertools.product(TASK_NAMES, MODELS, PRESETS))
 
 
-@pytest.mark.parametrize(("task", "model", "preset"), EVERY)
-def test_configs_survive_json(task, model, preset):
-    config = experiment(task, model, preset, seed=7)
-    assert from_dict(ExperimentConfig, to_dict(config)) == config
-    assert (config.task, config.model, config.preset) == (task, model, preset)
-    assert config.train.seed == 7
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_presets_differ_from_paper_in_what_costs_time(task):
+    for model in ("s4", "s5", "transformer", "gla", "scout"):
+        assert different(task, model, "gpu-15min") <= SCHEDULE
+        for preset in ("cpu", "cpu-hour"):
+            rest = different(task, model, preset) - SMALLER
+            mixer = {path for path in rest if path.startswith("classifier.backbone.mixers.0.")}
+            assert rest - mixer <= {f"data.{name}" for name in EASIER}
+            sizes = {"state_size", "blocks", "heads", "head_size", "groups", "layers", "init_std"}
+            assert {path.split(".")[-1] for path in mixer} <= sizes
+
+
+def test_what_make_lra_runs_is_the_published_model_made_smaller():
+    assert different("listops", "s5", "cpu") == {
+        "preset", "classifier.backbone.width", "classifier.backbone.layout", "train.steps",
+        "train.warmup_steps", "train.eval_every", "train.checkpoint_every", "lengths",
+        "data.min_length", "data.max_length",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("task", "model", "preset"),
-    one_of_many(EVERY, [("retrieval", "s5", "cpu"), ("image", "s5", "cpu")]),
+    "task", one_of_many(TASK_NAMES, ["listops", "retrieval", "path-x", "speech"])
 )
-def test_models_take_what_their_task_is(task, model, preset):
-    """Traced only: a batch of the longest rows gives a loss."""
+def test_every_model_has_every_preset(task):
+    for model, preset in itertools.product(MODELS, PRESETS):
+        config = experiment(task, model, preset, seed=7)
+        assert from_dict(ExperimentConfig, to_dict(config)) == config
+        assert (config.task, config.model, config.preset) == (task, model, preset)
+        assert config.train.seed == 7
+        assert config.name == f"{task}-{model}-{preset}-seed7"
+        assert config.lengths[-1] >= config.data.longest
+
+
+def abstract(task, model, preset):
+    """The training task and shapes of its variables and of a batch of the longest rows."""
     config = experiment(task, model, preset)
-    interface = INTERFACES[task]
-    trained = make_task(config)
+    interface, trained = INTERFACES[task], make_task(config)
     rows = (2, 2, config.lengths[-1]) if task == "retrieval" else (2, config.lengths[-1])
     ids = jax.ShapeDtypeStruct(rows, "int32")
     batch = {
@@ -92,19 +106,88 @@ def test_models_take_what_their_task_is(task, model, preset):
         "labels": jax.ShapeDtypeStruct((2,), "int32"),
         "weights": jax.ShapeDtypeStruct((2,), "float32"),
     }
-    variables = jax.eval_shape(trained.init, jax.random.key(0))
+    return config, trained, jax.eval_shape(trained.init, jax.random.key(0)), batch
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "preset"),
+    one_of_many(EVERY, [("retrieval", "s5", "cpu"), ("image", "transformer", "cpu")]),
+)
+def test_models_take_what_their_task_is(task, model, preset):
+    """Traced only: a batch of the longest rows gives a loss, and all groups have a rate."""
+    config, trained, variables, batch = abstract(task, model, preset)
     sums, _, _ = jax.eval_shape(lambda v, b: trained.loss(v, b, None, None), variables, batch)
     assert sums.loss.shape == ()
-    outputs = variables["params"]["head"]["kernel"].shape[1]
-    assert outputs == interface.classes
-    assert config.lengths[-1] >= config.data.longest
+    assert variables["params"]["head"]["kernel"].shape[1] == INTERFACES[task].classes
+    labels = trained.param_labels(variables["params"])
+    groups = {label.group for label in jax.tree.leaves(labels, is_leaf=is_label)}
+    assert groups == {"main", *config.train.group_learning_rates}
 
 
-def test_every_task_has_both_models_on_cpus():
-    assert set(CPU) == {(task, model) for task in get_args(Task) for model in get_args(Model)}
-    assert set(TASKS) == set(INTERFACES) == set(get_args(Task))
-    with pytest.raises(UsageError, match="task='mnist' and model='s5' have no preset='paper'"):
-        experiment("mnist", "s5", "paper")
+def is_label(leaf):
+    return isinstance(leaf, ParamLabel)
+
+
+@pytest.mark.parametrize("model", one_of_many(MODELS, ["rotary"]))
+def test_models_learn_a_batch(model):
+    """Three steps on four rows of ListOps, one layer of the CPU's model: the loss falls."""
+    config = changed(
+        experiment("listops", model, "cpu"),
+        as_options(["data.max_length=32", "data.min_length=8", "lengths=[32]",
+                    "train.batch_size=4", "train.warmup_steps=0"]),
+    )  # fmt: skip
+    backbone = config.classifier.backbone
+    one = dataclasses.replace(backbone, layout=backbone.layout[:1])
+    classifier = dataclasses.replace(config.classifier, backbone=one)
+    trained = make_task(dataclasses.replace(config, classifier=classifier))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    step = make_train_step(trained, optimizer_of(trained, config.train), mesh)
+    state, losses = create_state(trained, config.train, mesh), []
+    rng = np.random.default_rng(0)
+    batch = {
+        "inputs": rng.integers(1, 16, (4, 32)).astype(np.int32),
+        "segment_ids": np.ones((4, 32), np.int32),
+        "labels": np.arange(4, dtype=np.int32),
+        "weights": np.ones(4, np.float32),
+    }
+    for _ in range(3):
+        state, metrics = step(state, put_batch(batch, mesh), jnp.asarray(True))
+        losses.append(float(metrics.sums.loss))
+    assert losses[2] < losses[0]
+
+
+def test_parameters_of_published_models():
+    """By hand; S5 on ListOps has 128 channels and 8 complex states, in 8 layers."""
+    channels, states, layers, symbols, classes = 128, 8, 8, 16, 10
+    system = 2 * states + 2 * states * channels + states + channels  # Lambda, B, steps, D
+    outputs = 2 * 2 * channels * states  # C, from either side
+    block = system + outputs + channels * (channels + 1) + 2 * channels  # gate, norm
+    expected = layers * block + symbols * channels + classes * (channels + 1)
+    _, _, variables, _ = abstract("listops", "s5", "paper")
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
+    # Long Range Arena's Transformer on Image: one layer, learned positions, a class token.
+    width, inner, hidden, length = 128, 64, 128, 1025
+    block = 4 * width * inner + 2 * width * hidden + hidden + width + 4 * width
+    expected = block + 2 * width + (1 + length) * width + 2 * width + 10 * (width + 1)
+    _, _, variables, _ = abstract("image", "transformer", "paper")
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
+
+
+def test_published_settings_are_told_from_ours():
+    assert set(presets.TASKS) == set(TASKS) == set(INTERFACES) == set(TASK_NAMES)
+    assert {model for task, model in PAPER if task == "listops"} == set(MODELS) - set(OURS)
+    assert not {task for task, _ in PAPER} & {"path-256", "cifar", "mnist", "pmnist"}
+    assert all(config.preset == "paper" for config in PAPER.values())
+
+
+def test_long_range_arenas_transformer_has_its_rates():
+    """0.05 min(1, s / w) / sqrt(max(s, w)) at step s with a warm-up of w steps."""
+    for task, warmup in (("listops", 1_000), ("text", 8_000), ("retrieval", 8_000)):
+        train = experiment(task, "transformer", "paper").train
+        rate = schedule(train, train.learning_rate)
+        for n in (0, 500, 4_000, train.steps - 1):
+            expected = 0.05 * min(1, (n + 1) / warmup) / max(n + 1, warmup) ** 0.5
+            assert float(rate(n)) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +228,7 @@ def test_published_s5_listops():
     ("arguments", "message"),
     [
         (("lstops", "s5", "cpu"), "task='lstops'.*listops, text"),
-        (("text", "s6", "cpu"), "model='s6'.*s4d, s5"),
+        (("text", "s6", "cpu"), "model='s6'.*s4d, .*s5"),
         (("text", "s5", "gpu"), "preset='gpu'.*paper, cpu"),
     ],
 )
@@ -228,7 +311,7 @@ def test_names_are_not_fields_to_change(setting):
         ({"task": "text"}, "task='text' does not have data=ListOpsConfig"),
         ({"task": "../x"}, "task='../x' is not one of 'listops', 'text'"),
         ({"model": "s4d"}, "model='s4d' is not what layout="),
-        ({"preset": "../x"}, "preset='../x' is not one of 'paper', 'cpu'"),
+        ({"preset": "../x"}, "preset='../x' is not one of 'paper', 'cpu', 'cpu-hour'"),
     ],
 )
 def test_a_config_whose_names_are_false_cannot_be_made(change, message):
@@ -245,10 +328,8 @@ def test_the_last_checkpoint_needs_no_validation():
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "lra"
 
 
-@pytest.mark.parametrize(("task", "model"), [("listops", "s5"), ("text", "s4d")])
-def test_committed_results_are_those_of_the_presets(task, model):
-    """Or the README's command would refuse to replace them."""
-    config = experiment(task, model, "cpu")
+def test_the_committed_result_of_make_lra_is_that_of_its_preset():
+    config = experiment("listops", "s5", "cpu")
     assert result_path(RESULTS, config.name, config).exists()
 
 

@@ -36,7 +36,7 @@ WITHOUT_REFERENCE = {case for case in CASES if case.startswith(("attention", "sl
 VARIANTS = {
     "s5-bilinear", "s4-bidirectional", "s4d-tied-legs", "s4d-bidirectional", "lru-bidirectional",
     "rat-chunks-of-one", "scout-mamba", "bidirectional-tied", "attention-grouped",
-    "sliding_window-sinks", "scout-window",
+    "sliding_window-sinks", "scout-window", "s4d-weighted", "mamba-blocks",
 }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def close_values(actual, expected):
 
 def close_gradients(case, actual, expected, names=("params", "x")):
     tolerance = tolerances.FLOAT32_MIXER_GRADIENTS
-    if case in ("s4", "s4-bidirectional", "bidirectional-tied"):
+    if case in ("s4", "s4-bidirectional", "bidirectional-tied", "s4d-weighted"):
         tolerance = tolerances.FLOAT32_S4_GRADIENTS
     for name in names:
         testing.assert_close(actual.gradients[name], expected.gradients[name], tolerance)

@@ -11,7 +11,8 @@ import pytest
 
 from pallas_kernels.tools import testing
 from seqmodels.config import from_dict, to_dict
-from seqmodels.mixers import S4DConfig, S5Config, Segments
+from seqmodels.layers.embedding import sinusoids
+from seqmodels.mixers import AttentionConfig, S4DConfig, S5Config, Segments
 from seqmodels.models import (
     BackboneConfig,
     Classifier,
@@ -310,3 +311,40 @@ def test_a_step_is_the_same_with_64_bit_types(parts):
         wide = run()
     assert [x.dtype for x in jax.tree.leaves(wide)] == [x.dtype for x in jax.tree.leaves(usual)]
     testing.assert_close(wide, usual, tolerances.FLOAT32_TRAINED)
+
+
+def test_sinusoids_are_long_range_arenas():
+    table = sinusoids(5, 7)
+    assert (table.shape, table.dtype) == ((5, 7), np.float32)
+    for t in range(5):
+        for i, rate in enumerate((1.0, 1e-2, 1e-4)):
+            assert table[t, i] == pytest.approx(np.sin(t * rate), abs=1e-6)
+            assert table[t, 3 + i] == pytest.approx(np.cos(t * rate), abs=1e-6)
+    assert not table[:, 6].any()
+
+
+def test_positions_tell_a_row_from_its_reverse():
+    """Attention without any, pooled by the mean, does not."""
+    attention = AttentionConfig(heads=1, rotary_base=None, bidirectional=True, init_std=0.5)
+    stack = BackboneConfig(("attention",), (attention,), width=8)
+    tokens = TOKENS[:1] + np.int32(0)
+    for kind, longest, differ in (
+        (None, None, False), ("sinusoid", None, True), ("learned", 7, True),
+    ):  # fmt: skip
+        config = ClassifierConfig(
+            stack, num_classes=3, vocabulary_size=11, positions=kind, max_length=longest
+        )
+        apply = jax.jit(Classifier(config).apply)
+        variables = jax.jit(Classifier(config).init)(jax.random.key(0), tokens)
+        a, b = apply(variables, tokens), apply(variables, tokens[:, ::-1])
+        assert bool(np.max(np.abs(a - b)) > 1e-4) is differ
+
+
+def test_learned_positions_end():
+    config = dataclasses.replace(CONFIG, positions="learned", max_length=6)
+    with pytest.raises(ValueError, match=r"rows of 7 tokens.*raise max_length=6"):
+        jax.eval_shape(Classifier(config).init, jax.random.key(0), TOKENS, IDS)
+    with pytest.raises(ValueError, match="max_length=6 with positions=None"):
+        dataclasses.replace(CONFIG, max_length=6)
+    with pytest.raises(ValueError, match="max_length=None with positions='learned'"):
+        dataclasses.replace(CONFIG, positions="learned")

@@ -89,6 +89,7 @@ def test_clipping_bounds_the_global_norm():
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1.0, 0.55, 0.1]),
         ("cosine", [0.5, 1.0, 1.0, 0.55, 0.1]),
+        ("rsqrt", [0.5, 1.0, 1.0, (2 / 7) ** 0.5, (2 / 12) ** 0.5]),
     ],
 )
 def test_schedules(kind, expected):

@@ -1,0 +1,9 @@
+"""Sequential MNIST, pixel by pixel, 784 steps, by Image's settings.
+
+Data: --data-dir with the four files of MNIST (12 MB).
+"""
+
+from experiments.lra.presets import image
+from experiments.lra.presets.models import Presets
+
+PRESETS = Presets("mnist", published={}, like=image.PRESETS, changes=image.PRESETS.changes)
