@@ -17,7 +17,7 @@ Task = Literal[
     "listops", "text", "retrieval", "image", "pathfinder", "path-x", "path-256", "cifar", "mnist",
     "pmnist", "speech",
 ]  # fmt: skip
-Model = Literal["s4d", "s5"]
+Model = Literal["s4d", "s5", "conv5", "conv61"]
 Preset = Literal["paper", "cpu"]
 
 
@@ -52,6 +52,9 @@ INTERFACES = {
     "speech": Interface(35, channels=1),
 }
 
+# Models whose mixer has another name: a convolution on both sides of a token.
+_MIXERS = {"conv5": "bidirectional", "conv61": "bidirectional"}
+
 # Fields of the data that tell tasks with the same kind of data apart.
 _FIXED = ("size", "colour", "permuted")
 
@@ -62,7 +65,8 @@ class ExperimentConfig(Checked):
 
     Attributes:
       task: names what ``data`` are, and does not change them.
-      model: name of the mixer in ``classifier``; likewise.
+      model: name of the mixer in ``classifier``, or "conv5", "conv61": a convolution that sees so
+        many tokens; likewise.
       preset: "paper" or "cpu", what this config was made from.
       data: which data.
       lengths: the padded lengths, increasing; the last one holds the longest row. Padding is
@@ -90,7 +94,7 @@ class ExperimentConfig(Checked):
         ):
             raise ValueError(f"task={self.task!r} does not have data={self.data}")
         layout = self.classifier.backbone.layout
-        if set(layout) != {self.model}:
+        if set(layout) != {_MIXERS.get(self.model, self.model)}:
             raise ValueError(f"model={self.model!r} is not what layout={layout} consists of")
         self._check_data()
         self._check_interface(INTERFACES[self.task])
@@ -120,6 +124,11 @@ class ExperimentConfig(Checked):
         data, lengths = self.data, self.lengths
         if not lengths or any(a >= b for a, b in itertools.pairwise(lengths)):
             raise ValueError(f"lengths={lengths} must be increasing, and at least one")
+        if self.classifier.window is not None and self.train.mesh.seq > 1:
+            raise ValueError(
+                f"classifier.window={self.classifier.window} cuts rows that one device has whole: "
+                "take train.mesh.seq=1"
+            )
         if lengths[-1] < data.longest:
             limit = getattr(data, "max_length", None)
             shorter = "" if limit is None else f", or change data.max_length={limit}"
@@ -142,5 +151,10 @@ class ExperimentConfig(Checked):
 
     @property
     def name(self) -> str:
-        """``<task>-<model>-<preset>-seed<k>``: of the run directory and of the result."""
-        return f"{self.task}-{self.model}-{self.preset}-seed{self.train.seed}"
+        """``<task>-<model>-<preset>-seed<k>``: of the run directory and of the result.
+
+        ``-window<n>`` stands before the seed where the model sees windows only.
+        """
+        window = self.classifier.window
+        cut = "" if window is None else f"-window{window}"
+        return f"{self.task}-{self.model}-{self.preset}{cut}-seed{self.train.seed}"

@@ -20,7 +20,13 @@ from seqmodels.data.lra import (
 )
 from seqmodels.data.lra.retrieval import PUBLISHED as PAIRS
 from seqmodels.data.lra.speech import PUBLISHED as RECORDINGS
-from seqmodels.mixers import MixerConfig, S4DConfig, S5Config
+from seqmodels.mixers import (
+    BidirectionalConfig,
+    ConvConfig,
+    MixerConfig,
+    S4DConfig,
+    S5Config,
+)
 from seqmodels.models import BackboneConfig, ClassifierConfig
 from seqmodels.training.config import TrainConfig
 
@@ -35,6 +41,9 @@ EXAMPLES = {
     "pmnist": 54_000,
     "speech": RECORDINGS["Speech Commands"]["train"],
 } | dict.fromkeys(("pathfinder", "path-x", "path-256"), 160_000)
+
+# Trained baselines, and how many tokens a layer of each sees.
+CONVOLUTIONS: dict[Model, int] = {"conv5": 5, "conv61": 61}
 
 # Padded lengths, where rows differ.
 LENGTHS: dict[str, tuple[int, ...]] = {
@@ -340,6 +349,22 @@ PAPER: dict[tuple[str, str], ExperimentConfig] = {
 }
 """The published settings of a task and model."""
 
+
+def _convolution(config: ExperimentConfig, model: Model, sees: int) -> ExperimentConfig:
+    """The experiment with a convolution that sees so many tokens in place of each mixer."""
+    backbone = dataclasses.replace(
+        config.classifier.backbone,
+        layout=("bidirectional",) * len(config.classifier.backbone.layout),
+        mixers=(BidirectionalConfig(ConvConfig(conv_size=(sees + 1) // 2)),),
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        classifier=dataclasses.replace(config.classifier, backbone=backbone),
+        train=dataclasses.replace(config.train, group_learning_rates={}),
+    )
+
+
 CPU: dict[tuple[str, str], ExperimentConfig] = {
     (task, model): _on_cpu(
         task,
@@ -348,9 +373,14 @@ CPU: dict[tuple[str, str], ExperimentConfig] = {
         else _like(PAPER[_MADE_FROM[task], model], task),
     )
     for task in get_args(Task)
-    for model in get_args(Model)
+    for model in ("s4d", "s5")
     if (task, model) in PAPER or task in _MADE_FROM
 }  # fmt: skip
+CPU |= {
+    (task, model): _convolution(CPU[task, "s5"], model, sees)
+    for task in ("listops", "text", "image", "pathfinder", "cifar", "mnist")
+    for model, sees in CONVOLUTIONS.items()
+}
 """What two cores do in ten minutes; Text takes an hour."""
 
 

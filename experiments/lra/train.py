@@ -70,7 +70,8 @@ class Arguments(Checked):
     """listops, text, retrieval, image, pathfinder, path-x, path-256, cifar (in colour), mnist,
     pmnist (permuted) or speech; needed unless --resume."""
     model: str | None = None
-    """s5 or s4d; needed unless --resume."""
+    """s5 or s4d, or conv5 or conv61, convolutions that see so many tokens; needed unless
+    --resume."""
     preset: str | None = None
     """paper or cpu; default cpu."""
     seed: Seed | None = None
@@ -90,6 +91,8 @@ class Arguments(Checked):
     """Number of steps, instead of the preset's; the schedule follows."""
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and test what there is."""
+    window: Size | None = None
+    """Let the model see windows of so many tokens only, e.g. 5 or 61: how local the task is."""
     mesh: str | None = None
     """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
     row over seq; default: all devices are data."""
@@ -119,6 +122,7 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
     options = [*as_options(arguments.set), *fields]
     for path, value in (
         ("train.steps", arguments.steps), ("train.max_minutes", arguments.max_minutes),
+        ("classifier.window", arguments.window),
     ):  # fmt: skip
         options += [] if value is None else [f"--{path}={value}"]
     options += [f"--train.mesh.{axis}={n}" for axis, n in mesh_sizes(arguments.mesh).items()]
@@ -136,7 +140,8 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
         if not arguments.resume:
             config = changed(fresh, options, prog=PROG)
             return config, run_dir or RUNS / config.name
-        run_dir = RUNS / fresh.name
+        window = [] if arguments.window is None else [f"--classifier.window={arguments.window}"]
+        run_dir = RUNS / changed(fresh, window, prog=PROG).name
     config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
     saved = {name: getattr(config, name) for name in ("task", "model", "preset")}
     require_names(arguments, saved | {"seed": config.train.seed}, run_dir)
@@ -212,6 +217,7 @@ def make_result(
         "model": config.model,
         "preset": config.preset,
         "seed": config.train.seed,
+        "window": config.classifier.window,
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "test_examples": test.examples,

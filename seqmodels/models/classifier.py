@@ -16,6 +16,7 @@ from seqmodels.layers.embedding import Embedding
 from seqmodels.mixers import Segments
 from seqmodels.models.backbone import Backbone, BackboneConfig
 from seqmodels.models.ids import check_ids
+from seqmodels.parallel.mesh import shards_of
 from seqmodels.ranges import Checked, Positive, Size
 
 Pooling = Literal["mean", "last", "class"]
@@ -34,6 +35,8 @@ class ClassifierConfig(Checked):
         layer on one-hot tokens has (S5's encoder); torch's and S4's is 1.
       pooling: "mean" over the real tokens, the "last" of them, or what becomes of a learned "class"
         token put in front, as in the Transformers of Long Range Arena.
+      window: None, or a number of tokens: mixers see pieces of so many, cut from the row's start,
+        each as a row of its own, and pooling alone joins them. It changes no parameter.
     """
 
     backbone: BackboneConfig
@@ -41,11 +44,17 @@ class ClassifierConfig(Checked):
     vocabulary_size: Size | None = None
     embedding_std: Positive | None = None
     pooling: Pooling = "mean"
+    window: Size | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_classes < 2:
             raise ValueError(f"ClassifierConfig: num_classes={self.num_classes} must be at least 2")
+        if self.window is not None and self.pooling != "mean":
+            raise ValueError(
+                f"ClassifierConfig: window={self.window} needs pooling='mean': the "
+                f"{'first' if self.pooling == 'class' else 'last'} token sees one window alone"
+            )
         if self.pooling == "class" and all(mixer.causal for mixer in self.backbone.mixers):
             raise ValueError(
                 f"ClassifierConfig: pooling='class' reads the first token, which sees nothing "
@@ -147,7 +156,8 @@ def encode(
     """The pooled float32 encoding of each row; parameters are those of ``module``.
 
     Raises:
-      ValueError: ``inputs`` do not fit the configured vocabulary (of ids, see ``check_ids``).
+      ValueError: ``inputs`` do not fit the configured vocabulary (of ids, see ``check_ids``), or
+        rows are to be cut into windows and are split over devices.
     """
     width = config.backbone.width
     expected = 3 if config.vocabulary_size is None else 2
@@ -170,10 +180,33 @@ def encode(
         if segment_ids is not None:
             segment_ids = jnp.concatenate([segment_ids[:, :1], segment_ids], axis=1)
     segments = None if segment_ids is None else Segments.from_ids(segment_ids, single=True)
-    x, _ = Backbone(config.backbone, name="backbone")(
-        x, segments=segments, deterministic=deterministic
-    )
+    backbone, length = Backbone(config.backbone, name="backbone"), x.shape[1]
+    if config.window is None:
+        x, _ = backbone(x, segments=segments, deterministic=deterministic)
+    else:
+        pieces, ids = windows(x, segment_ids, config.window)
+        within = Segments.from_ids(ids, single=True)
+        x, _ = backbone(pieces, segments=within, deterministic=deterministic)
+        x = x.reshape(-1, length + -length % config.window, width)[:, :length]
     return pool(x.astype(jnp.float32), segments, config.pooling)
+
+
+def windows(
+    x: Float[Array, "b l d"],
+    segment_ids: Int[Array | np.ndarray, "b l"] | None,
+    size: int,
+) -> tuple[Float[Array, "n w d"], Int[Array, "n w"]]:
+    """Rows cut into pieces of ``size`` tokens, padded at the end: tokens and segment ids.
+
+    Raises:
+      ValueError: the mesh splits rows over devices, which would cut them elsewhere.
+    """
+    if shards_of(x.shape[1]) > 1:
+        raise ValueError(f"window={size} cuts rows that one device has whole; take seq=1")
+    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    more = -x.shape[1] % size
+    x, ids = jnp.pad(x, ((0, 0), (0, more), (0, 0))), jnp.pad(ids, ((0, 0), (0, more)))
+    return x.reshape(-1, size, x.shape[2]), ids.reshape(-1, size)
 
 
 def pool(x: Float[Array, "b l d"], segments: Segments | None, kind: Pooling) -> Float[Array, "b d"]:
