@@ -8,6 +8,7 @@ from tyro.conf import Fixed
 
 from seqmodels.data.lra import TASKS, TaskConfig
 from seqmodels.data.lra.listops import SYMBOLS
+from seqmodels.mixers import BidirectionalConfig
 from seqmodels.models import ClassifierConfig
 from seqmodels.models.classifier import Interaction
 from seqmodels.ranges import Checked, Size
@@ -52,8 +53,8 @@ INTERFACES = {
     "speech": Interface(35, channels=1),
 }
 
-# Models whose mixer has another name: a convolution on both sides of a token.
-_MIXERS = {"conv5": "bidirectional", "conv61": "bidirectional"}
+# The mixer of a model that is not called as it is.
+_MIXERS = {"conv5": "conv", "conv61": "conv"}
 
 # Fields of the data that tell tasks with the same kind of data apart.
 _FIXED = ("size", "colour", "permuted")
@@ -93,9 +94,12 @@ class ExperimentConfig(Checked):
             getattr(self.data, name) != value for name, value in fixed.items()
         ):
             raise ValueError(f"task={self.task!r} does not have data={self.data}")
-        layout = self.classifier.backbone.layout
-        if set(layout) != {_MIXERS.get(self.model, self.model)}:
-            raise ValueError(f"model={self.model!r} is not what layout={layout} consists of")
+        backbone = self.classifier.backbone
+        sides = (m.local if isinstance(m, BidirectionalConfig) else m for m in backbone.mixers)
+        if {side.mixer for side in sides} != {_MIXERS.get(self.model, self.model)}:
+            raise ValueError(
+                f"model={self.model!r} is not what layout={backbone.layout} consists of"
+            )
         self._check_data()
         self._check_interface(INTERFACES[self.task])
 

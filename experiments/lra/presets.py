@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, get_args
 
 from experiments.command_line import UsageError
+from experiments.lra.convolutions import CONVOLUTIONS, convolution
 from experiments.lra.experiment import INTERFACES, ExperimentConfig, Model, Preset, Task
 from seqmodels.data.lra import (
     TASKS,
@@ -20,13 +21,7 @@ from seqmodels.data.lra import (
 )
 from seqmodels.data.lra.retrieval import PUBLISHED as PAIRS
 from seqmodels.data.lra.speech import PUBLISHED as RECORDINGS
-from seqmodels.mixers import (
-    BidirectionalConfig,
-    ConvConfig,
-    MixerConfig,
-    S4DConfig,
-    S5Config,
-)
+from seqmodels.mixers import MixerConfig, S4DConfig, S5Config
 from seqmodels.models import BackboneConfig, ClassifierConfig
 from seqmodels.training.config import TrainConfig
 
@@ -41,9 +36,6 @@ EXAMPLES = {
     "pmnist": 54_000,
     "speech": RECORDINGS["Speech Commands"]["train"],
 } | dict.fromkeys(("pathfinder", "path-x", "path-256"), 160_000)
-
-# Trained baselines, and how many tokens a layer of each sees.
-CONVOLUTIONS: dict[Model, int] = {"conv5": 5, "conv61": 61}
 
 # Padded lengths, where rows differ.
 LENGTHS: dict[str, tuple[int, ...]] = {
@@ -349,22 +341,6 @@ PAPER: dict[tuple[str, str], ExperimentConfig] = {
 }
 """The published settings of a task and model."""
 
-
-def _convolution(config: ExperimentConfig, model: Model, sees: int) -> ExperimentConfig:
-    """The experiment with a convolution that sees so many tokens in place of each mixer."""
-    backbone = dataclasses.replace(
-        config.classifier.backbone,
-        layout=("bidirectional",) * len(config.classifier.backbone.layout),
-        mixers=(BidirectionalConfig(ConvConfig(conv_size=(sees + 1) // 2)),),
-    )
-    return dataclasses.replace(
-        config,
-        model=model,
-        classifier=dataclasses.replace(config.classifier, backbone=backbone),
-        train=dataclasses.replace(config.train, group_learning_rates={}),
-    )
-
-
 CPU: dict[tuple[str, str], ExperimentConfig] = {
     (task, model): _on_cpu(
         task,
@@ -376,11 +352,6 @@ CPU: dict[tuple[str, str], ExperimentConfig] = {
     for model in ("s4d", "s5")
     if (task, model) in PAPER or task in _MADE_FROM
 }  # fmt: skip
-CPU |= {
-    (task, model): _convolution(CPU[task, "s5"], model, sees)
-    for task in ("listops", "text", "image", "pathfinder", "cifar", "mnist")
-    for model, sees in CONVOLUTIONS.items()
-}
 """What two cores do in ten minutes; Text takes an hour."""
 
 
@@ -399,6 +370,8 @@ def experiment(task: str, model: str, preset: str, seed: int = 0) -> ExperimentC
     ):
         if name not in known:
             raise UsageError(f"{what}={name!r} is not known; choose one of {', '.join(known)}")
+    if model in CONVOLUTIONS:
+        return convolution(experiment(task, "s5", preset, seed), model)
     configs = {"paper": PAPER, "cpu": CPU}[preset]
     if (task, model) not in configs:
         raise UsageError(
