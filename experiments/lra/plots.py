@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from experiments.lra.published import Row
 from seqmodels.data.examples import TaskData
@@ -176,9 +177,16 @@ def _lines(axes: Sequence[Axes], panel: Panel) -> None:
     by_loss.set_xlabel("million tokens")
     by_tokens.set_xlabel("million tokens")
     by_minutes.set_xlabel("minutes of training")
+    ends = [line.minutes[-1] for line in panel.lines]
+    logarithmic = bool(ends) and max(ends) > 4 * min(ends) > 0
+    if logarithmic:
+        by_minutes.set_xscale("log")
+        by_minutes.xaxis.set_major_formatter("{x:g}")
+        by_minutes.xaxis.set_minor_formatter(NullFormatter())
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.set_xlim(left=0)
+        if axis is not by_minutes or not logarithmic:
+            axis.set_xlim(left=0)
     handles, names = by_minutes.get_legend_handles_labels()
     handles.append(Line2D([], [], color="gray", linestyle="--", linewidth=1))
     names.append("best trivial baseline")

@@ -174,17 +174,20 @@ def costs(rows: Sequence[Row]) -> page.Grid:
     return page.Grid("Ours: what it took", columns, lines, ("run",), COSTS)
 
 
-def remarks(row: Row) -> str:
-    """What else is to be said of a row."""
-    environment = row.result["environment"]
-    on_cpu = environment["device"] == "cpu"
-    device = environment["cpu"] if on_cpu else environment["device"]
-    count = environment["cpu_cores"] if on_cpu else environment["devices"]
-    return (
-        f"{row.label}, {'committed' if row.committed else 'own'}: "
-        f"{'; '.join(row.caveats) or 'comparable'}. {row.steps:,} steps; best baseline: "
-        f"{row.baseline[0]}. On {count} x {device}."
-    )
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What else is to be said of rows, once of those of which the same is."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        environment = row.result["environment"]
+        on_cpu = environment["device"] == "cpu"
+        device = environment["cpu"] if on_cpu else environment["device"]
+        count = environment["cpu_cores"] if on_cpu else environment["devices"]
+        remark = (
+            f"{'; '.join(row.caveats) or 'comparable'}. {row.steps:,} steps; best baseline: "
+            f"{row.baseline[0]}. On {count} x {device}."
+        )
+        said.setdefault(remark, []).append(f"{row.label}{'' if row.committed else ', own'}")
+    return [f"{'; '.join(labels)}: {remark}" for remark, labels in said.items()]
 
 
 def spread(rows: Sequence[Row]) -> list[str]:
@@ -272,7 +275,7 @@ def build(rows: Sequence[Row], published: Sequence[Published]) -> list[page.Bloc
         *accuracies(rows),
         page.Text(f"{LOCAL} {CRITICS}"),
         *([page.Items(several)] if several else []),
-        page.Items([remarks(row) for row in rows]),
+        page.Items(remarks(rows)),
         page.Heading("Cost"),
         costs(rows),
         page.Heading("Baselines"),
@@ -372,10 +375,9 @@ def write_page(folder: Path, rows: Sequence[Row], selected: Sequence[Published])
     shown = page.Picture("report.png", picture(rows, selected), about)
     blocks = build(rows, ROWS)
     blocks[2:2] = [shown]
-    text = as_text(
-        [*accuracies(rows), costs(rows), baseline_table(rows), published_table(selected)]
-    )
-    (folder / "report.png").write_bytes(picture(rows, selected, text))
+    ours = as_text([*accuracies(rows), costs(rows), baseline_table(rows)])
+    texts = (ours, as_text([published_table(selected)]))
+    (folder / "report.png").write_bytes(picture(rows, selected, texts))
     forms: dict[str, Callable[[Sequence[page.Block]], str]] = {
         "report.md": page.to_markdown,
         "report.html": page.to_html,

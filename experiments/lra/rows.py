@@ -244,13 +244,15 @@ def whole(rows: Sequence[Row]) -> list[Row]:
 
 
 def seeds(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows that differ in nothing but their seed, two or more together."""
-    groups: dict[str, list[Row]] = {}
+    """Rows that differ in nothing but their seed, two or more together, one of each seed."""
+    groups: dict[str, dict[int, Row]] = {}
     for row in rows:
-        train = dataclasses.replace(row.config.train, seed=0)
-        config = dataclasses.replace(row.config, train=train)
-        groups.setdefault(json.dumps(to_dict(config), sort_keys=True), []).append(row)
-    return [group for group in groups.values() if len({row.config.train.seed for row in group}) > 1]
+        config = dataclasses.replace(
+            row.config, train=dataclasses.replace(row.config.train, seed=0)
+        )
+        group = groups.setdefault(json.dumps(to_dict(config), sort_keys=True), {})
+        group.setdefault(row.config.train.seed, row)
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
 
 
 def _caveats(row: Row) -> list[str]:
