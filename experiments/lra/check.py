@@ -105,20 +105,25 @@ def compare(recorded: Mapping[str, Any], again: Mapping[str, Any], step: int) ->
     other = [name for name in SAME if before.get(name) != now.get(name)]
     other += ["uncommitted changes"] if before.get("dirty") or now.get("dirty") else []
     old, new = (validation(run["curve"], step) for run in (recorded, again))
-    expected, found = ([r for r in run["curve"] if r["step"] <= step] for run in (recorded, again))
+    expected, found = (
+        [record for record in run["curve"] if record["step"] <= step] for run in (recorded, again)
+    )
     equal = sum(a == b for a, b in zip(expected, found, strict=False))
+    loss, old_loss, accuracy, old_accuracy = (
+        float(record[name]) for name in ("loss", "accuracy") for record in (new, old)
+    )
     terminal.say(
-        f"step {step}: validation loss {new['loss']:.6f} (recorded {old['loss']:.6f}), accuracy "
-        f"{new['accuracy']:.4f} (recorded {old['accuracy']:.4f}); {equal} of {len(expected)} "
-        "records equal to the bit"
+        f"step {step}: validation loss {loss:.6f} (recorded {old_loss:.6f}), accuracy "
+        f"{accuracy:.4f} (recorded {old_accuracy:.4f}); {equal} of {len(expected)} records equal "
+        "to the bit"
     )
     if found == expected:
         terminal.say("reproduced to the bit")
         return
     if not other:
         raise ValueError(f"step {step} differs from what was recorded in the same environment")
-    loss = abs(new["loss"] - old["loss"]) / max(abs(old["loss"]), 1e-9)
-    accuracy = abs(new["accuracy"] - old["accuracy"])
+    loss = abs(loss - old_loss) / max(abs(old_loss), 1e-9)
+    accuracy = abs(accuracy - old_accuracy)
     how = f"loss differs by {100 * loss:.2f} %, accuracy by {accuracy:.4f}"
     limits = f"within {100 * LOSS:.0f} % and {ACCURACY}"
     if not (loss <= LOSS and accuracy <= ACCURACY):
