@@ -82,8 +82,8 @@ LOCAL = (
 COSTS = (
     "Parameters; float32 state of one row after the longest input, all layers and both directions, "
     "what one would carry to go on; tokens of training, padding not counted, and how many a second "
-    "of the whole time, compiling and validating included; that time. A curve's minutes are the "
-    "run's, in proportion to the tokens read."
+    "of the whole time, compiling and validating included; that time, in which other work on the "
+    "machine shows. A curve's minutes are the run's, in proportion to the tokens read."
 )
 
 
