@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,13 @@ class Row:
     def title(self) -> str:
         """The task and the most tokens that an input has."""
         return f"{self.config.task}, {self.longest:,} tokens"
+
+    @functools.cached_property
+    def experiment(self) -> str:
+        """Equal for equal experiments on equal data, whatever their window."""
+        classifier = dataclasses.replace(self.config.classifier, window=None)
+        config = to_dict(dataclasses.replace(self.config, classifier=classifier))
+        return json.dumps([config, self.result["data"].get("digest")], sort_keys=True)
 
     @property
     def accuracy(self) -> float:
@@ -211,9 +219,8 @@ def find(rows: Sequence[Row], name: str) -> Row:
 
 def windowed(row: Row, rows: Iterable[Row], window: int) -> Row | None:
     """The row of the same experiment where the model sees only so many tokens."""
-    wanted = _without_window(row)
     for other in rows:
-        if other.config.classifier.window == window and _without_window(other) == wanted:
+        if other.config.classifier.window == window and other.experiment == row.experiment:
             return other
     return None
 
@@ -225,12 +232,6 @@ def by_data(rows: Iterable[Row]) -> list[list[Row]]:
         digest = json.dumps(row.result["data"].get("digest"))
         groups.setdefault((row.title, digest), []).append(row)
     return list(groups.values())
-
-
-def _without_window(row: Row) -> str:
-    classifier = dataclasses.replace(row.config.classifier, window=None)
-    config = to_dict(dataclasses.replace(row.config, classifier=classifier))
-    return json.dumps([config, row.result["data"].get("digest")], sort_keys=True)
 
 
 def whole(rows: Sequence[Row]) -> list[Row]:
