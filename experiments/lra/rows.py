@@ -71,7 +71,7 @@ class Row:
     def label(self) -> str:
         """Task, model, preset, window and seed in words."""
         window = self.config.classifier.window
-        words = [self.config.task, self.config.model, self.config.preset]
+        words: list[str] = [self.config.task, self.config.model, self.config.preset]
         words += [] if window is None else [f"window {window}"]
         words += ["pretrained"] if self.result.get("pretrain") else []
         return " ".join([*words, f"seed {self.config.train.seed}"])
