@@ -21,7 +21,8 @@ Task = Literal[
 ]  # fmt: skip
 Model = Literal[
     "s4", "s4d", "s4d-legs", "s4d-inv", "s4d-ft", "s5", "lru", "mamba", "b2s6", "mamba2",
-    "transformer", "rotary", "gla", "retnet", "gated_deltanet", "hydra", "rat", "scout",
+    "transformer", "rotary", "gla", "retnet", "gated_deltanet", "hydra", "rat", "scout", "conv5",
+    "conv61",
 ]  # fmt: skip
 """A mixer and its block; "s4d" is S4D-Lin, "transformer" Long Range Arena's."""
 Preset = Literal["paper", "cpu", "cpu-hour", "gpu-15min"]
@@ -29,7 +30,7 @@ Preset = Literal["paper", "cpu", "cpu-hour", "gpu-15min"]
 # The mixer of a model that is not called as it is.
 _MIXERS = {
     "s4d-legs": "s4d", "s4d-inv": "s4d", "s4d-ft": "s4d", "b2s6": "mamba",
-    "transformer": "attention", "rotary": "attention",
+    "transformer": "attention", "rotary": "attention", "conv5": "conv", "conv61": "conv",
 }  # fmt: skip
 
 
@@ -89,8 +90,8 @@ class ExperimentConfig(Checked):
 
     Attributes:
       task: names what ``data`` are, and does not change them.
-      model: names what ``classifier`` is, whose blocks have that mixer, or it from both sides;
-        likewise.
+      model: names what ``classifier`` is, whose blocks have that mixer, or it from both sides,
+        or, of "conv5" and "conv61", a convolution that sees so many tokens; likewise.
       preset: what this config was made from.
       data: which data.
       lengths: the padded lengths, increasing; the last one holds the longest row. Padding is
@@ -162,6 +163,11 @@ class ExperimentConfig(Checked):
         data, lengths = self.data, self.lengths
         if not lengths or any(a >= b for a, b in itertools.pairwise(lengths)):
             raise ValueError(f"lengths={lengths} must be increasing, and at least one")
+        if self.classifier.window is not None and self.train.mesh.seq > 1:
+            raise ValueError(
+                f"classifier.window={self.classifier.window} cuts rows that one device has whole: "
+                "take train.mesh.seq=1"
+            )
         if lengths[-1] < data.longest:
             limit = getattr(data, "max_length", None)
             shorter = "" if limit is None else f", or change data.max_length={limit}"
@@ -184,9 +190,10 @@ class ExperimentConfig(Checked):
 
     @property
     def name(self) -> str:
-        """``<task>-<model>-<preset>[-masked][-<m>min]-seed<k>``: of the run directory and of the
-        result; "masked" or "causal" is how it is pretrained."""
+        """``<task>-<model>-<preset>[-masked][-window<n>][-<m>min]-seed<k>``: of the run directory
+        and of the result; "masked" or "causal" is how it is pretrained."""
         parts: list[str] = [self.task, self.model, self.preset]
         parts += [] if self.pretrain is None else [self.pretrain.kind]
+        parts += [] if self.classifier.window is None else [f"window{self.classifier.window}"]
         parts += [] if self.minutes is None else [f"{self.minutes:g}min"]
         return "-".join([*parts, f"seed{self.train.seed}"])

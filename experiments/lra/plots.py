@@ -1,5 +1,7 @@
 """Figures of the LRA experiments, as PNG files."""
 
+import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from experiments.lra.published import Row
 from seqmodels.data.examples import TaskData
@@ -48,44 +51,146 @@ def learning_curve(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def comparison(
-    results: Sequence[tuple[Mapping[str, Any], str, bool]], published: Sequence[Row], path: Path
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """A row of ours: its name, percent, and whether it may be read against published rows."""
+
+    name: str
+    accuracy: float
+    comparable: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A run's evaluations (tokens, minutes, percent) and its training loss (tokens, loss)."""
+
+    name: str
+    tokens: Sequence[float]
+    minutes: Sequence[float]
+    accuracy: Sequence[float]
+    loss_tokens: Sequence[float]
+    loss: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Rows of ours on the same data.
+
+    Attributes:
+      title: what stands over it.
+      task: names the published column.
+      dots, lines: of the rows.
+      baseline: percent of the best trivial predictor.
+    """
+
+    title: str
+    task: str
+    dots: Sequence[Dot]
+    lines: Sequence[Line]
+    baseline: float
+
+
+def overview(
+    panels: Sequence[Panel],
+    published: Sequence[Row],
+    path: Path | io.BytesIO,
+    texts: Sequence[str] = (),
 ) -> None:
-    """Accuracies of each task as bars.
+    """The report's picture: by task the accuracies, and how ours came about.
 
     Args:
-      results: our results, each with its name, which begins with the task's, and whether it may be
-        compared with the published ones; those that may not are hatched.
+      panels: our rows.
       published: rows of other authors.
-      path: the PNG file.
+      path: the PNG file, or where to write its bytes.
+      texts: what stands above, side by side, in type of one width.
     """
-    tasks = sorted({result["task"] for result, _, _ in results})
-    most = max(sum(result["task"] == task for result, _, _ in results) for task in tasks)
-    height = 0.24 * (len(published) + most) + 1.4
-    figure = Figure(figsize=(5.5 * len(tasks), height), layout="constrained")
-    theirs_style: dict[str, Any] = {"facecolor": "lightgray"}
-    ours_style: dict[str, Any] = {"facecolor": "tab:blue", "edgecolor": "white"}
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        theirs = [(row.model, value) for row in published if (value := row.accuracy(task))]
-        ours = [each for each in results if each[0]["task"] == task]
-        names = [name for name, _ in theirs]
-        axes.barh(range(len(theirs)), [value for _, value in theirs], **theirs_style)
-        for result, name, comparable in ours:
-            hatch = None if comparable else "//"
-            value = 100 * result["test_accuracy"]
-            axes.barh(len(names), value, hatch=hatch, **ours_style)  # by place: names may repeat
-            names.append(name.removeprefix(task).strip())
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_title(task)
-        axes.set_xlabel("test accuracy in %")
-    shown = {
-        "published": Patch(**theirs_style),
-        "ours": Patch(**ours_style),
-        "ours, not the published task or recipe": Patch(**ours_style, hatch="//"),
-    }
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(tasks) + 1)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    heights = [_height(panel, published) for panel in panels]
+    lines = max((text.count("\n") + 3 for text in texts), default=0)
+    ratios = [0.165 * lines] * bool(texts) + heights
+    figure = Figure(figsize=(16, sum(ratios)), layout="constrained")
+    parts = figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0].tolist()
+    if texts:
+        above = parts.pop(0)
+        for number, text in enumerate(texts):
+            place = 0.01 + number / len(texts)
+            above.text(place, 0.98, text, va="top", family="monospace", fontsize=9)
+    for part, panel in zip(parts, panels, strict=True):
+        part.suptitle(panel.title, fontweight="bold")
+        axes = part.subplots(1, 4, width_ratios=(1.5, 1, 1, 1))
+        _dots(axes[0], panel, published)
+        _lines(axes[1:], panel)
+    figure.savefig(path, dpi=100, format="png", metadata={"Software": None})
+
+
+def _height(panel: Panel, published: Sequence[Row]) -> float:
+    """Inches that the names and the legend need."""
+    theirs = sum(row.accuracy(panel.task) is not None for row in published)
+    return max(0.19 * (theirs + len(panel.dots)) + 1.6, 0.2 * len(panel.lines) + 3.4)
+
+
+def _dots(axes: Axes, panel: Panel, published: Sequence[Row]) -> None:
+    """Accuracies, one a line: published ones from the highest, then ours."""
+    found = ((row.accuracy(panel.task), row.model) for row in published)
+    theirs = sorted(((a, name) for a, name in found if a is not None), reverse=True)
+    ours = sorted(panel.dots, key=lambda dot: -dot.accuracy)
+    names = [name for _, name in theirs] + [dot.name for dot in ours]
+    axes.plot([value for value, _ in theirs], range(len(theirs)), "o", color="gray")
+    for place, dot in enumerate(ours, len(theirs)):
+        face = "tab:blue" if dot.comparable else "white"
+        axes.plot(dot.accuracy, place, "o", markeredgecolor="tab:blue", markerfacecolor=face)
+    axes.axhline(len(theirs) - 0.5, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.margins(x=0.05)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("test accuracy in %")
+    kinds = {"published": ("gray", "gray")} if theirs else {}
+    if any(dot.comparable for dot in ours):
+        kinds["ours"] = ("tab:blue", "tab:blue")
+    if not all(dot.comparable for dot in ours):
+        kinds["ours, below the paper's scale"] = ("tab:blue", "white")
+    handles = [
+        Line2D([], [], marker="o", linestyle="", markeredgecolor=edge, markerfacecolor=face)
+        for edge, face in kinds.values()
+    ]
+    axes.legend(
+        handles, kinds, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(kinds)
+    )
+
+
+def _lines(axes: Sequence[Axes], panel: Panel) -> None:
+    """Training loss and validation accuracy by tokens, and the latter by minutes."""
+    by_loss, by_tokens, by_minutes = axes
+    for number, line in enumerate(panel.lines):
+        style: Any = {
+            "color": f"C{number % 10}",
+            "linestyle": ("-", "--", ":", "-.")[number // 10 % 4],
+            "linewidth": 1,
+        }
+        by_loss.plot([n / 1e6 for n in line.loss_tokens], line.loss, **style)
+        by_tokens.plot([n / 1e6 for n in line.tokens], line.accuracy, marker=".", **style)
+        by_minutes.plot(line.minutes, line.accuracy, marker=".", label=line.name, **style)
+    for axis in (by_tokens, by_minutes):
+        axis.axhline(panel.baseline, color="gray", linestyle="--", linewidth=1)
+        axis.set_ylabel("validation accuracy in %")
+    by_loss.set_ylabel("training loss")
+    by_loss.set_xlabel("million tokens")
+    by_tokens.set_xlabel("million tokens")
+    by_minutes.set_xlabel("minutes of training")
+    ends = [line.minutes[-1] for line in panel.lines]
+    logarithmic = bool(ends) and max(ends) > 4 * min(ends) > 0
+    if logarithmic:
+        by_minutes.set_xscale("log")
+        by_minutes.xaxis.set_major_formatter("{x:g}")
+        by_minutes.xaxis.set_minor_formatter(NullFormatter())
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis is not by_minutes or not logarithmic:
+            axis.set_xlim(left=0)
+    handles, names = by_minutes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="gray", linestyle="--", linewidth=1))
+    names.append("best trivial baseline")
+    by_minutes.legend(handles, names, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 
 def samples(data: TaskData, path: Path, columns: int = 6, rows: int = 4) -> None:

@@ -84,8 +84,8 @@ class Arguments(Checked):
     pmnist (permuted) or speech; needed unless --resume."""
     model: str | None = None
     """s4, s4d, s4d-legs, s4d-inv, s4d-ft, s5, lru, mamba, b2s6, mamba2, transformer (Long Range
-    Arena's), rotary (the transformer of its critics), gla, retnet, gated_deltanet, hydra, rat or
-    scout; needed unless --resume."""
+    Arena's), rotary (the transformer of its critics), gla, retnet, gated_deltanet, hydra, rat,
+    scout, or conv5 or conv61, convolutions that see so many tokens; needed unless --resume."""
     preset: str | None = None
     """paper, gpu-15min, cpu or cpu-hour; default cpu."""
     seed: Seed | None = None
@@ -111,6 +111,8 @@ class Arguments(Checked):
     schedule follows. With --steps nothing is timed, only noted."""
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and test what there is."""
+    window: Size | None = None
+    """Let the model see windows of so many tokens only, e.g. 5 or 61: how local the task is."""
     mesh: str | None = None
     """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
     row over seq; default: all devices are data."""
@@ -142,6 +144,7 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
     options = [*as_options(arguments.set), *fields]
     for path, value in (
         ("train.steps", arguments.steps), ("train.max_minutes", arguments.max_minutes),
+        ("classifier.window", arguments.window),
     ):  # fmt: skip
         options += [] if value is None else [f"--{path}={value}"]
     options += [f"--train.mesh.{axis}={n}" for axis, n in mesh_sizes(arguments.mesh).items()]
@@ -161,7 +164,8 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
         if not arguments.resume:
             config = changed(fresh, options, prog=PROG)
             return config, run_dir or RUNS / config.name
-        run_dir = RUNS / fresh.name
+        window = [] if arguments.window is None else [f"--classifier.window={arguments.window}"]
+        run_dir = RUNS / changed(fresh, window, prog=PROG).name
     config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
     saved = {name: getattr(config, name) for name in ("task", "model", "preset", "minutes")}
     saved |= {"seed": config.train.seed, "pretrain": config.pretrain and config.pretrain.kind}
@@ -325,6 +329,7 @@ def make_result(
         "model": config.model,
         "preset": config.preset,
         "seed": config.train.seed,
+        "window": config.classifier.window,
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "test_examples": test.examples,

@@ -5,6 +5,7 @@ from typing import Any
 from seqmodels.mixers.attention import Attention, AttentionConfig
 from seqmodels.mixers.base import Mixer, MixerConfig, ParamLabel, RecurrentState, Segments, State
 from seqmodels.mixers.bidirectional import Bidirectional, BidirectionalConfig
+from seqmodels.mixers.conv import Conv, ConvConfig
 from seqmodels.mixers.deltanet import DeltaNet, DeltaNetConfig
 from seqmodels.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from seqmodels.mixers.gla import GLA, GLAConfig
@@ -27,6 +28,7 @@ from seqmodels.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
 REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "attention": (AttentionConfig, Attention),
     "bidirectional": (BidirectionalConfig, Bidirectional),
+    "conv": (ConvConfig, Conv),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
@@ -76,6 +78,8 @@ __all__ = [
     "AttentionConfig",
     "Bidirectional",
     "BidirectionalConfig",
+    "Conv",
+    "ConvConfig",
     "DeltaNet",
     "DeltaNetConfig",
     "GLAConfig",

@@ -16,6 +16,7 @@ from seqmodels.layers.embedding import Embedding, LearnedPositions, sinusoids
 from seqmodels.mixers import Segments
 from seqmodels.models.backbone import Backbone, BackboneConfig
 from seqmodels.models.ids import check_ids
+from seqmodels.parallel.mesh import shards_of
 from seqmodels.ranges import Checked, Positive, Size
 
 Pooling = Literal["mean", "last", "class"]
@@ -38,6 +39,8 @@ class ClassifierConfig(Checked):
       positions: what is added to the inputs by their place in the row: fixed "sinusoid" functions
         or "learned" vectors, as in the Transformers of Long Range Arena; None for nothing.
       max_length: the longest row, class token included, that has "learned" positions.
+      window: None, or a number of tokens: mixers see pieces of so many, cut from the row's start,
+        each as a row of its own, and pooling alone joins them. It changes no parameter.
     """
 
     backbone: BackboneConfig
@@ -47,6 +50,7 @@ class ClassifierConfig(Checked):
     pooling: Pooling = "mean"
     positions: Positions | None = None
     max_length: Size | None = None
+    window: Size | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +60,11 @@ class ClassifierConfig(Checked):
             raise ValueError(
                 f"ClassifierConfig: max_length={self.max_length} with positions="
                 f"{self.positions!r}: learned positions need it, nothing else has it"
+            )
+        if self.window is not None and self.pooling != "mean":
+            raise ValueError(
+                f"ClassifierConfig: window={self.window} needs pooling='mean': the "
+                f"{'first' if self.pooling == 'class' else 'last'} token sees one window alone"
             )
         if self.pooling == "class" and all(mixer.causal for mixer in self.backbone.mixers):
             raise ValueError(
@@ -171,7 +180,8 @@ def hidden(
     there is one. Parameters are those of ``module``.
 
     Raises:
-      ValueError: ``inputs`` do not fit the configured vocabulary (of ids, see ``check_ids``).
+      ValueError: ``inputs`` do not fit the configured vocabulary (of ids, see ``check_ids``), or
+        rows are to be cut into windows and are split over devices.
     """
     width = config.backbone.width
     expected = 3 if config.vocabulary_size is None else 2
@@ -198,10 +208,33 @@ def hidden(
     elif config.positions == "learned":
         x = x + LearnedPositions(config.max_length or 0, width, name="positions")(x)[None]
     segments = None if segment_ids is None else Segments.from_ids(segment_ids, single=True)
-    x, _ = Backbone(config.backbone, name="backbone")(
-        x, segments=segments, deterministic=deterministic
-    )
+    backbone, length = Backbone(config.backbone, name="backbone"), x.shape[1]
+    if config.window is None:
+        x, _ = backbone(x, segments=segments, deterministic=deterministic)
+    else:
+        pieces, ids = windows(x, segment_ids, config.window)
+        within = Segments.from_ids(ids, single=True)
+        x, _ = backbone(pieces, segments=within, deterministic=deterministic)
+        x = x.reshape(-1, length + -length % config.window, width)[:, :length]
     return x, segments
+
+
+def windows(
+    x: Float[Array, "b l d"],
+    segment_ids: Int[Array | np.ndarray, "b l"] | None,
+    size: int,
+) -> tuple[Float[Array, "n w d"], Int[Array, "n w"]]:
+    """Rows cut into pieces of ``size`` tokens, padded at the end: tokens and segment ids.
+
+    Raises:
+      ValueError: the mesh splits rows over devices, which would cut them elsewhere.
+    """
+    if shards_of(x.shape[1]) > 1:
+        raise ValueError(f"window={size} cuts rows that one device has whole; take seq=1")
+    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    more = -x.shape[1] % size
+    x, ids = jnp.pad(x, ((0, 0), (0, more), (0, 0))), jnp.pad(ids, ((0, 0), (0, more)))
+    return x.reshape(-1, size, x.shape[2]), ids.reshape(-1, size)
 
 
 def pool(x: Float[Array, "b l d"], segments: Segments | None, kind: Pooling) -> Float[Array, "b d"]:

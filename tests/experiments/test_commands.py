@@ -24,6 +24,7 @@ from experiments.lm import run as lm_run
 from experiments.lm import table as lm_table
 from experiments.lm import train as lm_train
 from experiments.lra import baselines as lra_baselines
+from experiments.lra import check as lra_check
 from experiments.lra import data as lra_data
 from experiments.lra import eval as lra_eval
 from experiments.lra import presets as lra_presets
@@ -140,8 +141,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         for module, name in (
             (lra_train, "load_data"), (lra_eval, "load_data"), (lra_baselines, "load"),
-            (lra_data, "load"), (lra_sweep, "train_cell"),
-            (lra_report, "comparison"), (lm_train, "load_data"), (lm_run, "restore"),
+            (lra_data, "load"), (lra_sweep, "train_cell"), (lra_report, "picture"),
+            (lra_check, "load_data"), (lm_train, "load_data"), (lm_run, "restore"),
             (lm_table, "load_data"), (kernels_aot, "measure"), (scaling_report, "measure"),
         ):  # fmt: skip
             patch.setattr(module, name, cut_off)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from experiments.lra import eval as lra_eval
-from experiments.lra import report as lra_report
 from experiments.lra import train as lra_train
 from seqmodels.training.metrics import read_jsonl
 from tests.seqmodels.data.lra import original_files as original
@@ -240,52 +239,9 @@ def test_the_traceback_is_shown_on_request(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_the_report_shows_ours_beside_the_published(trained, capsys):
-    assert lra_report.main(["--results-dir", str(trained / "results")]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    result = result_of(trained)
-    assert f"{100 * result['test_accuracy']:.2f}" in out
-    assert "not the published 2K task" in out
-    assert "62.15" in out  # S5 on ListOps
-    assert "counts 50" in out
-    assert (trained / "results" / "report.png").read_bytes()[:4] == b"\x89PNG"
-
-
 @pytest.mark.parametrize("task", ["listops", "text"])
 def test_a_part_of_the_data_is_accepted_by_option_only(task):
     arguments = lra_train.Arguments(task=task, model="s5")
     assert not lra_train.resolve(arguments)[0].data.allow_partial
     arguments = dataclasses.replace(arguments, allow_partial=True)
     assert lra_train.resolve(arguments)[0].data.allow_partial
-
-
-def test_only_the_published_task_is_comparable(trained):
-    paper = lra_train.resolve(lra_train.Arguments(task="listops", model="s5", preset="paper"))[0]
-    steps = paper.train.steps
-    config = lra_train.to_dict(paper)
-    result = {**result_of(trained), "config": config, "steps": steps}
-    assert lra_report.caveats(result) == []
-    part = {**config, "data": {**config["data"], "allow_partial": True}}
-    assert "--allow-partial" in lra_report.caveats({**result, "config": part})[0]
-    assert lra_report.caveats({**result, "steps": 100}) == [f"published recipe {steps} steps"]
-    short = {**config, "data": {**config["data"], "max_length": 700}}
-    assert lra_report.caveats({**result, "config": short}) == [
-        "ListOps of at most 699 tokens, not the published 2K task"
-    ]
-
-
-def test_a_report_of_nothing_or_of_damage(tmp_path, capsys):
-    assert lra_report.main(["--results-dir", str(tmp_path)]) == 1
-    assert "no results" in capsys.readouterr().err
-    (tmp_path / "a.json").write_text("{}")
-    assert lra_report.main(["--results-dir", str(tmp_path)]) == 1
-    assert "a.json is not a result" in capsys.readouterr().err
-
-
-def test_averages_count_a_failure_as_50():
-    rows = {row.model: row for row in lra_report.ROWS}
-    assert rows["Transformer"].accuracy("path-x") is None
-    assert round(rows["Transformer"].average, 2) == 53.66
-    assert round(rows["S5"].average, 2) == 87.46
-    assert all(dataclasses.is_dataclass(row) and len(row.accuracies) == 6 for row in rows.values())
-    assert set(lra_report.SELECTED) <= rows.keys()

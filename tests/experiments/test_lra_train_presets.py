@@ -13,6 +13,7 @@ import pytest
 
 from experiments.command_line import UsageError, as_options, changed
 from experiments.lra import presets
+from experiments.lra.convolutions import CONVOLUTIONS
 from experiments.lra.experiment import INTERFACES, ExperimentConfig, Model, Preset, Task
 from experiments.lra.presets import PAPER, experiment
 from experiments.lra.presets.models import OURS
@@ -20,7 +21,7 @@ from experiments.lra.run import make_task
 from experiments.run import result_path
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data.lra import TASKS
-from seqmodels.mixers import ParamLabel
+from seqmodels.mixers import ParamLabel, build
 from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.training.optimizer import schedule
 from seqmodels.training.state import create_state, optimizer_of
@@ -175,7 +176,8 @@ def test_parameters_of_published_models():
 
 def test_published_settings_are_told_from_ours():
     assert set(presets.TASKS) == set(TASKS) == set(INTERFACES) == set(TASK_NAMES)
-    assert {model for task, model in PAPER if task == "listops"} == set(MODELS) - set(OURS)
+    others = {*OURS, *CONVOLUTIONS}
+    assert {model for task, model in PAPER if task == "listops"} == set(MODELS) - others
     assert not {task for task, _ in PAPER} & {"path-256", "cifar", "mnist", "pmnist"}
     assert all(config.preset == "paper" for config in PAPER.values())
 
@@ -344,3 +346,23 @@ def test_a_result_may_lack_fields_that_are_newer_but_not_differ(tmp_path):
     path.write_text(json.dumps({"config": saved}))
     with pytest.raises(UsageError, match=r"another config \(train.steps="):
         result_path(tmp_path, config.name, config)
+
+
+@pytest.mark.parametrize(("model", "sees"), CONVOLUTIONS.items())
+def test_a_convolution_sees_so_many_tokens_and_nothing_else_is_changed(model, sees):
+    config, whole = (experiment("listops", name, "cpu", 3) for name in (model, "s5"))
+    assert config.name == f"listops-{model}-cpu-seed3"
+    assert (config.data, config.lengths) == (whole.data, whole.lengths)
+    backbone = config.classifier.backbone
+    (conv,) = backbone.mixers
+    back = dataclasses.replace(
+        backbone, layout=("s5",) * 6, mixers=whole.classifier.backbone.mixers
+    )
+    assert back == whole.classifier.backbone
+    mixer, x = build(conv, 2), np.ones((1, 81, 2), np.float32)
+    variables = mixer.init(jax.random.key(0), x)
+    moved = np.stack([x[0] + (np.arange(81) == t)[:, None] for t in range(81)])
+    y, z = (mixer.apply(variables, each)[0][:, 40, 0] for each in (x, moved.astype(np.float32)))
+    assert np.flatnonzero(np.asarray(z) != y[0]).tolist() == [
+        t for t in range(81) if abs(t - 40) <= sees // 2
+    ]

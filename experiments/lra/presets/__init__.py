@@ -9,6 +9,7 @@ import dataclasses
 from typing import cast, get_args
 
 from experiments.command_line import UsageError
+from experiments.lra.convolutions import CONVOLUTIONS, convolution
 from experiments.lra.experiment import ExperimentConfig, Model, Preset, Task
 from experiments.lra.presets import (
     cifar,
@@ -54,5 +55,7 @@ def experiment(task: str, model: str, preset: str, seed: int = 0) -> ExperimentC
     ):
         if name not in known:
             raise UsageError(f"{what}={name!r} is not known; choose one of {', '.join(known)}")
+    if model in CONVOLUTIONS:
+        return convolution(experiment(task, "s5", preset, seed), model)
     config = TASKS[cast(Task, task)].config(cast(Model, model), cast(Preset, preset))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))

@@ -5,6 +5,7 @@ from typing import Any
 from seqmodels.mixers import (
     AttentionConfig,
     BidirectionalConfig,
+    ConvConfig,
     DeltaNetConfig,
     GatedDeltaNetConfig,
     GLAConfig,
@@ -42,6 +43,7 @@ CASES = {
     "lru-bidirectional": LRUConfig(state_size=3, bidirectional=True),
     "mamba": MambaConfig(state_size=3),
     "mamba-blocks": MambaConfig(state_size=2, blocks=2),
+    "conv": ConvConfig(conv_size=3),
     "rg_lru": RGLRUConfig(lru_width=6, heads=3),
     "mamba2": Mamba2Config(state_size=3, head_size=2, groups=2),
     "hydra": HydraConfig(state_size=3, head_size=2, groups=2),
@@ -116,6 +118,7 @@ FLAGS = {
     "lru-bidirectional": (False, False, True),
     "mamba": (True, True, True),
     "mamba-blocks": (True, True, True),
+    "conv": (True, True, True),
     "rg_lru": (True, True, True),
     "mamba2": (True, True, True),
     "hydra": (False, False, False),

@@ -14,6 +14,7 @@ from seqmodels.config import from_dict, to_dict
 from seqmodels.layers.embedding import sinusoids
 from seqmodels.mixers import AttentionConfig, S4DConfig, S5Config, Segments
 from seqmodels.models import (
+    Backbone,
     BackboneConfig,
     Classifier,
     ClassifierConfig,
@@ -348,3 +349,36 @@ def test_learned_positions_end():
         dataclasses.replace(CONFIG, max_length=6)
     with pytest.raises(ValueError, match="max_length=None with positions='learned'"):
         dataclasses.replace(CONFIG, positions="learned")
+
+
+def test_windows_are_documents_of_their_own():
+    """As packed documents of so many tokens, which is another path through every layer."""
+    config = dataclasses.replace(CONFIG, window=3)
+    model, variables = Classifier(config), init()
+    logits = jax.jit(model.apply)(variables, TOKENS, IDS)
+    documents = np.where(IDS, 1 + np.arange(7)[None] // 3, 0)
+
+    @jax.jit
+    def packed(variables, tokens):
+        params = variables["params"]
+        x = jnp.asarray(params["encoder"]["embedding"])[tokens]
+        within = {name: part["backbone"] for name, part in variables.items()}
+        y, _ = Backbone(config.backbone).apply(within, x, segments=Segments.from_ids(documents))
+        mean = pool(y, Segments.from_ids(IDS, single=True), "mean")
+        return mean @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+    np.testing.assert_allclose(logits, packed(variables, TOKENS), **tolerances.EACH_FLOAT32_LAYERS)
+    assert np.abs(logits - jax.jit(Classifier(CONFIG).apply)(variables, TOKENS, IDS)).max() > 1e-3
+
+
+def test_one_window_is_the_whole_row():
+    whole = jax.jit(Classifier(CONFIG).apply)(init(), TOKENS, IDS)
+    wide = dataclasses.replace(CONFIG, window=9)
+    padded = jax.jit(Classifier(wide).apply)(init(), TOKENS, IDS)
+    np.testing.assert_allclose(padded, whole, **tolerances.EACH_FLOAT32_LAYERS)
+
+
+@pytest.mark.parametrize("pooling", ["last", "class"])
+def test_windows_need_the_mean(pooling):
+    with pytest.raises(ValueError, match="window=5 needs pooling='mean'"):
+        dataclasses.replace(CONFIG, window=5, pooling=pooling)
