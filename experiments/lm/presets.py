@@ -13,7 +13,7 @@ from tyro.conf import Fixed
 
 from experiments.command_line import UsageError
 from seqmodels.data.text import VOCABULARY
-from seqmodels.mixers import REGISTRY, MixerConfig
+from seqmodels.mixers import REGISTRY, MixerConfig, build
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
 from seqmodels.models.language import Dtype
 from seqmodels.ranges import Between, Checked, Size
@@ -258,3 +258,10 @@ def parameters(config: LanguageModelConfig) -> int:
     tokens = jax.ShapeDtypeStruct((1, 1), "int32")
     shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def state_bytes(config: LanguageModelConfig, length: int) -> int:
+    """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16."""
+    stack = config.backbone
+    blocks = (stack.mixer(layer) for layer in range(len(stack.layout)))
+    return sum(build(mixer, stack.width, parent=None).state_bytes(length) for mixer in blocks)
