@@ -1,0 +1,299 @@
+"""The recall experiments end to end: training, killing, sweeping, reporting, on tiny models."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from experiments.command_line import UsageError
+from experiments.recall import memory, report, sweep
+from experiments.recall import train as recall_train
+from experiments.recall.experiment import ExperimentConfig
+from experiments.recall.findings import FINDINGS, check
+from experiments.recall.mixers import CAUSAL, NAMES
+from experiments.recall.presets import PRESETS, experiment
+from experiments.recall.result import read_result
+from experiments.recall.run import load_trained, score
+from seqmodels.config import from_dict, to_dict
+from seqmodels.data import recall
+from seqmodels.data.recall import TASKS
+from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
+from tests.experiments.legible import illegible, too_long
+from tests.seqmodels.training.compilation import compiled_once
+from tests.tiers import one_of_many
+
+FAST = ["--train.steps", "3", "--train.checkpoint-every", "1", "--train.eval-every", "3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _setting(tmp_path_factory):
+    """One device is enough for the tiny batches, and one compilation for all runs."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        with compiled_once(tmp_path_factory.mktemp("compiled")):
+            yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recall")
+
+
+def swept(folder, *more):
+    return sweep.main(
+        ["--tasks", "mqar", "--mixers", "s5", "attention", "--sizes", "2", "4", "--preset", "tiny",
+         "--runs-dir", str(folder / "runs"), "--results-dir", str(folder / "results"),
+         "--no-progress", "--multiples", "1", "2", *FAST, *more]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """A grid of three runs: attention has the same state at both sizes."""
+    assert swept(folder) == 0
+    return folder
+
+
+def test_a_grid_has_each_model_once(made):
+    names = sorted(path.name for path in (made / "results").glob("*.json"))
+    runs = ("attention-2", "s5-2", "s5-4")
+    assert names == [f"mqar-{run}-tiny-seed0.json" for run in runs]
+    result = read_result(made / "results" / names[1])
+    assert result["tests"].keys() == {1, 2}
+    assert (result["steps"], result["trained_tokens"], result["complete"]) == (3, 16, True)
+    assert result["tests"][2]["tokens"] == 32
+    assert result["config"]["train"]["max_minutes"] == 10.0
+    assert {"commit", "versions", "device", "cpu"} <= result["environment"].keys()
+    assert str(made) not in json.dumps(result)
+    other = read_result(made / "results" / names[2])
+    assert other["state_bytes"] > result["state_bytes"]
+
+
+def test_finished_runs_are_not_made_again(made, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "make", lambda *_: pytest.fail("made again"))
+    assert swept(made) == 0
+    assert "3 runs, 3 of them done" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(made, tmp_path):
+    """As after kill -9: checkpoints up to a step, no result, metrics that ran ahead."""
+    folder = shutil.copytree(made, tmp_path / "killed")
+    (folder / "results" / "mqar-s5-4-tiny-seed0.json").unlink()
+    run = folder / "runs" / "mqar-s5-4-tiny-seed0"
+    (run / "result.json").unlink()
+    config = dataclasses.replace(load_trained(run).config)
+    assert config.train.keep == 1
+    for step in run.joinpath("checkpoints").iterdir():
+        if step.name == "3":
+            shutil.rmtree(step)
+    assert swept(folder) == 0
+    records = [
+        [{k: v for k, v in record.items() if k not in TIMING_FIELDS}
+         for record in read_jsonl(path / "runs" / "mqar-s5-4-tiny-seed0" / "metrics.jsonl")]
+        for path in (folder, made)
+    ]  # fmt: skip
+    assert records[0] == records[1]
+    again, before = (
+        read_result(path / "results" / "mqar-s5-4-tiny-seed0.json") for path in (folder, made)
+    )
+    assert again["tests"] == before["tests"]
+    variables = [
+        load_trained(path / "runs" / "mqar-s5-4-tiny-seed0").variables for path in (folder, made)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *variables)
+
+
+def test_other_settings_are_another_grid(made, capsys):
+    assert swept(made, "--train.learning-rate", "0.5") == 2
+    assert "is the result of another config" in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert swept(tmp_path, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "mqar-s5-4-tiny-seed0" in out
+    assert too_long(out) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_that_does_not_fit_is_refused_with_the_numbers(tmp_path, capsys):
+    assert swept(tmp_path, "--memory-gb", "0.0001") == 1
+    assert "needs about 0.0 GB, there are 0.0" in capsys.readouterr().err
+    assert swept(tmp_path, "--memory-gb", "2", "--train.batch-size", "1000000", "--dry-run") == 1
+    assert "GB, there are 2.0: take a smaller --train.batch-size" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_grows_with_the_batch_and_falls_with_micro_batches():
+    config = experiment("mqar", "s5", "tiny")
+
+    def needed(**changes):
+        train = dataclasses.replace(config.train, **changes)
+        return memory.bytes_needed(dataclasses.replace(config, train=train))
+
+    # Parameters stay, the rest is of the rows.
+    one, two = needed(batch_size=4), needed(batch_size=8)
+    assert one < two < 2 * one
+    assert needed(batch_size=8, accumulate=2) == one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "mqra"], "task='mqra' is not known (did you mean mqar?)"),
+        (["--mixers", "mamba3"], "mixer='mamba3' is not known (did you mean mamba2?)"),
+        (["--mixers", "hydra"], "mixer='hydra' is not known"),
+        (["--preset", "gpu"], "preset='gpu' is not known (did you mean cpu?)"),
+        (["--data.pairs", "99"], "MQARConfig: length=16 must be even and at least 4 * pairs = 396"),
+    ],
+)
+def test_bad_grids_are_refused(arguments, message, tmp_path, capsys):
+    assert swept(tmp_path, "--dry-run", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_task_and_mixer_is_an_experiment(preset):
+    """And can be tested at some longer length."""
+    for task in TASKS:
+        config = experiment(task, "s5", preset, seed=3)
+        assert from_dict(ExperimentConfig, to_dict(config)) == config
+        assert {1, 2} <= config.tests().keys()
+        assert config.train.seed == 3
+    for mixer in NAMES:
+        config = experiment("mqar", mixer, preset)
+        assert from_dict(ExperimentConfig, to_dict(config)) == config
+        assert all(part.causal for part in config.model.backbone.mixers)
+    with pytest.raises(ValueError, match="task='parity' does not have data"):
+        config = experiment("parity", "s5", preset)
+        dataclasses.replace(config, data=dataclasses.replace(config.data, group="s3"))
+
+
+@pytest.mark.parametrize("task", one_of_many(TASKS, ["regbench", "niah-multivalue"]))
+def test_every_task_trains(task, tmp_path):
+    assert recall_train.main(
+        ["--task", task, "--mixer", "gla", "--preset", "tiny", "--no-progress", "--run-dir",
+         str(tmp_path / "run"), "--results-dir", str(tmp_path), "--multiples", "1", *FAST]
+    ) == 0  # fmt: skip
+    result = read_result(tmp_path / f"{task}-gla-8-tiny-seed0.json")
+    assert result["tests"][1]["counted"] > 0
+
+
+@pytest.mark.parametrize("mixer", one_of_many(NAMES, ["deltanet-negative"]))
+@pytest.mark.parametrize("size", [4, 8])
+def test_every_mixer_trains(mixer, size, tmp_path):
+    assert recall_train.main(
+        ["--task", "parity", "--mixer", mixer, "--size", str(size), "--preset", "tiny",
+         "--no-progress", "--run-dir", str(tmp_path / "run"), "--results-dir", str(tmp_path),
+         "--multiples", "1", *FAST]
+    ) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mqar", "regbench", "a5"])
+def test_the_oracle_scores_one_and_nonsense_next_to_nothing(name):
+    config = TASKS[name]
+    rows = {"seed": 1, "examples": 6, "batch_size": 4}
+
+    def oracle(_, inputs):
+        return np.stack([config.solve(row) for row in inputs])
+
+    found = score(oracle, {}, recall.eval_batches(config, **rows))
+    assert (found.accuracy, found.rows_right, found.tokens) == (1.0, 1.0, config.tokens)
+    nonsense = score(lambda _, x: np.zeros_like(x), {}, recall.eval_batches(config, **rows))
+    assert nonsense.accuracy < 0.5
+    assert nonsense.rows_right == 0.0
+    assert nonsense.counted == found.counted > 0
+
+
+def fake(task, mixer, size=16, state=4096, accuracies=(0.5, 0.4, 0.3, 0.2, 0.1)):
+    tests = {
+        multiple: {"accuracy": value, "rows_right": 0.0, "counted": 10, "tokens": 64 * multiple}
+        for multiple, value in zip((1, 2, 4, 8, 16), accuracies, strict=False)
+    }
+    return {
+        "task": task, "mixer": mixer, "size": size, "preset": "cpu", "repeats": 1, "seed": 0,
+        "tests": tests, "chance": 0.06, "state_bytes": state, "complete": True,
+        "environment": {"cpu": "a processor", "commit": "abc"},
+    }  # fmt: skip
+
+
+def test_known_results_are_seen_not_seen_or_not_run():
+    assert {each.verdict for each in check([fake("copy", "s5")])} == {"not run"}
+    seen = [
+        fake("mqar", "attention", accuracies=(0.99,)),
+        fake("mqar", "mamba2", 8, 1000, (0.4,)),
+        fake("mqar", "mamba2", 32, 4000, (0.7, 0.6, 0.5, 0.4, 0.2)),
+        fake("mqar", "gated_deltanet", 8, 1000, (0.8,)),
+        fake("mqar", "gated_deltanet", 32, 4000, (0.95,)),
+        fake("a5", "s4d", accuracies=(0.3,)),
+        fake("a5", "deltanet-negative", accuracies=(0.97,)),
+        fake("parity", "deltanet-negative", accuracies=(1.0, 1.0, 1.0)),
+        fake("parity", "deltanet", accuracies=(1.0, 0.8, 0.5)),
+        fake("selective-copy", "mamba", accuracies=(0.9, 0.9, 0.9, 0.9, 0.8)),
+        fake("selective-copy", "s4d", accuracies=(0.3,)),
+    ]
+    assert {each.verdict for each in check(seen)} == {"seen"}
+    turned = [
+        fake("mqar", "attention", accuracies=(0.5,)),
+        fake("mqar", "mamba2", 8, 1000, (0.9, 0.9, 0.9, 0.9, 0.9)),
+        fake("mqar", "mamba2", 32, 4000, (0.9,)),
+        fake("mqar", "gated_deltanet", 8, 1000, (0.5,)),
+        fake("a5", "s4d", accuracies=(0.96,)),
+        fake("a5", "deltanet-negative", accuracies=(0.5,)),
+        fake("parity", "deltanet-negative", accuracies=(1.0, 0.5, 0.5)),
+        fake("parity", "deltanet", accuracies=(1.0, 0.8, 0.5)),
+        fake("selective-copy", "mamba", accuracies=(0.3,)),
+        fake("selective-copy", "s4d", accuracies=(0.3,)),
+    ]
+    assert {each.verdict for each in check(turned)} == {"not seen"}
+    assert len(check([])) == len(FINDINGS)
+
+
+def test_the_report_fits_80_columns_and_its_figures_are_legible(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    results = [
+        fake(task, mixer, size, 500 * size * (1 + number))
+        for task in ("mqar", "a5", "disjointness-long-first", "selective-copy")
+        for number, mixer in enumerate(NAMES)
+        for size in (8, 16, 32)
+    ]
+    monkeypatch.setattr(report, "read_results", lambda _: results)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    assert report.main(["--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert too_long(out.rpartition("report:")[0]) == []
+    assert "gated_deltanet-negative" in out
+    assert [illegible(figure) for figure in figures] == [[], []]
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("\n| ") == len(results) + 2
+    assert page.count("- **") == len(FINDINGS)
+
+
+def test_the_report_reads_what_a_sweep_wrote(made, tmp_path, capsys):
+    options = ["--results-dir", str(made / "results"), "--output", str(tmp_path)]
+    assert report.main(options) == 0
+    for name in ("state.png", "length.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert "not run: Attention solves MQAR" not in capsys.readouterr().out
+    assert report.main([*options, "--tasks", "a5"]) == 2
+    assert "there are only results of mqar" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    assert report.main(["--results-dir", str(broken)]) == 1
+    assert "no results in" in capsys.readouterr().err
+    (broken / "x.json").write_text("{}")
+    assert report.main(["--results-dir", str(broken)]) == 1
+    assert "is not a result of experiments.recall.train" in capsys.readouterr().err
+
+
+def test_an_unknown_mixer_has_no_preset():
+    with pytest.raises(UsageError, match=r"did you mean gated_deltanet\?"):
+        experiment("mqar", "gated-deltanet", "tiny")
+    assert {"bidirectional", "hydra"}.isdisjoint(CAUSAL)
