@@ -170,9 +170,10 @@ def test_every_task_and_mixer_is_an_experiment(preset):
         config = experiment("mqar", mixer, preset)
         assert from_dict(ExperimentConfig, to_dict(config)) == config
         assert all(part.causal for part in config.model.backbone.mixers)
+    parity = experiment("parity", "s5", preset)
+    other = dataclasses.replace(parity.data, group="s3")
     with pytest.raises(ValueError, match="task='parity' does not have data"):
-        config = experiment("parity", "s5", preset)
-        dataclasses.replace(config, data=dataclasses.replace(config.data, group="s3"))
+        dataclasses.replace(parity, data=other)
 
 
 @pytest.mark.parametrize("task", one_of_many(TASKS, ["regbench", "niah-multivalue"]))
