@@ -6,7 +6,9 @@
 
 --data is a file, or a folder whose *.txt files are one document each; the last tenth of the bytes
 is for validation. Rows are shuffled windows of the text; with --carry-state they are contiguous
-streams, and each batch begins in the states that the one before ended in.
+streams, and each batch begins in the states that the one before ended in. With --data.decompose
+grow_p2 (or grow_linear, uniform, shrink_p2) they are pieces of single documents of --data.shortest
+to --data.length tokens, a step's all of one length, shorter ones earlier (Dataset Decomposition).
 
 Presets: "tiny" is for trying things out, "cpu" has about half a million parameters and is for two
 processor cores, "small" about a hundred million, for an accelerator. Any field of the config can be
@@ -46,7 +48,7 @@ from experiments.run import (
     write_result,
 )
 from seqmodels.config import from_dict, to_dict
-from seqmodels.data import text
+from seqmodels.data import decomposition, text
 from seqmodels.ranges import Between, Checked, Positive, Seed, Size
 from seqmodels.training.loop import OnEvent, Outcome, fit
 from seqmodels.training.run_directory import Run, open_run, read_config
@@ -178,11 +180,6 @@ def train_and_evaluate(
     on_event: OnEvent = lambda what, step: None,
 ) -> dict[str, Any]:
     """Trains in the run's directory; returns the result, with the validation of the chosen step."""
-    options: dict[str, Any] = {
-        "length": config.data.length,
-        "batch_size": config.train.batch_size,
-        "streams": config.carry_state,
-    }
 
     def event(what: str, step: int) -> None:
         if what == "prepared":
@@ -191,14 +188,38 @@ def train_and_evaluate(
 
     outcome = fit(
         make_task(config, packed=data.packed),
-        text.train_batches(data.train, seed=config.train.seed, **options),
+        train_batches(config, data),
         config.train,
         run,
-        validation=text.eval_batches(data.validation, **options),
+        validation=text.eval_batches(data.validation, **batch_options(config)),
         show_progress=show_progress,
         on_event=event,
     )
     return make_result(config, run, data, outcome)
+
+
+def batch_options(config: ExperimentConfig) -> dict[str, Any]:
+    """What training and validation batches have in common."""
+    return {
+        "length": config.data.length,
+        "batch_size": config.train.batch_size,
+        "streams": config.carry_state,
+    }
+
+
+def train_batches(config: ExperimentConfig, data: TextData) -> Any:
+    """Endless batches: windows, streams, or pieces of documents."""
+    seed, cut = config.train.seed, config.data
+    if cut.decompose is None:
+        return text.train_batches(data.train, seed=seed, **batch_options(config))
+    return decomposition.train_batches(
+        data.train,
+        shortest=cut.shortest,
+        longest=cut.length,
+        batch_size=config.train.batch_size,
+        curriculum=cut.decompose,
+        seed=seed,
+    )
 
 
 def make_result(

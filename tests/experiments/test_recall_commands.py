@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.command_line import UsageError
+from experiments.recall import eval as recall_eval
 from experiments.recall import memory, report, sweep
 from experiments.recall import train as recall_train
 from experiments.recall.experiment import ExperimentConfig
@@ -298,3 +299,55 @@ def test_an_unknown_mixer_has_no_preset():
     with pytest.raises(UsageError, match=r"did you mean gated_deltanet\?"):
         experiment("mqar", "gated-deltanet", "tiny")
     assert {"bidirectional", "hydra"}.isdisjoint(CAUSAL)
+
+
+@pytest.fixture(scope="module")
+def selective(folder):
+    """A run of mamba2 on selective copying."""
+    assert recall_train.main(
+        ["--task", "selective-copy", "--mixer", "mamba2", "--preset", "tiny", "--no-progress",
+         "--run-dir", str(folder / "selective"), "--results-dir", str(folder / "more"),
+         "--multiples", "1", "2", *FAST]
+    ) == 0  # fmt: skip
+    return folder / "selective"
+
+
+def test_other_ways_to_test_a_model(selective, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert recall_eval.main(
+        ["--checkpoint", str(selective), "--repeats", "1", "2", "--decay", "1.0", "0.5",
+         "--norm", "1000000", "--window", "2", "1000", "--output", str(tmp_path / "out.json"),
+         "--multiples", "2"]
+    ) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert too_long(out) == []
+    assert all(name in out for name in ("as trained", "decay 0.5", "window 2", "2 times"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert str(selective) not in json.dumps(found)
+    tests = {(each["model"], each["repeats"]): each["tests"]["2"] for each in found["evaluations"]}
+    assert len(tests) == 5 * 2
+    trained = read_result(selective.parent / "more" / "selective-copy-mamba2-8-tiny-seed0.json")
+    as_trained = tests["as trained", 1]
+    assert as_trained == trained["tests"][2]
+    # What has no effect has none; reading twice is a longer row with as many questions.
+    assert tests["norm 1e+06", 1] == tests["window 1000", 1] == as_trained
+    twice = tests["as trained", 2]
+    assert (twice["tokens"], twice["counted"]) == (2 * 24 + 4, as_trained["counted"])
+
+
+def test_what_a_run_cannot_be_tested_for_is_refused(made, capsys):
+    run = str(made / "runs" / "mqar-s5-4-tiny-seed0")
+    assert recall_eval.main(["--checkpoint", run, "--decay", "0.9"]) == 2
+    assert "are for mamba2, the run has s5" in capsys.readouterr().err
+    assert recall_eval.main(["--checkpoint", str(made)]) == 2
+    assert "no run there" in capsys.readouterr().err
+
+
+def test_a_model_can_be_trained_to_read_twice(tmp_path):
+    assert recall_train.main(
+        ["--task", "disjointness", "--mixer", "s5", "--preset", "tiny", "--no-progress",
+         "--run-dir", str(tmp_path / "run"), "--results-dir", str(tmp_path), "--repeats", "2",
+         "--multiples", "1", *FAST]
+    ) == 0  # fmt: skip
+    result = read_result(tmp_path / "disjointness-2times-s5-8-tiny-seed0.json")
+    assert (result["repeats"], result["trained_tokens"]) == (2, 2 * 8 + 1)

@@ -95,9 +95,8 @@ def test_what_does_nothing_changes_nothing(mitigation):
     if isinstance(mitigation, WindowState):
         assert state is None
         return
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, **tolerances.EACH_FLOAT32_LAYER), state, before
-    )
+    for ours, theirs in zip(*map(jax.tree.leaves, (state, before)), strict=True):
+        np.testing.assert_allclose(ours, theirs, **tolerances.EACH_FLOAT32_LAYER)
 
 
 def test_what_it_cannot_serve_is_refused():
