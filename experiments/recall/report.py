@@ -3,12 +3,14 @@
     python -m experiments.recall.report
     python -m experiments.recall.report --results-dir experiments/results/recall --tasks mqar a5
 
-Everything comes from the result files of experiments.recall.train and .sweep. To --output, by
+Everything comes from the result files of experiments.recall.train and .sweep, and what
+experiments.recall.eval wrote to their folder evaluations/. To --output, by
 default the last --results-dir, go state.png (accuracy against bytes of state), length.png (accuracy
 against the length) and report.md (the table, the known results, both figures).
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from experiments.command_line import UsageError, run_command
 from experiments.recall.findings import Checked as CheckedFinding
 from experiments.recall.findings import check
 from experiments.recall.plots import against_length, against_state
-from experiments.recall.result import read_results
+from experiments.recall.result import read_evaluations, read_results
 from seqmodels.ranges import Checked
 
 PROG = "experiments.recall.report"
@@ -79,13 +81,13 @@ CAPTION = (
 )
 
 
-def printed(results: Sequence[dict[str, Any]]) -> Table:
-    """The table for a terminal."""
-    view = terminal.table("Recall", CAPTION)
-    names = [name.replace("state bytes", "state\nbytes") for name in header(results)]
-    terminal.add_columns(view, *names, left=("task", "mixer"))
-    for row in rows(results):
-        view.add_row(*row)
+def printed(task: str, results: Sequence[dict[str, Any]]) -> Table:
+    """The table of one task for a terminal."""
+    view = terminal.table(task)
+    _, *names = header(results)
+    terminal.add_columns(view, *names, left=("mixer",))
+    for _, *cells in rows(results):
+        view.add_row(*cells)
     return view
 
 
@@ -124,8 +126,12 @@ def report(arguments: Arguments) -> None:
         raise UsageError(f"--tasks {missing[0]}: there are only results of {', '.join(there)}")
     if arguments.tasks:
         results = [result for result in results if result["task"] in arguments.tasks]
-    found = check(results)
-    terminal.console().print(printed(results))
+    found = check(results, read_evaluations(arguments.results_dir))
+    console = terminal.console()
+    for task, group in itertools.groupby(results, key=lambda result: rows([result])[0][0]):
+        console.print(printed(task, list(group)))
+        print()
+    terminal.say(CAPTION)
     print()
     for each in found:
         terminal.say(f"{each.verdict}: {each.claim} ({each.source}). {each.evidence}")

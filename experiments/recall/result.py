@@ -61,5 +61,30 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
             f"no results in {', '.join(map(str, folders))}; make some with "
             "python -m experiments.recall.sweep, or name another --results-dir"
         )
-    keys = ("task", "mixer", "size", "seed")
+    keys = ("task", "repeats", "mixer", "size", "seed")
     return sorted(found, key=lambda result: [result[key] for key in keys])
+
+
+EVALUATION: dict[str, Any] = {"run": str, "task": str, "evaluations": list[dict[str, Any]]}
+ONE: dict[str, Any] = {"model": str, "repeats": Size, "tests": dict[str, dict[str, Any]]}
+
+
+def read_evaluations(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """What experiments.recall.eval wrote into ``evaluations`` of the folders; none is no error.
+
+    Raises:
+      ValueError: a file there is something else.
+    """
+    found = []
+    for path in (path for each in folders for path in sorted(each.glob("evaluations/*.json"))):
+        record = read_object(path)
+        try:
+            check_record(record, EVALUATION)
+            for one in record["evaluations"]:
+                check_record(one, ONE)
+                for test in one["tests"].values():
+                    check_record(test, TEST)
+        except ValueError as error:
+            raise ValueError(f"{path} is not of experiments.recall.eval: {error}") from error
+        found.append(record)
+    return found

@@ -14,7 +14,7 @@ from experiments.recall import eval as recall_eval
 from experiments.recall import memory, report, sweep
 from experiments.recall import train as recall_train
 from experiments.recall.experiment import ExperimentConfig
-from experiments.recall.findings import FINDINGS, check
+from experiments.recall.findings import FINDINGS, OF_EVALUATIONS, check
 from experiments.recall.mixers import CAUSAL, NAMES
 from experiments.recall.presets import PRESETS, experiment
 from experiments.recall.result import read_result
@@ -148,7 +148,7 @@ def test_memory_grows_with_the_batch_and_falls_with_micro_batches():
     ("arguments", "message"),
     [
         (["--tasks", "mqra"], "task='mqra' is not known (did you mean mqar?)"),
-        (["--mixers", "mamba3"], "mixer='mamba3' is not known (did you mean mamba2?)"),
+        (["--mixers", "mamba3"], "mixer='mamba3' is not known (did you mean mamba?)"),
         (["--mixers", "hydra"], "mixer='hydra' is not known"),
         (["--preset", "gpu"], "preset='gpu' is not known (did you mean cpu?)"),
         (["--data.pairs", "99"], "MQARConfig: length=16 must be even and at least 4 * pairs = 396"),
@@ -213,16 +213,31 @@ def test_the_oracle_scores_one_and_nonsense_next_to_nothing(name):
     assert nonsense.counted == found.counted > 0
 
 
-def fake(task, mixer, size=16, state=4096, accuracies=(0.5, 0.4, 0.3, 0.2, 0.1)):
+def fake(task, mixer, size=16, state=4096, accuracies=(0.5, 0.4, 0.3, 0.2, 0.1), repeats=1):
     tests = {
         multiple: {"accuracy": value, "rows_right": 0.0, "counted": 10, "tokens": 64 * multiple}
         for multiple, value in zip((1, 2, 4, 8, 16), accuracies, strict=False)
     }
     return {
-        "task": task, "mixer": mixer, "size": size, "preset": "cpu", "repeats": 1, "seed": 0,
+        "task": task, "mixer": mixer, "size": size, "preset": "cpu", "repeats": repeats, "seed": 0,
         "tests": tests, "chance": 0.06, "state_bytes": state, "complete": True,
         "environment": {"cpu": "a processor", "commit": "abc"},
     }  # fmt: skip
+
+
+def evaluated(**accuracies):
+    """What experiments.recall.eval writes, of a mamba2."""
+    tests = {
+        name: {str(m): {"accuracy": a} for m, a in zip((1, 4, 16), values, strict=True)}
+        for name, values in accuracies.items()
+    }
+    return {
+        "run": "passkey-mamba2-16-cpu-seed0",
+        "evaluations": [
+            {"model": name.replace("_", " "), "repeats": 1, "tests": each}
+            for name, each in tests.items()
+        ],
+    }
 
 
 def test_known_results_are_seen_not_seen_or_not_run():
@@ -239,8 +254,13 @@ def test_known_results_are_seen_not_seen_or_not_run():
         fake("parity", "deltanet", accuracies=(1.0, 0.8, 0.5)),
         fake("selective-copy", "mamba", accuracies=(0.9, 0.9, 0.9, 0.9, 0.8)),
         fake("selective-copy", "s4d", accuracies=(0.3,)),
+        fake("disjointness-long-first", "gla", accuracies=(0.3,)),
+        fake("disjointness-long-first", "gla", accuracies=(0.6,), repeats=2),
     ]
-    assert {each.verdict for each in check(seen)} == {"seen"}
+    helped = evaluated(
+        as_trained=(1.0, 0.6, 0.1), norm_4=(0.9, 0.8, 0.6), window_64=(0.2, 0.1, 0.1)
+    )
+    assert {each.verdict for each in check(seen, [helped])} == {"seen"}
     turned = [
         fake("mqar", "attention", accuracies=(0.5,)),
         fake("mqar", "mamba2", 8, 1000, (0.9, 0.9, 0.9, 0.9, 0.9)),
@@ -252,9 +272,12 @@ def test_known_results_are_seen_not_seen_or_not_run():
         fake("parity", "deltanet", accuracies=(1.0, 0.8, 0.5)),
         fake("selective-copy", "mamba", accuracies=(0.3,)),
         fake("selective-copy", "s4d", accuracies=(0.3,)),
+        fake("disjointness-long-first", "gla", accuracies=(0.3,)),
+        fake("disjointness-long-first", "gla", accuracies=(0.3,), repeats=2),
     ]
-    assert {each.verdict for each in check(turned)} == {"not seen"}
-    assert len(check([])) == len(FINDINGS)
+    useless = evaluated(as_trained=(1.0, 0.6, 0.1), norm_4=(1.0, 0.6, 0.1))
+    assert {each.verdict for each in check(turned, [useless])} == {"not seen"}
+    assert {each.verdict for each in check([])} == {"not run"}
 
 
 def test_the_report_fits_80_columns_and_its_figures_are_legible(tmp_path, monkeypatch, capsys):
@@ -275,7 +298,7 @@ def test_the_report_fits_80_columns_and_its_figures_are_legible(tmp_path, monkey
     assert [illegible(figure) for figure in figures] == [[], []]
     page = (tmp_path / "report.md").read_text()
     assert page.count("\n| ") == len(results) + 2
-    assert page.count("- **") == len(FINDINGS)
+    assert page.count("- **") == len(FINDINGS) + len(OF_EVALUATIONS)
 
 
 def test_the_report_reads_what_a_sweep_wrote(made, tmp_path, capsys):
