@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 def swept(folder, *more):
     return sweep.main(
-        ["--tasks", "mqar", "--mixers", "s5", "attention", "--sizes", "2", "4", "--preset", "tiny",
+        ["--tasks", "mqar", "--mixers", "s5", "--sizes", "2", "4", "--preset", "tiny",
          "--runs-dir", str(folder / "runs"), "--results-dir", str(folder / "results"),
          "--no-progress", "--multiples", "1", "2", *FAST, *more]
     )  # fmt: skip
@@ -55,30 +55,35 @@ def swept(folder, *more):
 
 @pytest.fixture(scope="module")
 def made(folder):
-    """A grid of three runs: attention has the same state at both sizes."""
+    """A grid of two runs."""
     assert swept(folder) == 0
     return folder
 
 
-def test_a_grid_has_each_model_once(made):
+def test_a_grid_has_each_model_once():
+    arguments = sweep.Arguments(tasks=("mqar", "mqar"), mixers=("s5", "attention"), sizes=(4, 2))
+    names = [config.name for config in sweep.grid(arguments)]
+    assert names == [f"mqar-{run}-cpu-seed0" for run in ("s5-2", "s5-4", "attention-2")]
+
+
+def test_every_run_leaves_a_result(made):
     names = sorted(path.name for path in (made / "results").glob("*.json"))
-    runs = ("attention-2", "s5-2", "s5-4")
-    assert names == [f"mqar-{run}-tiny-seed0.json" for run in runs]
-    result = read_result(made / "results" / names[1])
+    assert names == [f"mqar-s5-{size}-tiny-seed0.json" for size in (2, 4)]
+    result = read_result(made / "results" / names[0])
     assert result["tests"].keys() == {1, 2}
     assert (result["steps"], result["trained_tokens"], result["complete"]) == (3, 16, True)
     assert result["tests"][2]["tokens"] == 32
     assert result["config"]["train"]["max_minutes"] == 10.0
     assert {"commit", "versions", "device", "cpu"} <= result["environment"].keys()
     assert str(made) not in json.dumps(result)
-    other = read_result(made / "results" / names[2])
+    other = read_result(made / "results" / names[1])
     assert other["state_bytes"] > result["state_bytes"]
 
 
 def test_finished_runs_are_not_made_again(made, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "make", lambda *_: pytest.fail("made again"))
     assert swept(made) == 0
-    assert "3 runs, 3 of them done" in capsys.readouterr().out
+    assert "2 runs, 2 of them done" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(made, tmp_path):
@@ -87,11 +92,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(made, tmp_path):
     (folder / "results" / "mqar-s5-4-tiny-seed0.json").unlink()
     run = folder / "runs" / "mqar-s5-4-tiny-seed0"
     (run / "result.json").unlink()
-    config = dataclasses.replace(load_trained(run).config)
-    assert config.train.keep == 1
-    for step in run.joinpath("checkpoints").iterdir():
-        if step.name == "3":
-            shutil.rmtree(step)
+    shutil.rmtree(run / "checkpoints" / "3")
     assert swept(folder) == 0
     records = [
         [{k: v for k, v in record.items() if k not in TIMING_FIELDS}
@@ -177,7 +178,7 @@ def test_every_task_and_mixer_is_an_experiment(preset):
         dataclasses.replace(parity, data=other)
 
 
-@pytest.mark.parametrize("task", one_of_many(TASKS, ["regbench", "niah-multivalue"]))
+@pytest.mark.parametrize("task", one_of_many(TASKS, []))
 def test_every_task_trains(task, tmp_path):
     assert recall_train.main(
         ["--task", task, "--mixer", "gla", "--preset", "tiny", "--no-progress", "--run-dir",
@@ -187,7 +188,7 @@ def test_every_task_trains(task, tmp_path):
     assert result["tests"][1]["counted"] > 0
 
 
-@pytest.mark.parametrize("mixer", one_of_many(NAMES, ["deltanet-negative"]))
+@pytest.mark.parametrize("mixer", one_of_many(NAMES, []))
 @pytest.mark.parametrize("size", [4, 8])
 def test_every_mixer_trains(mixer, size, tmp_path):
     assert recall_train.main(
@@ -335,6 +336,7 @@ def selective(folder):
     return folder / "selective"
 
 
+@pytest.mark.full
 def test_other_ways_to_test_a_model(selective, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert recall_eval.main(
@@ -366,6 +368,7 @@ def test_what_a_run_cannot_be_tested_for_is_refused(made, capsys):
     assert "no run there" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_model_can_be_trained_to_read_twice(tmp_path):
     assert recall_train.main(
         ["--task", "disjointness", "--mixer", "s5", "--preset", "tiny", "--no-progress",
