@@ -15,7 +15,7 @@ from seqmodels.training.config import TrainConfig
 Preset = Literal["tiny", "cpu", "paper"]
 
 # Fields of the data that tell tasks with the same kind of data apart.
-_FIXED = ("kind", "group", "selective", "haystack")
+_FIXED = ("kind", "group", "steps", "selective", "haystack")
 
 
 @dataclasses.dataclass(frozen=True)

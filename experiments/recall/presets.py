@@ -31,6 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
     "parity": {"length": 8},
     "s3": {"length": 8},
     "a5": {"length": 8},
+    "a5-2steps": {"length": 8},
     "s5": {"length": 8},
     "regbench": {"length": 32, "letters": 6, "most": 4, "degree": 2, "longest": 8},
     "disjointness": {"first": 2, "second": 4, "vocabulary": 16},
@@ -57,6 +58,7 @@ CPU: dict[str, dict[str, Any]] = {
     "parity": {"length": 32},
     "s3": {"length": 24},
     "a5": {"length": 12},
+    "a5-2steps": {"length": 12},
     "s5": {"length": 12},
     "regbench": {"length": 128, "letters": 8, "most": 6, "longest": 16},
     "disjointness": {"first": 4, "second": 16, "vocabulary": 128},
@@ -71,16 +73,29 @@ CPU: dict[str, dict[str, Any]] = {
     "frequent-words": {"length": 128, "words": 64},
 }
 
+CPU_ROWS = dict.fromkeys(("parity", "s3", "a5", "a5-2steps", "s5"), 128)
+"""Rows in a step, where rows are short."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a preset is made of, whatever the task and the mixer."""
+    """What a preset is made of, whatever the mixer.
+
+    Attributes:
+      model: its sizes.
+      size: of the mixer's state.
+      eval_examples: rows of a test.
+      train: how models are trained.
+      data: what differs from each task's published form.
+      rows: by task, where a step does not have as many rows as ``train`` says.
+    """
 
     model: ModelSize
     size: int
     eval_examples: int
     train: TrainConfig
     data: dict[str, dict[str, Any]]
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 TRAIN = TrainConfig(
@@ -111,6 +126,7 @@ PRESETS = {
             checkpoint_every=500,
         ),
         data=CPU,
+        rows=CPU_ROWS,
     ),
     "paper": Recipe(
         model=ModelSize(layers=2, width=128, mlp=256, head=64),
@@ -166,6 +182,9 @@ def experiment(
             tie_embeddings=False,
         ),
         train=dataclasses.replace(
-            recipe.train, group_learning_rates={"ssm": SSM_RATE} if grouped else {}, seed=seed
+            recipe.train,
+            batch_size=recipe.rows.get(task, recipe.train.batch_size),
+            group_learning_rates={"ssm": SSM_RATE} if grouped else {},
+            seed=seed,
         ),
     )

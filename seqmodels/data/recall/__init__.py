@@ -64,6 +64,7 @@ TASKS: dict[str, TaskConfig] = {
     "parity": StateTrackingConfig(group="parity"),
     "s3": StateTrackingConfig(group="s3"),
     "a5": StateTrackingConfig(group="a5"),
+    "a5-2steps": StateTrackingConfig(group="a5", steps=2),
     "s5": StateTrackingConfig(group="s5"),
     "regbench": RegBenchConfig(),
     "disjointness": DisjointnessConfig(),
