@@ -4,9 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.recall.experiment import ExperimentConfig
 from experiments.run import check_record, read_object
-from seqmodels.config import from_dict
 from seqmodels.ranges import Count, NonNegative, Range, Seed, Size
 
 Accuracy = Annotated[float, Range("in [0, 1]", 0, 1)]
@@ -14,7 +12,7 @@ FIELDS: dict[str, Any] = {
     "task": str, "mixer": str, "size": Size, "preset": str, "repeats": Size, "seed": Seed,
     "tests": dict[str, dict[str, Any]], "chance": Accuracy, "trained_tokens": Size,
     "state_bytes": Count, "steps": Count, "complete": bool, "parameters": Count,
-    "wall_seconds": NonNegative, "environment": dict[str, Any],
+    "wall_seconds": NonNegative, "environment": dict[str, Any], "config": dict[str, Any],
 }  # fmt: skip
 TEST: dict[str, Any] = {
     "accuracy": Accuracy, "rows_right": Accuracy, "counted": Count, "tokens": Size,
@@ -36,11 +34,10 @@ def read_result(path: Path) -> dict[str, Any]:
         result["tests"] = {int(multiple): test for multiple, test in result["tests"].items()}
         if 1 not in result["tests"]:
             raise ValueError("tests has none at the trained length")
-        config = from_dict(ExperimentConfig, result.get("config"), where="config")
-        names = {n: getattr(config, n) for n in ("task", "mixer", "size", "preset", "repeats")}
-        for name, value in (names | {"seed": config.train.seed}).items():
-            if result[name] != value:
-                raise ValueError(f"{name}={result[name]!r}, its config has {value!r}")
+        config = {**result["config"], "seed": result["config"].get("train", {}).get("seed")}
+        for name in ("task", "mixer", "size", "preset", "repeats", "seed"):
+            if result[name] != config.get(name):
+                raise ValueError(f"{name}={result[name]!r}, its config has {config.get(name)!r}")
     except ValueError as error:
         raise ValueError(
             f"{path} is not a result of experiments.recall.train, move it away: {error}"

@@ -26,7 +26,8 @@ from seqmodels.data.recall.state_tracking import StateTrackingConfig, elements, 
 
 COUNTED = {
     "mqar": 4, "selective-copy": 16, "plain-copy": 16, "induction": 1, "passkey": 5, "parity": 16,
-    "s3": 16, "a5": 16, "a5-2steps": 16, "s5": 16, "copy-prefix": 4, "copy-suffix": 4, "disjointness": 1,
+    "s3": 16, "a5": 16, "a5-2steps": 16, "s5": 16, "copy-prefix": 4, "copy-suffix": 4,
+    "disjointness": 1,
     "disjointness-long-first": 1, "niah-single": 7, "niah-multikey": 7, "niah-multikey-2": 7,
     "niah-multivalue": 28, "niah-multiquery": 28, "variable-tracking": 5, "common-words": 4,
     "frequent-words": 3,
