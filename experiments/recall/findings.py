@@ -116,9 +116,8 @@ def diagonal_fails_a5(results: Results) -> tuple[Verdict, str]:
     if not found:
         return "not run", "needs a5 with a diagonal model"
     top = best(found)
-    return _verdict(
-        accuracy(top) < SOLVED - GAP
-    ), f"the best of {len(found)}: {named(top)} on {top['task']}"
+    evidence = f"the best of {len(found)}: {named(top)} on {top['task']}"
+    return _verdict(accuracy(top) < SOLVED - GAP), evidence
 
 
 def negative_tracks_a5(results: Results) -> tuple[Verdict, str]:
@@ -127,9 +126,8 @@ def negative_tracks_a5(results: Results) -> tuple[Verdict, str]:
     if not found:
         return "not run", "needs a5 with a delta rule with negative eigenvalues"
     top = best(found)
-    return _verdict(
-        accuracy(top) >= SOLVED
-    ), f"the best of {len(found)}: {named(top)} on {top['task']}"
+    evidence = f"the best of {len(found)}: {named(top)} on {top['task']}"
+    return _verdict(accuracy(top) >= SOLVED), evidence
 
 
 def negative_tracks_parity(results: Results) -> tuple[Verdict, str]:
