@@ -51,6 +51,21 @@ def _axes(axes: Axes, task: str, chance: float) -> None:
     axes.grid(alpha=0.3)
 
 
+def _bytes(axes: Axes, sizes: Sequence[int]) -> None:
+    """A logarithmic axis of bytes, the same in all panels, with powers of 4 as its ticks."""
+    low, high = math.floor(math.log(min(sizes), 4)), math.ceil(math.log(max(sizes), 4))
+    ticks = [4**power for power in range(low, max(high, low + 1) + 1)]
+    axes.set_xscale("log", base=4)
+    axes.set_xlim(ticks[0] * 0.8, ticks[-1] * 1.25)
+    units = ((1, ""), (2**10, " KiB"), (2**20, " MiB"), (2**30, " GiB"))
+    labels = []
+    for tick in ticks:
+        unit, name = max((pair for pair in units if pair[0] <= tick), key=lambda pair: pair[0])
+        labels.append(f"{tick // unit}{name}")
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+
+
 def against_state(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy at the trained length against bytes of state, a panel for each task."""
     tasks = list(dict.fromkeys(result["task"] for result in results))
@@ -65,8 +80,8 @@ def against_state(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             if own:
                 axes.plot(*zip(*own, strict=True), label=mixer, **_style(number))
         _axes(axes, task, found[0]["chance"])
-        axes.set_xscale("log")
-        axes.set_xlabel("bytes of state of a row")
+        _bytes(axes, [result["state_bytes"] for result in results])
+        axes.set_xlabel("state of a row in bytes")
     _finish(figure, panels, path)
 
 
