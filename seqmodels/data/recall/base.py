@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NoReturn, Self
 
 import numpy as np
 
-from seqmodels.ranges import Checked, Size
+from seqmodels.ranges import Checked
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -126,9 +126,7 @@ def repeated(example: Example, times: int) -> Example:
         )
     extra = (times - 1) * example.context
 
-    def shifted(part: np.ndarray | None) -> np.ndarray | None:
-        if part is None:
-            return None
+    def shifted(part: np.ndarray) -> np.ndarray:
         return np.concatenate([np.zeros((extra, *part.shape[1:]), part.dtype), part])
 
     return dataclasses.replace(
@@ -138,18 +136,12 @@ def repeated(example: Example, times: int) -> Example:
         ),
         targets=shifted(example.targets),
         mask=shifted(example.mask),
-        trained=shifted(example.trained),
-        allowed=shifted(example.allowed),
+        trained=None if example.trained is None else shifted(example.trained),
+        allowed=None if example.allowed is None else shifted(example.allowed),
         context=times * example.context,
     )
 
 
-def refuse(config: Checked, field: str, rule: str) -> None:
+def refuse(config: Checked, field: str, rule: str) -> NoReturn:
     """Raises ValueError that names the config, the field, its value and what it must be."""
     raise ValueError(f"{type(config).__name__}: {field}={getattr(config, field)!r} must be {rule}")
-
-
-__all__ = [
-    "SPLITS", "Example", "RecallConfig", "Size", "Split", "completion", "generator", "refuse",
-    "repeated",
-]  # fmt: skip
