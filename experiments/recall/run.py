@@ -43,7 +43,8 @@ def predictor(config: LanguageModelConfig) -> Predict:
         hidden, _ = model.apply(variables, inputs, method="hidden")
 
         def likeliest(row: Array) -> Array:
-            return jnp.argmax(model.apply(variables, row, method="logits"), axis=-1)
+            logits: Any = model.apply(variables, row, method="logits")
+            return jnp.argmax(logits, axis=-1)
 
         return jax.lax.map(likeliest, hidden)  # the logits of one row exist at a time
 

@@ -371,6 +371,7 @@ def test_help_teaches(command, example, capsys, monkeypatch):
     assert example in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_documents_in_pieces_of_many_lengths(folder, tmp_path, capsys):
     """Dataset decomposition: the lines of the story, a killed run and one that was not."""
     options = ["--separator", " beer.", "--data.decompose", "grow_p2", "--data.shortest", "8"]

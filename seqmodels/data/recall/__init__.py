@@ -110,12 +110,12 @@ class Examples:
         row = self.example(index)
         training = self.split == "train"
         asked = row.trained if training and row.trained is not None else row.mask
-        fields = {
+        fields: Batch = {
             "inputs": row.inputs.astype(np.int32),
             "targets": row.targets.astype(np.int32),
             "weights": asked.astype(np.float32),
             "segment_ids": np.ones(len(row.inputs), np.int32),
-            "index": np.int32(index % 2**31),
+            "index": np.asarray(index % 2**31, np.int32),
         }
         if row.allowed is not None and not training:
             fields["allowed"] = row.allowed

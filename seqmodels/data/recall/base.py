@@ -87,7 +87,7 @@ def generator(seed: int, split: Split, index: int) -> np.random.Generator:
 
 def completion(
     context: Sequence[int] | np.ndarray,
-    question: Sequence[int],
+    question: Sequence[int] | np.ndarray,
     answer: Sequence[int] | np.ndarray,
     length: int | None = None,
     padding: int = 0,
@@ -97,8 +97,7 @@ def completion(
     The first token of the answer is the target at the question's last token, and each of the others
     at the one before it, as in language modelling. ``length`` fills the row up with ``padding``.
     """
-    context, question, answer = (np.asarray(part, np.int32) for part in (context, question, answer))
-    whole = np.concatenate([context, question, answer])
+    whole = np.concatenate([np.asarray(p, np.int32) for p in (context, question, answer)])
     inputs, targets = whole[:-1], whole[1:]
     mask = np.arange(len(inputs)) >= len(inputs) - len(answer)
     if length is not None:

@@ -69,7 +69,7 @@ class CopyingConfig(RecallConfig):
         return 1 / self.alphabet
 
     def example(self, rng: np.random.Generator, split: Split = "train") -> Example:
-        begin, bar, end, padding = self.alphabet + np.arange(4)
+        begin, bar, end, padding = range(self.alphabet, self.alphabet + 4)
         size = rng.integers(self.shortest, self.longest + 1)
         x = rng.integers(0, self.alphabet, size)
         if self.kind == "duplicate":

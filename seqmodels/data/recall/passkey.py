@@ -57,7 +57,7 @@ class PasskeyConfig(RecallConfig):
         return 0.1
 
     def example(self, rng: np.random.Generator, split: Split = "train") -> Example:
-        key_is, remember, is_key, what = 10 + self.phrase + np.arange(4)
+        key_is, remember, is_key, what = range(10 + self.phrase, 14 + self.phrase)
         digits = rng.integers(0, 10, self.digits)
         size = self.length - self._needle - self.digits
         filler = 10 + np.arange(size) % self.phrase

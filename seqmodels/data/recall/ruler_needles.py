@@ -14,7 +14,7 @@ from seqmodels.data.recall.filler import STATES, markov, scattered
 from seqmodels.ranges import Size
 
 _WORDS = 32
-_NEEDLE, _IS, _ASK = STATES + np.arange(3)
+_NEEDLE, _IS, _ASK = range(STATES, STATES + 3)
 _FIRST = STATES + 3
 _SECOND = _FIRST + _WORDS
 _DIGITS = _SECOND + _WORDS

@@ -12,7 +12,7 @@ from seqmodels.data.recall.base import Example, RecallConfig, Split, completion,
 from seqmodels.data.recall.filler import STATES, markov, scattered
 from seqmodels.ranges import Size
 
-_VAR, _IS, _ASK = STATES + np.arange(3)
+_VAR, _IS, _ASK = range(STATES, STATES + 3)
 _NAMES = STATES + 3
 
 
