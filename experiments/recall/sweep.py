@@ -3,6 +3,7 @@
     python -m experiments.recall.sweep --dry-run
     python -m experiments.recall.sweep --tasks mqar --sizes 8 16 32 --minutes 4
     python -m experiments.recall.sweep --tasks a5 parity --mixers s4d mamba deltanet-negative
+    python -m experiments.recall.sweep --grid committed --minutes 6
 
 Every run leaves one result in --results-dir; runs that have one are not made again, and one that
 was killed, however, goes on from its last checkpoint: give the same command again. A run whose loss
@@ -15,10 +16,11 @@ all runs, e.g. --train.learning-rate 0.001.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -26,7 +28,7 @@ from experiments import terminal
 from experiments.command_line import UsageError, changed, run_command
 from experiments.recall.experiment import ExperimentConfig
 from experiments.recall.memory import bytes_free, bytes_needed
-from experiments.recall.mixers import NAMES
+from experiments.recall.mixers import CAUSAL, NAMES
 from experiments.recall.presets import experiment
 from experiments.recall.train import say, train_and_test
 from experiments.run import result_path, write_result
@@ -43,6 +45,9 @@ GB = 10**9
 class Arguments(Checked):
     """Arguments of the command line."""
 
+    grid: Literal["committed"] | None = None
+    """"committed": the grid whose results are in experiments/results/recall, some 130 runs, instead
+    of --tasks, --mixers and --sizes."""
     tasks: tuple[str, ...] = ("mqar",)
     """Names of tasks, see experiments.recall.train."""
     mixers: tuple[str, ...] = NAMES
@@ -69,6 +74,32 @@ class Arguments(Checked):
     """Show the whole traceback of an error."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a grid: every task with every mixer at every size."""
+
+    tasks: tuple[str, ...]
+    mixers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    repeats: int = 1
+
+
+ONE_OF_EACH = ("attention", "gla", "mamba2", "gated_deltanet", "s4d")
+RECURRENT = ("gla", "mamba2", "deltanet", "gated_deltanet")
+COMMITTED = (
+    Stage(("mqar",), ("attention", "mamba2", "gated_deltanet"), (8, 32)),
+    Stage(("a5-2steps", "parity"), ("deltanet", "deltanet-negative", "mamba"), (16,)),
+    Stage(("selective-copy",), CAUSAL, (16,)),
+    Stage(("mqar",), CAUSAL, (8, 16, 32)),
+    Stage(("a5", "parity", "a5-2steps"), NAMES, (16,)),
+    Stage(("passkey",), ("attention", "gla", "mamba", "mamba2", "gated_deltanet"), (16,)),
+    Stage(("disjointness-long-first",), RECURRENT, (16,)),
+    Stage(("disjointness-long-first",), RECURRENT, (16,), repeats=2),
+    Stage(("plain-copy", "induction", "copy", "regbench", "niah-multikey"), ONE_OF_EACH, (16,)),
+)
+"""The most telling runs first; a run that two stages have is made once."""
+
+
 def grid(arguments: Arguments, fields: Sequence[str] = ()) -> list[ExperimentConfig]:
     """The runs, each model once.
 
@@ -77,35 +108,47 @@ def grid(arguments: Arguments, fields: Sequence[str] = ()) -> list[ExperimentCon
     """
     if not (arguments.tasks and arguments.mixers and arguments.sizes):
         raise UsageError("--tasks, --mixers and --sizes must name at least one each")
-    options = [*fields, f"--train.max-minutes={arguments.minutes}"]
+    asked = Stage(arguments.tasks, arguments.mixers, arguments.sizes)
+    stages = (asked,) if arguments.grid is None else COMMITTED
     found: dict[Any, ExperimentConfig] = {}
-    for task in dict.fromkeys(arguments.tasks):
-        for mixer in dict.fromkeys(arguments.mixers):
-            for size in sorted(set(arguments.sizes)):
-                config = experiment(task, mixer, arguments.preset, size, arguments.seed)
-                config = changed(config, options, prog=PROG)
-                found.setdefault((task, mixer, config.model), config)
+    for stage in stages:
+        options = [*fields, f"--train.max-minutes={arguments.minutes}"]
+        options += [f"--repeats={stage.repeats}"] if stage.repeats > 1 else []
+        for task, mixer, size in itertools.product(stage.tasks, stage.mixers, sorted(stage.sizes)):
+            config = experiment(task, mixer, arguments.preset, size, arguments.seed)
+            config = changed(config, options, prog=PROG)
+            found.setdefault((task, mixer, config.model, config.repeats), config)
     return list(found.values())
 
 
-def check_memory(configs: Sequence[ExperimentConfig], limit_gb: float | None) -> list[int]:
-    """Bytes that each run needs.
+def check_memory(configs: Sequence[ExperimentConfig], limit_gb: float | None) -> dict[str, int]:
+    """Bytes that each run needs at most, by name: what the longest one of its model's layers needs.
 
     Raises:
       ValueError: one needs more than there is; the message has both numbers.
     """
     free = bytes_free() if limit_gb is None else round(limit_gb * GB)
-    needed = []
+    groups: dict[Any, list[ExperimentConfig]] = {}
     for config in configs:
-        needed.append(bytes_needed(config))
-        if free is not None and needed[-1] > free:
+        groups.setdefault(config.model.backbone, []).append(config)
+    needed: dict[str, int] = {}
+    for group in groups.values():
+        longest = max(group, key=_scores)
+        size = bytes_needed(longest)
+        if free is not None and size > free:
             raise ValueError(
-                f"{config.name} needs about {needed[-1] / GB:.1f} GB, there are {free / GB:.1f}: "
+                f"{longest.name} needs about {size / GB:.1f} GB, there are {free / GB:.1f}: "
                 "take a smaller --train.batch-size, --train.accumulate, or leave its size, mixer "
                 "or task out"
             )
+        needed |= dict.fromkeys((config.name for config in group), size)
         jax.clear_caches()
     return needed
+
+
+def _scores(config: ExperimentConfig) -> int:
+    """Pairs of tokens in a step."""
+    return config.train.batch_size * (config.data.tokens * config.repeats) ** 2
 
 
 def finished(config: ExperimentConfig, results_dir: Path) -> bool:
@@ -128,7 +171,7 @@ def sweep(arguments: Arguments, fields: Sequence[str] = ()) -> None:
         f"{len(waiting) * arguments.minutes / 60:.1f} hours in all"
     )
     if arguments.dry_run:
-        listed(configs, dict(zip((c.name for c in waiting), needed, strict=True)))
+        listed(configs, needed)
         return
     failed = []
     for number, config in enumerate(waiting, 1):
@@ -154,7 +197,7 @@ def make(config: ExperimentConfig, arguments: Arguments) -> None:
 
 def listed(configs: Sequence[ExperimentConfig], needed: dict[str, int]) -> None:
     """Prints the runs, those that are done without their memory."""
-    view = terminal.table("Runs", "Memory: parameters, their moments and what backward reads.")
+    view = terminal.table("Runs", "Memory, at most: parameters, moments, what backward reads.")
     terminal.add_columns(
         view, "run", "tokens\na row", "rows\na step", "steps", "memory", left=("run",)
     )

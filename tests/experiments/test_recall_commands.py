@@ -66,6 +66,16 @@ def test_a_grid_has_each_model_once():
     assert names == [f"mqar-{run}-cpu-seed0" for run in ("s5-2", "s5-4", "attention-2")]
 
 
+@pytest.mark.full
+def test_the_committed_grid_has_what_the_findings_need():
+    committed = sweep.grid(sweep.Arguments(grid="committed"))
+    names = [config.name for config in committed]
+    assert len(set(names)) == len(names) > 100
+    assert {config.mixer for config in committed if config.task == "mqar"} == set(CAUSAL)
+    assert {config.mixer for config in committed if config.task == "a5"} == set(NAMES)
+    assert sum(config.repeats == 2 for config in committed) == len(sweep.RECURRENT)
+
+
 def test_every_run_leaves_a_result(made):
     names = sorted(path.name for path in (made / "results").glob("*.json"))
     assert names == [f"mqar-s5-{size}-tiny-seed0.json" for size in (2, 4)]
