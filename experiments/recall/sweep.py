@@ -28,7 +28,7 @@ from experiments import terminal
 from experiments.command_line import UsageError, changed, run_command
 from experiments.recall.experiment import ExperimentConfig
 from experiments.recall.memory import bytes_free, bytes_needed
-from experiments.recall.mixers import CAUSAL, NAMES
+from experiments.recall.mixers import CAUSAL, NAMES, VARIANTS
 from experiments.recall.presets import experiment
 from experiments.recall.train import say, train_and_test
 from experiments.run import result_path, write_result
@@ -86,15 +86,18 @@ class Stage:
 
 ONE_OF_EACH = ("attention", "gla", "mamba2", "gated_deltanet", "s4d")
 RECURRENT = ("gla", "mamba2", "deltanet", "gated_deltanet")
+TRACKING = (*RECURRENT, "attention", "mamba", "s4d", "kda", *VARIANTS)
 COMMITTED = (
     Stage(("mqar",), ("attention", "mamba2", "gated_deltanet"), (8, 32)),
     Stage(("a5-2steps", "parity"), ("deltanet", "deltanet-negative", "mamba"), (16,)),
     Stage(("selective-copy",), CAUSAL, (16,)),
-    Stage(("mqar",), CAUSAL, (8, 16, 32)),
-    Stage(("a5", "parity", "a5-2steps"), NAMES, (16,)),
+    Stage(("mqar",), CAUSAL, (8, 32)),
+    Stage(("a5",), NAMES, (16,)),
+    Stage(("parity", "a5-2steps"), TRACKING, (16,)),
     Stage(("passkey",), ("attention", "gla", "mamba", "mamba2", "gated_deltanet"), (16,)),
     Stage(("disjointness-long-first",), RECURRENT, (16,)),
     Stage(("disjointness-long-first",), RECURRENT, (16,), repeats=2),
+    Stage(("mqar",), (*RECURRENT, "mamba", "kda", "retnet", "s4d"), (16,)),
     Stage(("plain-copy", "induction", "copy", "regbench", "niah-multikey"), ONE_OF_EACH, (16,)),
 )
 """The most telling runs first; a run that two stages have is made once."""
