@@ -19,7 +19,7 @@ MULTIPLES = (1, 2, 4, 8, 16)
 
 # What makes each task small: fields of its config.
 TINY: dict[str, dict[str, Any]] = {
-    "mqar": {"length": 16, "pairs": 2, "vocabulary": 16},
+    "mqar": {"length": 16, "pairs": 2, "vocabulary": 16, "noise": "reserved"},
     "selective-copy": {"length": 12, "items": 4, "alphabet": 4},
     "plain-copy": {"length": 12, "items": 4, "alphabet": 4},
     "induction": {"length": 16, "alphabet": 4},
@@ -46,7 +46,7 @@ TINY: dict[str, dict[str, Any]] = {
     "frequent-words": {"length": 80, "words": 32},
 }
 CPU: dict[str, dict[str, Any]] = {
-    "mqar": {"length": 64, "pairs": 16, "vocabulary": 128},
+    "mqar": {"length": 64, "pairs": 16, "vocabulary": 128, "noise": "reserved"},
     "selective-copy": {"length": 64, "items": 8, "alphabet": 8},
     "plain-copy": {"length": 64, "items": 8, "alphabet": 8},
     "induction": {"length": 64},
@@ -122,8 +122,8 @@ PRESETS = {
         size=16,
         eval_examples=256,
         train=dataclasses.replace(
-            TRAIN, steps=1_500, batch_size=32, warmup_steps=100, log_every=50, eval_every=500,
-            checkpoint_every=500,
+            TRAIN, steps=1_200, batch_size=32, warmup_steps=100, log_every=50, eval_every=400,
+            checkpoint_every=400,
         ),
         data=CPU,
         rows=CPU_ROWS,
@@ -180,6 +180,10 @@ def experiment(
             ),
             vocabulary_size=data.vocabulary_size,
             tie_embeddings=False,
+            # Variance 1 in the residual stream: with less, what the first layer adds hides the
+            # token itself from the second, which has to look it up.
+            embedding_std=recipe.model.width**-0.5,
+            embedding_scale=recipe.model.width**0.5,
         ),
         train=dataclasses.replace(
             recipe.train,
