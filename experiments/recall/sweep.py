@@ -169,7 +169,7 @@ def sweep(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     waiting = [config for config in configs if not finished(config, arguments.results_dir)]
     needed = check_memory(waiting, arguments.memory_gb)
     terminal.say(
-        f"{len(configs)} runs, {len(configs) - len(waiting)} of them done; "
+        f"{len(configs)} in the grid, {len(configs) - len(waiting)} of them done; "
         f"at most {arguments.minutes:g} minutes of training each, "
         f"{len(waiting) * arguments.minutes / 60:.1f} hours in all"
     )
