@@ -11,7 +11,7 @@ Accuracy = Annotated[float, Range("in [0, 1]", 0, 1)]
 FIELDS: dict[str, Any] = {
     "task": str, "mixer": str, "size": Size, "preset": str, "repeats": Size, "seed": Seed,
     "tests": dict[str, dict[str, Any]], "chance": Accuracy, "trained_tokens": Size,
-    "state_bytes": Count, "steps": Count, "complete": bool, "parameters": Count,
+    "state_bytes": Size, "steps": Count, "complete": bool, "parameters": Count,
     "wall_seconds": NonNegative, "environment": dict[str, Any], "config": dict[str, Any],
 }  # fmt: skip
 TEST: dict[str, Any] = {
@@ -32,9 +32,11 @@ def read_result(path: Path) -> dict[str, Any]:
         for test in result["tests"].values():
             check_record(test, TEST)
         result["tests"] = {int(multiple): test for multiple, test in result["tests"].items()}
+        check_record({"multiple": min(result["tests"], default=0)}, {"multiple": Size})
         if 1 not in result["tests"]:
             raise ValueError("tests has none at the trained length")
-        config = {**result["config"], "seed": result["config"].get("train", {}).get("seed")}
+        check_record(result["config"], {"train": dict[str, Any]})
+        config = {**result["config"], "seed": result["config"]["train"].get("seed")}
         for name in ("task", "mixer", "size", "preset", "repeats", "seed"):
             if result[name] != config.get(name):
                 raise ValueError(f"{name}={result[name]!r}, its config has {config.get(name)!r}")

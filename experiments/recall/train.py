@@ -123,8 +123,8 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
       ValueError, OSError, TrainingError: with a message for the user.
     """
     config, run_dir = resolve(arguments, fields)
-    run = open_run(run_dir, to_dict(config), resume=arguments.resume)
     path = result_path(arguments.results_dir, config.name, config)
+    run = open_run(run_dir, to_dict(config), resume=arguments.resume)
     print(f"{config.name}: {run_dir}", file=sys.stderr)
     result = train_and_test(config, run, show_progress=arguments.progress)
     say(result)

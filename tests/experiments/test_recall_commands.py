@@ -86,8 +86,8 @@ def test_every_run_leaves_a_result(made):
     assert result["config"]["train"]["max_minutes"] == 10.0
     assert {"commit", "versions", "device", "cpu"} <= result["environment"].keys()
     assert str(made) not in json.dumps(result)
-    # 16 complex states, position and segment, of one block.
-    assert result["state_bytes"] == 16 * 8 + 2 * 4
+    # 8 complex states, which stand for their conjugates too, position and segment, of one block.
+    assert result["state_bytes"] == 8 * 8 + 2 * 4
 
 
 def test_finished_runs_are_not_made_again(made, monkeypatch, capsys):
