@@ -120,9 +120,8 @@ def evaluate(arguments: Arguments) -> None:
     models = [mitigated(config.model, each) for each in mitigations(arguments)]  # all are possible
     tests = list(scores(arguments, config, models, trained.variables))
     wanted = arguments.multiples or tuple(config.tests())
-    view = terminal.table(
-        f"{config.name}, step {trained.step}: accuracy", "Multiples of the length."
-    )
+    terminal.say(f"{config.name}, step {trained.step}: accuracy at multiples of the trained length")
+    view = terminal.table()
     terminal.add_columns(view, "model", "context", *(f"{m} x" for m in wanted), left=("model",))
     for test in tests:
         times = "once" if test["repeats"] == 1 else f"{test['repeats']} times"
