@@ -46,7 +46,7 @@ TINY: dict[str, dict[str, Any]] = {
     "frequent-words": {"length": 80, "words": 32},
 }
 CPU: dict[str, dict[str, Any]] = {
-    "mqar": {"length": 64, "pairs": 16, "vocabulary": 128, "noise": "reserved"},
+    "mqar": {"length": 48, "pairs": 8, "vocabulary": 32, "noise": "reserved"},
     "selective-copy": {"length": 64, "items": 8, "alphabet": 8},
     "plain-copy": {"length": 64, "items": 8, "alphabet": 8},
     "induction": {"length": 64},
@@ -122,8 +122,8 @@ PRESETS = {
         size=16,
         eval_examples=256,
         train=dataclasses.replace(
-            TRAIN, steps=1_200, batch_size=32, warmup_steps=100, log_every=50, eval_every=400,
-            checkpoint_every=400,
+            TRAIN, steps=1_500, batch_size=32, warmup_steps=100, log_every=50, eval_every=500,
+            checkpoint_every=500,
         ),
         data=CPU,
         rows=CPU_ROWS,
