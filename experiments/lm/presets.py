@@ -12,8 +12,9 @@ import jax
 from tyro.conf import Fixed
 
 from experiments.command_line import UsageError
+from seqmodels.data.decomposition import Curriculum, check_lengths
 from seqmodels.data.text import VOCABULARY
-from seqmodels.mixers import REGISTRY, MixerConfig
+from seqmodels.mixers import REGISTRY, MixerConfig, build
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
 from seqmodels.models.language import Dtype
 from seqmodels.ranges import Between, Checked, Size
@@ -31,16 +32,23 @@ class DataConfig(Checked):
       length: tokens of a row.
       separator: what stands between the documents of a file; None, a file is one document.
       validation: share of the bytes, at the end, that is held out of training.
+      decompose: None; or train on rows of many lengths, of one document each, in the order of this
+        curriculum, see ``seqmodels.data.decomposition``. Their tokens a step are the same.
+      shortest: tokens of the shortest rows then; it and ``length``, the longest, are powers of two.
     """
 
     length: Size = 256
     separator: str | None = None
     validation: Between = 0.1
+    decompose: Curriculum | None = None
+    shortest: Size = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.separator == "":
             raise ValueError("DataConfig: separator='' must be at least one character or None")
+        if self.decompose is not None:
+            check_lengths(self.shortest, self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +84,18 @@ class ExperimentConfig(Checked):
                 f"bytes and a boundary, {VOCABULARY}"
             )
 
+        if self.carry_state and self.data.decompose is not None:
+            raise ValueError(
+                f"data.decompose={self.data.decompose!r} shuffles pieces of documents, of which no "
+                "state can be carried to the next: take carry_state=False"
+            )
+
     @property
     def name(self) -> str:
-        """``<mixer>-<preset>[-carry]-seed<k>``: of the run directory and of the result."""
-        carry = "-carry" if self.carry_state else ""
-        return f"{self.mixer}-{self.preset}{carry}-seed{self.train.seed}"
+        """``<mixer>-<preset>[-carry][-<curriculum>]-seed<k>``: of the run directory and result."""
+        how = "-carry" if self.carry_state else ""
+        how += f"-{self.data.decompose}" if self.data.decompose else ""
+        return f"{self.mixer}-{self.preset}{how}-seed{self.train.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,3 +273,10 @@ def parameters(config: LanguageModelConfig) -> int:
     tokens = jax.ShapeDtypeStruct((1, 1), "int32")
     shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def state_bytes(config: LanguageModelConfig, length: int) -> int:
+    """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16."""
+    stack = config.backbone
+    blocks = (stack.mixer(layer) for layer in range(len(stack.layout)))
+    return sum(build(mixer, stack.width, parent=None).state_bytes(length) for mixer in blocks)

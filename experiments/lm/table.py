@@ -38,7 +38,7 @@ from experiments.lm.train import train_and_evaluate
 from experiments.run import Locations, absolute, check_record, read_object
 from seqmodels.config import to_dict
 from seqmodels.data import text
-from seqmodels.mixers import REGISTRY, build
+from seqmodels.mixers import REGISTRY
 from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.ranges import Between, Checked, Count, NonNegative, Positive, Seed, Size
 from seqmodels.training.metrics import finite, read_jsonl, write_atomically
@@ -146,13 +146,6 @@ def config_of(mixer: str, arguments: Arguments) -> ExperimentConfig:
     )
 
 
-def state_bytes(config: ExperimentConfig, length: int) -> int:
-    """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16."""
-    stack = config.model.backbone
-    blocks = (stack.mixer(layer) for layer in range(len(stack.layout)))
-    return sum(build(mixer, stack.width, parent=None).state_bytes(length) for mixer in blocks)
-
-
 def settings_of(arguments: Arguments, digest: str) -> dict[str, Any]:
     """What all rows have in common; a table of other settings is another table."""
     names = ("steps", "batch_size", "length", "learning_rate", "validation", "seed")
@@ -209,7 +202,9 @@ def make_row(
         "width": backbone.width,
         "mlp": backbone.mlp,
         "tokens_per_second_in_training": statistics.median(speeds),
-        "state_bytes": {str(length): state_bytes(config, length) for length in CONTEXTS},
+        "state_bytes": {
+            str(length): presets.state_bytes(config.model, length) for length in CONTEXTS
+        },
         **{name: result[name] for name in kept},
     }
 

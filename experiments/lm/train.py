@@ -6,7 +6,9 @@
 
 --data is a file, or a folder whose *.txt files are one document each; the last tenth of the bytes
 is for validation. Rows are shuffled windows of the text; with --carry-state they are contiguous
-streams, and each batch begins in the states that the one before ended in.
+streams, and each batch begins in the states that the one before ended in. With --data.decompose
+grow_p2 (or grow_linear, uniform, shrink_p2) they are pieces of single documents of --data.shortest
+to --data.length tokens, a step's all of one length, shorter ones earlier (Dataset Decomposition).
 
 Presets: "tiny" is for trying things out, "cpu" has about half a million parameters and is for two
 processor cores, "small" about a hundred million, for an accelerator. Any field of the config can be
@@ -26,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from experiments import terminal
@@ -47,7 +50,7 @@ from experiments.run import (
     write_result,
 )
 from seqmodels.config import from_dict, to_dict
-from seqmodels.data import text
+from seqmodels.data import decomposition, text
 from seqmodels.parallel.mesh import rows_of_process
 from seqmodels.ranges import Between, Checked, Positive, Seed, Size
 from seqmodels.training import processes
@@ -199,12 +202,7 @@ def train_and_evaluate(
     Of several processes, the first one; the others return an empty result.
     """
     mesh = config.train.mesh.make()
-    options: dict[str, Any] = {
-        "length": config.data.length,
-        "batch_size": config.train.batch_size,
-        "streams": config.carry_state,
-        "own": rows_of_process(mesh, config.train.batch_size),
-    }
+    own = rows_of_process(mesh, config.train.batch_size)
 
     def event(what: str, step: int) -> None:
         if what == "prepared" and processes.is_first():
@@ -213,15 +211,48 @@ def train_and_evaluate(
 
     outcome = fit(
         make_task(config, packed=data.packed),
-        text.train_batches(data.train, seed=config.train.seed, **options),
+        train_batches(config, data, own),
         config.train,
         run,
-        validation=text.eval_batches(data.validation, **options),
+        validation=text.eval_batches(data.validation, own=own, **batch_options(config)),
         mesh=mesh,
         show_progress=show_progress,
         on_event=event,
     )
     return make_result(config, run, data, outcome) if processes.is_first() else {}
+
+
+def batch_options(config: ExperimentConfig) -> dict[str, Any]:
+    """What training and validation batches have in common."""
+    return {
+        "length": config.data.length,
+        "batch_size": config.train.batch_size,
+        "streams": config.carry_state,
+    }
+
+
+def train_batches(config: ExperimentConfig, data: TextData, own: np.ndarray) -> Any:
+    """Endless batches, of this process's rows: windows, streams, or pieces of documents.
+
+    Raises:
+      ValueError: pieces of documents for several processes.
+    """
+    seed, cut = config.train.seed, config.data
+    if cut.decompose is None:
+        return text.train_batches(data.train, seed=seed, own=own, **batch_options(config))
+    if len(own) < config.train.batch_size:
+        raise ValueError(
+            f"data.decompose={cut.decompose!r} needs a single process, whose batches differ in "
+            "their number of rows; leave it out, or start one process"
+        )
+    return decomposition.train_batches(
+        data.train,
+        shortest=cut.shortest,
+        longest=cut.length,
+        batch_size=config.train.batch_size,
+        curriculum=cut.decompose,
+        seed=seed,
+    )
 
 
 def make_result(

@@ -18,6 +18,7 @@ from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import Mixer, RecurrentState, Segments, mask_padding
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.ssd import SSDConfig, ssd, steps
+from seqmodels.mixers.state_collapse import Mitigation, WindowState, mitigated_ssd
 from seqmodels.ranges import Size
 
 
@@ -27,11 +28,23 @@ class Mamba2Config(SSDConfig):
 
     Attributes:
       layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
+      mitigation: of the collapse of the state on rows longer than those of the training, see
+        ``seqmodels.mixers.state_collapse``; for inference on one document a row, token by token.
     """
 
     mixer: ClassVar[str] = "mamba2"
 
     layers: Size = 1
+    mitigation: Mitigation | None = None
+
+    @property
+    def stateful(self) -> bool:
+        """A window needs the tokens that leave it, which no state holds."""
+        return not isinstance(self.mitigation, WindowState)
+
+    @property
+    def supports_packing(self) -> bool:
+        return self.mitigation is None
 
 
 MAMBA2_130M = Published(768, 24, Mamba2Config(layers=24))
@@ -62,11 +75,11 @@ class Mamba2(Mixer[Mamba2Config]):
         segments: Segments | None = None,
         state: RecurrentState | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "b l d"], RecurrentState]:
+    ) -> tuple[Float[Array, "b l d"], RecurrentState | None]:
         self.check(x, segments, state)
         config = self.config
         if state is None:
-            state = self.initial_state(x.shape[0], dtype=x.dtype)
+            state = self._start(x.shape[0], x.dtype)
         entering = state.reset_at_document_start(segments)
         inner, heads, shared = self._sizes
         parts = dense(x, 2 * (inner + shared) + heads, "in_proj", use_bias=config.use_bias)
@@ -77,14 +90,29 @@ class Mamba2(Mixer[Mamba2Config]):
         y = GatedGroupNorm(config.groups, config.norm_epsilon, name="norm")(y, gate)
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
-        state = state.update({"conv": window, "recurrent_state": final_state}, segments, x.shape[1])
-        return mask_padding(y, segments), state
+        y = mask_padding(y, segments)
+        if not self.stateful:
+            return y, None
+        after = {"conv": window, "recurrent_state": final_state}
+        return y, state.update(after, segments, x.shape[1])
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
         """Zeros: ``state`` is a dict, ``"conv"`` ``(B, W - 1, E + 2 G N)`` in ``dtype``,
         ``"recurrent_state"`` float32 ``(B, H, N, P)``."""
+        self.require_stateful("initial_state")
+        return self._start(batch_size, dtype)
+
+    def require_stateful(self, argument: str) -> None:
+        if not self.stateful:
+            raise ValueError(
+                f"mamba2 mixer: {argument} is refused, mitigation={self.config.mitigation} carries "
+                "no state; give whole rows, or take another mitigation"
+            )
+
+    def _start(self, batch_size: int, dtype: Any) -> RecurrentState:
+        """What ``initial_state`` returns."""
         config, (inner, heads, shared) = self.config, self._sizes
         shape = (batch_size, heads, config.state_size, config.head_size)
         window = start_window(batch_size, config.conv_size, inner + 2 * shared, dtype)
@@ -115,9 +143,18 @@ class Mamba2(Mixer[Mamba2Config]):
         skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
         keys, queries = (split_heads(part, config.state_size) for part in (b, c))
         step = steps(dt, bias, config.time_step_limit)
-        y, final_state = ssd(
-            x, step, a_log, keys, queries, initial_state, segments, config.implementation
-        )
+        if config.mitigation is None:
+            y, final_state = ssd(
+                x, step, a_log, keys, queries, initial_state, segments, config.implementation
+            )
+        else:
+            step = mask_padding(step, segments)  # padding then leaves the state as it is
+            keys, queries = (jnp.repeat(p, heads // config.groups, axis=2) for p in (keys, queries))
+            log_decay = -step * jnp.broadcast_to(jnp.exp(a_log), step.shape)
+            values = x.astype(jnp.float32) * step[..., None]
+            y, final_state = mitigated_ssd(
+                config.mitigation, values, log_decay, keys, queries, initial_state
+            )
         kept = jnp.broadcast_to(skip[:, None], x.shape) * x.astype(jnp.float32)
         return merge_heads(y.astype(jnp.float32) + kept).astype(parts.dtype), final_state
 

@@ -32,6 +32,12 @@ from experiments.lra import report as lra_report
 from experiments.lra import sweep as lra_sweep
 from experiments.lra import train as lra_train
 from experiments.models import bench as models_bench
+from experiments.recall import eval as recall_eval
+from experiments.recall import presets as recall_presets
+from experiments.recall import report as recall_report
+from experiments.recall import run as recall_run
+from experiments.recall import sweep as recall_sweep
+from experiments.recall import train as recall_train
 from experiments.scaling import report as scaling_report
 from pallas_kernels.tools import aot
 from pallas_kernels.tools.families import TABULATED
@@ -44,11 +50,26 @@ RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 
 LRA_CONFIG = to_dict(lra_presets.experiment("listops", "s5", "cpu"))
 LM_CONFIG = to_dict(lm_presets.experiment("s5", "tiny"))
-LRA_FIELDS, LM_FIELDS = (
-    [f"--{path}" for path in flatten(config)] for config in (LRA_CONFIG, LM_CONFIG)
+RECALL_CONFIG = to_dict(recall_presets.experiment("mqar", "s5", "tiny"))
+LRA_FIELDS, LM_FIELDS, RECALL_FIELDS = (
+    [f"--{path}" for path in flatten(config)] for config in (LRA_CONFIG, LM_CONFIG, RECALL_CONFIG)
 )
 DATA = {"cache_dir": "cache", "data_dir": None, "digest": "0"}
 LRA_RESULT = json.loads((RESULTS / "lra" / "listops-s5-cpu-seed0.json").read_text()) | {"curve": []}
+RECALL_RESULT = {
+    **{name: RECALL_CONFIG[name] for name in ("task", "mixer", "size", "preset", "repeats")},
+    "seed": 0,
+    "tests": {"1": {"accuracy": 0.5, "rows_right": 0.1, "counted": 9, "tokens": 16}},
+    "chance": 0.1,
+    "trained_tokens": 16,
+    "state_bytes": 100,
+    "steps": 6,
+    "complete": True,
+    "parameters": 1000,
+    "wall_seconds": 1.0,
+    "environment": {"cpu": "a processor", "commit": "abc"},
+    "config": RECALL_CONFIG,
+}
 LM_TABLE = json.loads((RESULTS / "lm" / "mixers.json").read_text())
 LM_TABLE["rows"] = {
     name: row | {"curve": [], "environment": {}, "config": {}}
@@ -104,6 +125,22 @@ COMMANDS = {
     "models.bench": Command(
         models_bench, ["--output", "models.json"], options(models_bench.ModelBenchConfig)
     ),
+    "recall.train": Command(
+        recall_train,
+        ["--task", "mqar", "--mixer", "s5", "--preset", "tiny"],
+        options(recall_train.Arguments) + RECALL_FIELDS,
+    ),
+    "recall.sweep": Command(
+        recall_sweep,
+        ["--tasks", "parity", "--mixers", "s5", "--sizes", "4"],
+        options(recall_sweep.Arguments) + RECALL_FIELDS,
+    ),
+    "recall.report": Command(
+        recall_report, ["--results-dir", "recall"], options(recall_report.Arguments)
+    ),
+    "recall.eval": Command(
+        recall_eval, ["--checkpoint", "recall-run"], options(recall_eval.Arguments)
+    ),
     "scaling.report": Command(
         scaling_report, ["--output", "scaling"], options(scaling_report.ScalingConfig)
     ),
@@ -144,6 +181,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             (lra_data, "load"), (lra_sweep, "train_cell"), (lra_report, "picture"),
             (lra_check, "load_data"), (lm_train, "load_data"), (lm_run, "restore"),
             (lm_table, "load_data"), (kernels_aot, "measure"), (scaling_report, "measure"),
+            (recall_train, "open_run"), (recall_sweep, "check_memory"),
+            (recall_report, "against_state"), (recall_run, "restore"),
         ):  # fmt: skip
             patch.setattr(module, name, cut_off)
         for module in (kernels_bench, models_bench):
@@ -172,6 +211,9 @@ def files(folder):
         folder / "results" / "result.json": LRA_RESULT,
         folder / "tables" / "mixers.json": LM_TABLE,
         folder / "aot.json": {"cells": []},
+        folder / "recall-run" / "config.json": RECALL_CONFIG,
+        folder / "recall-run" / "result.json": {"test_step": 3},
+        folder / "recall" / "result.json": RECALL_RESULT,
     }
 
 
@@ -245,6 +287,8 @@ READERS = {
     "results/result.json": ("lra.report", []),
     "tables/mixers.json": ("lm.table", ["--print-only"]),
     "aot.json": ("kernels.aot", []),
+    "recall-run/config.json": ("recall.eval", []),
+    "recall/result.json": ("recall.report", []),
 }
 
 

@@ -369,3 +369,26 @@ def test_help_teaches(command, example, capsys, monkeypatch):
         command.main(["--help"])
     assert caught.value.code == 0
     assert example in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_documents_in_pieces_of_many_lengths(folder, tmp_path, capsys):
+    """Dataset decomposition: the lines of the story, a killed run and one that was not."""
+    options = ["--separator", " beer.", "--data.decompose", "grow_p2", "--data.shortest", "8"]
+    assert train(folder, "pieces", "s5", *options) == 0
+    run = folder / "pieces"
+    config = result_of(run)["config"]
+    assert (config["data"]["decompose"], config["data"]["shortest"]) == ("grow_p2", 8)
+    assert (folder / "results" / "s5-tiny-grow_p2-seed0.json").exists()
+    again = shutil.copytree(run, tmp_path / "run")
+    for step in (4, 6):
+        shutil.rmtree(again / "checkpoints" / str(step))
+    arguments = ["--resume", "--run-dir", str(again), "--results-dir", str(tmp_path / "results")]
+    assert lm_train.main([*arguments, "--no-progress"]) == 0
+    trained = [load_trained(path / "checkpoints" / "6").variables for path in (run, again)]
+    jax.tree.map(np.testing.assert_array_equal, *trained)
+    capsys.readouterr()
+    assert train(folder, "both", "s5", *options, "--carry-state") == 2
+    assert "take carry_state=False" in capsys.readouterr().err
+    assert train(folder, "odd", "s5", *options, "--data.length", "48") == 2
+    assert "length=48 must be a power of two" in capsys.readouterr().err

@@ -48,9 +48,9 @@ def test_state_bytes_of_states_and_of_caches():
     size = presets.SIZES["cpu"]
     # Keys and values in bfloat16, position and segment.
     expected = size.layers * (2 * 1000 * size.width * 2 + 8)
-    assert table.state_bytes(config, 1000) == expected
+    assert presets.state_bytes(config.model, 1000) == expected
     state = experiment("gla", "cpu")
-    assert table.state_bytes(state, 256) == table.state_bytes(state, 65_536)
+    assert presets.state_bytes(state.model, 256) == presets.state_bytes(state.model, 65_536)
 
 
 @pytest.fixture(scope="module")

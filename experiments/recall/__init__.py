@@ -1,0 +1,1 @@
+"""Recall, copying, state tracking and counting on synthetic tasks, at many lengths."""

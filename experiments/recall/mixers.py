@@ -1,0 +1,61 @@
+"""The mixers at one width and states of several sizes, and their variants."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.command_line import UsageError
+from experiments.lm import presets
+from experiments.lm.presets import ModelSize
+from seqmodels.mixers import REGISTRY, MixerConfig
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{mixer}-negative": (mixer, {"negative_eigenvalues": True})
+    for mixer in ("deltanet", "gated_deltanet", "kda")
+}
+"""Name -> registered mixer, fields that differ from it."""
+
+CAUSAL = tuple(name for name in REGISTRY if name not in ("bidirectional", "hydra"))
+NAMES = (*CAUSAL, *VARIANTS)
+
+
+def mixer_config(name: str, size: ModelSize, state: int) -> MixerConfig:
+    """A mixer whose layer has about ``state`` numbers of state for each channel of the width.
+
+    Matrix mixers have heads of ``state`` keys and values; Mamba, twice as wide inside, half as many
+    states a channel; S4 and S4D as many real ones; S5 and LRU, whose states are the layer's, four
+    times as many complex ones; a sliding window as many tokens. Attention, RAT, SCOUT and RG-LRU
+    have the same state whatever it says.
+
+    Raises:
+      UsageError: an unknown name (the message has the nearest known one), or a size that it cannot
+        have.
+    """
+    check_name("mixer", name, NAMES)
+    registered, fields = VARIANTS.get(name, (name, {}))
+    halves = max(state // 2, 1)
+    special: dict[str, dict[str, Any]] = {
+        "gla": {"expand_k": 1.0},
+        "mamba": {"state_size": halves},
+        "mamba2": {"state_size": halves, "head_size": 16},
+        "s4": {"state_size": state},
+        "s4d": {"state_size": state},
+        "s5": {"state_size": 4 * state},
+        "lru": {"state_size": 4 * state},
+        "sliding_window": {"window": state},
+    }
+    heads = size.head if registered in ("attention", "sliding_window", "rat", "scout") else state
+    config = presets.mixer_config(registered, dataclasses.replace(size, head=heads))
+    try:
+        return dataclasses.replace(config, **special.get(registered, {}), **fields)
+    except ValueError as error:
+        raise UsageError(f"mixer={name!r} cannot have size={state}: {error}") from error
+
+
+def check_name(what: str, name: str, known: Sequence[str]) -> None:
+    """Raises UsageError, with the nearest known name, unless ``name`` is one."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"{what}={name!r} is not known{meant}; choose one of {', '.join(known)}")
