@@ -54,7 +54,7 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = _computations(text)
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
-    chains = set()
+    chains: set[tuple[str, ...]] = set()
     for times, line in _runs(computations, entry, 1):
         if chain := _CHAIN.search(line):
             if chain.groups() in chains:

@@ -78,6 +78,9 @@ def longest(one: Fit, chips: int, *, split: bool = False) -> int:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    rows = list(rows)
+    if not rows:
+        return "Not yet compiled."
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -134,7 +137,9 @@ def weak_scaling(cells: Cells, tokens: int) -> str:
             if (key := Key(name, "v5e", chips, tokens, 1)) in cells
         }
         known = [value for value in found.values() if value]
-        grows = f"{100 * (max(known) / min(known) - 1):.1f} %" if len(known) > 1 else "-"
+        if len(known) < 2:
+            continue
+        grows = f"{100 * (max(known) / min(known) - 1):.1f} %"
         rows.append([name, *(size(found.get(c)) for c in (4, 16, 64, 256)), grows])
     return _table(["exchange", "4", "16", "64", "256", "largest over smallest"], rows)
 
@@ -171,6 +176,8 @@ def lengths(cells: Cells) -> str:
     """The longest row of each model on each number of chips."""
     rows = []
     for name in EXCHANGES:
+        if fit(cells, name, 1) is None:
+            continue
         line: list[str] = []
         for chips in (1, 4, 64, 256):
             one = fit(cells, name, chips)
