@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels import ops
@@ -70,6 +71,9 @@ class MambaConfig(MixerConfig):
 
     def param_labels(self) -> dict[str, ParamLabel]:
         return dict.fromkeys(("A_log", "D", "dt_proj/bias"), NO_DECAY_LABEL)
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return {"A_log": PartitionSpec("inner")}
 
 
 MAMBA_130M = Published(768, 24, MambaConfig(layers=24))

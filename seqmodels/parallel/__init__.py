@@ -9,14 +9,17 @@ from seqmodels.parallel.mesh import (
     replicated,
     token_sharding,
 )
+from seqmodels.parallel.parameters import RULES, parameter_shardings
 from seqmodels.parallel.strategies import STRATEGIES
 
 __all__ = [
     "MESH_AXES",
+    "RULES",
     "STRATEGIES",
     "batch_sharding",
     "make_mesh",
     "on_mesh",
+    "parameter_shardings",
     "put_batch",
     "replicated",
     "token_sharding",
