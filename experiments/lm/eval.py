@@ -45,8 +45,8 @@ class Arguments(Checked):
     batch_size: Size = 8
     """Windows read at a time."""
     mesh: str | None = None
-    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
-    row over seq; default: one device."""
+    """Devices by axis, e.g. data=2,model=2,seq=4: rows of a batch are split over data, heads and
+    channels over model, the length of each row over seq; default: one device."""
     average: bool = True
     """Take the average of the parameters, if the run has one."""
     progress: bool = True

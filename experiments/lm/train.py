@@ -82,8 +82,8 @@ class Arguments(Checked):
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and evaluate what there is."""
     mesh: str | None = None
-    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
-    row over seq; default: all devices are data."""
+    """Devices by axis, e.g. data=2,model=2,seq=4: rows of a batch are split over data, heads and
+    channels over model, the length of each row over seq; default: all devices are data."""
     resume: bool = False
     """Continue the run in --run-dir; everything else comes from there."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)

@@ -41,8 +41,8 @@ class Arguments(Checked):
     cache_dir: Path | None = None
     """Where the prepared data are now, if they have moved."""
     mesh: str | None = None
-    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
-    row over seq; default: one device."""
+    """Devices by axis, e.g. data=2,model=2,seq=4: rows of a batch are split over data, heads and
+    channels over model, the length of each row over seq; default: one device."""
     progress: bool = True
     """Draw progress bars."""
     traceback: bool = False

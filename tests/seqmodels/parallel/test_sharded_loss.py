@@ -74,7 +74,6 @@ def test_the_gradient_of_the_table_is_summed_once_and_no_logits_move():
     moved = collectives(
         jax.jit(on_mesh(functools.partial(run, 2), mesh)), table, put_batch(batch(512), mesh)
     )
-    assert set(moved) == {"all-gather", "all-reduce"}
+    assert set(moved) == {"all-reduce"}
     own = 256 * WIDTH * 4  # bytes of a device's part of the table
     assert own <= moved["all-reduce"][1] < 1.5 * own
-    assert moved["all-gather"][1] == 2 * own  # the gradient, to all that asked for all of it
