@@ -58,14 +58,16 @@ def test_language_models(tmp_path, monkeypatch, capsys):
         loss_of(tmp_path, "chunks"), loss_of(tmp_path, "whole"), **tolerances.EACH_FLOAT32_SUM
     )
 
-    def said(module, *arguments):
+    def said(module, *arguments, run="whole"):
         capsys.readouterr()
-        assert module.main(["--checkpoint", str(tmp_path / "whole"), *arguments]) == 0
+        assert module.main(["--checkpoint", str(tmp_path / run), *arguments]) == 0
         return capsys.readouterr().out
 
     asked = ("--data", str(tmp_path / "story.txt"), "--no-progress")
     whole, split = (said(lm_eval, *asked, *mesh) for mesh in ((), ("--mesh", "model=2,seq=4")))
     assert whole.split(",")[0] == split.split(",")[0]  # bits per byte
+    # What eight devices have saved one can read.
+    assert said(lm_eval, *asked, run="split").split(",")[0][:20] == whole[:20]
     asked = ("--prompt", "99 bottles of", "--length", "20", "--temperature", "0")
     whole, split = (said(lm_generate, *asked, *mesh) for mesh in ((), ("--mesh", "model=2,seq=4")))
     assert whole == split

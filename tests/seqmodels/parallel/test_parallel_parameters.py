@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.tools import testing
+from pallas_kernels.tools import aot, testing
 from seqmodels import ops
 from seqmodels.mixers import GLAConfig, MambaConfig
 from seqmodels.models import (
@@ -20,13 +20,14 @@ from seqmodels.models import (
     param_axes,
     param_labels,
 )
-from seqmodels.parallel import RULES, make_mesh, on_mesh, put_batch
+from seqmodels.parallel import RULES, make_mesh, on_mesh, put_batch, token_sharding
 from seqmodels.parallel.parameters import partition
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.language import language
 from seqmodels.training.state import abstract_state, create_state, optimizer_of
 from seqmodels.training.step import make_train_step
 from tests import tolerances
+from tests.pallas_kernels.absent import needs_compiler
 from tests.seqmodels.mixers.cases import CASES, KINDS
 from tests.seqmodels.parallel.hlo import collectives
 from tests.seqmodels.parallel.test_sharded_models import VOCABULARY, WIDTH, batch
@@ -81,9 +82,9 @@ def test_every_matrix_has_named_axes(name):
             assert names, jax.tree_util.keystr(path)
 
 
-def model_of(config, width, **options):
+def model_of(config, width, layers=2, **options):
     backbone = BackboneConfig(
-        layout=(config.mixer,) * 2, mixers=(config,), width=width, norm="rms", **options
+        layout=(config.mixer,) * layers, mixers=(config,), width=width, norm="rms", **options
     )
     return LanguageModel(LanguageModelConfig(vocabulary_size=VOCABULARY, backbone=backbone))
 
@@ -109,7 +110,8 @@ def test_a_device_has_its_part_of_all_that_is_kept_of_parameters(sizes):
 
 def steps(name, mesh, config):
     """The state after two steps."""
-    task = task_of(model_of(CASES[name], WIDTH, mlp=12), packed=CASES[name].supports_packing)
+    model = model_of(CASES[name], WIDTH, layers=1 if name == "gla" else 2, mlp=12)
+    task = task_of(model, packed=CASES[name].supports_packing)
     state = create_state(task, config, mesh)
     step = make_train_step(task, optimizer_of(task, config), mesh)
     for _ in range(2):
@@ -170,6 +172,22 @@ def test_heads_that_do_not_divide_are_refused_before_anything_is_compiled():
             jax.eval_shape(on_mesh(lambda op=op: op(q, q, q), mesh))
     q, k = jnp.ones((2, 8, 12, 4)), jnp.ones((2, 8, 6, 4))
     jax.eval_shape(on_mesh(lambda: ops.attention(q, k, k), mesh))
+
+
+@pytest.mark.full
+def test_tpu_kernels_compile_for_heads_and_a_row_over_four_chips():
+    needs_compiler("v5e")
+    mesh = make_mesh(1, model=2, seq=2, devices=aot.topology("v5e").devices)
+
+    def loss(q, k, v, log_decay):
+        return jnp.sum(ops.linear_attention(q, k, v, log_decay)[0])
+
+    where = token_sharding(mesh)
+    heads = jax.ShapeDtypeStruct((1, 1024, 4, 128), jnp.float32, sharding=where)
+    decay = jax.ShapeDtypeStruct((1, 1024, 4), jnp.float32, sharding=where)
+    gradient = jax.jit(on_mesh(jax.grad(loss, (0, 1, 2, 3)), mesh))
+    program = gradient.lower(heads, heads, heads, decay).compile().as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.full
