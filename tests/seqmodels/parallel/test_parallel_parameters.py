@@ -108,9 +108,10 @@ def test_a_device_has_its_part_of_all_that_is_kept_of_parameters(sizes):
         assert here < total / 5
 
 
-def steps(name, mesh, config):
+def steps(name, mesh, config, **options):
     """The state after two steps."""
-    model = model_of(CASES[name], WIDTH, layers=1 if name == "gla" else 2, mlp=12)
+    layers = 1 if name == "gla" else 2
+    model = model_of(CASES[name], WIDTH, layers=layers, mlp=12, **options)
     task = task_of(model, packed=CASES[name].supports_packing)
     state = create_state(task, config, mesh)
     step = make_train_step(task, optimizer_of(task, config), mesh)
@@ -120,6 +121,9 @@ def steps(name, mesh, config):
     return {"params": state.params, "moments": state.opt_state, "sums": metrics.sums}
 
 
+# Adam divides a gradient by its own size: of what is all rounding, nothing is left to compare.
+CONFIG = TrainConfig(batch_size=4, steps=4, learning_rate=1e-2, adam_eps=1e-3)
+
 SERVED = [name for name in CASES if CASES[name].causal]
 ONE_HEAD = {"sliding_window-sinks", "rat-chunks-of-one", "scout-mamba"}
 HEADS = [name for name in SERVED if name not in ONE_HEAD]
@@ -127,10 +131,19 @@ HEADS = [name for name in SERVED if name not in ONE_HEAD]
 
 @pytest.mark.parametrize("name", one_of_many(HEADS, ["gla"]))
 def test_a_step_is_that_of_one_device_shard_by_shard(name):
-    # Adam divides a gradient by its own size: of what is all rounding, nothing is left to compare.
-    config = TrainConfig(batch_size=4, steps=4, learning_rate=1e-2, adam_eps=1e-3)
-    actual = steps(name, make_mesh(2, 2, 2), config)
-    expected = steps(name, make_mesh(devices=jax.devices()[:1]), config)
+    actual = steps(name, make_mesh(2, 2, 2), CONFIG)
+    assert_shards_close(actual, steps(name, make_mesh(devices=jax.devices()[:1]), CONFIG))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", [{"mlp_tile": 5}, {"remat": "full"}, {"scan_layers": True}])
+def test_what_saves_memory_does_so_on_a_mesh(options):
+    actual = steps("lru", make_mesh(2, 2, 2), CONFIG, **options)
+    one = make_mesh(devices=jax.devices()[:1])
+    assert_shards_close(actual, steps("lru", one, CONFIG, scan_layers="scan_layers" in options))
+
+
+def assert_shards_close(actual, expected):
     for (path, x), y in zip(
         jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
