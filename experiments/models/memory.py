@@ -111,7 +111,7 @@ def step_bytes(model: LanguageModelConfig, memory: MemoryConfig, length: int) ->
     where = token_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=where)
     weights = jax.ShapeDtypeStruct((1, length), jnp.float32, sharding=where)
-    step = make_train_step(task, optimizer_of(task, config), mesh)
+    step: Any = make_train_step(task, optimizer_of(task, config), mesh)
     lowered = step.lower(
         abstract_state(task, config, mesh),
         {"inputs": tokens, "targets": tokens, "weights": weights},

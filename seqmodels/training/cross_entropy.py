@@ -53,10 +53,10 @@ def tiled_sums(
     tokens = PartitionSpec("data" if rows > 1 else None, "seq" if columns > 1 else None)
     axes = tuple(axis for axis in tokens if axis is not None)
 
-    def local(table: Array, *tokens: Array) -> Sums:
+    def local(table: Array, x: Array, targets: Array, weights: Array) -> Sums:
         if axes:  # gradients of the table are added up here, and summed over devices at the end
             table, _ = compat.match_vma(table, jax.lax.axis_index(axes))
-        sums = _tiles(project, table, *tokens, tile, "model" if split else None)
+        sums = _tiles(project, table, x, targets, weights, tile, "model" if split else None)
         return jax.tree.map(lambda part: jax.lax.psum(part, axes), sums) if axes else sums
 
     return jax.shard_map(
@@ -91,8 +91,8 @@ def _tiles(
         count = classification_sums if axis is None else functools.partial(_split_sums, axis)
         return sums + count(logits, targets, weights), None
 
-    zero = (jnp.zeros((), jnp.float32) for _ in range(3))
-    zero = Sums(*compat.match_vma(*zero, jnp.ravel(weights)[0])[:3])
+    zeros = (jnp.zeros((), jnp.float32) for _ in range(3))
+    zero = Sums(*compat.match_vma(*zeros, jnp.ravel(weights)[0])[:3])
     parts = (cut(x, x.shape[-1]), cut(targets), cut(weights))
     return jax.lax.scan(add, zero, parts)[0]
 

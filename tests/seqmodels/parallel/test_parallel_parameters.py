@@ -94,7 +94,7 @@ def task_of(model, **options):
 
 
 @pytest.mark.parametrize(
-    ("sizes",), one_of_many([((2, 2, 2),), ((8, 1, 1),), ((1, 1, 8),)], [((2, 2, 2),)])
+    "sizes", one_of_many([((2, 2, 2),), ((8, 1, 1),), ((1, 1, 8),)], [((2, 2, 2),)])
 )
 def test_a_device_has_its_part_of_all_that_is_kept_of_parameters(sizes):
     mesh = make_mesh(*sizes)
