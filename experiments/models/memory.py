@@ -25,7 +25,7 @@ from seqmodels.training.step import make_train_step
 
 BUDGET = 4 * 2**30
 LENGTHS = (4096, 8192)
-STEP = 1024
+STEP = 256
 """Lengths are multiples of it."""
 MODEL = LanguageModelConfig(
     vocabulary_size=8192,
