@@ -20,6 +20,9 @@ from seqmodels.layers.attention import SPLASH_FROM, attend
 from seqmodels.parallel import shards, summaries
 from seqmodels.segments import Segments, index_of, mask_padding
 
+_CHANNELS = (2, 1)
+"""Where outputs ``(B, L, D, ..)`` and states ``(B, D, ..)`` have their channels or heads."""
+
 
 def linear_scan(
     a: Inexact[Array, "*bl d"],
@@ -42,6 +45,9 @@ def linear_scan(
         {"b": b} if constant else {"a": a, "b": b},
         initial_state,
         segments,
+        channels=shards.elements(
+            b.shape[2], {"a": a.ndim - 1, "b": 2, "initial_state": 1}, _CHANNELS
+        ),
         reverse=reverse,
     )
 
@@ -76,6 +82,13 @@ def selective_scan(
         {"x": x, "dt": dt, "B": B, "C": C, "gate": gate},
         initial_state,
         segments,
+        channels=shards.elements(
+            x.shape[2],
+            dict.fromkeys(("A", "D", "dt_bias"), 0)
+            | dict.fromkeys(("x", "dt", "gate"), 2)
+            | {"initial_state": 1},
+            _CHANNELS,
+        ),
     )
 
 
@@ -100,6 +113,9 @@ def diagonal_ssm(
         {"u": u},
         initial_state,
         segments,
+        channels=shards.elements(
+            u.shape[2], {"u": 2, "log_a": 0, "c": 0, "initial_state": 1}, _CHANNELS
+        ),
         reverse=reverse,
     )
 
@@ -189,6 +205,7 @@ def linear_attention(
 
     if reverse:
         op, read = shards.backwards(op), shards.backwards(read)
+    q, k = shards.shared_heads(q, k)
     return shards.recurrence(
         "linear_attention",
         op,
@@ -197,6 +214,7 @@ def linear_attention(
         {"q": q, "k": k, "v": v} | ({} if constant else decay),
         initial_state,
         segments,
+        channels=_heads("linear_attention", v, {"log_decay": 0 if constant else 2}),
         reverse=reverse,
     )
 
@@ -217,6 +235,7 @@ def delta_rule(
     ``o_t = scale S_t^T q_t``: outputs and the last S."""
     op = functools.partial(kernels.delta_rule, scale=scale, implementation=implementation)
     summary = functools.partial(summaries.delta_rule, implementation=implementation)
+    q, k = shards.shared_heads(q, k)
     return shards.recurrence(
         "delta_rule",
         op,
@@ -225,8 +244,15 @@ def delta_rule(
         {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay},
         initial_state,
         segments,
+        channels=_heads("delta_rule", v, {"beta": 2, "log_decay": 2}),
         matrix=True,
     )
+
+
+def _heads(op: str, v: Array, more: dict[str, int]) -> shards.Channels:
+    """The heads of an op with a matrix state, of values ``v``."""
+    axes = {"q": 2, "k": 2, "v": 2, "initial_state": 1} | more
+    return shards.heads(op, v.shape[2], axes, _CHANNELS)
 
 
 def checkpoint_attention(
@@ -314,11 +340,12 @@ def bidirectional_mimo_scan(
     """A diagonal recurrence between two projections, both ways (S5, LRU).
 
     Rows of one document (``segments.single``) need no resets: what the recurrences do on padding is
-    then unspecified, which mixers mask. Where the length is split, each way exchanges its states.
+    then unspecified, which mixers mask. Where the length is split, each way exchanges its states;
+    there, and where a mesh has a model axis, each way is a scan of its own.
     """
     if segments is not None and segments.single:
         u, segments = mask_padding(u, segments), None
-    if shards.shards_of(u.shape[1]) > 1:
+    if shards.shards_of(u.shape[1]) > 1 or shards.splits_channels():
         return _two_scans(u, decay, input_projection, output_projection, segments)
     return shards.over_rows(
         functools.partial(kernels.bidirectional_mimo_scan, implementation=implementation),
@@ -345,4 +372,19 @@ def _two_scans(
     return dot(jnp.concatenate(planes, axis=-1), output_projection)
 
 
-s4_kernel = kernels.s4_kernel  # of parameters alone: there are no rows to split
+def s4_kernel(
+    dt: Float[Array, " h"],
+    eigenvalues: Complex[Array, "h n"],
+    p: Complex[Array, "h n"],
+    b: Complex[Array, "h n"],
+    c: Complex[Array, "r h n"],
+    *,
+    length: int,
+    implementation: Implementation = None,
+) -> Float[Array, "r h l"]:
+    """The filter of S4: of parameters alone, there are no rows to split."""
+    return shards.over_channels(
+        functools.partial(kernels.s4_kernel, length=length, implementation=implementation),
+        {"dt": dt, "eigenvalues": eigenvalues, "p": p, "b": b, "c": c},
+        shards.elements(dt.shape[0], {"dt": 0, "eigenvalues": 0, "p": 0, "b": 0, "c": 1}, 1),
+    )

@@ -9,6 +9,7 @@ from pallas_kernels.tools import aot
 TIMED = "median of interleaved runs"
 STATIC = "static estimate by the TPU compiler"
 PTXAS = "registers and spills by ptxas"
+COMPILED = "memory of the compiled program"
 NOT_RUN = "not run"
 FAILED = "failed"
 
@@ -34,7 +35,8 @@ class Result:
     Attributes:
       case: what was measured.
       device: of a timed row, the kind of device; of an estimate, the absent chip.
-      kind: TIMED, STATIC, PTXAS, NOT_RUN or FAILED; of the last two, `figures` has the reason.
+      kind: TIMED, STATIC, PTXAS, COMPILED, NOT_RUN or FAILED; of the last two, `figures` has the
+        reason.
       shape: B, L, D, dtype.
       figures: everything that was measured: milliseconds by program, or an `aot.Estimate`.
       ratios: by what they are of: "associative_scan" and "scan" say how many times faster the op

@@ -23,10 +23,10 @@ from experiments.lm.run import Trained, bits_per_byte, load_trained
 from experiments.run import mesh_of, say_padding
 from seqmodels.data import text
 from seqmodels.models import param_labels
-from seqmodels.parallel.mesh import replicated
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.evaluation import evaluate
 from seqmodels.training.language import growing_mixers, language
+from seqmodels.training.state import variable_shardings
 from seqmodels.training.step import make_eval_step
 
 
@@ -45,8 +45,8 @@ class Arguments(Checked):
     batch_size: Size = 8
     """Windows read at a time."""
     mesh: str | None = None
-    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
-    row over seq; default: one device."""
+    """Devices by axis, e.g. data=2,model=2,seq=4: rows of a batch are split over data, heads and
+    channels over model, the length of each row over seq; default: one device."""
     average: bool = True
     """Take the average of the parameters, if the run has one."""
     progress: bool = True
@@ -85,7 +85,7 @@ def evaluate_text(trained: Trained, data: text.Text, arguments: Arguments) -> di
         packed=data.documents > 1 or (carried and mesh.shape["seq"] > 1),
         carry_state=carried,
     )
-    variables = jax.device_put(trained.variables, replicated(mesh))
+    variables = jax.device_put(trained.variables, variable_shardings(task, mesh))
     start = time.perf_counter()
     with tqdm(batches, unit="batch", disable=not arguments.progress, dynamic_ncols=True) as bar:
         result = evaluate(make_eval_step(task, mesh), variables, bar, mesh, task.start)

@@ -21,14 +21,14 @@ import tyro
 from jax.sharding import Mesh
 
 from experiments.command_line import UsageError, run_command
-from experiments.lm.run import Trained, load_trained
+from experiments.lm.run import Trained, load_trained, make_task
 from experiments.run import mesh_of, unescaped
 from seqmodels.arguments import SEED, integer
 from seqmodels.data import text
 from seqmodels.generation import Sampling, Stream, decode, feed, start
-from seqmodels.parallel.mesh import replicated
 from seqmodels.ranges import Checked, Seed, Size
 from seqmodels.training.language import growing_mixers
+from seqmodels.training.state import variable_shardings
 
 BLOCK = 16
 """Tokens decoded between two looks at the text."""
@@ -104,9 +104,9 @@ def continuation(
     mesh = mesh_of(None) if mesh is None else mesh
     if mesh.shape["data"] > 1:
         raise ValueError(f"mesh axis data={mesh.shape['data']} must be 1: there is one row")
-    trained = dataclasses.replace(
-        trained, variables=jax.device_put(trained.variables, replicated(mesh))
-    )
+    # Whole along seq: gathered for every token they would cost more than the token.
+    places = variable_shardings(make_task(trained.config, packed=False), mesh, over=("model",))
+    trained = dataclasses.replace(trained, variables=jax.device_put(trained.variables, places))
     stream = _read(trained, tokens, len(tokens) + length + BLOCK, mesh)
     ending = dataclasses.replace(sampling, stop_tokens=(text.BOUNDARY,))
     key = jax.random.key(seed)

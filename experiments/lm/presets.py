@@ -52,6 +52,30 @@ class DataConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class MemoryConfig(Checked):
+    """What is computed again, rather than kept, where rows are long; see docs/parallel.md.
+
+    Attributes:
+      loss_tile: tokens on a device whose logits exist at a time; None for all.
+      chunk: None, or tokens of a row that a step goes over at a time, forward and backward; the
+        same gradient.
+      share: None, or the share of the chunks that a step backpropagates through; an unbiased
+        gradient.
+    """
+
+    loss_tile: Size | None = 1024
+    chunk: Size | None = None
+    share: Between | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share is not None and self.chunk is None:
+            raise ValueError(
+                f"MemoryConfig: share={self.share} is of chunks; set chunk, or share=None"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Checked):
     """One experiment, complete: data, model and training.
 
@@ -62,6 +86,7 @@ class ExperimentConfig(Checked):
       carry_state: rows are streams, and states go on from batch to batch.
       model: the model.
       train: the training; its seed also orders the windows.
+      memory: what training keeps.
     """
 
     mixer: Annotated[str, Fixed]
@@ -70,6 +95,7 @@ class ExperimentConfig(Checked):
     carry_state: bool
     model: LanguageModelConfig
     train: TrainConfig
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

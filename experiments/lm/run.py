@@ -51,6 +51,9 @@ def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
         lambda params: param_labels(config.model, params),
         packed=packed or config.carry_state,
         carry_state=config.carry_state,
+        tile=config.memory.loss_tile,
+        chunk=config.memory.chunk,
+        share=config.memory.share,
     )
 
 

@@ -89,8 +89,8 @@ class Arguments(Checked):
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and evaluate what there is."""
     mesh: str | None = None
-    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
-    row over seq; default: all devices are data."""
+    """Devices by axis, e.g. data=2,model=2,seq=4: rows of a batch are split over data, heads and
+    channels over model, the length of each row over seq; default: all devices are data."""
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     """Several processes that train as one, see docs/launching.md."""
     resume: bool = False

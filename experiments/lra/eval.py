@@ -45,8 +45,8 @@ class Arguments(Checked):
     window: Size | None = None
     """Let the model see windows of so many tokens only."""
     mesh: str | None = None
-    """Devices by axis, e.g. data=2,seq=4: rows of a batch are split over data, the length of each
-    row over seq; default: one device."""
+    """Devices by axis, e.g. data=2,model=2,seq=4: rows of a batch are split over data, heads and
+    channels over model, the length of each row over seq; default: one device."""
     progress: bool = True
     """Draw progress bars."""
     traceback: bool = False

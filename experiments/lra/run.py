@@ -1,5 +1,6 @@
 """What training and evaluation share: data, the model of a config, the test accuracy."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from experiments.run import restore
 from seqmodels.data import batches
 from seqmodels.data.examples import Examples, TaskData
 from seqmodels.data.lra import load
-from seqmodels.models import Classifier, Matcher, MatcherConfig, param_labels
-from seqmodels.parallel.mesh import make_mesh, replicated, rows_of_process
+from seqmodels.models import Classifier, Matcher, MatcherConfig, param_axes, param_labels
+from seqmodels.parallel.mesh import make_mesh, rows_of_process
 from seqmodels.training.evaluation import Evaluation, evaluate
+from seqmodels.training.state import variable_shardings
 from seqmodels.training.step import make_eval_step
 from seqmodels.training.task import Task, classification
 
@@ -59,14 +61,13 @@ def make_task(config: ExperimentConfig) -> Task:
     shape: dict[str, Any] = {"length": config.lengths[0], "channels": interface.channels}
     if config.interaction is not None:
         matcher = MatcherConfig(config.classifier, interaction=config.interaction)
-        return classification(
-            Matcher(matcher), lambda params: param_labels(matcher, params), parts=2, **shape
-        )
-    return classification(
-        Classifier(config.classifier),
-        lambda params: param_labels(config.classifier, params),
-        **shape,
-    )
+        return _task(Matcher(matcher), parts=2, **shape)
+    return _task(Classifier(config.classifier), **shape)
+
+
+def _task(model: Classifier | Matcher, **shape: Any) -> Task:
+    labels, axes = (functools.partial(f, model.config) for f in (param_labels, param_axes))
+    return classification(model, labels, param_axes=axes, **shape)
 
 
 def eval_batches(
@@ -103,7 +104,7 @@ def evaluate_checkpoint(
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     several = jax.process_count() > 1
     state = restore(task, config.train, config_dict, path, step, mesh if several else None)
-    variables = jax.device_put(state.averaged, replicated(mesh))
+    variables = jax.device_put(state.averaged, variable_shardings(task, mesh))
     own = rows_of_process(mesh, config.train.batch_size) if several else None
     rows = eval_batches(config, examples, own)
     return evaluate(make_eval_step(task, mesh), variables, rows, mesh)

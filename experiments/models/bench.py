@@ -5,6 +5,7 @@
     python -m experiments.models.bench --only mamba-decode    against transformers'
     python -m experiments.models.bench --only s5-layer        with associative_scan
     python -m experiments.models.bench --only token-time      by length of the context
+    python -m experiments.models.bench --only memory          longest rows that train in 4 GiB
 
 The dev extra has what it needs: torch, transformers, mambapy.
 """
@@ -20,7 +21,7 @@ from experiments import terminal
 from experiments.command_line import run_command
 from experiments.kernels.bench import run, table
 from experiments.kernels.results import Result
-from experiments.models import block, decode, s5, token_time
+from experiments.models import block, decode, memory, s5, token_time
 from seqmodels.ranges import Checked, Seed, Size
 
 RESULTS = Path(__file__).parents[1] / "results" / "models"
@@ -29,6 +30,7 @@ PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
     "mamba-decode": decode.results,
     "s5-layer": s5.results,
     "token-time": token_time.results,
+    "memory": memory.results,
 }
 
 
@@ -36,7 +38,7 @@ PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
 class ModelBenchConfig(Checked):
     """What to measure."""
 
-    only: Literal["mamba-block", "mamba-decode", "s5-layer", "token-time"] | None = None
+    only: Literal["mamba-block", "mamba-decode", "s5-layer", "token-time", "memory"] | None = None
     """Only this part."""
     repetitions: Size = 3
     """Interleaved repetitions of every timed program; medians are reported."""

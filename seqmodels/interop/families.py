@@ -97,6 +97,7 @@ TRAINING_ONLY = frozenset({
     "backbone.batchnorm_momentum",
     "backbone.decay_vectors",
     "backbone.dropout",
+    "backbone.mlp_tile",
     "backbone.remat",
     "backbone.scan_layers",
     "mixer.dt_max",

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from seqmodels.parallel.parameters import TABLE, gathered
+
 
 class Embedding(nn.Module):
     """Rows of a table ``(vocabulary_size, width)``, initially normal with deviation ``std``.
@@ -24,7 +26,8 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b l d"]:
         """The rows of ``tokens``."""
-        return jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        table = gathered(self.embedding, TABLE)
+        return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
     def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """The product of ``x`` with every row: logits of a model with tied embeddings."""

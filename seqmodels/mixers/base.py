@@ -7,6 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from seqmodels.arguments import segment_order
@@ -147,6 +148,11 @@ class MixerConfig(Checked):
 
     def param_labels(self) -> dict[str, ParamLabel]:
         """Parameters (by name within the mixer) that the optimizer must treat specially."""
+        return {}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        """Logical axes of the parameters (by name within the mixer) that are in no layer of
+        ``seqmodels.parallel.parameters``."""
         return {}
 
 

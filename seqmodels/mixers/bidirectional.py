@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NoReturn
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels import ops
@@ -50,8 +51,13 @@ class BidirectionalConfig(MixerConfig):
         return dataclasses.replace(self, local=self.local.at(layer, layers))
 
     def param_labels(self) -> dict[str, ParamLabel]:
-        labels = self.local.param_labels()
-        return {f"{side}/{name}": label for side in _sides(self) for name, label in labels.items()}
+        return self._of_sides(self.local.param_labels())
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return self._of_sides(self.local.param_axes())
+
+    def _of_sides(self, named: dict[str, Any]) -> dict[str, Any]:
+        return {f"{side}/{name}": value for side in _sides(self) for name, value in named.items()}
 
 
 def _sides(config: BidirectionalConfig) -> tuple[str, ...]:

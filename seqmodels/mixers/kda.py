@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import LowRank, log_of_uniform, split_heads, step_bias
@@ -39,6 +40,9 @@ class KDAConfig(DeltaConfig):
 
     def param_labels(self) -> dict[str, ParamLabel]:
         return dict.fromkeys(("A_log", "dt_bias"), NO_DECAY_LABEL)
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return {"dt_bias": PartitionSpec("inner")}
 
 
 KIMI_LINEAR = Published(width=2304, layers=20, config=KDAConfig(heads=32, gate_bias=False))

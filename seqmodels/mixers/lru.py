@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Complex, Float
 
 from seqmodels import ops
@@ -68,6 +69,10 @@ class LRUConfig(MixerConfig):
     def param_labels(self) -> dict[str, ParamLabel]:
         system = dict.fromkeys(("nu_log", "theta_log", "gamma_log", "B_re", "B_im"), SSM_LABEL)
         return system | dict.fromkeys(("C_re", "C_im", "D"), ParamLabel(float32=True))
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        inputs = dict.fromkeys(("B_re", "B_im"), PartitionSpec("inner", "embed"))
+        return inputs | dict.fromkeys(("C_re", "C_im"), PartitionSpec("embed", "inner"))
 
 
 LRU_LRA = {

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels import ops
@@ -88,6 +89,9 @@ class MambaConfig(MixerConfig):
         labels = dict.fromkeys(("B_bias", "D"), NO_DECAY_LABEL)
         labels |= dict.fromkeys(("A_log", "A_imag", "dt_proj", "dt_bias"), SSM_LABEL)
         return {f"blocks/{name}": label for name, label in labels.items()}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return {"A_log": PartitionSpec("inner")}
 
 
 MAMBA_130M = Published(768, 24, MambaConfig(layers=24))

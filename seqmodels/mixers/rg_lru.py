@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from pallas_kernels.common import products
@@ -67,6 +68,10 @@ class RGLRUConfig(MixerConfig):
 
     def param_labels(self) -> dict[str, ParamLabel]:
         return {"rg_lru/recurrent_param": NO_DECAY_LABEL}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        gates = ("input_gate_weight", "recurrent_gate_weight")
+        return {f"rg_lru/{gate}": PartitionSpec("inner") for gate in gates}
 
 
 RECURRENTGEMMA_2B = Published(2560, 18, RGLRUConfig(heads=10, layers=26))

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Complex, Float
 
 from pallas_kernels.common import dispatch
@@ -33,6 +34,9 @@ class S4Config(SISOConfig):
 
     def param_labels(self) -> dict[str, ParamLabel]:
         return {**super().param_labels(), "P": SSM_LABEL}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return {**super().param_axes(), "P": PartitionSpec("inner")}
 
 
 class Model(NamedTuple):

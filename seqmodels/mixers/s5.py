@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Complex, Float
 
 from seqmodels import ops
@@ -103,6 +104,12 @@ class S5Config(MixerConfig):
             "B": b,
             "D": c,
             **outputs,
+        }
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return {
+            "B": PartitionSpec("inner", "embed"),
+            **dict.fromkeys(_outputs(self), PartitionSpec("embed", "inner")),
         }
 
 

@@ -7,6 +7,7 @@ in Transformers", 2025, arXiv:2509.00935.
 import dataclasses
 from typing import Any, ClassVar
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import GatedNorm
@@ -52,6 +53,10 @@ class SCOUTConfig(SoftmaxConfig):
     def param_labels(self) -> dict[str, ParamLabel]:
         local = {} if self.local is None else self.local.param_labels()
         return {f"local/{name}": label for name, label in local.items()}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        local = {} if self.local is None else self.local.param_axes()
+        return {f"local/{name}": axes for name, axes in local.items()}
 
 
 SCOUT_430M = Published(width=1024, layers=14, config=SCOUTConfig(heads=16))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Complex, Float
 
 from seqmodels.mixers.base import (
@@ -75,6 +76,10 @@ class SISOConfig(MixerConfig):
         outputs = dict.fromkeys(self.outputs, c)
         system = dict.fromkeys(("log_A_real", "A_imag", "B"), SSM_LABEL)
         return {**system, "log_dt": step, "D": ParamLabel(float32=True), **outputs}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        names = ("log_A_real", "A_imag", "B", *self.outputs)
+        return dict.fromkeys(names, PartitionSpec("inner"))  # every channel has its own system
 
 
 Config = TypeVar("Config", bound=SISOConfig)

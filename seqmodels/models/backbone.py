@@ -7,6 +7,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels.arguments import segment_order
@@ -14,9 +16,11 @@ from seqmodels.layers.dropout import Dropout
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
 from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
+from seqmodels.parallel.mesh import in_tiles, split_tokens
+from seqmodels.parallel.parameters import layer_axes
 from seqmodels.ranges import Checked, Positive, Share, Size
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 MLPKind = Literal["gelu", "swiglu", "geglu"]
 
 
@@ -42,7 +46,10 @@ class BackboneConfig(Checked):
       mlp_bias: biases in the MLP.
       batchnorm_momentum: share of the old running statistics that each step keeps.
       decay_vectors: weight decay on biases and norm scales too, as the S4 and S5 recipes do.
-      remat: what the backward pass recomputes: "none"; "dots", all but matmuls; "full".
+      mlp_tile: None, or tokens of a row, on each device, whose hidden layer of the MLP exists at a
+        time; backward computes it again.
+      remat: what the backward pass recomputes: "none"; "dots", all but matmuls; "full", all but the
+        residual stream between blocks; "offload", the same with that stream in the host's memory.
       scan_layers: compile one period of the layout and loop over it; compiles faster.
     """
 
@@ -61,6 +68,7 @@ class BackboneConfig(Checked):
     mlp_bias: bool = True
     batchnorm_momentum: Share = 0.95
     decay_vectors: bool = True
+    mlp_tile: Size | None = None
     remat: Remat = "none"
     scan_layers: bool = False
 
@@ -71,6 +79,10 @@ class BackboneConfig(Checked):
             raise ValueError(
                 f"BackboneConfig: layout={self.layout} must name every config in mixers exactly, "
                 f"one config a name; mixers has {names}"
+            )
+        if self.mlp_tile is not None and self.mlp is None:
+            raise ValueError(
+                f"BackboneConfig: mlp_tile={self.mlp_tile} needs an MLP; set mlp, or mlp_tile=None"
             )
         if self.float32_residual and not self.prenorm:
             raise ValueError(
@@ -103,6 +115,10 @@ class BackboneConfig(Checked):
         return repeats if self.scan_layers and repeats > 1 else 0
 
 
+RESIDUAL = "residual"
+"""The `checkpoint_name` of what enters a block."""
+
+
 class Block(nn.Module):
     """Norm, mixer, gate, residual; optionally norm, MLP, residual. Branches have ``dtype``."""
 
@@ -125,7 +141,7 @@ class Block(nn.Module):
                 y = Gate(config.gate, config.dropout, self.deterministic, name="gate")(y)
             return y, after
 
-        def mlp(y: Array) -> tuple[Array, None]:
+        def hidden_layer(block: nn.Module, y: Array) -> Array:
             def dense(y: Array, features: int, name: str) -> Array:
                 return nn.Dense(features, config.mlp_bias, name=name, dtype=y.dtype)(y)
 
@@ -135,9 +151,22 @@ class Block(nn.Module):
             else:
                 activation = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}[config.mlp_kind]
                 hidden = activation(dense(y, config.mlp or 0, "mlp_gate")) * hidden
-            y = dense(hidden, config.width, "mlp_out")
+            return dense(hidden, config.width, "mlp_out")
+
+        def mlp(y: Array) -> tuple[Array, None]:
+            y = hidden_layer(self, y) if config.mlp_tile is None else tiled(y, config.mlp_tile)
             return Dropout(config.dropout, self.deterministic)(y), None
 
+        def tiled(y: Array, tile: int) -> Array:
+            run = nn.scan(
+                nn.remat(lambda block, _, part: (None, hidden_layer(block, part))),
+                variable_broadcast="params",
+                split_rngs={"params": False},
+            )
+            parts, join = in_tiles(y, tile)
+            return join(run(self, None, parts)[1])
+
+        x = checkpoint_name(x, RESIDUAL)
         x, state = self._residual(x, segments, "norm", mix)
         if config.mlp is not None:
             x, _ = self._residual(x, segments, "mlp_norm", mlp)
@@ -150,7 +179,7 @@ class Block(nn.Module):
         mask = None if segments is None else segments.mask
         y = norm(x, mask, deterministic=self.deterministic) if self.config.prenorm else x
         y, state = branch(y.astype(self.dtype))
-        x = x + y.astype(x.dtype)
+        x = split_tokens(x + y.astype(x.dtype))
         if not self.config.prenorm:
             x = norm(x, mask, deterministic=self.deterministic)
         return x, state
@@ -206,6 +235,7 @@ class Backbone(nn.Module):
         if segments is not None:
             segment_order(segments.ids, segments.single)  # blocks under a scan see traced ids
         dtype = x.dtype
+        x = split_tokens(x)
         x = x.astype(jnp.float32) if config.float32_residual else x
         after: list[State] = []
         scanned = config.repeats * config.period
@@ -243,7 +273,16 @@ class Backbone(nn.Module):
 
 def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: Any) -> nn.Module:
     """Block ``layer`` under the config's remat policy."""
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
+    policies = {
+        "dots": jax.checkpoint_policies.dots_saveable,
+        "full": None,
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[RESIDUAL],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }
     kind: Any = Block
     if config.remat != "none":
         kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
@@ -275,6 +314,25 @@ def param_labels(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
         return ParamLabel(weight_decay=config.decay_vectors or not vector, float32=norm)
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def param_axes(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
+    """Logical axes of each parameter: a tree like ``params`` of ``PartitionSpec``.
+
+    ``params`` is as in ``param_labels``. Names are those of ``seqmodels.parallel.parameters``, and
+    "layers" of the axis that a scan over layers goes over.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        keys = [entry.key for entry in path]
+        names = layer_axes(keys)
+        if "mixer" in keys:
+            at = keys.index("mixer")
+            mixer = config.mixer(int(keys[at - 1].removeprefix("block_")))
+            names = mixer.param_axes().get("/".join(keys[at + 1 :]), names)
+        return PartitionSpec("layers", *names) if "period" in keys else names
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def stack_layers(config: BackboneConfig, collection: Mapping[str, Any]) -> dict[str, Any]:

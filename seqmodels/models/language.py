@@ -1,6 +1,7 @@
 """Language models: embedding, backbone, projection onto the vocabulary."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -105,8 +106,7 @@ class LanguageModel(nn.Module):
         """Float32 logits of hidden vectors."""
         wide = x.astype(jnp.float32)
         logits = self.embedding.attend(wide) if self.config.tie_embeddings else self.head(wide)
-        cap = self.config.logit_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return _capped(self.config, logits)
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
@@ -114,3 +114,21 @@ class LanguageModel(nn.Module):
         """One state for each block, before the first token; see ``Backbone.initial_state``."""
         backbone = Backbone(self.config.backbone, parent=None)
         return backbone.initial_state(batch_size, max_length=max_length, dtype=dtype)
+
+
+def output_table(config: LanguageModelConfig, params: Mapping[str, Any]) -> Float[Array, "v d"]:
+    """What hidden vectors are multiplied by, a row for each token of the vocabulary."""
+    return params["embedding"]["embedding"] if config.tie_embeddings else params["head"]["kernel"].T
+
+
+def project(
+    config: LanguageModelConfig, table: Float[Array, "v d"], x: Float[Array, "*b d"]
+) -> Float[Array, "*b v"]:
+    """``LanguageModel.logits`` from rows of the ``output_table``, some or all."""
+    wide = x.astype(jnp.float32)
+    return _capped(config, jnp.dot(wide, table.T, preferred_element_type=jnp.float32))
+
+
+def _capped(config: LanguageModelConfig, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+    cap = config.logit_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

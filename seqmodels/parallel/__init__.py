@@ -10,14 +10,17 @@ from seqmodels.parallel.mesh import (
     rows_of_process,
     token_sharding,
 )
+from seqmodels.parallel.parameters import RULES, parameter_shardings
 from seqmodels.parallel.strategies import STRATEGIES
 
 __all__ = [
     "MESH_AXES",
+    "RULES",
     "STRATEGIES",
     "batch_sharding",
     "make_mesh",
     "on_mesh",
+    "parameter_shardings",
     "put_batch",
     "replicated",
     "rows_of_process",

@@ -1,14 +1,15 @@
 """The device mesh and where batches and parameters live on it.
 
 A mesh always has the axes ``("data", "model", "seq")``, so that a program written for one device is
-the program for many: rows are split over ``data``, their length over ``seq``. Nothing splits
-parameters yet, and ``model`` has size 1.
+the program for many: rows are split over ``data``, their length over ``seq``, heads and channels
+over ``model``. Where parameters live is in ``seqmodels.parallel.parameters``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -28,36 +29,36 @@ def make_mesh(
 
     Args:
       data: size of the axis that splits the rows of a batch; -1 takes all devices that are left.
-      model: 1; parameters are not split, every device has them in full.
+      model: size of the axis that splits heads, channels and the hidden layers of MLPs.
       seq: size of the axis that splits the length of the rows.
       devices: the devices to use; default all of them, of all processes.
 
     Raises:
-      ValueError: ``model`` is not 1, a size is not positive, or ``data * seq`` is not the number of
-        devices.
+      ValueError: a size is not positive, or ``data * model * seq`` is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if model != 1:
-        raise ValueError(
-            f"mesh axis model={model} must be 1, parameters are not split yet; use data and seq, "
-            "which split the rows of a batch and their length"
-        )
-    if seq < 1:
-        raise ValueError(f"mesh axis seq={seq} must be at least 1")
     if data < 1 and data != -1:
         raise ValueError(f"mesh axis data={data} must be at least 1, or -1 for all devices")
-    if len(devices) % seq:
-        nearest = max(n for n in range(1, seq + 1) if len(devices) % n == 0)
+    left = len(devices)
+    for axis, size in (("model", model), ("seq", seq)):
+        if size < 1:
+            raise ValueError(f"mesh axis {axis}={size} must be at least 1")
+        if left % size:
+            nearest = max(n for n in range(1, size + 1) if left % n == 0)
+            there = f"{left} devices"
+            if left < len(devices):
+                there += f" that model={model} leaves"
+            raise ValueError(
+                f"mesh axis {axis}={size} does not divide the {there}; use {axis}={nearest}, "
+                "or pass a subset of devices"
+            )
+        left //= size
+    if data not in (-1, left):
         raise ValueError(
-            f"mesh axis seq={seq} does not divide the {len(devices)} devices; use seq={nearest}, "
-            "or pass a subset of devices"
+            f"mesh axes data={data}, model={model} and seq={seq} need {data * model * seq} "
+            f"devices, there are {len(devices)}; use data=-1 to take all, or pass a subset of them"
         )
-    if data not in (-1, len(devices) // seq):
-        raise ValueError(
-            f"mesh axes data={data} and seq={seq} need {data * seq} devices, there are "
-            f"{len(devices)}; use data=-1 to take all, or pass a subset of devices"
-        )
-    grid = np.asarray(devices).reshape(-1, 1, seq)
+    grid = np.asarray(devices).reshape(-1, model, seq)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -111,6 +112,61 @@ def shards_of(length: int) -> int:
     return shards
 
 
+def model_parts(what: str, heads: int) -> int:
+    """How many parts the current mesh splits so many heads into.
+
+    Raises:
+      ValueError: ``heads`` do not divide.
+    """
+    mesh = current_mesh()
+    parts = 1 if mesh is None else mesh.shape["model"]
+    if heads % parts:
+        nearest = max(n for n in range(1, parts) if heads % n == 0)
+        raise ValueError(
+            f"{what}: {heads} heads do not divide over the mesh's model axis of {parts}; use "
+            f"model={nearest}, or {-(-heads // parts) * parts} heads"
+        )
+    return parts
+
+
+def split_tokens(x: jax.Array, first: int = 0) -> jax.Array:
+    """``x (B, L, ..)`` where ``put_batch`` has its tokens, all of its channels on each device.
+
+    Rows are axis ``first``.
+
+    Said of the residual stream, it keeps the compiler from splitting channels there, where it
+    would have to sum over the devices.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    rows, length = mesh_grid(*x.shape[first : first + 2])
+    spec = PartitionSpec(
+        *(None,) * first, "data" if rows > 1 else None, "seq" if length > 1 else None
+    )
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def in_tiles(x: jax.Array, tile: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """``x (B, L, D)`` in tiles ``(n, B, P, tile, D)``, and what puts such tiles together again.
+
+    Tile i has ``tile`` tokens of each row of each of the P shards, so that no token moves; the last
+    one ends in zeros where the length of a shard does not divide.
+    """
+    batch, length, _ = x.shape
+    shards = mesh_grid(batch, length)[1]
+    own = length // shards
+    tile = min(tile, own)
+    parts = jnp.pad(x.reshape(batch, shards, own, -1), ((0, 0), (0, 0), (0, -own % tile), (0, 0)))
+    parts = jnp.moveaxis(parts.reshape(batch, shards, -1, tile, parts.shape[-1]), 2, 0)
+
+    def join(parts: jax.Array) -> jax.Array:
+        whole = jnp.moveaxis(parts, 0, 2).reshape(batch, shards, -1, parts.shape[-1])
+        return whole[:, :, :own].reshape(batch, length, -1)
+
+    return parts, join
+
+
 def mesh_grid(rows: int, length: int) -> tuple[int, int]:
     """Into how many parts the current mesh splits rows and length; 1 where one does not divide."""
     mesh = current_mesh()
@@ -121,7 +177,7 @@ def mesh_grid(rows: int, length: int) -> tuple[int, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A full copy on each device: parameters, optimizer state, metrics."""
+    """A full copy on each device: metrics, counters."""
     return NamedSharding(mesh, PartitionSpec())
 
 

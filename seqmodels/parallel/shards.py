@@ -7,8 +7,9 @@ states: so an operator stands inside `jax.shard_map`, and that is done here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from seqmodels.parallel.checkpoints import earlier_checkpoints
 from seqmodels.parallel.collectives import token_index
 from seqmodels.parallel.documents import continues, index_and_positions
 from seqmodels.parallel.halo import halo_before
-from seqmodels.parallel.mesh import current_mesh, shards_of
+from seqmodels.parallel.mesh import current_mesh, model_parts, shards_of
 from seqmodels.parallel.state import entering_state
 from seqmodels.parallel.strategies import strategy_of
 
@@ -31,8 +32,66 @@ TOKENS = PartitionSpec("data", "seq")
 Arrays = Mapping[str, Any]
 
 
+class Channels(NamedTuple):
+    """Heads or channels, each of which an op treats by itself: the mesh's model axis splits them.
+
+    Attributes:
+      arrays: by the name of an array, its axis of them; others have none.
+      outputs: the same of what the op returns, one array or several.
+    """
+
+    arrays: Mapping[str, int] = {}
+    outputs: Any = None
+
+
+WHOLE = Channels()
+"""Every device along the model axis has all of them."""
+
+
+def splits_channels() -> bool:
+    """Whether the current mesh has a model axis."""
+    return _model_axis() > 1
+
+
+def _model_axis() -> int:
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape["model"]
+
+
+def heads(what: str, count: int, arrays: Mapping[str, int], outputs: Any) -> Channels:
+    """The channels of an op over so many heads.
+
+    Raises:
+      ValueError: the current mesh has a model axis that does not divide them.
+    """
+    return Channels(arrays, outputs) if model_parts(what, count) > 1 else WHOLE
+
+
+def elements(count: int, arrays: Mapping[str, int], outputs: Any) -> Channels:
+    """The channels of an op over so many elements; ``WHOLE`` where they do not divide."""
+    parts = _model_axis()
+    return WHOLE if parts == 1 or count % parts else Channels(arrays, outputs)
+
+
+def shared_heads(*arrays: Array) -> tuple[Array, ...]:
+    """Keys ``(B, L, G, K)`` that heads share, so often that the model axis divides them.
+
+    Each part of the heads finds its keys in its own part of the groups; head h reads group
+    ``h // (heads / G)``, before and after.
+    """
+    parts = _model_axis()
+    groups = arrays[0].shape[2]
+    times = math.lcm(groups, parts) // groups
+    return arrays if times == 1 else tuple(jnp.repeat(x, times, axis=2) for x in arrays)
+
+
 def over_rows(
-    op: Callable[..., Any], shared: Arrays, rows: Arrays, *, check_vma: bool = True
+    op: Callable[..., Any],
+    shared: Arrays,
+    rows: Arrays,
+    *,
+    channels: Channels = WHOLE,
+    check_vma: bool = True,
 ) -> Any:
     """``op(**shared, **rows)``, rows split over the data axis of the current mesh, if any.
 
@@ -40,6 +99,7 @@ def over_rows(
       op: takes arrays by name and returns arrays whose axis 0 is the batch.
       shared: arguments that every device has in full; their gradients are summed over devices.
       rows: arguments ``(B, ...)``, or None.
+      channels: what the mesh's model axis splits.
       check_vma: as in `jax.shard_map`; False for kernels that do not know of it, where nothing may
         be replicated.
     """
@@ -50,7 +110,21 @@ def over_rows(
         (PartitionSpec(), ROWS),
         ROWS,
         (shared, rows),
+        channels,
         check_vma=check_vma,
+    )
+
+
+def over_channels(op: Callable[..., Any], shared: Arrays, channels: Channels) -> Any:
+    """``op(**shared)`` of parameters alone, whose channels the mesh's model axis splits."""
+    if current_mesh() is None:
+        return op(**shared)
+    return _mapped(
+        lambda shared: op(**shared),
+        (PartitionSpec(),),
+        PartitionSpec(),
+        (shared,),
+        channels,
     )
 
 
@@ -70,6 +144,7 @@ def over_tokens(
     rows: Arrays,
     tokens: Arrays,
     *,
+    channels: Channels = WHOLE,
     check_vma: bool = True,
 ) -> Any:
     """``op(shared, rows, tokens)`` of each device's part, all of them dicts.
@@ -79,10 +154,10 @@ def over_tokens(
       shared: arguments that every device has in full.
       rows: arguments ``(B, ...)`` that all shards of a row have.
       tokens: arguments ``(B, L, ...)``, whose length is split.
-      check_vma: as in `jax.shard_map`.
+      channels, check_vma: as ``over_rows`` has them.
     """
     specs = (PartitionSpec(), ROWS, TOKENS)
-    return _mapped(op, specs, out_specs, (shared, rows, tokens), check_vma=check_vma)
+    return _mapped(op, specs, out_specs, (shared, rows, tokens), channels, check_vma=check_vma)
 
 
 def documents(ids: Any) -> tuple[Array, Array]:
@@ -146,6 +221,7 @@ def recurrence(
     initial_state: Any,
     segments: Any,
     *,
+    channels: Channels = WHOLE,
     matrix: bool = False,
     reverse: bool = False,
 ) -> tuple[Array, Array]:
@@ -163,6 +239,7 @@ def recurrence(
       shared, tokens: arguments that every device has in full; those ``(B, L, ...)``, or None.
       initial_state: ``(B, ...)`` or None.
       segments: ``Segments`` or None.
+      channels: what the mesh's model axis splits.
       matrix: whether the decay is a matrix.
       reverse: whether the op runs from the last token to the first.
     """
@@ -171,7 +248,7 @@ def recurrence(
     index = None if segments is None else segments.index
     if size == 1:
         rows = {**tokens, "initial_state": initial_state, "segment_ids": index}
-        return over_rows(op, shared, rows)
+        return over_rows(op, shared, rows, channels=channels)
     strategy = strategy_of(name)
     options: dict[str, Any] = {"strategy": strategy, "matrix": matrix, "reverse": reverse}
     exchange = functools.partial(entering_state, axis="seq", size=size, **options)
@@ -199,7 +276,8 @@ def recurrence(
         "segment_ids": index,
         "positions": None if segments is None else segments.positions,
     }
-    return over_tokens(local, (TOKENS, ROWS), shared, {"initial_state": initial_state}, tokens)
+    rows = {"initial_state": initial_state}
+    return over_tokens(local, (TOKENS, ROWS), shared, rows, tokens, channels=channels)
 
 
 def convolution(
@@ -215,9 +293,11 @@ def convolution(
     before each: outputs, and the window after the last real token."""
     size = shards_of(x.shape[1])
     index = None if segments is None else segments.index
+    axes = {"x": 2, "weight": 1, "bias": 0, "initial_state": 2}
+    split = elements(x.shape[2], axes, (2, 2))
     if size == 1:
         rows = {"x": x, "initial_state": initial_state, "segment_ids": index}
-        return over_rows(op, shared, rows)
+        return over_rows(op, shared, rows, channels=split)
 
     def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> tuple[Array, Array]:
         x, index, positions = tokens["x"], tokens["index"], tokens["positions"]
@@ -238,7 +318,8 @@ def convolution(
         "index": index,
         "positions": None if segments is None else segments.positions,
     }
-    return over_tokens(local, (TOKENS, ROWS), shared, {"initial_state": initial_state}, tokens)
+    rows = {"initial_state": initial_state}
+    return over_tokens(local, (TOKENS, ROWS), shared, rows, tokens, channels=split)
 
 
 def channels(
@@ -253,10 +334,12 @@ def channels(
       shared: arrays ``(H, ...)`` or None.
       tokens: integers ``(B, L)`` or None, which all channels need.
     """
-    size, width = shards_of(u.shape[1]), u.shape[2]
+    size = shards_of(u.shape[1])
     tokens = {} if tokens is None else tokens
+    split = elements(u.shape[2], {"u": 2} | dict.fromkeys(shared, 0), 2)
     if size == 1:
-        return over_rows(op, shared, {"u": u, **tokens})
+        return over_rows(op, shared, {"u": u, **tokens}, channels=split)
+    width = u.shape[2] // (_model_axis() if split.arrays else 1)
     part = -(-width // size)
 
     def own(x: Array, axis: int) -> Array:
@@ -281,7 +364,7 @@ def channels(
         y = op(u=u, **mine, **rows)
         return jax.lax.all_to_all(y, split_axis=1, concat_axis=2, **whole)[..., :width]
 
-    return over_tokens(local, TOKENS, shared, {}, {"u": u, **tokens})
+    return over_tokens(local, TOKENS, shared, {}, {"u": u, **tokens}, channels=split)
 
 
 def backwards(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,8 +403,10 @@ def checkpoint_attention(
       interval: tokens from one checkpoint to the next.
     """
     index = None if segments is None else segments.index
+    tokens, past, split = _heads("checkpoint_attention", tokens, past)
     if shards_of(tokens["q"].shape[1]) == 1:
-        return over_rows(op, {}, {**tokens, "segment_ids": index, **past})
+        rows = {**tokens, "segment_ids": index, **past}
+        return over_rows(op, {}, rows, channels=split)
 
     def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Array:
         q, k, v = (tokens[name] for name in ("q", "k", "v"))
@@ -340,7 +425,8 @@ def checkpoint_attention(
         return op(q=q, k=k, v=v, segment_ids=index, **earlier._asdict())
 
     positions = None if segments is None else segments.positions
-    return over_tokens(local, TOKENS, {}, past, {**tokens, "index": index, "positions": positions})
+    tokens = {**tokens, "index": index, "positions": positions}
+    return over_tokens(local, TOKENS, {}, past, tokens, channels=split)
 
 
 def attention(
@@ -359,8 +445,9 @@ def attention(
     """
     length, keys = arrays["q"].shape[1], arrays["k"].shape[1]
     size = shards_of(length)
+    arrays, _, split = _heads("attention", arrays, {})
     if size == 1:
-        return over_rows(op, {}, arrays, check_vma=check_vma)
+        return over_rows(op, {}, arrays, channels=split, check_vma=check_vma)
     if length != keys:
         raise ValueError(
             f"attention of {length} tokens to a cache: their length cannot be split over the "
@@ -375,7 +462,19 @@ def attention(
 
     names = {"q": "q", "k": "k", "v": "v", "q_segments": "segments", "k_positions": "positions"}
     tokens = {new: arrays[old] for old, new in names.items()}
-    return over_tokens(local, TOKENS, {}, {}, tokens, check_vma=check_vma)
+    return over_tokens(local, TOKENS, {}, {}, tokens, channels=split, check_vma=check_vma)
+
+
+def _heads(what: str, tokens: Arrays, past: Arrays) -> tuple[Arrays, Arrays, Channels]:
+    """The arrays of softmax attention with keys for each part of the heads, and what is split."""
+    count = tokens["q"].shape[2]
+    split = heads(what, count, dict.fromkeys(("q", "k", "v", "past_k", "past_v"), 2), 2)
+    tokens, past = dict(tokens), dict(past)
+    for arrays, names in ((tokens, ("k", "v")), (past, ("past_k", "past_v"))):
+        if arrays:
+            parts = shared_heads(*(arrays[name] for name in names))
+            arrays.update(zip(names, parts, strict=True))
+    return tokens, past, split
 
 
 def _chosen(
@@ -402,6 +501,7 @@ def _mapped(
     in_specs: tuple[PartitionSpec, ...],
     out_specs: Any,
     parts: tuple[Arrays, ...],
+    channels: Channels,
     *,
     check_vma: bool = True,
 ) -> Any:
@@ -412,20 +512,42 @@ def _mapped(
     complex ones.
     """
     axes = tuple(axis for axis in in_specs[-1] if axis is not None)
+    if channels.arrays:
+        axes += ("model",)
 
     def local(*parts: Arrays) -> Any:
-        index = jax.lax.axis_index(axes)
-        varying = jax.tree.map(lambda x: compat.match_vma(x, index)[0], parts)
-        return op(*({name: _joined(x) for name, x in part.items()} for part in varying))
+        if axes:
+            index = jax.lax.axis_index(axes)
+            parts = jax.tree.map(lambda x: compat.match_vma(x, index)[0], parts)
+        return op(*({name: _joined(x) for name, x in part.items()} for part in parts))
 
     planes = ({name: _planes(x) for name, x in part.items()} for part in parts)
+    specs = tuple(
+        {name: _split(spec, channels.arrays.get(name)) for name in part}
+        for spec, part in zip(in_specs, parts, strict=True)
+    )
     return jax.shard_map(
         local,
         mesh=current_mesh(),
-        in_specs=in_specs,
-        out_specs=out_specs,
+        in_specs=specs,
+        out_specs=_split_outputs(out_specs, channels.outputs),
         check_vma=check_vma,
     )(*planes)
+
+
+def _split(spec: PartitionSpec, axis: int | None) -> PartitionSpec:
+    """``spec`` of an array whose ``axis`` the model axis splits too; None for no axis."""
+    if axis is None:
+        return spec
+    return PartitionSpec(*spec, *(None,) * (axis - len(spec)), "model")
+
+
+def _split_outputs(specs: Any, axes: Any) -> Any:
+    """``specs``, one for all outputs or one for each, with ``Channels.outputs``."""
+    if not isinstance(axes, tuple):
+        return _split(specs, axes)
+    one = isinstance(specs, PartitionSpec)
+    return tuple(map(_split, (specs,) * len(axes) if one else specs, axes))
 
 
 def _planes(x: Any) -> Any:

@@ -27,7 +27,7 @@ RESUMABLE = frozenset(
         "log_every", "eval_every", "checkpoint_every", "keep", "on_nan", "max_skips", "max_minutes",
         "mesh",
     )
-)  # fmt: skip
+) | {"memory.loss_tile", "memory.chunk"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,8 @@ class MeshConfig(Checked):
 
     data: Annotated[int, Range("positive, or -1 for all devices", -1, 2**31 - 1)] = -1
     """Rows of a batch are split over this axis; -1 takes all devices that are left."""
-    model: Annotated[
-        int, Range("1: parameters are not split yet, only rows and their length are", 1, 1)
-    ] = 1
-    """1: every device has all parameters."""
+    model: Size = 1
+    """Heads, channels and the hidden layers of MLPs are split over this axis."""
     seq: Size = 1
     """The length of each row is split over this axis."""
     exchange: dict[str, str] = dataclasses.field(default_factory=dict)

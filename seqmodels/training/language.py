@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqmodels.mixers import Segments, build
-from seqmodels.models import LanguageModel
+from seqmodels.models import LanguageModel, param_axes
+from seqmodels.models.language import output_table, project
+from seqmodels.training.chunks import chunked
 from seqmodels.training.cross_entropy import tiled_sums
 from seqmodels.training.task import Batch, Sums, Task, Variables
 
@@ -20,7 +22,9 @@ def language(
     *,
     packed: bool = True,
     carry_state: bool = False,
-    tile: int = 1024,
+    tile: int | None = 1024,
+    chunk: int | None = None,
+    share: float | None = None,
 ) -> Task:
     """Next-token prediction over batches of ``seqmodels.data.text``.
 
@@ -30,22 +34,68 @@ def language(
       packed: whether rows may hold several documents; without, segment ids are ignored.
       carry_state: each batch begins in the states that the one before ended in (truncated
         backpropagation through time; Williams and Peng 1990). Needs batches of streams.
-      tile: tokens whose logits exist at a time.
+      tile: tokens on a device whose logits exist at a time; None for all.
+      chunk: None, or tokens of a row whose intermediate values exist at a time, see
+        ``seqmodels.training.chunks``; the gradient is the same.
+      share: None, or the share of the chunks that each step backpropagates through, drawn at
+        random: an unbiased gradient.
 
     Raises:
       ValueError: a mixer that is not causal; with ``packed`` one that takes a document a row; with
-        ``carry_state`` one without a state of a fixed size.
+        ``carry_state`` or ``chunk`` one without a state of a fixed size; with ``chunk`` BatchNorm,
+        whose statistics are of whole rows; a share without chunks.
     """
     check_causal(model)
     if packed:
         check_packs(model)
     if carry_state:
-        check_carries(model)
+        check_carries(model, "carry_state=True")
+    if chunk is not None:
+        check_carries(model, f"chunk={chunk}")
+        if model.config.backbone.norm == "batch":
+            raise ValueError(
+                f"chunk={chunk} cannot have norm='batch', whose statistics are of whole rows; "
+                "choose another norm, or no chunk"
+            )
+    elif share is not None:
+        raise ValueError(f"share={share} is of chunks; set chunk, or share=None")
 
     def init(key: Array) -> Variables:
         return dict(model.init(key, jnp.zeros((1, 8), jnp.int32)))
 
     def loss(
+        variables: Variables, batch: Batch, key: Array | None, carry: Any
+    ) -> tuple[Sums, Any, Any]:
+        if chunk is None:
+            return whole(variables, batch, key, carry)
+        names = ("inputs", "targets", "weights", *(("segment_ids",) if packed else ()))
+        rows = {name: jnp.asarray(batch[name]) for name in names}
+        length = rows["inputs"].shape[1]
+        if length % chunk and carry is not None and not packed:
+            raise ValueError(
+                f"chunk={chunk} does not divide rows of {length} tokens, whose state goes on; "
+                "choose one that does, or packed=True"
+            )
+        drawn = None
+        if share is not None and key is not None:
+            # Apart from dropout's keys, which are the same for each chunk, as for a whole row.
+            drawn = jax.random.bernoulli(jax.random.fold_in(key, 1), share, (-(-length // chunk),))
+
+        def run(state: Any, rows: Batch) -> tuple[Sums, Any]:
+            sums, _, state = whole(variables, rows, key, state)
+            return sums, state
+
+        sums, state = chunked(
+            run,
+            start(rows["inputs"].shape[0]) if carry is None else carry,
+            rows,
+            chunk=min(chunk, length),
+            drawn=drawn,
+            share=share or 1.0,
+        )
+        return sums, variables.get("batch_stats", {}), None if carry is None else state
+
+    def whole(
         variables: Variables, batch: Batch, key: Array | None, carry: Any
     ) -> tuple[Sums, Any, Any]:
         segments = Segments.from_ids(batch["segment_ids"]) if packed else None
@@ -60,11 +110,9 @@ def language(
             method="hidden",
         )
 
-        def logits(hidden: Array) -> Any:
-            return model.apply(variables, hidden, method="logits")
-
         sums = tiled_sums(
-            logits,
+            functools.partial(project, model.config),
+            output_table(model.config, variables["params"]),
             x,
             batch["targets"],
             batch["weights"],
@@ -77,7 +125,11 @@ def language(
         return model.initial_state(rows, dtype=model.config.dtype)
 
     return Task(
-        init=init, loss=loss, param_labels=param_labels, carry=start if carry_state else None
+        init=init,
+        loss=loss,
+        param_labels=param_labels,
+        param_axes=functools.partial(param_axes, model.config),
+        carry=start if carry_state else None,
     )
 
 
@@ -102,19 +154,25 @@ def check_packs(model: LanguageModel) -> None:
             )
 
 
-def check_carries(model: LanguageModel) -> None:
-    """Raises ValueError unless every mixer carries a state whose size does not grow."""
+def check_carries(model: LanguageModel, what: str) -> None:
+    """Raises ValueError unless every mixer carries a state whose size does not grow.
+
+    Args:
+      model: the model.
+      what: the option that needs it, as it is set.
+    """
+    option = what.partition("=")[0]
     for config in model.config.backbone.mixers:
         if not config.stateful:
             raise ValueError(
-                f"carry_state=True needs mixers that stream, mixer={config.mixer!r} carries no "
-                "state; choose another mixer, or carry_state=False"
+                f"{what} needs mixers that stream, mixer={config.mixer!r} carries no state; choose "
+                f"another mixer, or leave {option} out"
             )
     growing = growing_mixers(model)
     if growing:
         raise ValueError(
-            f"carry_state=True needs states of a fixed size, but the cache of "
-            f"mixer={growing[0]!r} grows with the text; choose another mixer, or carry_state=False"
+            f"{what} needs states of a fixed size, but the cache of mixer={growing[0]!r} grows "
+            f"with the text; choose another mixer, or leave {option} out"
         )
 
 

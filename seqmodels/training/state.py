@@ -1,7 +1,7 @@
 """Everything that training changes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from seqmodels.parallel.mesh import batch_sharding, replicated
+from seqmodels.parallel.mesh import MESH_AXES, batch_sharding, replicated
+from seqmodels.parallel.parameters import parameter_shardings
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.optimizer import make_optimizer
-from seqmodels.training.task import Task
+from seqmodels.training.task import Task, Variables
 
 
 @flax.struct.dataclass
@@ -73,10 +74,54 @@ class TrainState:
         return self.variables | average
 
 
-def shardings(mesh: Mesh) -> TrainState:
-    """Where each part of the state lives: rows of the carry are split, the rest is replicated."""
-    whole = replicated(mesh)
-    return TrainState(whole, whole, whole, whole, whole, whole, batch_sharding(mesh))
+def variable_shardings(task: Task, mesh: Mesh, over: Sequence[str] = MESH_AXES) -> Variables:
+    """Where the model's variables live; statistics are whole on each device.
+
+    Args:
+      task: the model's.
+      mesh: of ``make_mesh``.
+      over: the axes of the mesh that parameters are split over.
+    """
+    variables = jax.eval_shape(task.init, jax.random.key(0))
+    params = variables["params"]
+    return {
+        **dict.fromkeys(variables, replicated(mesh)),
+        "params": parameter_shardings(task.param_axes(params), params, mesh, over),
+    }
+
+
+def shardings(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, *, average: bool = False
+) -> TrainState:
+    """Where each part of the state lives.
+
+    What the optimizer and the average keep of a parameter is split as the parameter is, rows of the
+    carry are split over data, and the rest is whole on each device.
+
+    Args:
+      task, optimizer: the model's and its own.
+      mesh: of ``make_mesh``.
+      average: whether the state has one.
+    """
+    whole, params = replicated(mesh), variable_shardings(task, mesh)["params"]
+    opt_state = jax.eval_shape(
+        lambda key: optimizer.init(task.init(key)["params"]), jax.random.key(0)
+    )
+    return TrainState(
+        step=whole,
+        params=params,
+        batch_stats=whole,
+        opt_state=optax.tree_utils.tree_map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            opt_state,
+            params,
+            transform_non_params=lambda _: whole,
+        ),
+        rng=whole,
+        average=Average(params, whole) if average else None,
+        carry=batch_sharding(mesh),
+    )
 
 
 def _initializer(
@@ -116,15 +161,23 @@ def optimizer_of(task: Task, config: TrainConfig) -> optax.GradientTransformatio
 
 def create_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state before the first step, on the mesh; raises as the optimizer does."""
-    return jax.jit(_initializer(task, config)[0], out_shardings=shardings(mesh))()
+    init, optimizer = _initializer(task, config)
+    return jax.jit(init, out_shardings=_shardings(task, optimizer, config, mesh))()
 
 
 def abstract_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of ``create_state``'s result, without computing it."""
+    init, optimizer = _initializer(task, config)
     return jax.tree.map(
         lambda sharding, part: jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
         ),
-        shardings(mesh),
-        jax.eval_shape(_initializer(task, config)[0]),
+        _shardings(task, optimizer, config, mesh),
+        jax.eval_shape(init),
     )
+
+
+def _shardings(
+    task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> TrainState:
+    return shardings(task, optimizer, mesh, average=config.ema_decay is not None)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from seqmodels.parallel.mesh import batch_sharding, on_mesh, replicated
-from seqmodels.training.state import TrainState, shardings
+from seqmodels.training.state import TrainState, shardings, variable_shardings
 from seqmodels.training.task import Batch, Sums, Task, Variables
 
 
@@ -150,11 +150,12 @@ def make_train_step(
         )
 
     whole = replicated(mesh)
+    places = shardings(task, optimizer, mesh, average=ema_decay is not None)
     return jax.jit(
         on_mesh(train_step, mesh, exchange),
         donate_argnums=0,
-        in_shardings=(shardings(mesh), None, whole),  # a batch is where `put_batch` has put it
-        out_shardings=(shardings(mesh), whole),
+        in_shardings=(places, None, whole),  # a batch is where `put_batch` has put it
+        out_shardings=(places, whole),
     )
 
 
@@ -167,9 +168,9 @@ def make_eval_step(
         sums, _, carry = task.loss(variables, batch, None, carry)
         return sums, carry
 
-    whole, rows = replicated(mesh), batch_sharding(mesh)
+    rows = batch_sharding(mesh)
     return jax.jit(
         on_mesh(eval_step, mesh, exchange),
-        in_shardings=(whole, None, rows),
-        out_shardings=(whole, rows),
+        in_shardings=(variable_shardings(task, mesh), None, rows),
+        out_shardings=(replicated(mesh), rows),
     )

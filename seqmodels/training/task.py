@@ -9,7 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 Batch = Mapping[str, Any]
 Variables = dict[str, Any]
@@ -28,6 +29,11 @@ class Sums:
         return jax.tree.map(jnp.add, self, other)
 
 
+def unnamed(params: Any) -> Any:
+    """No logical axes for any parameter: each is split where its sizes allow."""
+    return jax.tree.map(lambda _: PartitionSpec(), params)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A model and its loss.
@@ -40,6 +46,8 @@ class Task:
         independent.
       param_labels: ``param_labels(params) -> tree like params`` of ``ParamLabel``: learning rate
         group and weight decay of each parameter.
+      param_axes: ``param_axes(params) -> tree like params`` of the logical axes that say how each
+        parameter is split over devices; see ``seqmodels.parallel.parameters``.
       carry: None, or ``carry(rows)``: a tree of arrays ``(rows, ...)``, what the first batch finds.
         Row i of each batch then continues row i of the one before; no gradient flows back.
     """
@@ -47,6 +55,7 @@ class Task:
     init: Callable[[Array], Variables]
     loss: Callable[[Variables, Batch, Array | None, Any], tuple[Sums, Any, Any]]
     param_labels: Callable[[Any], Any]
+    param_axes: Callable[[Any], Any] = unnamed
     carry: Callable[[int], Any] | None = None
 
     def start(self, rows: int) -> Any:
@@ -59,12 +68,18 @@ def classification_sums(
 ) -> Sums:
     """Weighted softmax cross entropy and number of correct predictions."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return weighted_sums(losses, jnp.argmax(logits, axis=-1) == labels, weights)
+
+
+def weighted_sums(
+    losses: Float[Array, " b"], correct: Bool[Array, " b"], weights: Float[Array, " b"]
+) -> Sums:
+    """Sums of losses and of correct predictions, each times its weight."""
     # A row of weight 0 must not turn the sum into NaN, whatever it holds.
     used = weights != 0
     return Sums(
         loss=jnp.sum(jnp.where(used, losses * weights, 0.0)),
-        correct=jnp.sum(jnp.where(used, correct * weights, 0.0)),
+        correct=jnp.sum(jnp.where(used, correct.astype(jnp.float32) * weights, 0.0)),
         weight=jnp.sum(weights),
     )
 
@@ -73,6 +88,7 @@ def classification(
     model: nn.Module,
     param_labels: Callable[[Any], Any],
     *,
+    param_axes: Callable[[Any], Any] = unnamed,
     length: int,
     parts: int = 1,
     channels: int | None = None,
@@ -81,7 +97,7 @@ def classification(
 
     Args:
       model: ``model.apply(variables, inputs, segment_ids, deterministic=...) -> logits (B, C)``.
-      param_labels: see ``Task.param_labels``.
+      param_labels, param_axes: see ``Task``.
       length: length of the dummy batch that initialises the parameters; they do not depend on it.
       parts: sequences of one example, side by side where there are several.
       channels: of real inputs; None for token ids.
@@ -111,4 +127,4 @@ def classification(
             statistics = updated.get("batch_stats", statistics)
         return classification_sums(logits, batch["labels"], batch["weights"]), statistics, carry
 
-    return Task(init=init, loss=loss, param_labels=param_labels)
+    return Task(init=init, loss=loss, param_labels=param_labels, param_axes=param_axes)

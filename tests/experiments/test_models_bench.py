@@ -1,5 +1,6 @@
 """The model benchmarks run, check that both sides compute the same, and record what they did."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import rich.console
 
 from experiments.kernels.bench import run, table
 from experiments.lm.presets import ModelSize
-from experiments.models import bench, block, decode, s5, token_time
+from experiments.models import bench, block, decode, memory, s5, token_time
 from seqmodels.mixers import MambaConfig
 from seqmodels.models.published import mamba_language_model
 
@@ -58,6 +59,19 @@ def test_token_time_rows():
     sizes = [growing.figures[f"state bytes at {c}"] for c in token_time.CACHED]
     assert sizes == sorted(set(sizes))
     table([fixed, growing])
+
+
+@pytest.mark.full
+def test_memory_rows():
+    stack = dataclasses.replace(memory.MODEL.backbone, layout=("gla",) * 2, width=16, mlp=16)
+    model = dataclasses.replace(memory.MODEL, vocabulary_size=512, backbone=stack)
+    options = {"model": model, "budget": 2**25, "lengths": (1024, 2048)}
+    plain, chunks = memory.results(1, 0, names=("nothing", "loss_tile, chunk"), **options)
+    assert plain.ratios == {"nothing": 1.0}
+    assert chunks.ratios["nothing"] > 2
+    for row in (plain, chunks):
+        assert row.figures["bytes of the longest"] <= 2**25
+    table([plain, chunks])
 
 
 def test_files_and_refusals():

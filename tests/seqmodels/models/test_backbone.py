@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.tools import aot, testing
 from seqmodels.mixers import HGRN2Config, LightningConfig, S4DConfig, S5Config, Segments
 from seqmodels.mixers.lightning import slopes
 from seqmodels.models import Backbone, BackboneConfig, param_labels, stack_layers, unstack_layers
 from tests import tolerances
+from tests.pallas_kernels.absent import needs_compiler
 from tests.tiers import one_of_many
 
 S5_SMALL = S5Config(state_size=4, blocks=1)
@@ -92,7 +94,7 @@ def test_layers_of_a_scan_start_different():
     assert np.any(kernel[0] != kernel[1])
 
 
-@pytest.mark.parametrize("remat", one_of_many(["dots", "full"], ["dots"]))
+@pytest.mark.parametrize("remat", one_of_many(["dots", "full", "offload"], ["dots"]))
 def test_remat_changes_no_gradient(remat):
     config = dataclasses.replace(CONFIG, layout=("s5",), mixers=(S5_SMALL,), norm="layer")
     params = init(config)["params"]
@@ -106,6 +108,51 @@ def test_remat_changes_no_gradient(remat):
         gradient(dataclasses.replace(config, remat=remat)),
         gradient(config),
     )
+
+
+@pytest.mark.parametrize("scan_layers", one_of_many([True, False], [False]))
+def test_tiles_of_an_mlp_change_no_gradient(scan_layers):
+    """Tiles that do not divide the length."""
+    config = BackboneConfig(
+        layout=("s5",) * (1 + scan_layers),
+        mixers=(S5_SMALL,),
+        width=4,
+        mlp=6,
+        mlp_kind="swiglu",
+        scan_layers=scan_layers,
+    )
+    params = init(config)["params"]
+
+    def gradient(tile):
+        stack = Backbone(dataclasses.replace(config, mlp_tile=tile))
+        shapes = jax.eval_shape(lambda: stack.init(jax.random.key(0), X))["params"]
+        assert jax.tree.structure(shapes) == jax.tree.structure(params)
+        loss = lambda p, x: jnp.sum(jnp.sin(stack.apply({"params": p}, x)[0]))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, X)
+
+    testing.assert_close(gradient(2), gradient(None), tolerances.FLOAT32_MIXER_GRADIENTS)
+
+
+@pytest.mark.full
+def test_the_residual_stream_waits_in_the_hosts_memory():
+    needs_compiler("v5e")
+    config = dataclasses.replace(
+        CONFIG, layout=("s5",) * 4, mixers=(S5_SMALL,), norm="layer", scan_layers=True
+    )
+    x = jax.ShapeDtypeStruct((1, 1024, 4), jnp.float32)
+
+    def program(remat):
+        stack = Backbone(dataclasses.replace(config, remat=remat))
+        params = jax.eval_shape(lambda: stack.init(jax.random.key(0), jnp.zeros((1, 8, 4))))
+        grad = jax.grad(lambda p, x: jnp.sum(jnp.sin(stack.apply(p, x)[0])))
+        return aot.compile_for("v5e", grad, params, x)
+
+    full, offload = program("full"), program("offload")
+    host = "S(5)"  # XLA's memory space of the host
+    assert host not in full.as_text()
+    assert offload.as_text().count(host) >= 2  # there and back
+    moved = offload.memory_analysis().host_temp_size_in_bytes
+    assert moved >= 4 * 1024 * 4 * 4
 
 
 @pytest.mark.parametrize("prenorm", [True, False])

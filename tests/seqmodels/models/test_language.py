@@ -61,7 +61,11 @@ def test_whole_equals_pieces_and_documents_are_kept_apart():
     )
 
 
-@pytest.mark.parametrize("tile", [1, 4, 100])
+def _logits(table, x):
+    return jnp.dot(x, table.T)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 100, None])
 def test_tiles_give_the_loss_and_gradient_of_the_whole(tile):
     rng = np.random.default_rng(1)
     x, table = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 5, 3), (3, 7)))
@@ -69,7 +73,7 @@ def test_tiles_give_the_loss_and_gradient_of_the_whole(tile):
     weights = jnp.asarray(rng.uniform(0, 1, (2, 5)) * (targets > 1), jnp.float32)
 
     def tiled(x, table):
-        sums = tiled_sums(lambda z: jnp.dot(z, table), x, targets, weights, tile=tile)
+        sums = tiled_sums(_logits, table.T, x, targets, weights, tile=tile)
         return sums.loss, sums
 
     def whole(x, table):
@@ -113,10 +117,9 @@ def test_bad_configs_are_named(changed, message):
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="takes integer ids"):
         LanguageModel(CONFIG).init(jax.random.key(0), jnp.ones((2, 3)))
+    ones = jnp.ones((1, 1))
     with pytest.raises(ValueError, match="tile=0 must be positive"):
-        tiled_sums(
-            lambda z: z, jnp.ones((1, 1, 1)), jnp.ones((1, 1), int), jnp.ones((1, 1)), tile=0
-        )
+        tiled_sums(_logits, ones, ones[None], jnp.ones((1, 1), int), ones, tile=0)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])

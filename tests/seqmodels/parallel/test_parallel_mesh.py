@@ -17,11 +17,13 @@ def test_all_devices_go_to_data():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 2}, "data=2 and seq=1 need 2 devices, there are 8; use data=-1"),
+        ({"data": 2}, "data=2, model=1 and seq=1 need 2 devices, there are 8; use data"),
         ({"data": 0}, "data=0 must be at least 1"),
-        ({"model": 2}, "model=2 must be 1.*use data and seq"),
+        ({"model": 0}, "model=0 must be at least 1"),
+        ({"model": 3}, "model=3 does not divide the 8 devices; use model=2"),
+        ({"model": 2, "seq": 8}, "seq=8 does not divide the 4 devices that model=2 leaves; use"),
         ({"seq": 3}, "seq=3 does not divide the 8 devices; use seq=2"),
-        ({"data": 4, "seq": 4}, "data=4 and seq=4 need 16 devices, there are 8"),
+        ({"data": 4, "seq": 4}, "data=4, model=1 and seq=4 need 16 devices, there are 8"),
         ({"seq": 0}, "seq=0 must be at least 1"),
     ],
 )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as kernels
 from pallas_kernels.tools import aot, testing
@@ -139,9 +140,9 @@ def placed(mesh, name, x):
     return jax.device_put(x, batch_sharding(mesh) if whole_row else token_sharding(mesh))
 
 
-def mesh_of(shards):
+def mesh_of(shards, model=1):
     data = 1 if shards == 8 else 2
-    return make_mesh(data, seq=shards, devices=jax.devices()[: data * shards])
+    return make_mesh(data, model, shards, devices=jax.devices()[: data * model * shards])
 
 
 def sharded(name, mesh, packed, exchange=None, implementation=None):
@@ -174,13 +175,14 @@ def pieces(name, tree, shards):
     return kept | {f"{k} of shard {r}": x for k, each in parts.items() for r, x in enumerate(each)}
 
 
-def check(name, shards, packed, exchange=None, implementation=None):
-    mesh = mesh_of(shards)
+def check(name, shards, packed, exchange=None, implementation=None, model=1):
+    mesh = mesh_of(shards, model)
     run = sharded(name, mesh, packed, exchange, implementation)
     actual = run(*arguments_on(mesh, name))
-    assert actual["outputs"][0].sharding.is_equivalent_to(
-        token_sharding(mesh), actual["outputs"][0].ndim
-    )
+    output = actual["outputs"][0]
+    split = model > 1 and output.shape[2] % model == 0
+    expected = NamedSharding(mesh, PartitionSpec("data", "seq", "model" if split else None))
+    assert output.sharding.is_equivalent_to(expected, output.ndim)
     expected = whole(name, packed)
     testing.assert_close(
         pieces(name, actual, shards), pieces(name, expected, shards), testing.FLOAT32_TOLERANCE
@@ -210,6 +212,14 @@ ALWAYS = [
 )
 def test_shards_equal_the_whole_row(name, shards, packed, implementation):
     check(name, shards, bool(packed), implementation=implementation)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_heads_and_channels_over_a_model_axis_change_nothing(name, packed):
+    """Three channels over two devices too, which both have all of them."""
+    check(name, 2, packed, model=2)
 
 
 OTHERS = [

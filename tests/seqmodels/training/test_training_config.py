@@ -40,8 +40,6 @@ def test_bad_values_name_the_field(field, value):
 
 
 def test_what_a_mesh_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"mesh\.model=2 must be 1: parameters are not split yet"):
-        from_dict(TrainConfig, {"mesh": {"model": 2}})
     with pytest.raises(
         ValueError, match=r"linear_scan cannot take 'ring'; choose among all_gather"
     ):
@@ -56,7 +54,7 @@ def test_micro_batches_divide_the_batch():
 def test_what_may_change_on_resuming_is_known_by_its_whole_path():
     """Not by the last part of it, which another field may share."""
     fields = {f"train.{field.name}" for field in dataclasses.fields(TrainConfig)}
-    assert fields >= RESUMABLE
+    assert fields >= {path for path in RESUMABLE if path.startswith("train.")}
     saved = {"train": {"keep": 2}, "model": {"keep": 2}, "keep": 2}
     wanted = {"train": {"keep": 3}, "model": {"keep": 3}, "keep": 3}
     assert differences(saved, wanted) == ["keep=3 (saved: 2)", "model.keep=3 (saved: 2)"]
