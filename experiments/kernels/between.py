@@ -70,6 +70,7 @@ class Checkout:
     """A process that times the programs of one checkout."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.process = subprocess.Popen(
             [sys.executable, between_worker.__file__],
             env=os.environ | {"PYTHONPATH": str(path.resolve())},
@@ -89,7 +90,7 @@ class Checkout:
         assert self.process.stdout
         print(json.dumps(program), file=self.process.stdin, flush=True)
         if not (answer := self.process.stdout.readline()):
-            raise RuntimeError(f"{program} failed in {self.process.args}")
+            raise RuntimeError(f"{program} failed in the checkout {self.path}")
         return float(answer)
 
     def close(self) -> None:

@@ -10,6 +10,8 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +26,8 @@ def values(struct: jax.ShapeDtypeStruct, rng: np.random.Generator) -> np.ndarray
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    run = operands = None
+    run: Callable[..., Any] = tuple
+    operands: Any = ()
     for line in sys.stdin:
         if program := json.loads(line):
             family, shape, mode, factor = program
