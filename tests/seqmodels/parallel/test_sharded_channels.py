@@ -45,6 +45,20 @@ def test_a_long_convolution_changes_places_with_channels(width):
     assert moved["all-to-all"][0] == 4
 
 
+@pytest.mark.parametrize("width", [None, 4])
+def test_real_tokens_of_a_row_are_turned(width):
+    mesh = make_mesh(2, seq=3, devices=jax.devices()[:6])
+    ids = np.asarray([[1] * 9 + [2] * 15, [1] * 7 + [2] * 4 + [0] * 13], np.int32)
+    x = np.arange(2 * LENGTH * (width or 1)).reshape(2, LENGTH, *([] if width is None else [width]))
+
+    def turned(x, ids):
+        return ops.flip(x, Segments.from_ids(ids))
+
+    actual = jax.jit(on_mesh(turned, mesh))(*jax.device_put((x, ids), token_sharding(mesh)))
+    for row, y, real in zip(x, actual, (24, 11), strict=True):
+        np.testing.assert_array_equal(y, np.concatenate([row[:real][::-1], row[real:]]))
+
+
 def test_linear_attention_runs_backwards():
     mesh = make_mesh(1, seq=8)
     ids = np.asarray([[1] * 9 + [2] * 15, [1] * 7 + [2] * 4 + [0] * 13], np.int32)
