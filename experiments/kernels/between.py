@@ -81,7 +81,7 @@ class Checkout:
         )
 
     def seconds(self, program: Sequence[str] | None = None) -> float:
-        """Of one run of `program`, compiled and run before; by default of the last one again.
+        """The time of one run of `program`, compiled and run before; by default the last one again.
 
         Raises:
           RuntimeError: the process has ended.

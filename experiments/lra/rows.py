@@ -90,7 +90,7 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        """Of the test, in percent."""
+        """Test accuracy in percent."""
         return 100 * float(self.result["test_accuracy"])
 
     @property
@@ -100,7 +100,7 @@ class Row:
 
     @property
     def minutes(self) -> float:
-        """Of training, compiling and validating included, over all starts."""
+        """Minutes of training, compiling and validating included, over all starts."""
         return float(self.result["wall_seconds"]) / 60
 
     @property
@@ -160,7 +160,7 @@ class Row:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return int(self.result["steps"])
 
 

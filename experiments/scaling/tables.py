@@ -16,7 +16,7 @@ HBM = {"v5e": 15.75 * 2**30, "v5p": 95.0 * 2**30}
 LAYERS = 24
 """Blocks of the models whose longest row is asked for."""
 STATE_BYTES = 16
-"""Of each parameter: itself, its gradient and Adam's two moments, float32."""
+"""Bytes a parameter takes: itself, its gradient and Adam's two moments, float32."""
 RIVALS = ("ring", "ulysses", "gather")
 
 

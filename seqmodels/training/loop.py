@@ -413,14 +413,15 @@ class _Loop:
             "grad_norm": float(metrics.grad_norm),
             "data": done.data_before,
         }
+        path = self.run_dir / "nonfinite.jsonl"
         if processes.is_first():
-            lines = JsonLines(self.run_dir / "nonfinite.jsonl")
+            lines = JsonLines(path)
             lines.write(record)
             lines.sync()
             lines.close()
         what = (
             f"step {done.step}: loss {record['loss']}, gradient norm {record['grad_norm']}; the "
-            f"batch is described in {lines.path}"
+            f"batch is described in {path}"
         )
         if self.config.on_nan == "stop":
             # Neither this step nor the one already under way has changed the state.

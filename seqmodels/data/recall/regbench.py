@@ -15,7 +15,7 @@ from seqmodels.data.recall.base import Example, RecallConfig, Split, refuse
 from seqmodels.ranges import Size
 
 Automaton = tuple[dict[int, int], ...]
-"""Of each state, the letters that may come and the states that they lead to; 0 is the first."""
+"""For each state, the letters that may come and the states that they lead to; 0 is the first."""
 
 _SHARES = 8  # of all automata, one for validation and one for the test
 

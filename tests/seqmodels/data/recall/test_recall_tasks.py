@@ -94,7 +94,7 @@ def test_an_example_is_always_the_same(name):
 
 
 def digest():
-    """Of one example of every task."""
+    """Digest of one example of every task."""
     found = [Examples(config, 1, "test").example(2) for config in TASKS.values()]
     return hashlib.sha256(b"".join(r.inputs.tobytes() + r.targets.tobytes() for r in found))
 
