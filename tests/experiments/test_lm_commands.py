@@ -19,7 +19,7 @@ from seqmodels.data import text
 from seqmodels.generation import Sampling
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
 from tests import tolerances
-from tests.seqmodels.training.compilation import compiled_once
+from tests.seqmodels.training.compilation import on_one_device
 
 STORY = " ".join(f"{n} bottles of beer on the wall, {n} bottles of beer." for n in range(40))
 
@@ -27,11 +27,8 @@ STORY = " ".join(f"{n} bottles of beer on the wall, {n} bottles of beer." for n 
 @pytest.fixture(scope="module", autouse=True)
 def _setting(tmp_path_factory):
     """One device is enough for the tiny batches, and one compilation for all runs."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        with compiled_once(tmp_path_factory.mktemp("compiled")):
-            yield
+    with on_one_device(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

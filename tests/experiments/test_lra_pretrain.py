@@ -23,7 +23,7 @@ from seqmodels.training.metrics import read_jsonl
 from seqmodels.training.run_directory import open_run
 from tests import tolerances
 from tests.experiments.test_lra_train import command
-from tests.seqmodels.training.compilation import compiled_once
+from tests.seqmodels.training.compilation import on_one_device
 
 MASKED = ("--pretrain", "masked", "--pretrain.steps=4", "--set", "train.checkpoint_every=2")
 
@@ -34,11 +34,8 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module", autouse=True)
 def _setting(tmp_path_factory):
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        with compiled_once(tmp_path_factory.mktemp("compiled")):
-            yield
+    with on_one_device(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments.lra import check, page, report, rows
@@ -17,7 +16,7 @@ from experiments.lra.published import ROWS, TASKS
 from seqmodels.config import to_dict
 from seqmodels.models import ClassifierConfig
 from tests.experiments.test_lra_train import command
-from tests.seqmodels.training.compilation import compiled_once
+from tests.seqmodels.training.compilation import on_one_device
 
 COMMITTED = Path(__file__).parents[2] / "experiments" / "results" / "lra"
 LISTOPS = json.loads((COMMITTED / "listops-s5-cpu-seed0.json").read_text())
@@ -26,11 +25,8 @@ LISTOPS = json.loads((COMMITTED / "listops-s5-cpu-seed0.json").read_text())
 @pytest.fixture(scope="module", autouse=True)
 def _setting(tmp_path_factory):
     """One device is enough for the tiny batches, and one compilation for all runs."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        with compiled_once(tmp_path_factory.mktemp("compiled")):
-            yield
+    with on_one_device(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

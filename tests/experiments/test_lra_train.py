@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,7 +11,7 @@ from experiments.lra import eval as lra_eval
 from experiments.lra import train as lra_train
 from seqmodels.training.metrics import read_jsonl
 from tests.seqmodels.data.lra import original_files as original
-from tests.seqmodels.training.compilation import compiled_once
+from tests.seqmodels.training.compilation import on_one_device
 
 TINY = [
     "data.min_length=8", "data.max_length=24", "data.max_depth=4", "data.train=64",
@@ -35,11 +34,8 @@ def command(folder, *more, steps=4):
 @pytest.fixture(scope="module", autouse=True)
 def _setting(tmp_path_factory):
     """One device is enough for the tiny batches, and one compilation for all runs."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        with compiled_once(tmp_path_factory.mktemp("compiled")):
-            yield
+    with on_one_device(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

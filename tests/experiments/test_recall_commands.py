@@ -24,7 +24,7 @@ from seqmodels.data import recall
 from seqmodels.data.recall import TASKS
 from seqmodels.training.metrics import TIMING_FIELDS, read_jsonl
 from tests.experiments.legible import illegible, too_long
-from tests.seqmodels.training.compilation import compiled_once
+from tests.seqmodels.training.compilation import on_one_device
 from tests.tiers import one_of_many
 
 FAST = ["--train.steps", "3", "--train.checkpoint-every", "1", "--train.eval-every", "3"]
@@ -33,11 +33,8 @@ FAST = ["--train.steps", "3", "--train.checkpoint-every", "1", "--train.eval-eve
 @pytest.fixture(scope="module", autouse=True)
 def _setting(tmp_path_factory):
     """One device is enough for the tiny batches, and one compilation for all runs."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        with compiled_once(tmp_path_factory.mktemp("compiled")):
-            yield
+    with on_one_device(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 
@@ -24,3 +25,12 @@ def compiled_once(directory):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def on_one_device(directory):
+    """`compiled_once`, with one device, which is enough for tiny batches."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch, compiled_once(directory):
+        patch.setattr(jax, "devices", lambda: first)
+        yield

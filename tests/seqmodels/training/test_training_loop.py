@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from seqmodels.parallel.mesh import make_mesh
+from seqmodels.training import processes
 from seqmodels.training.checkpoint import Checkpoints
 from seqmodels.training.errors import (
     CheckpointError,
@@ -198,6 +199,13 @@ def test_a_batch_that_is_not_finite_stops_the_run(tmp_path):
     assert record["index"] == next(expected)["index"].tolist()
     state, data = saved(tmp_path)
     assert (int(state.step), data) == (6, {"taken": 6})
+
+
+def test_other_processes_than_the_first_stop_as_well_and_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    with pytest.raises(NonFiniteError, match=r"step 2: .*nonfinite\.jsonl"):
+        run_toy(tmp_path, poison=(2,))
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoints"}
 
 
 def test_a_stopped_run_goes_on_without_the_batch(tmp_path):
