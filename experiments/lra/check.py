@@ -46,7 +46,7 @@ def check(row: Row, *, data_dir: Path | None, cache_dir: Path | None, progress: 
     recorded = [record for record in row.result["curve"] if record["kind"] == "eval"]
     if not recorded:
         raise ValueError(f"{row.path} has no evaluation in its curve to compare with")
-    if row.result.get("pretrain"):
+    if row.config.pretrain is not None:
         raise ValueError(f"{row.path} began with pretraining, which --check does not repeat")
     step = recorded[0]["step"]
     terminal.say(f"{row.name}: trains {step} of {row.steps} steps again")

@@ -73,7 +73,7 @@ class Row:
         window = self.config.classifier.window
         words: list[str] = [self.config.task, self.config.model, self.config.preset]
         words += [] if window is None else [f"window {window}"]
-        words += ["pretrained"] if self.result.get("pretrain") else []
+        words += [] if self.config.pretrain is None else ["pretrained"]
         return " ".join([*words, f"seed {self.config.train.seed}"])
 
     @property

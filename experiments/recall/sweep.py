@@ -46,8 +46,8 @@ class Arguments(Checked):
     """Arguments of the command line."""
 
     grid: Literal["committed"] | None = None
-    """"committed": the grid whose results are in experiments/results/recall, some 140 runs, instead
-    of --tasks, --mixers and --sizes."""
+    """"committed": the grid that is meant for experiments/results/recall, some 140 runs, instead of
+    --tasks, --mixers and --sizes."""
     tasks: tuple[str, ...] = ("mqar",)
     """Names of tasks, see experiments.recall.train."""
     mixers: tuple[str, ...] = NAMES

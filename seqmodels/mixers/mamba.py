@@ -91,7 +91,10 @@ class MambaConfig(MixerConfig):
         return {f"blocks/{name}": label for name, label in labels.items()}
 
     def param_axes(self) -> dict[str, PartitionSpec]:
-        return {"A_log": PartitionSpec("inner")}
+        if self.blocks is None:
+            return {"A_log": PartitionSpec("inner")}
+        names = ("A_log", "A_imag", "B_bias", "x_proj", "dt_proj")
+        return {f"blocks/{name}": PartitionSpec("inner") for name in names}
 
 
 MAMBA_130M = Published(768, 24, MambaConfig(layers=24))

@@ -5,6 +5,7 @@ Models", 2024 (arXiv:2402.19427), section 2.4 and appendix A.
 """
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -70,8 +71,8 @@ class RGLRUConfig(MixerConfig):
         return {"rg_lru/recurrent_param": NO_DECAY_LABEL}
 
     def param_axes(self) -> dict[str, PartitionSpec]:
-        gates = ("input_gate_weight", "recurrent_gate_weight")
-        return {f"rg_lru/{gate}": PartitionSpec("inner") for gate in gates}
+        gates = itertools.product(("input", "recurrent"), ("weight", "bias"))
+        return {f"rg_lru/{gate}_gate_{what}": PartitionSpec("inner") for gate, what in gates}
 
 
 RECURRENTGEMMA_2B = Published(2560, 18, RGLRUConfig(heads=10, layers=26))

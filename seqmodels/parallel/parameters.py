@@ -39,7 +39,7 @@ _LAYERS: dict[str, PartitionSpec] = {
     **dict.fromkeys(("o_proj", "out_proj", "linear_out"), OUT_OF),
     **dict.fromkeys(("x_proj", "fc_D"), PartitionSpec("inner", None)),
     **dict.fromkeys(("dt_proj", "up"), PartitionSpec(None, "inner")),
-    **dict.fromkeys(("conv1d", "conv_1d", "q_conv", "k_conv", "v_conv"), TAPS),
+    **dict.fromkeys(("conv", "conv1d", "conv_1d", "q_conv", "k_conv", "v_conv"), TAPS),
     "down": PartitionSpec("embed", None),
     **dict.fromkeys(("mlp_in", "mlp_gate", "head_in"), PartitionSpec("embed", "mlp")),
     "mlp_out": PartitionSpec("mlp", "embed"),

@@ -70,6 +70,14 @@ def test_windowed_rows_stand_beside_the_whole_one(tmp_path):
     }
 
 
+def test_a_pretrained_row_says_so_and_is_not_checked(tmp_path, capsys):
+    write(tmp_path, "row", {"pretrain": {"kind": "masked", "steps": 5, "share": 0.5}})
+    (row,) = rows.read_rows(tmp_path)
+    assert row.label == "listops s5 cpu pretrained seed 0"
+    assert report.main(["--results-dir", str(tmp_path), "--check", "row"]) == 1
+    assert "began with pretraining" in capsys.readouterr().err
+
+
 def test_rows_are_grouped_by_budget(tmp_path):
     for name, wall, limit in (
         ("a", 590, None),
