@@ -22,9 +22,12 @@ lra: .venv/installed
 test: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/python -m pytest -n 2 --dist worksteal
 
-# Every named shape on every chip, everything compiled with full optimisation: an hour or two.
+# All tests, everything compiled with full optimisation: an hour or two. Then every named shape on every
+# chip: what has changed since the committed table is compiled again, and all of it must pass.
 test-all: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/python -m pytest -n 2 --dist worksteal --everything $(TYPED)
+	.venv-test/bin/python -m experiments.kernels.aot
+	.venv-test/bin/python -m experiments.kernels.aot --check
 
 # A few tests of each floor with the newest versions: what a new jax breaks first.
 NEWEST := tests/pallas_kernels/tools/test_aot.py tests/pallas_kernels/common \

@@ -352,11 +352,13 @@ def _spilled(kernels: Iterable[aot.Kernel]) -> int:
 
 
 def run(config: AotConfig, console: rich.console.Console) -> Cells:
-    """Does what is missing, writing after each cell; returns all cells of the file."""
+    """Does what is missing, if anything, writing after each cell; returns all cells of the file."""
     exist = {*asked(AotConfig())}
     cells = {key: cell for key, cell in load(config.output).items() if key in exist}
     start = time.perf_counter()
     keys = wanted(config, cells)
+    if not keys:
+        return cells
     if not config.again:
         cells |= {cell.key: cell for cell in renewed(cells, keys)}
         save(config.output, cells, config, time.perf_counter() - start)

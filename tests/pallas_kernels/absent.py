@@ -15,25 +15,17 @@ def needs_compiler(chip: str) -> None:
         pytest.skip(f"not run: {reason}")
 
 
-def on_tpus(shapes, always, modes=("forward+backward", "forward")):
-    """``(chip, shape, mode)``: every named shape on every TPU.
+def on_tpus(representatives):
+    """``(chip, shape)``: shapes of each kind on `TPUS` in turn, a single one on all of them.
 
-    Those of ``always``, one of each kind, always run in the first mode, on `TPUS` in turn, a
-    single one on all of `TPUS`. The rest is `full`.
+    Every named shape on every chip is a cell of `experiments/results/kernels/aot.json`.
     """
-    chosen = _in_turn(always, TPUS)
-    return [
-        _always(mode == modes[0] and (chip, shape) in chosen, chip, shape, mode)
-        for mode in modes
-        for shape in shapes
-        for chip in aot.TPUS
-    ]
+    return _in_turn(representatives, TPUS)
 
 
-def on_gpus(shapes, always):
-    """``(chip, shape)``: every named shape on every GPU; ``always`` as for TPUs, on `GPUS`."""
-    chosen = _in_turn(always, GPUS)
-    return [_always((chip, shape) in chosen, chip, shape) for shape in shapes for chip in aot.GPUS]
+def on_gpus(representatives):
+    """``(chip, shape)``, as `on_tpus`, on `GPUS`."""
+    return _in_turn(representatives, GPUS)
 
 
 def for_spills(chips, shapes, *, always=False):
@@ -43,15 +35,10 @@ def for_spills(chips, shapes, *, always=False):
 
 
 def _in_turn(shapes, chips):
-    """``(chip, shape)``: each shape on one chip, each chip with one shape at least."""
-    return {
+    return [
         (chips[i % len(chips)], shapes[i % len(shapes)])
         for i in range(max(len(shapes), len(chips)))
-    }
-
-
-def _always(always, *case):
-    return pytest.param(*case, marks=() if always else pytest.mark.full)
+    ]
 
 
 def assert_spills_nothing(chip, case, shapes, kernel, mode="forward"):
