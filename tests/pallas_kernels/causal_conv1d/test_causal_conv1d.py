@@ -15,6 +15,7 @@ from pallas_kernels import causal_conv1d
 from pallas_kernels.tools import testing
 from tests import tolerances
 from tests.pallas_kernels.causal_conv1d.cases import Case, assert_isolated
+from tests.tiers import compiled_as_users
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,21 +24,23 @@ def _strict_promotion():
         yield
 
 
-@pytest.mark.optimised
+KINDS = [
+    (1, 4, "silu"),
+    (2, 4, None),
+    pytest.param(2, 8, "silu", marks=pytest.mark.full),
+    (15, 1, "silu"),
+    pytest.param(17, 2, None, marks=pytest.mark.full),
+    (63, 3, "silu"),
+    (65, 4, None),
+    pytest.param(65, 12, "silu", marks=pytest.mark.full),
+    (1000, 4, "silu"),
+]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("length", "conv_size", "activation"),
-    [
-        (1, 4, "silu"),
-        (2, 4, None),
-        pytest.param(2, 8, "silu", marks=pytest.mark.full),
-        (15, 1, "silu"),
-        pytest.param(17, 2, None, marks=pytest.mark.full),
-        (63, 3, "silu"),
-        (65, 4, None),
-        pytest.param(65, 12, "silu", marks=pytest.mark.full),
-        (1000, 4, "silu"),
-    ],
+    compiled_as_users(KINDS, lambda length, conv_size, activation: length >= 65),
 )
 def test_xla_equals_the_oracle(length, conv_size, activation, packed):
     case = Case(length=length, conv_size=conv_size, activation=activation, packed=packed)

@@ -16,7 +16,7 @@ from pallas_kernels.diagonal_ssm import chunked
 from pallas_kernels.tools import testing
 from tests import tolerances
 from tests.pallas_kernels.diagonal_ssm.cases import Case, assert_isolated
-from tests.tiers import one_of_many
+from tests.tiers import compiled_as_users, one_of_many
 
 METHODS = ("fft", "chunked", "scan")
 RECURRENT = ("chunked", "scan")
@@ -40,16 +40,18 @@ KINDS = [
 ]
 
 
-@pytest.mark.optimised
+CASES = one_of_many(
+    [(method, *kind) for method in METHODS for kind in KINDS],
+    always=[
+        *(("chunked", *kind) for kind in KINDS),
+        *((method, *kind) for method in ("fft", "scan") for kind in (KINDS[0], KINDS[5])),
+    ],
+)
+
+
 @pytest.mark.parametrize(
     ("method", "length", "packed", "reverse"),
-    one_of_many(
-        [(method, *kind) for method in METHODS for kind in KINDS],
-        always=[
-            *(("chunked", *kind) for kind in KINDS),
-            *((method, *kind) for method in ("fft", "scan") for kind in (KINDS[0], KINDS[5])),
-        ],
-    ),
+    compiled_as_users(CASES, lambda method, length, *kind: length >= 130),
 )
 def test_xla_equals_the_oracle(method, length, packed, reverse):
     packed = packed and method != "fft"

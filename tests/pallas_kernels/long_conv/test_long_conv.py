@@ -16,7 +16,7 @@ from pallas_kernels.long_conv.shapes import SHAPES, Shape, case, named
 from pallas_kernels.tools import aot, testing
 from pallas_kernels.tools.programs import program
 from tests import tolerances
-from tests.tiers import one_of_many
+from tests.tiers import compiled_as_users, one_of_many
 
 METHODS = ("fft", "blocked")
 
@@ -73,8 +73,10 @@ KINDS = [
 ]
 
 
-@pytest.mark.optimised
-@pytest.mark.parametrize(("length", "kernel_size", "kernel_size_reverse"), KINDS)
+@pytest.mark.parametrize(
+    ("length", "kernel_size", "kernel_size_reverse"),
+    compiled_as_users(KINDS, lambda length, *sizes: sizes[1] >= 100),
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_equal_the_oracle(method, length, kernel_size, kernel_size_reverse):
     case = arguments(length, kernel_size, kernel_size_reverse)
