@@ -1,45 +1,65 @@
-"""Links from a page to a file of the repository outside docs/: the site gets a copy of the file.
+"""Links from pages to files of the repository outside docs/: the site gets a copy of each.
 
-On GitHub such a link leads to the file itself.
+On GitHub such a link leads to the file itself. A Markdown file, such as a report beside its results,
+becomes a page, whose own links are treated alike.
 """
 
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
-FOLDER = "repository"
-_LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)")
+COPIES = "repository/"
+_LINK = re.compile(r"(\]\()([^)#\s:]+)")
 
 
-def on_files(files: Files, config: dict) -> Files:
-    """Adds the files that pages link to."""
-    for page in list(files.documentation_pages()):
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the files that pages link to, and those that these link to."""
+    todo = list(files.documentation_pages())
+    while todo:
+        page = todo.pop()
         for _, link in _LINK.findall(page.content_string):
-            if path := _outside(page, link):
-                copy = f"{FOLDER}/{path}"
-                if files.get_file_from_path(copy) is None:
-                    files.append(File.generated(config, copy, abs_src_path=str(ROOT / path)))
+            target = _target(page.src_uri, link)
+            if target is None or files.get_file_from_path(COPIES + target):
+                continue
+            copy = File.generated(
+                config,
+                COPIES + target,
+                abs_src_path=str(ROOT / target),
+                inclusion=InclusionLevel.NOT_IN_NAV,
+            )
+            files.append(copy)
+            todo += [copy] if copy.is_documentation_page() else []
     return files
 
 
-def on_page_markdown(markdown: str, page, config: dict, files: Files) -> str:
-    """Leads the links to the copies."""
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Leads the links to the copies, and those of copies to the pages."""
+    here = page.file.src_uri
 
     def lead(found: re.Match[str]) -> str:
-        path = _outside(page.file, found[2])
-        if path is None:
-            return found[0]
-        here = posixpath.dirname(page.file.src_uri)
-        return found[1] + posixpath.relpath(f"{FOLDER}/{path}", here or ".")
+        target = _target(here, found[2])
+        if target is not None:
+            return found[1] + posixpath.relpath(COPIES + target, posixpath.dirname(here) or ".")
+        if here.startswith(COPIES):
+            path = _path(here, found[2]).removeprefix("docs/")
+            return found[1] + posixpath.relpath(path, posixpath.dirname(here))
+        return found[0]
 
     return _LINK.sub(lead, markdown)
 
 
-def _outside(page: File, link: str) -> str | None:
-    """The path in the repository of what is linked; None if that is a page, or is not there."""
-    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.src_uri), link))
-    inside = path.startswith(("docs/", "../"))
-    return None if inside or not (ROOT / path).is_file() else path
+def _path(page: str, link: str) -> str:
+    """The path in the repository of what a page of the site links to."""
+    origin = page.removeprefix(COPIES) if page.startswith(COPIES) else f"docs/{page}"
+    return posixpath.normpath(posixpath.join(posixpath.dirname(origin), link))
+
+
+def _target(page: str, link: str) -> str | None:
+    """That path if it is a file outside docs/, else None."""
+    path = _path(page, link)
+    outside = not path.startswith(("docs/", "../", "/")) and (ROOT / path).is_file()
+    return path if outside else None
