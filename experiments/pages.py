@@ -96,13 +96,17 @@ def shapes(family: str) -> str:
     return markdown(["shape", "source", "B x L", *(f"{c}, {m}" for m, c in columns)], rows)
 
 
+_DETAILS = ("layout copies", "share of")  # what only the file shows
+
+
 def benchmarks(name: str) -> str:
     """Rows of a benchmark's file: what was measured, and ratios with their targets."""
     rows = []
     for case in read(f"{name}.json")["cases"]:
         if case["kind"] not in (TIMED, STATIC):
             continue
-        ratios = "; ".join(_ratio(case, of) for of in case["ratios"] if of != "layout copies")
+        shown = (of for of in case["ratios"] if not of.startswith(_DETAILS))
+        ratios = "; ".join(_ratio(case, of) for of in shown)
         rows.append([case["case"], case["shape"], case["device"], _measured(case), ratios])
     return markdown(["case", "shape", "device", "measured", "ratio"], rows)
 
@@ -205,7 +209,8 @@ def sequence_tasks() -> str:
         base = max(run["baselines"].items(), key=lambda item: item[1])
         rows.append(
             [f"{run['task']}, `{run['model']}`{window}", f"[{path.stem}]({_from_docs(path)})"]
-            + [f"{100 * run['test_accuracy']:.1f} %", f"{100 * base[1]:.1f} % ({base[0]})"]
+            + [f"{100 * run['test_accuracy']:.2f} %"]
+            + [f"{100 * base[1]:.2f} % ({base[0].replace('_', ' ')})"]
             + [f"{run['parameters']:,}", f"{run['steps']:,}", f"{run['wall_seconds'] / 60:.0f}"]
         )
     names = ["run", "file", "test accuracy", "best baseline", "parameters", "steps", "minutes"]

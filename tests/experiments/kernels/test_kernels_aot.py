@@ -26,7 +26,8 @@ def test_every_family_that_exists_is_in_the_tables_and_has_a_benchmark():
     assert set(TABULATED) <= {path.stem for path in modules}
     for name, family in FAMILIES.items():
         kernels = "TPU, GPU" if family.has_kernels else "none"
-        assert re.search(rf"^\| `{name}` \| .* \| {kernels} \|$", OPERATORS, re.MULTILINE)
+        link = rf"\[`{name}`\]\({name}\.md\)"
+        assert re.search(rf"^\| {link} \| .* \| {kernels} \|$", OPERATORS, re.MULTILINE)
 
 
 def test_committed_cells_that_passed_have_figures_or_say_why_not():
