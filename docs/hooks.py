@@ -1,7 +1,8 @@
-"""Links from pages to files of the repository outside docs/: the site gets a copy of each.
+"""What `make docs` does besides: copies of files that pages link to, and whole texts of "Returns".
 
-On GitHub such a link leads to the file itself. A Markdown file, such as a report beside its results,
-becomes a page, whose own links are treated alike.
+Links lead to files of the repository outside docs/, too; on GitHub to the files themselves, on the
+site to a copy of each. A Markdown file, such as a report beside its results, becomes a page, whose
+own links are treated alike.
 """
 
 import posixpath
@@ -9,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
@@ -63,3 +65,17 @@ def _target(page: str, link: str) -> str | None:
     path = _path(page, link)
     outside = not path.startswith(("docs/", "../", "/")) and (ROOT / path).is_file()
     return path if outside else None
+
+
+class WholeReturns(griffe.Extension):
+    """Docstrings say what is returned in sentences; their first words are no type."""
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Puts what was taken for a type back into the text."""
+        sections = func.docstring.parsed if func.docstring else ()
+        for section in sections:
+            if section.kind is griffe.DocstringSectionKind.returns:
+                for item in section.value:
+                    if isinstance(item.annotation, str):
+                        item.description = f"{item.annotation}: {item.description}"
+                        item.annotation = func.returns
