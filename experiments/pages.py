@@ -26,7 +26,7 @@ from seqmodels.models.published import PUBLISHED
 from seqmodels.ranges import Checked
 from seqmodels.training.metrics import write_atomically
 
-REPOSITORY = aot.REPOSITORY
+REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
 WIDTH = 2048
 """Width of the layers whose states are compared."""
@@ -145,11 +145,10 @@ def mixer_table() -> str:
         if name == "bidirectional":
             continue
         row, case = trained.get(name), times.get(name)
-        rows.append(
-            [f"[`{name}`]({_page_of(name)}#{name})", *_states(name)]
-            + ["-" if row is None else f"{row['bits_per_byte']:.3f}"]
-            + ["-" if case is None else _token_times(case)]
-        )
+        learned = "-" if row is None else f"{row['bits_per_byte']:.3f}"
+        speed = "-" if case is None else _token_times(case)
+        link = f"[`{name}`]({_page_of(name)}#{name})"
+        rows.append([link, *_states(name), learned, speed])
     states = [f"state bytes at {length:,}" for length in LENGTHS]
     return markdown(["mixer", *states, "bits per byte", "ms a token"], rows, numbers=4)
 
@@ -206,19 +205,20 @@ def sequence_tasks() -> str:
     for path in sorted((RESULTS / "lra").glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         window = f", window {run['window']}" if run.get("window") else ""
-        base = max(run["baselines"].items(), key=lambda item: item[1])
+        baseline, trivial = max(run["baselines"].items(), key=lambda item: item[1])
+        scores = f"{100 * run['test_accuracy']:.2f} %", f"{100 * trivial:.2f} %"
+        counts = run["parameters"], run["steps"], run["wall_seconds"] / 60
         rows.append(
-            [f"{run['task']}, `{run['model']}`{window}", f"[{path.stem}]({_from_docs(path)})"]
-            + [f"{100 * run['test_accuracy']:.2f} %"]
-            + [f"{100 * base[1]:.2f} % ({base[0].replace('_', ' ')})"]
-            + [f"{run['parameters']:,}", f"{run['steps']:,}", f"{run['wall_seconds'] / 60:.0f}"]
+            [
+                f"{run['task']}, `{run['model']}`{window}",
+                f"[{path.stem}](../{path.relative_to(REPOSITORY)})",
+                scores[0],
+                f"{scores[1]} ({baseline.replace('_', ' ')})",
+                *(f"{count:,.0f}" for count in counts),
+            ]
         )
     names = ["run", "file", "test accuracy", "best baseline", "parameters", "steps", "minutes"]
     return markdown(names, rows, numbers=3)
-
-
-def _from_docs(path: Path) -> str:
-    return f"../{path.relative_to(REPOSITORY)}"
 
 
 def memory() -> str:

@@ -29,7 +29,7 @@ PAGES = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
 }
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"python -m (experiments\.[\w.]+)([^\n]*)")
+COMMAND = re.compile(r"(?:python -m experiments\.|^seqmodels )([\w.]+)([^\n]*)", re.MULTILINE)
 TARGET = re.compile(r"^make ([\w-]+)", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CONFIGS = (
@@ -81,9 +81,13 @@ def commands(page):
     for _, _, code in blocks(page, "sh"):
         joined = re.sub(r"\\\n\s*", " ", code)
         for found in COMMAND.finditer(joined):
-            words = re.sub(r"\$\([^)]*\)", "", found[2])
-            inside = words.count('"') % 2  # the command is itself an argument in quotes
-            yield found[1], shlex.split(words.rstrip('"') if inside else words, comments=True)
+            text = re.sub(r"\$\([^)]*\)", "", found[2])
+            inside = text.count('"') % 2  # the command is itself an argument in quotes
+            words = shlex.split(text.rstrip('"') if inside else text, comments=True)
+            name = f"experiments.{found[1]}"
+            if importlib.util.find_spec(name).submodule_search_locations:  # seqmodels lra train
+                name = f"{name}.{words.pop(0)}"
+            yield name, words
 
 
 def parsed_only(kind, action, arguments, *, description, prog, config_fields=False, **options):
@@ -124,7 +128,8 @@ def test_targets_and_modules_that_are_named_exist():
         for _, _, code in blocks(page, "sh"):
             for target in TARGET.findall(code):
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: make {target}"
-        for name in {found[1].rstrip(".") for found in COMMAND.finditer(text)}:
+        for found in COMMAND.finditer(text):
+            name = f"experiments.{found[1]}".rstrip(".")
             assert importlib.util.find_spec(name), f"{page}: {name}"
 
 
