@@ -5,7 +5,6 @@
     python -m experiments.kernels.aot --chip v5e --no-estimate    whether they compile
     python -m experiments.kernels.aot --representatives     one shape of each kind
     python -m experiments.kernels.aot --check     what is stale, failed or missing; 1 if anything is
-    python -m experiments.kernels.aot --readme README.md    rewrite the support matrix
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
 whether it compiles; on v5e the compiler's static time and its multiple of the floor (every input
@@ -15,7 +14,8 @@ and spills. On "cpu" the portable path runs, on zeros and at most 512 tokens. Co
 is not run: no cell here needs a TPU or a GPU. Cells are written as they come and kept. A cell is
 stale when its shape, or code that its op imports, has changed since in more than words. Then its
 program is traced: where it is the one that was compiled, the cell holds for the new code too;
-otherwise, or when it did not pass, it is done again.
+otherwise, or when it did not pass, it is done again. The support matrix of the documentation is
+made of the cells by `experiments.pages`.
 """
 
 import dataclasses
@@ -49,7 +49,6 @@ CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "experiments" / "results" / "kernels" / "aot.json"
-BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 STALE, MISSING = "stale", "missing"  # what a cell may be besides its own outcome
@@ -77,8 +76,6 @@ class AotConfig(Checked):
     """The JSON file; cells are merged into it."""
     check: bool = False
     """Only name the cells that are stale, failed or missing; exits with 1 if there are any."""
-    readme: Path | None = None
-    """Only rewrite the support matrix of this file from the JSON."""
 
     traceback: bool = False
     """Show the whole traceback of an error."""
@@ -159,7 +156,7 @@ def load(path: Path) -> Cells:
 
 def save(path: Path, cells: Cells, config: AotConfig, wall_s: float) -> None:
     """Writes all cells, in order, with what the last invocation was."""
-    settings = {**dataclasses.asdict(config), "output": None, "readme": None}
+    settings = {**dataclasses.asdict(config), "output": None}
     del settings["traceback"]
     ordered = sorted(cells.values(), key=lambda c: (c.family, c.shape, c.mode, CHIPS.index(c.chip)))
     record = {
@@ -434,19 +431,6 @@ def matrix(cells: Cells) -> str:
     return "\n".join(lines)
 
 
-def with_matrix(text: str, cells: Cells) -> str:
-    """`text` with what stands between its two markers replaced.
-
-    Raises:
-      ValueError: a marker is missing.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the file needs the two lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n{matrix(cells)}\n{END}{tail}"
-
-
 def check(config: AotConfig) -> list[str]:
     """Lines that name the cells asked for which are stale, failed, not run or missing."""
     now, cells = digests(), load(config.output)
@@ -477,16 +461,12 @@ def _grouped(keys: Iterable[Key]) -> Iterator[str]:
 
 
 def tabulate(config: AotConfig) -> None:
-    """Compiles what is missing, prints and writes; or checks, or rewrites the support matrix.
+    """Compiles what is missing, prints and writes; or checks.
 
     Raises:
       SystemExit: with 1, where `check` finds a problem.
       ValueError, OSError: with a message for the user.
     """
-    if config.readme:
-        text = config.readme.read_text(encoding="utf-8")
-        write_atomically(config.readme, with_matrix(text, load(config.output)))
-        return
     if config.check:
         if problems := check(config):
             for line in problems:

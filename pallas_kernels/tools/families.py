@@ -16,7 +16,7 @@ from pallas_kernels.s4_kernel import api as s4_kernel
 from pallas_kernels.selective_scan import shapes as selective_scan
 from pallas_kernels.tools.family import Family
 
-# In the order of README.
+# In the order of docs/operators/index.md.
 TABULATED: dict[str, Family[Any]] = {
     module.FAMILY.name: module.FAMILY
     for module in (

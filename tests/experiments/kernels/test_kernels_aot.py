@@ -1,4 +1,4 @@
-"""The table of what compiles where: what passed, what is done again, what README shows."""
+"""The table of what compiles where: what passed, what is done again, what the matrix shows."""
 
 import dataclasses
 import json
@@ -13,14 +13,9 @@ from experiments.kernels.aot import FAILED, NOT_RUN, PASSED, AotConfig, Cell, Ke
 from pallas_kernels.tools import aot
 from pallas_kernels.tools.families import FAMILIES, TABULATED
 
-README = (table.REPOSITORY / "README.md").read_text(encoding="utf-8")
+OPERATORS = (table.REPOSITORY / "docs" / "operators" / "index.md").read_text(encoding="utf-8")
 QUIET = rich.console.Console(quiet=True)
 CELL = Cell("linear_scan", "odd", "forward", "v5e", PASSED, {}, None, "0", "c", False, 1.0)
-
-
-def test_readme_shows_what_the_committed_results_give():
-    """And what is stale by now: after a change of code, `aot --readme README.md` says so there."""
-    assert table.with_matrix(README, table.load(table.RESULTS)) == README
 
 
 def test_every_family_that_exists_is_in_the_tables_and_has_a_benchmark():
@@ -31,7 +26,8 @@ def test_every_family_that_exists_is_in_the_tables_and_has_a_benchmark():
     assert set(TABULATED) <= {path.stem for path in modules}
     for name, family in FAMILIES.items():
         kernels = "TPU, GPU" if family.has_kernels else "none"
-        assert re.search(rf"^\| `{name}` \| .* \| {kernels} \|$", README, re.MULTILINE)
+        link = rf"\[`{name}`\]\({name}\.md\)"
+        assert re.search(rf"^\| {link} \| .* \| {kernels} \|$", OPERATORS, re.MULTILINE)
 
 
 def test_committed_cells_that_passed_have_figures_or_say_why_not():
@@ -78,17 +74,6 @@ def test_matrix_counts_named_shapes_and_calls_nothing_run_that_was_compiled(two_
     assert ours["v5e, compiled"] == "2 passed, 1 failed, 1 not run"
     assert ours["v6e, compiled"] == "1 stale, 1 not run"
     assert ours["h100, compiled"] == ours["TPU, ran"] == ours["GPU, ran"] == NOT_RUN
-
-
-def test_matrix_goes_between_the_markers():
-    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    cells = by_key(CELL)
-    new = table.with_matrix(text, cells)
-    assert new.startswith(f"before\n{table.BEGIN}\n| family |")
-    assert new.endswith(f"|\n{table.END}\nafter\n")
-    assert table.with_matrix(new, cells) == new
-    with pytest.raises(ValueError, match="needs the two lines"):
-        table.with_matrix("nothing here", cells)
 
 
 def test_check_names_what_is_stale_failed_or_missing(two_shapes, tmp_path, monkeypatch, capsys):
