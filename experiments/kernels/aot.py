@@ -1,11 +1,11 @@
 """Compiles all named shapes of the kernels for absent chips; tables their cost.
 
-    python -m experiments.kernels.aot                         all that is not yet known
-    python -m experiments.kernels.aot --family causal_conv1d --chip v5e    only these
-    python -m experiments.kernels.aot --chip v5e --no-estimate    whether they compile
-    python -m experiments.kernels.aot --representatives     one shape of each kind
-    python -m experiments.kernels.aot --check     what is stale, failed or missing; 1 if anything is
-    python -m experiments.kernels.aot --readme README.md    rewrite the support matrix
+    seqmodels kernels aot                         all that is not yet known
+    seqmodels kernels aot --family causal_conv1d --chip v5e    only these
+    seqmodels kernels aot --chip v5e --no-estimate    whether they compile
+    seqmodels kernels aot --representatives     one shape of each kind
+    seqmodels kernels aot --check     what is stale, failed or missing; 1 if anything is
+    seqmodels kernels aot --readme README.md    rewrite the support matrix
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
 whether it compiles; on v5e the compiler's static time and its multiple of the floor (every input
@@ -35,8 +35,9 @@ import rich.console
 import rich.progress
 import rich.table
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import run_command
+from experiments.errors import check_name
 from pallas_kernels.tools import aot, programs
 from pallas_kernels.tools import sources as code
 from pallas_kernels.tools.families import TABULATED
@@ -47,8 +48,7 @@ from seqmodels.training.run_directory import environment, source_version
 
 CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to
-REPOSITORY = Path(__file__).parents[2]
-RESULTS = REPOSITORY / "experiments" / "results" / "kernels" / "aot.json"
+RESULTS = places.output("kernels") / "aot.json"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -88,8 +88,7 @@ class AotConfig(Checked):
         known = {"family": tuple(TABULATED), "chip": CHIPS, "mode": MODES}
         for name, allowed in known.items():
             for value in getattr(self, name):
-                if value not in allowed:
-                    raise ValueError(f"{name}={value!r} is unknown; one of {', '.join(allowed)}")
+                check_name(name, value, allowed)
         shapes = self.shapes
         for shape in self.shape:
             if not any(shape in names for names in shapes.values()):
@@ -219,7 +218,7 @@ def modes(chip: str) -> tuple[str, ...]:
 
 def measure(keys: Iterable[Key], *, estimate: bool = True) -> Iterator[Cell]:
     """The cells, each as soon as it is known; one process for each family and chip."""
-    version = source_version(REPOSITORY)
+    version = source_version(places.ROOT)
     groups: dict[tuple[str, str], list[Key]] = {}
     for key in keys:
         groups.setdefault((key.family, key.chip), []).append(key)
@@ -504,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tabulate,
         arguments,
         description=__doc__,
-        prog="python -m experiments.kernels.aot",
+        prog="experiments.kernels.aot",
     )
 
 

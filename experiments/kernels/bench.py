@@ -1,9 +1,9 @@
 """Times the kernels of a family against plain JAX; every ratio is of one run.
 
-python -m experiments.kernels.bench               linear_scan: all that this machine can measure
-python -m experiments.kernels.bench --family delta_rule    another family
-python -m experiments.kernels.bench --only cpu    wall times on this machine's CPU
-python -m experiments.kernels.bench --only tpu    static estimates for absent TPUs
+    seqmodels kernels bench               linear_scan: all that this machine can measure
+    seqmodels kernels bench --family delta_rule    another family
+    seqmodels kernels bench --only cpu    wall times on this machine's CPU
+    seqmodels kernels bench --only tpu    static estimates for absent TPUs
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import rich.console
 import rich.table
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import run_command
 from experiments.kernels import results, s5_step
 from experiments.kernels.results import Result, Target
@@ -34,7 +34,7 @@ else:
     Family = Literal[tuple(TABULATED)]  # the choices of the command line
 Tpu = Literal["v5e", "v5p", "v6e", "tpu7x"]
 Gpu = Literal["a100", "h100", "h200", "b200"]
-RESULTS = Path(__file__).parents[1] / "results" / "kernels"
+RESULTS = places.output("kernels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench,
         arguments,
         description=__doc__,
-        prog="python -m experiments.kernels.bench",
+        prog="experiments.kernels.bench",
     )
 
 

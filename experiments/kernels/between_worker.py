@@ -1,4 +1,4 @@
-"""Times one checkout for `experiments.kernels.between`, which starts it with that checkout's path.
+"""Times one checkout for ``seqmodels kernels between``, which starts it with that checkout's path.
 
 It imports nothing of the repository but `pallas_kernels.<family>.shapes:case`, which every checkout
 has. A line of standard input is a program, `["linear_scan", "s5-listops", "forward", "0.5"]`, which

@@ -131,13 +131,17 @@ def environment() -> dict[str, Any]:
 
 
 def source_version(directory: Path) -> dict[str, Any]:
-    """``{"commit", "dirty"}`` of the checkout around ``directory``; None outside of one."""
+    """``{"commit", "dirty"}`` of the checkout that ``directory`` is part of; None outside of one.
+
+    An environment inside of another project's checkout, which git ignores, is not part of it.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(directory), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", ".")
         return {
             "commit": git("rev-parse", "HEAD"),
             "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 import rich.console
 
+from experiments import places
 from experiments.kernels import aot as table
 from experiments.kernels.aot import FAILED, NOT_RUN, PASSED, AotConfig, Cell, Key
 from pallas_kernels.tools import aot
 from pallas_kernels.tools.families import FAMILIES, TABULATED
 
-README = (table.REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = (places.ROOT / "README.md").read_text(encoding="utf-8")
 QUIET = rich.console.Console(quiet=True)
 CELL = Cell("linear_scan", "odd", "forward", "v5e", PASSED, {}, None, "0", "c", False, 1.0)
 
@@ -25,7 +26,7 @@ def test_readme_shows_what_the_committed_results_give():
 
 def test_every_family_that_exists_is_in_the_tables_and_has_a_benchmark():
     places = ("pallas_kernels/*/shapes.py", "experiments/kernels/*.py")
-    shapes, modules = (set(table.REPOSITORY.glob(place)) for place in places)
+    shapes, modules = (set(places.ROOT.glob(place)) for place in places)
     committed = {cell.family for cell in table.load(table.RESULTS).values()}
     assert committed == set(TABULATED) == {path.parent.name for path in shapes}
     assert set(TABULATED) <= {path.stem for path in modules}
