@@ -49,7 +49,7 @@ GROUPS = {
     "recall": Group(
         "synthetic tasks: recall, copying, state tracking",
         {
-            "train": Command("train one mixer on one task, test it at 1 to 16 times the length"),
+            "train": Command("train one mixer on one task, test it on longer rows"),
             "sweep": Command("train a grid of mixers and sizes of their states"),
             "eval": Command("read the context twice, keep a state from collapsing"),
             "report": Command("accuracy against bytes of state and against length"),
@@ -74,7 +74,7 @@ GROUPS = {
 }
 
 ALONE = {
-    "doctor": Command("check this installation: versions, devices, kernels, a test of each op"),
+    "doctor": Command("check this installation: versions, devices, a test of each op"),
     "completion": Command("print a script that completes commands with the Tab key"),
 }
 """Commands without a group, in the module `experiments.<command>`."""

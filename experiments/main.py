@@ -11,10 +11,10 @@ from experiments.errors import UsageError, check_name
 ABOUT = """\
 Long-sequence models in JAX: train, test and measure them.
 
-  {start} doctor                         is everything here as it should be?
+  {start} doctor
   {start} lra train --task listops --model s5 --preset cpu
   {start} lm train --data book.txt --mixer mamba2 --preset cpu
-  {start} lm generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:"
+  {start} lm generate --checkpoint runs/lm/mamba2-cpu-seed0
   {start} recall train --task mqar --mixer gla --preset cpu
   {start} lra report"""
 
@@ -24,7 +24,7 @@ exit codes:
   1    an error, or a check that found something wrong
   2    a wrong command line
   3    the loss was not finite
-  130  interrupted by Ctrl-C; a training run has left a checkpoint to --resume from
+  130  interrupted by Ctrl-C; training leaves a checkpoint to --resume from
   143  stopped by SIGTERM; likewise"""
 
 
@@ -69,16 +69,13 @@ def _run(words: list[str]) -> int:
 def overview() -> str:
     """What --help says."""
     start = _start()
-    parts = [f"usage: {start} COMMAND [options]", ABOUT.format(start=start), "commands:"]
+    usage = f"usage: {start} COMMAND [options]\n       {start} --version"
     lines = _listed("", ALONE)
     for group, (summary, commands) in GROUPS.items():
         lines += ["", f"  {group}: {summary}", *_listed(f"{group} ", commands)]
-    parts[-1] += "\n" + "\n".join(lines)
-    parts += [
-        f"`{start} COMMAND --help` explains a command, with examples; `{start} --version`.",
-        EXIT_CODES,
-    ]
-    return "\n\n".join(parts)
+    listed = "commands:\n" + "\n".join(lines)
+    more = f"`{start} COMMAND --help` explains a command, with examples."
+    return "\n\n".join([usage, ABOUT.format(start=start), listed, more, EXIT_CODES])
 
 
 def group_help(group: str) -> str:

@@ -1,9 +1,9 @@
 """Times the kernels of a family against plain JAX; every ratio is of one run.
 
-    seqmodels kernels bench               linear_scan: all that this machine can measure
-    seqmodels kernels bench --family delta_rule    another family
-    seqmodels kernels bench --only cpu    wall times on this machine's CPU
-    seqmodels kernels bench --only tpu    static estimates for absent TPUs
+seqmodels kernels bench               linear_scan: all that this machine can measure
+seqmodels kernels bench --family delta_rule    another family
+seqmodels kernels bench --only cpu    wall times on this machine's CPU
+seqmodels kernels bench --only tpu    static estimates for absent TPUs
 """
 
 import dataclasses

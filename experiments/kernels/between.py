@@ -34,7 +34,6 @@ from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment, source_version
 
 
-
 @dataclasses.dataclass(frozen=True)
 class BetweenConfig(Checked):
     """Which checkouts, and what is timed."""

@@ -268,9 +268,9 @@ def build(rows: Sequence[Row], published: Sequence[Published]) -> list[page.Bloc
     return [
         page.Heading("Long Range Arena: our runs beside the published"),
         page.Text(
-            f"Each row of ours is a result file: committed in experiments/results/lra, or one's own in {OWN}. "
-            "Scale: below the paper's, where data, model or schedule are smaller than published or "
-            "nobody has published any; such a row must not be read against the published ones. One "
+            "Each row of ours is a result file: committed in experiments/results/lra, or one's own "
+            f"in {OWN}. Scale: below the paper's, where data, model or schedule are smaller than "
+            "published or nobody has published any; such a row must not be read against the published ones. One "
             "seed a row; the checkpoint that is tested was chosen on validation data."
         ),
         *accuracies(rows),

@@ -23,7 +23,6 @@ from experiments.command_line import run_command
 from experiments.errors import UsageError
 from experiments.places import committed
 from experiments.recall.findings import Checked as CheckedFinding
-from experiments.places import committed
 from experiments.recall.findings import check
 from experiments.recall.plots import against_length, against_state
 from experiments.recall.result import read_evaluations, read_results

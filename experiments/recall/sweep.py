@@ -11,8 +11,8 @@ was not finite is said at the end, and tried again by the next command. A mixer 
 depend on --sizes is run once. Before anything starts, the whole grid is checked: unknown names, and
 runs that do not fit into memory.
 
-seqmodels recall report draws what came out. Any field of the config can be changed for
-all runs, e.g. --train.learning-rate 0.001.
+`seqmodels recall report` draws what came out. Any field of the config can be changed for all runs,
+e.g. --train.learning-rate 0.001.
 """
 
 import dataclasses

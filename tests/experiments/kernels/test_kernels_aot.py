@@ -25,8 +25,8 @@ def test_readme_shows_what_the_committed_results_give():
 
 
 def test_every_family_that_exists_is_in_the_tables_and_has_a_benchmark():
-    places = ("pallas_kernels/*/shapes.py", "experiments/kernels/*.py")
-    shapes, modules = (set(places.ROOT.glob(place)) for place in places)
+    patterns = ("pallas_kernels/*/shapes.py", "experiments/kernels/*.py")
+    shapes, modules = (set(places.ROOT.glob(pattern)) for pattern in patterns)
     committed = {cell.family for cell in table.load(table.RESULTS).values()}
     assert committed == set(TABULATED) == {path.parent.name for path in shapes}
     assert set(TABULATED) <= {path.stem for path in modules}
