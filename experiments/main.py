@@ -1,6 +1,7 @@
 """`seqmodels`: finds the command that is asked for and runs it; imports no other."""
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while modules are imported; later the command sees to it
         print("error: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has gone: `seqmodels --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _run(words: list[str]) -> int:

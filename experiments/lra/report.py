@@ -271,8 +271,8 @@ def build(rows: Sequence[Row], published: Sequence[Published]) -> list[page.Bloc
             "Each row of ours is a result file: committed in experiments/results/lra, or one's own "
             f"in {OWN}. Scale: below the paper's, where data, model or schedule are smaller than "
             "published or nobody has published any; such a row must not be read against the "
-            "published ones. One seed a row; the checkpoint that is tested was chosen on validation "
-            "data."
+            "published ones. One seed a row; the checkpoint that is tested was chosen on "
+            "validation data."
         ),
         *accuracies(rows),
         page.Text(f"{LOCAL} {CRITICS}"),
