@@ -24,7 +24,7 @@ def values(struct: jax.ShapeDtypeStruct, rng: np.random.Generator) -> np.ndarray
     return (-0.01 * (1 + np.abs(rng.standard_normal(struct.shape)))).astype(struct.dtype)
 
 
-def main() -> None:
+def serve() -> None:
     jax.config.update("jax_platforms", "cpu")
     run: Callable[..., Any] = tuple
     operands: Any = ()
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve()

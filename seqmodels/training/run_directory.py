@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+import seqmodels
 from seqmodels.training.checkpoint import differences
 from seqmodels.training.errors import RunDirectoryError
 from seqmodels.training.metrics import write_atomically
@@ -118,6 +119,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seqmodels": seqmodels.__version__,
         **source_version(Path(__file__).parent),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
