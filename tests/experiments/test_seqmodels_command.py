@@ -49,7 +49,7 @@ def test_every_module_that_can_be_run_is_a_command_and_nothing_else_is():
         (["lra", "train", "--task", "listops", "--model", "s4dd"], "(did you mean s4d?)"),
         (["lra", "train", "--task", "text", "--model", "s5", "--preset", "cpu-our"], "cpu-hour?"),
         (["lra", "data", "--task", "pathfindr"], "(did you mean pathfinder?)"),
-        (["lm", "train", "--data", "x", "--mixer", "mamba3"], "(did you mean mamba2?)"),
+        (["lm", "train", "--data", "x", "--mixer", "mamba3"], "(did you mean mamba?)"),
         (["lm", "train", "--data", "x", "--mixer", "s5", "--preset", "smal"], "mean small?"),
         (["recall", "train", "--task", "mqra", "--mixer", "gla"], "(did you mean mqar?)"),
         (["kernels", "aot", "--family", "delta_rul"], "(did you mean delta_rule?)"),
@@ -165,12 +165,10 @@ def test_the_package_has_its_command_types_and_one_version():
 
 def test_imports_go_down_only():
     for floor, package in enumerate(PACKAGES):
+        above = "|".join(PACKAGES[floor + 1 :]) or "tests"
+        statement = re.compile(rf"^ *(from|import) ({above})\b", re.MULTILINE)
         for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                above = {name for name in names if name.split(".")[0] in PACKAGES[floor + 1 :]}
-                assert not above, f"{path} imports {above}"
+            assert not statement.search(path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.full
