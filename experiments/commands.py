@@ -79,7 +79,7 @@ ALONE = {
 }
 """Commands without a group, in the module `experiments.<command>`."""
 
-MODULES = {
+MODULES: dict[tuple[str, ...], str] = {
     **{(name,): f"experiments.{name}" for name in ALONE},
     **{
         (group, name): f"experiments.{group}.{name}"

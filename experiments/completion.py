@@ -76,7 +76,8 @@ def _positional(hint: Any) -> Iterator[str]:
     """The words that are given without an option: choices, and names of subcommands."""
     if typing.get_origin(hint) is typing.Annotated:
         inner, *markers = typing.get_args(hint)
-        if tyro.conf.Positional[inner] == hint:
+        positional: Any = tyro.conf.Positional
+        if positional[inner] == hint:
             yield from _choices(inner)
         yield from (marker.name for marker in markers if getattr(marker, "name", None))
     elif ranges.is_union(hint):

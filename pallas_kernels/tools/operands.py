@@ -89,8 +89,8 @@ def call(
         if not packed:
             return op(**operands)
         batch = operands[next(iter(OPS[name]))].shape[0]
-        ids = np.repeat(PACKED, -(-length // LENGTH), axis=1)[:, :length]
-        ids = jnp.broadcast_to(jnp.asarray(ids), (batch, length))
+        row = np.repeat(PACKED, -(-length // LENGTH), axis=1)[:, :length]
+        ids = jnp.broadcast_to(jnp.asarray(row), (batch, length))
         return op(**operands, segment_ids=ids)
 
     return run
