@@ -71,6 +71,15 @@ def run_command(
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    except ModuleNotFoundError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(
+            f"error: this needs {error.name}, which is not installed: pip install {error.name}, "
+            "or 'seqmodels[dev]' for all that comparisons need",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -93,7 +93,7 @@ def inspect() -> Machine:
         versions={
             "seqmodels": seqmodels.__version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in (*LIBRARIES, *PLUGINS)},
+            **{name: installed(name) for name in (*LIBRARIES, *PLUGINS)},
         },
         backend=None if problem else jax.default_backend(),
         devices=tuple(map(_device, devices)),
@@ -105,7 +105,8 @@ def inspect() -> Machine:
     )
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -23,6 +23,7 @@ from experiments import places, terminal
 from experiments.command_line import run_command
 from experiments.kernels import results, s5_step
 from experiments.kernels.results import Result, Target
+from experiments.machine import installed
 from pallas_kernels.tools.families import TABULATED
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
@@ -106,7 +107,7 @@ def run(
         raise ValueError(f"output={str(config.path)!r} is a folder; name the JSON file")
     start, done = time.perf_counter(), []
     machine = environment()  # before this command's own output changes the checkout
-    machine["versions"] |= {name: importlib.metadata.version(name) for name in packages}
+    machine["versions"] |= {name: installed(name) for name in packages}
     settings = {name: value for name, value in vars(config).items() if name != "traceback"}
     settings["output"] = None
     config.path.parent.mkdir(parents=True, exist_ok=True)  # a bad path fails before the work

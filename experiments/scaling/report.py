@@ -167,6 +167,8 @@ def report(config: ScalingConfig) -> None:
                 steps[f"{model}/{layers}/{config.step_length}"] = figures
                 save(path, cells, steps)
                 print(f"{model}, {layers}: {json.dumps(figures)[:200]}", file=sys.stderr)
+    if not cells:
+        raise ValueError(f"no cells in {path}; make them without --print-only")
     missing = [key for key in all_keys() if key not in cells]
     text = tables.markdown(cells, steps, missing)
     config.output.mkdir(parents=True, exist_ok=True)
