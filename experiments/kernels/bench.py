@@ -8,7 +8,6 @@ seqmodels kernels bench --only tpu    static estimates for absent TPUs
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import rich.console
 import rich.table
+import rich.text
 
 from experiments import places, terminal
 from experiments.command_line import run_command
@@ -114,7 +114,7 @@ def run(
     with console.status("measuring"):
         for row in rows:
             done.append(row)
-            console.print(f"[dim]{row.device}: {row.case} {row.shape}[/dim]")
+            console.print(f"{row.device}: {row.case} {row.shape}", style="dim")
             record = {
                 "config": settings,
                 **machine,
@@ -131,7 +131,12 @@ def table(rows: Iterable[Result]) -> rich.console.Group:
     for row in rows:
         view = rich.table.Table.grid("", "", padding=(0, 2), pad_edge=True)
         view.add_row(_figure(row), _ratios(row))
-        parts += [f"[bold]{row.device}: {row.case}[/bold]", f"{row.shape}; {row.kind}", view, ""]
+        parts += [
+            rich.text.Text(f"{row.device}: {row.case}", "bold"),
+            f"{row.shape}; {row.kind}",
+            view,
+            "",
+        ]
     return rich.console.Group(*parts)
 
 
