@@ -15,17 +15,13 @@ import jax
 import tyro
 
 from experiments import terminal
+from experiments.commands import as_typed, typed
+from experiments.errors import UsageError
 from seqmodels import ranges
 from seqmodels.training.errors import TrainingError
 
 Config = TypeVar("Config")
 Arguments = TypeVar("Arguments")
-
-
-class UsageError(ValueError):
-    """The command line asks for something that does not exist."""
-
-    exit_code = 2
 
 
 def run_command(
@@ -45,7 +41,8 @@ def run_command(
         of an error as well.
       action: the program, called with the arguments.
       arguments: the command line; None for that of the process.
-      description, prog: for the help.
+      description: for the help.
+      prog: the module of the command, "experiments.lra.train"; the help has it as it was typed.
       config_fields: ``action`` takes the options that ``kind`` does not know too, which are to
         change the fields of a config, see ``changed``.
       options: more of ``tyro.cli``'s.
@@ -58,7 +55,7 @@ def run_command(
         parsed, rest = parse(
             kind,
             arguments,
-            description=description and terminal.help_text(description),
+            description=description and terminal.help_text(as_typed(description)),
             prog=prog,
             strict=not config_fields,
             **options,
@@ -74,6 +71,15 @@ def run_command(
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    except ModuleNotFoundError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(
+            f"error: this needs {error.name}, which is not installed: pip install {error.name}, "
+            "or 'seqmodels[dev]' for all that comparisons need",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
@@ -94,7 +100,7 @@ def parse(
     Args:
       kind: the dataclass to make.
       arguments: the command line; None for that of the process.
-      prog: name of the command.
+      prog: the module of the command.
       strict: refuse options that ``kind`` does not know.
       help_option: which shows the options, for messages.
       options: of ``tyro.cli``.
@@ -105,11 +111,12 @@ def parse(
     given = list(sys.argv[1:] if arguments is None else arguments)
     _refuse_empty_paths(kind, given)
     complaint = io.StringIO()
+    options["prog"] = typed(prog) if prog else None
     try:
         with contextlib.redirect_stderr(complaint):
             if strict:
-                return tyro.cli(kind, args=given, prog=prog, **options), []
-            return tyro.cli(kind, args=given, prog=prog, return_unknown_args=True, **options)
+                return tyro.cli(kind, args=given, **options), []
+            return tyro.cli(kind, args=given, return_unknown_args=True, **options)
     except SystemExit as exit:
         if not exit.code:  # --help
             raise

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from experiments import terminal
-from experiments.command_line import UsageError
+from experiments.errors import UsageError
 from seqmodels import ranges
 from seqmodels.config import from_dict, to_dict
 from seqmodels.parallel.mesh import MESH_AXES, make_mesh

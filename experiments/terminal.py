@@ -10,8 +10,8 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """A console as wide as the terminal."""
-    return Console(width=shutil.get_terminal_size().columns, highlight=False)
+    """A console as wide as the terminal; "[aot]" is text, no markup."""
+    return Console(width=shutil.get_terminal_size().columns, highlight=False, markup=False)
 
 
 def say(text: str) -> None:

@@ -1,10 +1,10 @@
 """Compiles all named shapes of the kernels for absent chips; tables their cost.
 
-    python -m experiments.kernels.aot                         all that is not yet known
-    python -m experiments.kernels.aot --family causal_conv1d --chip v5e    only these
-    python -m experiments.kernels.aot --chip v5e --no-estimate    whether they compile
-    python -m experiments.kernels.aot --representatives     one shape of each kind
-    python -m experiments.kernels.aot --check     what is stale, failed or missing; 1 if anything is
+    seqmodels kernels aot                         all that is not yet known
+    seqmodels kernels aot --family causal_conv1d --chip v5e    only these
+    seqmodels kernels aot --chip v5e --no-estimate    whether they compile
+    seqmodels kernels aot --representatives     one shape of each kind
+    seqmodels kernels aot --check     what is stale, failed or missing; 1 if anything is
 
 A cell is one shape of a family on one chip, forward and backward, and on v5e forward alone too:
 whether it compiles; on v5e the compiler's static time and its multiple of the floor (every input
@@ -35,8 +35,9 @@ import rich.console
 import rich.progress
 import rich.table
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import run_command
+from experiments.errors import check_name
 from pallas_kernels.tools import aot, programs
 from pallas_kernels.tools import sources as code
 from pallas_kernels.tools.families import TABULATED
@@ -47,8 +48,7 @@ from seqmodels.training.run_directory import environment, source_version
 
 CHIPS = ("cpu", *aot.CHIPS)
 ESTIMATED = "v5e"  # the chip that speed is held to
-REPOSITORY = Path(__file__).parents[2]
-RESULTS = REPOSITORY / "experiments" / "results" / "kernels" / "aot.json"
+RESULTS = places.output("kernels") / "aot.json"
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 STALE, MISSING = "stale", "missing"  # what a cell may be besides its own outcome
@@ -85,8 +85,7 @@ class AotConfig(Checked):
         known = {"family": tuple(TABULATED), "chip": CHIPS, "mode": MODES}
         for name, allowed in known.items():
             for value in getattr(self, name):
-                if value not in allowed:
-                    raise ValueError(f"{name}={value!r} is unknown; one of {', '.join(allowed)}")
+                check_name(name, value, allowed)
         shapes = self.shapes
         for shape in self.shape:
             if not any(shape in names for names in shapes.values()):
@@ -216,7 +215,7 @@ def modes(chip: str) -> tuple[str, ...]:
 
 def measure(keys: Iterable[Key], *, estimate: bool = True) -> Iterator[Cell]:
     """The cells, each as soon as it is known; one process for each family and chip."""
-    version = source_version(REPOSITORY)
+    version = source_version(places.ROOT)
     groups: dict[tuple[str, str], list[Key]] = {}
     for key in keys:
         groups.setdefault((key.family, key.chip), []).append(key)
@@ -446,12 +445,12 @@ def check(config: AotConfig) -> list[str]:
 
 def _grouped(keys: Iterable[Key]) -> Iterator[str]:
     """The keys, in a line those of a family that are wanting on the same chips."""
-    places: dict[tuple[str, str], list[str]] = {}
+    chips_of: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         label = f"{key.chip} {MODES[0]}" if key.mode == MODES[0] else key.chip
-        places.setdefault((key.family, key.shape), []).append(label)
+        chips_of.setdefault((key.family, key.shape), []).append(label)
     shapes: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (family, shape), labels in places.items():
+    for (family, shape), labels in chips_of.items():
         shapes.setdefault((family, tuple(labels)), []).append(shape)
     everywhere = sum(len(modes(chip)) for chip in CHIPS)
     for (family, chips), names in shapes.items():
@@ -486,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tabulate,
         arguments,
         description=__doc__,
-        prog="python -m experiments.kernels.aot",
+        prog="experiments.kernels.aot",
     )
 
 

@@ -1,14 +1,13 @@
 """Times the kernels of a family against plain JAX; every ratio is of one run.
 
-python -m experiments.kernels.bench               linear_scan: all that this machine can measure
-python -m experiments.kernels.bench --family delta_rule    another family
-python -m experiments.kernels.bench --only cpu    wall times on this machine's CPU
-python -m experiments.kernels.bench --only tpu    static estimates for absent TPUs
+seqmodels kernels bench               linear_scan: all that this machine can measure
+seqmodels kernels bench --family delta_rule    another family
+seqmodels kernels bench --only cpu    wall times on this machine's CPU
+seqmodels kernels bench --only tpu    static estimates for absent TPUs
 """
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import sys
 import time
@@ -18,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import rich.console
 import rich.table
+import rich.text
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import run_command
 from experiments.kernels import results, s5_step
 from experiments.kernels.results import Result, Target
+from experiments.machine import installed
 from pallas_kernels.tools.families import TABULATED
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
@@ -34,7 +35,7 @@ else:
     Family = Literal[tuple(TABULATED)]  # the choices of the command line
 Tpu = Literal["v5e", "v5p", "v6e", "tpu7x"]
 Gpu = Literal["a100", "h100", "h200", "b200"]
-RESULTS = Path(__file__).parents[1] / "results" / "kernels"
+RESULTS = places.output("kernels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +107,14 @@ def run(
         raise ValueError(f"output={str(config.path)!r} is a folder; name the JSON file")
     start, done = time.perf_counter(), []
     machine = environment()  # before this command's own output changes the checkout
-    machine["versions"] |= {name: importlib.metadata.version(name) for name in packages}
+    machine["versions"] |= {name: installed(name) for name in packages}
     settings = {name: value for name, value in vars(config).items() if name != "traceback"}
     settings["output"] = None
     config.path.parent.mkdir(parents=True, exist_ok=True)  # a bad path fails before the work
     with console.status("measuring"):
         for row in rows:
             done.append(row)
-            console.print(f"[dim]{row.device}: {row.case} {row.shape}[/dim]")
+            console.print(f"{row.device}: {row.case} {row.shape}", style="dim")
             record = {
                 "config": settings,
                 **machine,
@@ -130,7 +131,12 @@ def table(rows: Iterable[Result]) -> rich.console.Group:
     for row in rows:
         view = rich.table.Table.grid("", "", padding=(0, 2), pad_edge=True)
         view.add_row(_figure(row), _ratios(row))
-        parts += [f"[bold]{row.device}: {row.case}[/bold]", f"{row.shape}; {row.kind}", view, ""]
+        parts += [
+            rich.text.Text(f"{row.device}: {row.case}", "bold"),
+            f"{row.shape}; {row.kind}",
+            view,
+            "",
+        ]
     return rich.console.Group(*parts)
 
 
@@ -181,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench,
         arguments,
         description=__doc__,
-        prog="python -m experiments.kernels.bench",
+        prog="experiments.kernels.bench",
     )
 
 

@@ -1,8 +1,8 @@
 """Times the portable path of every family in two checkouts, in turn: did a rebuild cost speed?
 
     git worktree add ../before COMMIT
-    python -m experiments.kernels.between --before ../before
-    python -m experiments.kernels.between --before ../before --family delta_rule --repetitions 50
+    seqmodels kernels between --before ../before
+    seqmodels kernels between --before ../before --family delta_rule --repetitions 50
 
 Each checkout has a process of its own; in each repetition both run the same program on the same
 numbers one after the other, so that a disturbance of the machine meets them alike. `before/after`
@@ -23,16 +23,15 @@ from typing import Any
 
 import rich.progress
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import run_command
+from experiments.errors import check_name
 from experiments.kernels import between_worker
 from pallas_kernels.tools.families import TABULATED
 from pallas_kernels.tools.programs import MODES
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import environment, source_version
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class BetweenConfig(Checked):
 
     before: Path
     """The checkout to compare with."""
-    after: Path = REPOSITORY
+    after: Path = places.ROOT
     """The other one; by default that of this command."""
     family: tuple[str, ...] = ()
     """Families of kernels; empty means all."""
@@ -49,7 +48,7 @@ class BetweenConfig(Checked):
     """Timed runs of each program in each checkout; medians are reported."""
     length: Size = 1024
     """Tokens: longer shapes are cut to so many."""
-    output: Path = REPOSITORY / "experiments" / "results" / "kernels" / "between-cpu.json"
+    output: Path = places.output("kernels") / "between-cpu.json"
     """The JSON file."""
 
     traceback: bool = False
@@ -62,8 +61,7 @@ class BetweenConfig(Checked):
             if not (path / "pallas_kernels").is_dir():
                 raise ValueError(f"{name}={str(path)!r} is no checkout: it has no pallas_kernels")
         for family in self.family:
-            if family not in TABULATED:
-                raise ValueError(f"family={family!r} is unknown; one of {', '.join(TABULATED)}")
+            check_name("family", family, TABULATED)
 
 
 class Checkout:
@@ -172,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         between,
         arguments,
         description=__doc__,
-        prog="python -m experiments.kernels.between",
+        prog="experiments.kernels.between",
     )
 
 

@@ -1,4 +1,4 @@
-"""Times one checkout for `experiments.kernels.between`, which starts it with that checkout's path.
+"""Times one checkout for ``seqmodels kernels between``, which starts it with that checkout's path.
 
 It imports nothing of the repository but `pallas_kernels.<family>.shapes:case`, which every checkout
 has. A line of standard input is a program, `["linear_scan", "s5-listops", "forward", "0.5"]`, which
@@ -24,7 +24,7 @@ def values(struct: jax.ShapeDtypeStruct, rng: np.random.Generator) -> np.ndarray
     return (-0.01 * (1 + np.abs(rng.standard_normal(struct.shape)))).astype(struct.dtype)
 
 
-def main() -> None:
+def serve() -> None:
     jax.config.update("jax_platforms", "cpu")
     run: Callable[..., Any] = tuple
     operands: Any = ()
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -1,7 +1,7 @@
 """Bits per byte of a trained model on any text; needs nothing but the run directory.
 
-    python -m experiments.lm.eval --checkpoint runs/lm/gla-cpu-seed0 --data other.txt
-    python -m experiments.lm.eval --checkpoint runs/lm/gla-cpu-seed0 --data other.txt --context 256
+    seqmodels lm eval --checkpoint runs/lm/gla-cpu-seed0 --data other.txt
+    seqmodels lm eval --checkpoint runs/lm/gla-cpu-seed0 --data other.txt --context 256
 
 The text is read once from the beginning to the end with the states carried through, in memory that
 does not grow with it. Models whose cache grows (attention) see windows of --context bytes instead,

@@ -1,7 +1,7 @@
 """Continues a prompt with a trained model, byte by byte; needs nothing but the run directory.
 
-    python -m experiments.lm.generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:"
-    python -m experiments.lm.generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:" \\
+    seqmodels lm generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:"
+    seqmodels lm generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:" \\
         --temperature 0.8 --top-p 0.95 --stop "\\n\\n" --length 1000
 
 Text appears as it is made. It ends after --length bytes, where the model ends the document, or at a
@@ -20,7 +20,8 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from experiments.command_line import UsageError, run_command
+from experiments.command_line import run_command
+from experiments.errors import UsageError
 from experiments.lm.run import Trained, load_trained, make_task
 from experiments.run import mesh_of, unescaped
 from seqmodels.arguments import SEED, integer
@@ -54,7 +55,7 @@ class Arguments(Checked):
     """Draw from the fewest most likely bytes whose probabilities reach this."""
     stop: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """End before this text; may be repeated. \\n, \\t, \\r and \\\\ are understood, as in
-    --separator of experiments.lm.train."""
+    --separator of `seqmodels lm train`."""
     seed: Seed = 0
     """Seed of the draws, from 0 to 2**32 - 1."""
     max_length: Size | None = None

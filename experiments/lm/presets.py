@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import jax
 from tyro.conf import Fixed
 
-from experiments.command_line import UsageError
+from experiments.errors import UsageError, check_name
 from seqmodels.data.decomposition import Curriculum, check_lengths
 from seqmodels.data.text import VOCABULARY
 from seqmodels.mixers import REGISTRY, MixerConfig, build
@@ -21,7 +21,7 @@ from seqmodels.ranges import Between, Checked, Size
 from seqmodels.training.config import TrainConfig
 
 Preset = Literal["tiny", "cpu", "small", "table"]
-"""Names of configs; "table" is that of experiments.lm.table."""
+"""Names of configs; "table" is that of `seqmodels lm table`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,11 +207,10 @@ def experiment(mixer: str, preset: str, seed: int = 0) -> ExperimentConfig:
     """The experiment of a preset.
 
     Raises:
-      UsageError: an unknown name (the message lists the known ones), or a bidirectional mixer.
+      UsageError: an unknown name (the message has the nearest known one), or a bidirectional mixer.
       ValueError: the seed is out of range.
     """
-    if preset not in PRESETS:
-        raise UsageError(f"preset={preset!r} is not known; choose one of {', '.join(PRESETS)}")
+    check_name("preset", preset, PRESETS)
     recipe = PRESETS[preset]
     return ExperimentConfig(
         mixer=mixer,
@@ -248,8 +247,7 @@ def mixer_config(name: str, size: ModelSize) -> MixerConfig:
     Raises:
       UsageError: an unknown name, or a mixer that has no causal mode.
     """
-    if name not in REGISTRY:
-        raise UsageError(f"mixer={name!r} is not known; choose one of {', '.join(MIXERS)}")
+    check_name("mixer", name, MIXERS)
     kind = REGISTRY[name][0]
     fields = {field.name for field in dataclasses.fields(kind)}
     heads = max(size.width // size.head, 1)

@@ -91,7 +91,7 @@ def load_trained(checkpoint: Path, *, average: bool = True) -> Trained:
         config = from_dict(ExperimentConfig, config_dict, where="config")
     except ValueError as error:
         raise ValueError(
-            f"--checkpoint {checkpoint} is not a run of experiments.lm.train, or of another "
+            f"--checkpoint {checkpoint} is not a run of `seqmodels lm train`, or of another "
             f"version ({error}); give the directory of such a run"
         ) from error
     if step is None:

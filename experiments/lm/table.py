@@ -1,8 +1,8 @@
 """Compares the registered mixers at equal parameters and equal tokens on one text.
 
-    python -m experiments.lm.table --data book.txt
-    python -m experiments.lm.table --data book.txt --mixers mamba2 gla --steps 1000
-    python -m experiments.lm.table --print-only
+    seqmodels lm table --data book.txt
+    seqmodels lm table --data book.txt --mixers mamba2 gla --steps 1000
+    seqmodels lm table --print-only
 
 Every causal mixer gets four blocks of mixer and MLP, as wide as makes about a million parameters
 (the width is chosen so that the MLP is about twice as wide; the MLP's width then takes up the
@@ -30,7 +30,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import terminal
-from experiments.command_line import UsageError, run_command
+from experiments.command_line import run_command
+from experiments.errors import UsageError
 from experiments.lm import presets
 from experiments.lm.presets import ExperimentConfig, ModelSize
 from experiments.lm.run import TextData, load_data, make_task

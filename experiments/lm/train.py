@@ -1,8 +1,8 @@
 """Trains a language model of one mixer on the bytes of a text.
 
-    python -m experiments.lm.train --data book.txt --mixer mamba2 --preset cpu
-    python -m experiments.lm.train --data book.txt --mixer gla --carry-state --ema-decay 0.999
-    python -m experiments.lm.train --resume --run-dir runs/lm/mamba2-cpu-seed0
+    seqmodels lm train --data book.txt --mixer mamba2 --preset cpu
+    seqmodels lm train --data book.txt --mixer gla --carry-state --ema-decay 0.999
+    seqmodels lm train --resume --run-dir runs/lm/mamba2-cpu-seed0
 
 --data is a file, or a folder whose *.txt files are one document each; the last tenth of the bytes
 is for validation. Rows are shuffled windows of the text; with --carry-state they are contiguous
@@ -17,9 +17,7 @@ changed; --help-fields lists them. For example
     --train.learning-rate 0.001 --data.length 1024 --model.backbone.width 256
 
 The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result
-goes to --results-dir as <mixer>-<preset>-seed<k>.json. Exit codes: 0 done; 1 an error; 2 a wrong
-command line; 3 the loss was not finite; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint
-to --resume from.
+goes to --results-dir as <mixer>-<preset>-seed<k>.json.
 """
 
 import dataclasses
@@ -32,7 +30,8 @@ import numpy as np
 import tyro
 
 from experiments import terminal
-from experiments.command_line import UsageError, as_options, changed, run_command
+from experiments.command_line import as_options, changed, run_command
+from experiments.errors import UsageError
 from experiments.lm.presets import ExperimentConfig, experiment
 from experiments.lm.run import TextData, bits_per_byte, load_data, make_task
 from experiments.run import (
@@ -75,7 +74,7 @@ class Arguments(Checked):
     """Seed of parameters, dropout and data order; default 0."""
     separator: str | None = None
     """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document.
-    \\n, \\t, \\r and \\\\ are understood, as in --stop of experiments.lm.generate."""
+    \\n, \\t, \\r and \\\\ are understood, as in --stop of `seqmodels lm generate`."""
     carry_state: bool = False
     """Carry the states from batch to batch: truncated backpropagation through time."""
     ema_decay: Between | None = None

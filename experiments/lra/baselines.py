@@ -1,6 +1,6 @@
 """What predictors without any sequence model reach on a task: the figures a model has to beat.
 
-python -m experiments.lra.baselines listops --cache-dir ~/.cache/seqmodels
+seqmodels lra baselines listops --cache-dir ~/.cache/seqmodels
 """
 
 import dataclasses

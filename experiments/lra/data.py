@@ -1,14 +1,14 @@
 """Prepares a task's data, checks and counts them, and draws a page of samples.
 
-    python -m experiments.lra.data --task listops
-    python -m experiments.lra.data --task path-x --train 1000 --validation 100 --test 100
-    python -m experiments.lra.data --task image --data-dir cifar-10-binary.tar.gz
+    seqmodels lra data --task listops
+    seqmodels lra data --task path-x --train 1000 --validation 100 --test 100
+    seqmodels lra data --task image --data-dir cifar-10-binary.tar.gz
 
 ListOps and the path tasks are generated, unless --data-dir has Long Range Arena's files; a killed
 generation of images continues where it was. All others need the original files: without --data-dir
 the command says what to get, from where and how large it is. What is prepared stays in --cache-dir,
-where experiments.lra.train finds it. Any field of the task's data is an option, as --train above;
---help-fields lists them. Exit codes as of experiments.lra.train.
+where `seqmodels lra train` finds it. Any field of the task's data is an option, as --train above;
+--help-fields lists them.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ import numpy as np
 import tyro
 
 from experiments import terminal
-from experiments.command_line import UsageError, as_options, changed, run_command
+from experiments.command_line import as_options, changed, run_command
+from experiments.errors import check_name
 from experiments.lra.experiment import Task
 from experiments.lra.plots import samples
 from experiments.lra.run import data_digest
@@ -71,9 +72,7 @@ def prepare(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     Raises:
       ValueError, OSError: with a message for the user.
     """
-    if arguments.task not in TASKS:
-        known = ", ".join(get_args(Task))
-        raise UsageError(f"task={arguments.task!r} is not known; choose one of {known}")
+    check_name("task", arguments.task, get_args(Task))
     options = [*as_options(arguments.set), *fields]
     options += ["--allow-partial=True"] if arguments.allow_partial else []
     options += ["--help"] if arguments.help_fields else []

@@ -1,12 +1,12 @@
 """Evaluates a checkpoint on the test split; needs nothing but the run directory.
 
-    python -m experiments.lra.eval --checkpoint runs/lra/listops-s5-cpu-seed0
-    python -m experiments.lra.eval --checkpoint runs/lra/listops-s5-cpu-seed0/checkpoints/5000
-    python -m experiments.lra.eval --checkpoint runs/lra/listops-s5-cpu-seed0 --window 61
+    seqmodels lra eval --checkpoint runs/lra/listops-s5-cpu-seed0
+    seqmodels lra eval --checkpoint runs/lra/listops-s5-cpu-seed0/checkpoints/5000
+    seqmodels lra eval --checkpoint runs/lra/listops-s5-cpu-seed0 --window 61
 
 Without a step it takes the one the run was tested at (else the latest), and says whether the
 accuracy is the recorded one. With --window the model sees pieces of so many tokens, which it was
-not trained for; experiments.lra.train --window trains one that was.
+not trained for; `seqmodels lra train --window` trains one that was.
 """
 
 import dataclasses

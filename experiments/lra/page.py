@@ -84,7 +84,7 @@ def to_terminal(blocks: Sequence[Block]) -> None:
     for block in blocks:
         match block:
             case Heading(text):
-                console.print(f"[bold]{text}[/bold]\n")
+                console.print(f"{text}\n", style="bold")
             case Text(text):
                 terminal.say(text)
                 print()

@@ -1,9 +1,9 @@
 """Writes one page of all results beside the published ones, in four forms.
 
-    python -m experiments.lra.report
-    python -m experiments.lra.report --all-published --out page
-    python -m experiments.lra.report --check listops-s5-cpu-seed0
-    python -m experiments.lra.report --results-dir experiments/results/lra
+    seqmodels lra report
+    seqmodels lra report --all-published --out page
+    seqmodels lra report --check listops-s5-cpu-seed0
+    seqmodels lra report --results-dir experiments/results/lra
 
 Rows of ours are the result files of experiments.lra.train: the committed ones and one's own, which
 go to a folder that git ignores; there is no row without a file. Published rows are those of
@@ -25,7 +25,8 @@ import numpy as np
 from rich.console import Console
 
 from experiments import terminal
-from experiments.command_line import UsageError, run_command
+from experiments.command_line import run_command
+from experiments.errors import UsageError
 from experiments.lra import page, plots
 from experiments.lra.check import check
 from experiments.lra.convolutions import CONVOLUTIONS
@@ -100,7 +101,7 @@ class Arguments(Checked):
     check: str | None = None
     """Train this row again up to its first evaluation and compare, e.g. listops-s5-cpu-seed0."""
     data_dir: Path | None = None
-    """For --check: where the original files are; see experiments.lra.data."""
+    """For --check: where the original files are; see `seqmodels lra data`."""
     cache_dir: Path | None = None
     """For --check: where prepared data are kept; default ~/.cache/seqmodels."""
     progress: bool = True
@@ -267,10 +268,11 @@ def build(rows: Sequence[Row], published: Sequence[Published]) -> list[page.Bloc
     return [
         page.Heading("Long Range Arena: our runs beside the published"),
         page.Text(
-            f"Each row of ours is a result file: committed in {COMMITTED}, or one's own in {OWN}. "
-            "Scale: below the paper's, where data, model or schedule are smaller than published or "
-            "nobody has published any; such a row must not be read against the published ones. One "
-            "seed a row; the checkpoint that is tested was chosen on validation data."
+            "Each row of ours is a result file: committed in experiments/results/lra, or one's own "
+            f"in {OWN}. Scale: below the paper's, where data, model or schedule are smaller than "
+            "published or nobody has published any; such a row must not be read against the "
+            "published ones. One seed a row; the checkpoint that is tested was chosen on "
+            "validation data."
         ),
         *accuracies(rows),
         page.Text(f"{LOCAL} {CRITICS}"),

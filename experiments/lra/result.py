@@ -1,4 +1,4 @@
-"""A result file of experiments.lra.train, checked before anything is read from it."""
+"""A result file of `seqmodels lra train`, checked before anything is read from it."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +46,6 @@ def read_result(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name}={result[name]!r}, its config has {value!r}")
     except ValueError as error:
         raise ValueError(
-            f"{path} is not a result of experiments.lra.train, move it away: {error}"
+            f"{path} is not a result of `seqmodels lra train`, move it away: {error}"
         ) from error
     return result

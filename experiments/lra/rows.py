@@ -1,4 +1,4 @@
-"""Our rows: result files of experiments.lra.train, and what the report says of each."""
+"""Our rows: result files of `seqmodels lra train`, and what the report says of each."""
 
 import dataclasses
 import difflib
@@ -11,17 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.command_line import UsageError
+from experiments.errors import UsageError
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets import PAPER
 from experiments.lra.result import read_result
+from experiments.places import committed
 from seqmodels.config import from_dict, to_dict
 from seqmodels.data.lra import TASKS
 from seqmodels.mixers import BidirectionalConfig, MixerConfig, build
 
-COMMITTED = Path("experiments/results/lra")
+COMMITTED = committed("lra")
 OWN = Path("runs/results/lra")
-"""Where experiments.lra.train writes; git ignores it."""
+"""Where `seqmodels lra train` writes; git ignores it."""
 
 BUDGETS = (10, 60)
 """Minutes of training by which rows are grouped."""
@@ -188,11 +189,11 @@ def read_rows(*folders: Path) -> list[Row]:
         for path in sorted(folder.glob("*.json")):
             result = read_result(path)
             config = from_dict(ExperimentConfig, result["config"], where="config")
-            rows.append(Row(path, path.parent == COMMITTED, result, config))
+            rows.append(Row(path, path.parent.resolve() == COMMITTED.resolve(), result, config))
     if not rows:
         raise ValueError(
             f"no results in {', '.join(map(str, folders))}; make one with "
-            "python -m experiments.lra.train, or name another --results-dir"
+            "seqmodels lra train, or name another --results-dir"
         )
 
     def order(row: Row) -> tuple[Any, ...]:

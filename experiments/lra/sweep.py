@@ -1,14 +1,14 @@
 """Trains many models on many tasks, one after another, each for the same time.
 
-    python -m experiments.lra.sweep --minutes 10 --data text=aclImdb_v1.tar.gz image=cifar-10
-    python -m experiments.lra.sweep --tasks listops --models s5 gla --seeds 0 1 2 --dry-run
-    python -m experiments.lra.sweep --cells image:s4:cpu-hour mnist:s4d --minutes 60
+    seqmodels lra sweep --minutes 10 --data text=aclImdb_v1.tar.gz image=cifar-10
+    seqmodels lra sweep --tasks listops --models s5 gla --seeds 0 1 2 --dry-run
+    seqmodels lra sweep --cells image:s4:cpu-hour mnist:s4d --minutes 60
 
-A cell is a task, a model, a preset, a seed, and perhaps a pretraining; experiments.lra.train runs
+A cell is a task, a model, a preset, a seed, and perhaps a pretraining; `seqmodels lra train` runs
 it with --minutes, which chooses the number of steps by timing a few. A sweep that was killed, at
 any moment, and is started again with the same command goes on where it was: cells with a result
 are left out, the one under way continues from its last checkpoint, and the time it has trained
-counts. Results, learning curves and run directories are those of experiments.lra.train. A cell
+counts. Results, learning curves and run directories are those of `seqmodels lra train`. A cell
 that fails is reported and does not stop the others. Exit codes: 0 all cells have a result; 1 some
 have failed; 130 and 143 stopped.
 """
@@ -22,7 +22,8 @@ from typing import Any, cast, get_args
 import jax
 
 from experiments import terminal
-from experiments.command_line import UsageError, run_command
+from experiments.command_line import run_command
+from experiments.errors import UsageError
 from experiments.lra import train
 from experiments.lra.experiment import ExperimentConfig
 from experiments.lra.presets import experiment
@@ -52,14 +53,14 @@ class Arguments(Checked):
     seeds: tuple[Seed, ...] = (0,)
     """Seeds; each with all tasks and models."""
     pretrain: tuple[str, ...] = ("none",)
-    """none, masked or causal, or several; each with all of these. See experiments.lra.train."""
+    """none, masked or causal, or several; each with all of these. See `seqmodels lra train`."""
     cells: tuple[str, ...] = ()
     """The cells themselves, in this order, in place of tasks and models:
     task:model, and then perhaps :preset, :seed and :masked or :causal."""
     minutes: Positive = 10.0
     """Training time of each cell."""
     data: tuple[str, ...] = ()
-    """Where the original files of a task are, as task=PATH; as --data-dir of experiments.lra.train
+    """Where the original files of a task are, as task=PATH; as --data-dir of `seqmodels lra train`
     for that task."""
     allow_partial: tuple[str, ...] = ()
     """Tasks whose data may have other numbers than the published ones."""
@@ -124,7 +125,7 @@ def locations(arguments: Arguments) -> dict[str, str]:
 
 
 def command(arguments: Arguments, config: ExperimentConfig, data_dir: str | None) -> list[str]:
-    """The arguments of experiments.lra.train that begin or continue a cell."""
+    """The arguments of `seqmodels lra train` that begin or continue a cell."""
     run_dir = arguments.runs_dir / config.name
     options = [f"--run-dir={run_dir}", f"--results-dir={arguments.results_dir}"]
     options += [] if arguments.cache_dir is None else [f"--cache-dir={arguments.cache_dir}"]

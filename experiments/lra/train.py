@@ -1,8 +1,8 @@
 """Trains one model on one task and writes down what came out.
 
-    python -m experiments.lra.train --task listops --model s5 --preset cpu
-    python -m experiments.lra.train --task listops --model gla --minutes 10
-    python -m experiments.lra.train --resume --run-dir runs/lra/listops-s5-cpu-seed0
+    seqmodels lra train --task listops --model s5 --preset cpu
+    seqmodels lra train --task listops --model gla --minutes 10
+    seqmodels lra train --resume --run-dir runs/lra/listops-s5-cpu-seed0
 
 Presets: "paper" has the published settings, or our recipe where nobody has published any, and is
 meant for an accelerator; "gpu-15min" is shorter; "cpu" is what two processor cores do in ten
@@ -15,8 +15,6 @@ lists them. For example
 The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result and
 its learning curve go to --results-dir as <task>-<model>-<preset>-seed<k>.json and .png, with
 --minutes 10 as <task>-<model>-<preset>-10min-seed<k>, with --pretrain masked -masked before that.
-Exit codes: 0 done; 1 an error; 2 a wrong command line; 3 the loss was not finite; 130 and 143
-stopped by Ctrl-C or SIGTERM, with a checkpoint to --resume from.
 """
 
 import dataclasses
@@ -30,7 +28,8 @@ import numpy as np
 import tyro
 
 from experiments import terminal
-from experiments.command_line import UsageError, as_options, changed, run_command
+from experiments.command_line import as_options, changed, run_command
+from experiments.errors import UsageError
 from experiments.lra.baselines import baselines
 from experiments.lra.budget import Budget, planned, timed
 from experiments.lra.command import PROG, command_of
@@ -91,7 +90,7 @@ class Arguments(Checked):
     seed: Seed | None = None
     """Seed of parameters, dropout and data order; default 0."""
     data_dir: Path | None = None
-    """Where the original files are, a folder or an archive: see experiments.lra.data. Without it,
+    """Where the original files are, a folder or an archive: see `seqmodels lra data`. Without it,
     listops and the path tasks are generated."""
     allow_partial: bool = False
     """Accept data of other numbers than the published ones, e.g. a part of IMDB's reviews."""

@@ -1,11 +1,11 @@
 """Times layers and models on this machine's CPU; every ratio is of one run.
 
-    python -m experiments.models.bench                        everything
-    python -m experiments.models.bench --only mamba-block     against transformers'
-    python -m experiments.models.bench --only mamba-decode    against transformers'
-    python -m experiments.models.bench --only s5-layer        with associative_scan
-    python -m experiments.models.bench --only token-time      by length of the context
-    python -m experiments.models.bench --only memory          longest rows that train in 4 GiB
+    seqmodels models bench                        everything
+    seqmodels models bench --only mamba-block     against transformers'
+    seqmodels models bench --only mamba-decode    against transformers'
+    seqmodels models bench --only s5-layer        with associative_scan
+    seqmodels models bench --only token-time      by length of the context
+    seqmodels models bench --only memory          longest rows that train in 4 GiB
 
 The dev extra has what it needs: torch, transformers, mambapy.
 """
@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import run_command
 from experiments.kernels.bench import run, table
 from experiments.kernels.results import Result
 from experiments.models import block, decode, memory, s5, token_time
 from seqmodels.ranges import Checked, Seed, Size
 
-RESULTS = Path(__file__).parents[1] / "results" / "models"
+RESULTS = places.output("models")
 PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
     "mamba-block": block.results,
     "mamba-decode": decode.results,
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench,
         arguments,
         description=__doc__,
-        prog="python -m experiments.models.bench",
+        prog="experiments.models.bench",
     )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.errors import UsageError
 from experiments.kernels.results import TIMED, Result, Target
 from experiments.kernels.timing import milliseconds
 from experiments.lm import presets
 from experiments.models.decode import GREEDY, at
-from experiments.run import UsageError
 from seqmodels import generation
 from seqmodels.mixers import REGISTRY
 from seqmodels.models import LanguageModel

@@ -1,7 +1,7 @@
 """Tests a trained model in other ways than it was trained in.
 
-    python -m experiments.recall.eval --checkpoint runs/recall/mqar-gla-16-cpu-seed0 --repeats 1 2
-    python -m experiments.recall.eval --checkpoint runs/recall/passkey-mamba2-16-cpu-seed0 \\
+    seqmodels recall eval --checkpoint runs/recall/mqar-gla-16-cpu-seed0 --repeats 1 2
+    seqmodels recall eval --checkpoint runs/recall/passkey-mamba2-16-cpu-seed0 \\
         --decay 1.0 0.99 0.95 --insert 1.0 0.5 --norm 1 4 16 --window 64 128
 
 --repeats: how often the context is read before the question. "Just read twice" (JRT-Prompt, Arora
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import terminal
-from experiments.command_line import UsageError, run_command
+from experiments.command_line import run_command
+from experiments.errors import UsageError
 from experiments.recall.experiment import ExperimentConfig
 from experiments.recall.run import load_trained, predictor, score_at
 from seqmodels.mixers import Mamba2Config
@@ -43,7 +44,7 @@ class Arguments(Checked):
     """Arguments of the command line."""
 
     checkpoint: Path
-    """A run directory of experiments.recall.train, its checkpoints/ or one step in there."""
+    """A run directory of `seqmodels recall train`, its checkpoints/ or one step in there."""
     multiples: tuple[Size, ...] = ()
     """Lengths, as multiples of the trained one; default: those of the run."""
     repeats: tuple[Size, ...] = (1,)

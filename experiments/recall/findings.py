@@ -203,7 +203,7 @@ def mitigations_help(evaluations: Results) -> tuple[Verdict, str]:
                 moved.append(own[name] > reach(plain))
                 evidence.append(f"{each['run']}: {reach(plain)} x to {own[name]} x with {name}")
     if not evidence:
-        return "not run", "needs experiments.recall.eval of a mamba2 with --decay, --norm, --window"
+        return "not run", "needs `seqmodels recall eval` of a mamba2 with --decay, --norm, --window"
     return _verdict(any(moved)), "; ".join(evidence)
 
 
@@ -256,7 +256,7 @@ OF_EVALUATIONS = (
 
 
 def check(results: Results, evaluations: Results = ()) -> list[Checked]:
-    """All findings, against results of experiments.recall.train and numbers of .eval."""
+    """All findings, against results of `seqmodels recall train` and numbers of .eval."""
     pairs = [(each, results) for each in FINDINGS]
     pairs += [(each, evaluations) for each in OF_EVALUATIONS]
     return [Checked(each.claim, each.source, *each.check(given)) for each, given in pairs]

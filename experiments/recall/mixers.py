@@ -1,11 +1,9 @@
 """The mixers at one width and states of several sizes, and their variants."""
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
 from typing import Any
 
-from experiments.command_line import UsageError
+from experiments.errors import UsageError, check_name
 from experiments.lm import presets
 from experiments.lm.presets import ModelSize
 from seqmodels.mixers import REGISTRY, MixerConfig
@@ -51,11 +49,3 @@ def mixer_config(name: str, size: ModelSize, state: int) -> MixerConfig:
         return dataclasses.replace(config, **special.get(registered, {}), **fields)
     except ValueError as error:
         raise UsageError(f"mixer={name!r} cannot have size={state}: {error}") from error
-
-
-def check_name(what: str, name: str, known: Sequence[str]) -> None:
-    """Raises UsageError, with the nearest known name, unless ``name`` is one."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise UsageError(f"{what}={name!r} is not known{meant}; choose one of {', '.join(known)}")

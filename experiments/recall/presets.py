@@ -8,9 +8,10 @@ import dataclasses
 import typing
 from typing import Any
 
+from experiments.errors import check_name
 from experiments.lm.presets import SSM_RATE, ModelSize
 from experiments.recall.experiment import ExperimentConfig, Preset
-from experiments.recall.mixers import check_name, mixer_config
+from experiments.recall.mixers import mixer_config
 from seqmodels.data.recall import TASKS, TaskConfig
 from seqmodels.models import BackboneConfig, LanguageModelConfig
 from seqmodels.training.config import TrainConfig

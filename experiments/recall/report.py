@@ -1,10 +1,10 @@
 """Prints and draws what a sweep found, and checks the known results against it.
 
-    python -m experiments.recall.report
-    python -m experiments.recall.report --results-dir experiments/results/recall --tasks mqar a5
+    seqmodels recall report
+    seqmodels recall report --results-dir experiments/results/recall --tasks mqar a5
 
-Everything comes from the result files of experiments.recall.train and .sweep, and what
-experiments.recall.eval wrote to their folder evaluations/. To --output, by
+Everything comes from the result files of `seqmodels recall train` and `sweep`, and what
+`seqmodels recall eval` wrote to their folder evaluations/. To --output, by
 default the last --results-dir, go state.png (accuracy against bytes of state), length.png (accuracy
 against the length) and report.md (the table, the known results, both figures).
 """
@@ -19,7 +19,9 @@ from typing import Any
 from rich.table import Table
 
 from experiments import terminal
-from experiments.command_line import UsageError, run_command
+from experiments.command_line import run_command
+from experiments.errors import UsageError
+from experiments.places import committed
 from experiments.recall.findings import Checked as CheckedFinding
 from experiments.recall.findings import check
 from experiments.recall.plots import against_length, against_state
@@ -27,9 +29,9 @@ from experiments.recall.result import read_evaluations, read_results
 from seqmodels.ranges import Checked
 
 PROG = "experiments.recall.report"
-COMMITTED = Path("experiments/results/recall")
+COMMITTED = committed("recall")
 OWN = Path("runs/results/recall")
-"""Where experiments.recall.train writes; git ignores it."""
+"""Where `seqmodels recall train` writes; git ignores it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A result file of experiments.recall.train, checked before anything is read from it."""
+"""A result file of `seqmodels recall train`, checked before anything is read from it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +42,7 @@ def read_result(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name}={result[name]!r}, its config has {config.get(name)!r}")
     except ValueError as error:
         raise ValueError(
-            f"{path} is not a result of experiments.recall.train, move it away: {error}"
+            f"{path} is not a result of `seqmodels recall train`, move it away: {error}"
         ) from error
     return result
 
@@ -58,7 +58,7 @@ def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
     if not found:
         raise ValueError(
             f"no results in {', '.join(map(str, folders))}; make some with "
-            "python -m experiments.recall.sweep, or name another --results-dir"
+            "seqmodels recall sweep, or name another --results-dir"
         )
     keys = ("task", "repeats", "mixer", "size", "seed")
     return sorted(found, key=lambda result: [result[key] for key in keys])
@@ -69,7 +69,7 @@ ONE: dict[str, Any] = {"model": str, "repeats": Size, "tests": dict[str, dict[st
 
 
 def read_evaluations(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """What experiments.recall.eval wrote into ``evaluations`` of the folders; none is no error.
+    """What `seqmodels recall eval` wrote into ``evaluations`` of the folders; none is no error.
 
     Raises:
       ValueError: a file there is something else.

@@ -132,7 +132,7 @@ def load_trained(checkpoint: Path) -> Trained:
         config = from_dict(ExperimentConfig, config_dict, where="config")
     except ValueError as error:
         raise ValueError(
-            f"--checkpoint {checkpoint} is not a run of experiments.recall.train, or of another "
+            f"--checkpoint {checkpoint} is not a run of `seqmodels recall train`, or of another "
             f"version ({error}); give the directory of such a run"
         ) from error
     if step is None:

@@ -1,9 +1,9 @@
 """Trains a grid of mixers and sizes on synthetic tasks, one run at a time.
 
-    python -m experiments.recall.sweep --dry-run
-    python -m experiments.recall.sweep --tasks mqar --sizes 8 16 32 --minutes 4
-    python -m experiments.recall.sweep --tasks a5 parity --mixers s4d mamba deltanet-negative
-    python -m experiments.recall.sweep --grid committed --minutes 6
+    seqmodels recall sweep --dry-run
+    seqmodels recall sweep --tasks mqar --sizes 8 16 32 --minutes 4
+    seqmodels recall sweep --tasks a5 parity --mixers s4d mamba deltanet-negative
+    seqmodels recall sweep --grid committed --minutes 6
 
 Every run leaves one result in --results-dir; runs that have one are not made again, and one that
 was killed, however, goes on from its last checkpoint: give the same command again. A run whose loss
@@ -11,8 +11,8 @@ was not finite is said at the end, and tried again by the next command. A mixer 
 depend on --sizes is run once. Before anything starts, the whole grid is checked: unknown names, and
 runs that do not fit into memory.
 
-python -m experiments.recall.report draws what came out. Any field of the config can be changed for
-all runs, e.g. --train.learning-rate 0.001.
+`seqmodels recall report` draws what came out. Any field of the config can be changed for all runs,
+e.g. --train.learning-rate 0.001.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from typing import Any, Literal
 import jax
 
 from experiments import terminal
-from experiments.command_line import UsageError, changed, run_command
+from experiments.command_line import changed, run_command
+from experiments.errors import UsageError
 from experiments.recall.experiment import ExperimentConfig
 from experiments.recall.memory import bytes_free, bytes_needed
 from experiments.recall.mixers import CAUSAL, NAMES, VARIANTS
@@ -49,7 +50,7 @@ class Arguments(Checked):
     """"committed": the grid that is meant for experiments/results/recall, some 140 runs, instead of
     --tasks, --mixers and --sizes."""
     tasks: tuple[str, ...] = ("mqar",)
-    """Names of tasks, see experiments.recall.train."""
+    """Names of tasks, see `seqmodels recall train`."""
     mixers: tuple[str, ...] = NAMES
     """Names of mixers and variants; default: all causal ones."""
     sizes: tuple[Size, ...] = (8, 16, 32)

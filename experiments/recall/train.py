@@ -1,8 +1,8 @@
 """Trains one mixer on one synthetic task and tests it at 1 to 16 times the trained length.
 
-    python -m experiments.recall.train --task mqar --mixer gla --preset cpu
-    python -m experiments.recall.train --task a5 --mixer deltanet-negative --size 16
-    python -m experiments.recall.train --resume --run-dir runs/recall/mqar-gla-16-cpu-seed0
+    seqmodels recall train --task mqar --mixer gla --preset cpu
+    seqmodels recall train --task a5 --mixer deltanet-negative --size 16
+    seqmodels recall train --resume --run-dir runs/recall/mqar-gla-16-cpu-seed0
 
 Tasks: mqar, selective-copy, plain-copy, induction, copy (-duplicate, -prefix, -suffix), passkey,
 parity, s3, a5 (-2steps: two tokens an element), s5, regbench, disjointness (-long-first), and
@@ -21,9 +21,7 @@ example
     --data.pairs 8 --train.learning-rate 0.001 --model.backbone.width 128 --repeats 2
 
 The run directory holds config, metrics (metrics.jsonl, TensorBoard) and checkpoints; the result
-goes to --results-dir as <task>-<mixer>-<size>-<preset>-seed<k>.json. Exit codes: 0 done; 1 an
-error; 2 a wrong command line; 3 the loss was not finite; 130 and 143 stopped by Ctrl-C or SIGTERM,
-with a checkpoint to --resume from.
+goes to --results-dir as <task>-<mixer>-<size>-<preset>-seed<k>.json.
 """
 
 import dataclasses
@@ -35,7 +33,8 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import terminal
-from experiments.command_line import UsageError, as_options, changed, run_command
+from experiments.command_line import as_options, changed, run_command
+from experiments.errors import UsageError
 from experiments.lm.presets import state_bytes
 from experiments.recall.experiment import ExperimentConfig
 from experiments.recall.presets import experiment

@@ -1,9 +1,9 @@
 """What a row split over many chips costs, from programs compiled for chips that are not there.
 
-    python -m experiments.scaling.report                    all cells that are not yet known
-    python -m experiments.scaling.report --exchange ring --chips 4 16    only these
-    python -m experiments.scaling.report --print-only       tables of the cells that there are
-    python -m experiments.scaling.report --step gla-1.3b rat-1.3b    a whole training step
+    seqmodels scaling report                    all cells that are not yet known
+    seqmodels scaling report --exchange ring --chips 4 16    only these
+    seqmodels scaling report --print-only       tables of the cells that there are
+    seqmodels scaling report --step gla-1.3b rat-1.3b    a whole training step
 
 A cell is one block of one exchange, forward and backward, on so many chips with so many tokens
 each: collectives by kind, how often they run and the bytes that each chip receives, forward and
@@ -31,8 +31,9 @@ from typing import Any
 
 import jax
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import run_command
+from experiments.errors import check_name
 from experiments.scaling import tables
 from experiments.scaling.cells import Cell, Cells, load, save
 from experiments.scaling.plots import plot
@@ -43,8 +44,7 @@ from seqmodels.ranges import Checked, Size
 from seqmodels.training.metrics import write_atomically
 from seqmodels.training.run_directory import source_version
 
-REPOSITORY = Path(__file__).parents[2]
-RESULTS = REPOSITORY / "experiments" / "results" / "scaling"
+RESULTS = places.output("scaling")
 TOKENS = (16_384, 32_768)
 """Tokens on each chip: of the cells, and of those that tell how memory grows."""
 
@@ -85,10 +85,7 @@ class ScalingConfig(Checked):
         }
         for name, allowed in known.items():
             for value in getattr(self, name):
-                if value not in allowed:
-                    raise ValueError(
-                        f"{name}={value!r} is unknown; one of {', '.join(map(str, allowed))}"
-                    )
+                check_name(name, value, allowed)
 
 
 def all_keys() -> list[Key]:
@@ -120,7 +117,7 @@ def wanted(config: ScalingConfig, cells: Cells) -> list[Key]:
 
 def measure(keys: Sequence[Key]) -> Iterator[Cell]:
     """The cells, each as soon as it is known, in a process that may die of them."""
-    version = source_version(REPOSITORY)
+    version = source_version(places.ROOT)
     pool = None
     for key in keys:
         pool = pool or _pool()
@@ -170,6 +167,8 @@ def report(config: ScalingConfig) -> None:
                 steps[f"{model}/{layers}/{config.step_length}"] = figures
                 save(path, cells, steps)
                 print(f"{model}, {layers}: {json.dumps(figures)[:200]}", file=sys.stderr)
+    if not cells:
+        raise ValueError(f"no cells in {path}; make them without --print-only")
     missing = [key for key in all_keys() if key not in cells]
     text = tables.markdown(cells, steps, missing)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -185,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report,
         arguments,
         description=__doc__,
-        prog="python -m experiments.scaling.report",
+        prog="experiments.scaling.report",
     )
 
 

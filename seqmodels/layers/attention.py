@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import dispatch, products
+from pallas_kernels.common import dispatch, products, symbolic
 from seqmodels.layers.splash import splash
 
 _SCORES = 2**24
-"""Scores that are held at a time: 64 MB."""
+"""Scores that are held at a time: 64 MB; for each row where the batch is a symbol."""
 
 SPLASH_FROM = 128
 """Queries from which on a TPU takes splash."""
@@ -121,7 +121,7 @@ def _portable(rule: _Rule, q, k, v, q_segments, k_segments, k_positions):
     index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     keys = _Keys(k, v, index, k_segments, k_positions)
     block = length if rule.window is None else max(rule.window, _LEAST_BLOCK)
-    rows = max(_LEAST_BLOCK, _SCORES // (batch * heads * k.shape[1]))
+    rows = max(_LEAST_BLOCK, _SCORES // (symbolic.known(batch, 1) * heads * k.shape[1]))
     reason = {}
     if rule.window is None:
         reason["band"] = "there is no window"
@@ -188,7 +188,7 @@ def _band(rule: _Rule, q, segments, keys: _Keys, block: int):
         return _visible(rule, q, index, segments, keys)
 
     parts = jax.tree.map(lambda x: _split(x, block), (q, index, segments))
-    together = max(1, _SCORES // (batch * heads * block * near.k.shape[2]))
+    together = max(1, _SCORES // (symbolic.known(batch, 1) * heads * block * near.k.shape[2]))
     o = jax.lax.map(jax.checkpoint(one), (*parts, near), batch_size=together)
     return _join(o, length)
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -114,6 +115,15 @@ class RecurrentState:
     def _starts(self, segments: Segments) -> Bool[Array, " b"]:
         first = segments.ids[:, 0]
         return (first != 0) & (first != self.segment)
+
+
+# So that a program with states, exported by `jax.export`, can be written to a file and read again.
+export.register_pytree_node_serialization(
+    RecurrentState,
+    serialized_name="seqmodels.RecurrentState",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
 
 
 Implementation = Literal["reference", "xla", "tpu", "gpu"]

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+import seqmodels
 from seqmodels.training.checkpoint import differences
 from seqmodels.training.errors import RunDirectoryError
 from seqmodels.training.metrics import write_atomically
@@ -118,6 +119,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seqmodels": seqmodels.__version__,
         **source_version(Path(__file__).parent),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -131,13 +133,17 @@ def environment() -> dict[str, Any]:
 
 
 def source_version(directory: Path) -> dict[str, Any]:
-    """``{"commit", "dirty"}`` of the checkout around ``directory``; None outside of one."""
+    """``{"commit", "dirty"}`` of the checkout that ``directory`` is part of; None outside of one.
+
+    An environment inside of another project's checkout, which git ignores, is not part of it.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(directory), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", ".")
         return {
             "commit": git("rev-parse", "HEAD"),
             "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),

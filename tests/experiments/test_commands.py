@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments import completion, doctor, machine
 from experiments.kernels import aot as kernels_aot
 from experiments.kernels import bench as kernels_bench
 from experiments.lm import eval as lm_eval
@@ -144,6 +145,8 @@ COMMANDS = {
     "scaling.report": Command(
         scaling_report, ["--output", "scaling"], options(scaling_report.ScalingConfig)
     ),
+    "doctor": Command(doctor, [], options(doctor.Arguments)),
+    "completion": Command(completion, ["bash"], ["--shell", "--traceback"]),
 }
 
 BORDERS = (
@@ -182,7 +185,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             (lra_check, "load_data"), (lm_train, "load_data"), (lm_run, "restore"),
             (lm_table, "load_data"), (kernels_aot, "measure"), (scaling_report, "measure"),
             (recall_train, "open_run"), (recall_sweep, "check_memory"),
-            (recall_report, "against_state"), (recall_run, "restore"),
+            (recall_report, "against_state"), (recall_run, "restore"), (machine, "inspect"),
+            (completion, "options"),
         ):  # fmt: skip
             patch.setattr(module, name, cut_off)
         for module in (kernels_bench, models_bench):

@@ -34,7 +34,7 @@ def test_a_shape_is_cut_to_the_length_asked_for():
     ("settings", "message"),
     [
         ({"before": Path("nowhere")}, "before='nowhere' is no checkout"),
-        ({"before": HERE, "family": ("gpt",)}, "family='gpt' is unknown"),
+        ({"before": HERE, "family": ("gpt",)}, "family='gpt' is not known"),
     ],
 )
 def test_what_is_refused(settings, message):

@@ -343,7 +343,7 @@ def test_a_run_of_another_experiment_or_of_another_config_is_refused(carrying, t
     assert "config.json" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"task": "listops"}')
     assert generate(tmp_path) == 1
-    assert "is not a run of experiments.lm.train" in capsys.readouterr().err
+    assert "is not a run of `seqmodels lm train`" in capsys.readouterr().err
     run = shutil.copytree(carrying, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["train"]["weight_decay"] = 0.5

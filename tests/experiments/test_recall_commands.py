@@ -326,7 +326,7 @@ def test_the_report_reads_what_a_sweep_wrote(made, tmp_path, capsys):
     assert "no results in" in capsys.readouterr().err
     (broken / "x.json").write_text("{}")
     assert report.main(["--results-dir", str(broken)]) == 1
-    assert "is not a result of experiments.recall.train" in capsys.readouterr().err
+    assert "is not a result of `seqmodels recall train`" in capsys.readouterr().err
 
 
 def test_an_unknown_mixer_has_no_preset():

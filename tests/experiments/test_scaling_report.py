@@ -122,9 +122,12 @@ def test_a_report_goes_on_where_it_was_stopped():
 
 def test_what_is_not_known_is_refused(capsys):
     assert report.main(["--exchange", "rings"]) == 2
-    assert "exchange='rings' is unknown; one of all_gather, doubling" in capsys.readouterr().err
+    assert (
+        "exchange='rings' is not known (did you mean ring?); choose one of all_gather, doubling"
+        in capsys.readouterr().err
+    )
     assert report.main(["--chips", "8"]) == 2
-    assert "chips=8 is unknown; one of 4, 16, 64, 256, 512" in capsys.readouterr().err
+    assert "chips=8 is not known; choose one of 4, 16, 64, 256, 512" in capsys.readouterr().err
 
 
 @pytest.mark.full

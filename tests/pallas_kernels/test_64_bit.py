@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from pallas_kernels.tools import testing
-from tests.pallas_kernels import operands
+from pallas_kernels.tools import operands, testing
 from tests.pallas_kernels.export_checks import DISABLED_CHECKS
 from tests.tiers import one_of_many
 

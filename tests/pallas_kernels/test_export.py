@@ -6,8 +6,7 @@ import pytest
 from jax import export
 
 from pallas_kernels import explain, linear_scan
-from pallas_kernels.tools import testing
-from tests.pallas_kernels import operands
+from pallas_kernels.tools import operands, testing
 from tests.pallas_kernels.export_checks import DISABLED_CHECKS, symbols_as_sizes
 from tests.tiers import one_of_many
 

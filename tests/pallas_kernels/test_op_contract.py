@@ -13,9 +13,8 @@ import pytest
 import pallas_kernels
 from pallas_kernels import explain
 from pallas_kernels.common import dispatch
-from pallas_kernels.tools import testing
+from pallas_kernels.tools import operands, testing
 from pallas_kernels.tools.families import FAMILIES
-from tests.pallas_kernels import operands
 from tests.tiers import one_of_many
 
 PORTABLE, PALLAS = ("reference", "xla"), ("tpu", "gpu")
@@ -199,11 +198,10 @@ def test_an_interpreted_kernel_computes_what_the_reference_does(name, implementa
 @each_family
 def test_one_token_takes_the_cheap_step(name):
     args = one_token(name)
-    options = {"length": 1} if "length" in operands.OPTIONS.get(name, {}) else {}
-    run = operands.call(name, packed=False, **options)
+    run = operands.call(name, packed=False, length=1)
     choices = [c for c in explain(run, args) if c.op == name]
     assert {c.implementation for c in choices} == {"xla"}
     text = str(jax.make_jaxpr(run)(args))
     assert not [p for p in ("scan", "while", "pallas_call", "fft") if f" {p}[" in text]
-    expected = operands.call(name, "reference", packed=False, **options)(args)
+    expected = operands.call(name, "reference", packed=False, length=1)(args)
     testing.assert_close(run(args), expected, testing.FLOAT32_TOLERANCE)

@@ -8,7 +8,7 @@ for at most an hour; "gpu-15min", the paper's model for a quarter of an hour of 
 import dataclasses
 from typing import cast, get_args
 
-from experiments.command_line import UsageError
+from experiments.errors import check_name
 from experiments.lra.convolutions import CONVOLUTIONS, convolution
 from experiments.lra.experiment import ExperimentConfig, Model, Preset, Task
 from experiments.lra.presets import (
@@ -45,7 +45,7 @@ def experiment(task: str, model: str, preset: str, seed: int = 0) -> ExperimentC
     """The experiment of a preset.
 
     Raises:
-      UsageError: an unknown name; the message lists the known ones.
+      UsageError: an unknown name; the message has the nearest known one.
       ValueError: the seed is out of range.
     """
     for what, name, known in (
@@ -53,8 +53,7 @@ def experiment(task: str, model: str, preset: str, seed: int = 0) -> ExperimentC
         ("model", model, get_args(Model)),
         ("preset", preset, get_args(Preset)),
     ):
-        if name not in known:
-            raise UsageError(f"{what}={name!r} is not known; choose one of {', '.join(known)}")
+        check_name(what, name, known)
     if model in CONVOLUTIONS:
         return convolution(experiment(task, "s5", preset, seed), model)
     config = TASKS[cast(Task, task)].config(cast(Model, model), cast(Preset, preset))
