@@ -136,6 +136,8 @@ axes.plot(steps, [line["loss"] / np.log(2) for line in lines])
 axes.axhline(np.log2(text.VOCABULARY), color="gray", linestyle="--", linewidth=1)
 axes.annotate("all tokens equally likely", (steps[-1], 7.5), ha="right", va="top", color="gray")
 axes.set(xlabel="training step", ylabel="loss in bits per token", yscale="log")
+axes.yaxis.set_major_formatter("{x:g}")
+axes.yaxis.set_minor_formatter("{x:g}")
 axes.set_title(f"The loss falls from 8 bits to {lines[-1]['loss'] / np.log(2):.2f}");
 
 # %% [markdown]
