@@ -11,7 +11,7 @@ LRA_RUN := runs/lra/listops-s5-cpu-seed0
 # Every shape and type in a signature is checked at each call; it takes a fifth of the time.
 TYPED := --jaxtyping-packages=seqmodels,beartype.beartype
 
-.PHONY: lra test test-all test-newest check bench clean
+.PHONY: lra test test-all test-newest check notebooks bench clean
 
 lra: .venv/installed
 	.venv/bin/python -m experiments.lra.train --task listops --model s5 --preset cpu \
@@ -39,6 +39,10 @@ check: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
+
+# Each notebook once, on the CPU; with their outputs they go to docs/notebooks/, for the pages.
+notebooks: .venv-test/installed-$(EXTRAS)
+	.venv-test/bin/python -m experiments.notebooks
 
 bench: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/python -m experiments.kernels.bench

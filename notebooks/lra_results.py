@@ -118,6 +118,7 @@ small = {
     "data.min_length": 16,
     "data.max_length": 40,
     "lengths": 40,
+    "classifier.backbone.layout": "lru",
     "classifier.backbone.width": 16,
     "train.batch_size": 16,
     "train.log_every": 2,
