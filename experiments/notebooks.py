@@ -13,7 +13,6 @@ Needs the extra "notebooks", or "execute", which is the same without JupyterLab.
 
 import dataclasses
 import os
-import re
 import resource
 import sys
 import time
@@ -111,7 +110,9 @@ def execute(path: Path, *, seconds: int = 600, env: dict[str, str] | None = None
     try:
         return client.execute(env=environment() if env is None else env)
     except CellExecutionError as error:
-        raise CellError(f"{where(path, notebook, last[-1])}: {error.ename}: {error.evalue}") from error
+        raise CellError(
+            f"{where(path, notebook, last[-1])}: {error.ename}: {error.evalue}"
+        ) from error
     except CellTimeoutError as error:
         raise CellError(f"{where(path, notebook, last[-1])}: took over {seconds} s") from error
     except DeadKernelError as error:
@@ -123,11 +124,6 @@ def where(path: Path, notebook: Any, index: int) -> str:
     number = sum(cell.cell_type == "code" for cell in notebook.cells[: index + 1])
     lines = [line for line in notebook.cells[index].source.splitlines() if line.strip()]
     return f"{path.name}, code cell {number} ({lines[0].strip() if lines else 'empty'})"
-
-
-def without_colours(text: str) -> str:
-    """The text without terminal escapes."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def run(arguments: Arguments) -> None:

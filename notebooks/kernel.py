@@ -9,10 +9,10 @@
 # %% [markdown]
 # # How one kernel works: `linear_scan` on a TPU
 #
-# You will see how a recurrence, one step after another, becomes a program that does eight steps at a
-# time in registers and moves every number once: the maths of one tile, the blocks and the grid, the
-# kernel run on this machine by Pallas' TPU interpreter, the same kernel compiled for a TPU that is
-# not here, and what its compiler says of the time. It takes about 20 seconds on one CPU core.
+# You will see how a recurrence, one step after another, becomes a program that does eight steps at
+# a time in registers and moves every number once: the maths of one tile, the blocks and the grid,
+# the kernel run on this machine by Pallas' TPU interpreter, the same kernel compiled for a TPU that
+# is not here, and what its compiler says of the time. It takes about 20 seconds on one CPU core.
 #
 # The operator is the diagonal recurrence, for each of $D$ channels by itself:
 #
@@ -44,9 +44,9 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "font.size": 10})
 # $$(a_2, b_2) \circ (a_1, b_1) = (a_2 a_1,\; a_2 b_1 + b_2).$$
 #
 # This is associative, so that the maps from the start to each of 8 rows take $\log_2 8 = 3$ rounds
-# instead of 8 steps: in round $k$ each row joins its map with that of the row $2^k$ above it (Hillis
-# and Steele). `tile.prefix` does that, on values; every backend shares it. To see what each row
-# knows after each round, let all decays be 1 and the inputs be the identity.
+# instead of 8 steps: in round $k$ each row joins its map with that of the row $2^k$ above it
+# (Hillis and Steele). `tile.prefix` does that, on values; every backend shares it. To see what each
+# row knows after each round, let all decays be 1 and the inputs be the identity.
 
 # %%
 index = jnp.arange(8)[:, None] * jnp.ones((1, 8), jnp.int32)
@@ -63,8 +63,8 @@ for rounds, axes in enumerate(plots):
     axes.imshow(known, cmap="cividis", vmin=0, vmax=1)
     axes.set(title=f"after {rounds} rounds", xlabel="input of step")
 plots[0].set_ylabel("row of the tile")
-figure.suptitle("Which inputs each row has summed: the window doubles in each round");
-
+figure.suptitle("Which inputs each row has summed: the window doubles in each round")
+plt.show()
 # %% [markdown]
 # Eight rows of 128 channels are exactly one vector register of a TPU, and to move rows inside it is
 # one instruction (a *sublane roll*). That is why the kernel holds 8 steps at once: no step touches
@@ -85,9 +85,9 @@ print(f"largest difference from 8 single steps: {np.abs(tiled - np.stack(stepwis
 # %% [markdown]
 # ## Blocks and grid
 #
-# A TPU core works on blocks in its fast memory (VMEM), while the next block is fetched from the slow
-# one (HBM). The sizes are chosen so that the blocks of the backward kernel, the larger one, fit
-# twice. For the recurrence of RecurrentGemma-2B:
+# A TPU core works on blocks in its fast memory (VMEM), while the next block is fetched from the
+# slow one (HBM). The sizes are chosen so that the blocks of the backward kernel, the larger one,
+# fit twice. For the recurrence of RecurrentGemma-2B:
 
 # %%
 shape = shapes.SHAPES["recurrentgemma-2b"]
@@ -104,20 +104,22 @@ axes.imshow(order, cmap="cividis", aspect="auto")
 for row in range(grid[1]):
     for column in (0, 1, 2, grid[2] - 1):
         colour = "white" if order[row, column] < order.max() / 2 else "black"
-        axes.text(column, row, order[row, column], ha="center", va="center", color=colour, fontsize=8)
+        axes.text(
+            column, row, order[row, column], ha="center", va="center", color=colour, fontsize=8
+        )
 axes.set(
     xlabel=f"block of {tiles.steps} steps",
     ylabel=f"block of {tiles.width} channels",
     yticks=range(grid[1]),
     title="Order of the grid: along time first, the state stays in VMEM; then the next channels",
-);
-
+)
+plt.show()
 # %% [markdown]
 # ## The kernel
 #
 # What Pallas runs for each block. `tile` has the maths; the rest is loads, stores and the state,
-# whose block is the same for all blocks of a row, so that it stays where it is. Step codes say where
-# documents begin and where padding is.
+# whose block is the same for all blocks of a row, so that it stays where it is. Step codes say
+# where documents begin and where padding is.
 
 # %%
 source = inspect.getsource(tpu)
@@ -127,9 +129,9 @@ print(source[begin : source.index("\n\n\n", begin)])
 # %% [markdown]
 # ## Run it here
 #
-# Pallas has an interpreter of TPUs. Memory begins as NaN, reads outside of it raise, grid steps that
-# may run in parallel are shuffled, and races are errors. The tests hold the kernel to a sequential
-# oracle this way; here with two documents in a row.
+# Pallas has an interpreter of TPUs. Memory begins as NaN, reads outside of it raise, grid steps
+# that may run in parallel are shuffled, and races are errors. The tests hold the kernel to a
+# sequential oracle this way; here with two documents in a row.
 
 # %%
 L, D = 48, 128
@@ -150,12 +152,12 @@ axes.plot(reference[0, :, 0], color="lightgray", linewidth=5, label="one step at
 axes.plot(kernel[0, :, 0], label="TPU kernel, interpreted")
 axes.axvline(L // 2 - 0.5, color="gray", linestyle="--", linewidth=1)
 axes.set(xlabel="step", ylabel="state", title="One channel; the second document begins at the line")
-axes.legend();
-
+axes.legend()
+plt.show()
 # %% [markdown]
 # ## What it must cost, and what it costs
 #
-# The recurrence does three operations for each number that it reads, so memory sets the pace: the
+# The recurrence does two operations for three numbers that move, so memory sets the pace: the
 # *floor* is the time in which the chip's memory can deliver every input and take every output once.
 # The block specs alone tell how much the kernel moves; no compiler is needed for that.
 
@@ -166,11 +168,11 @@ leaves = jax.tree.leaves((operands, jax.eval_shape(program, *operands)))
 least = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 chip = aot.TPUS["v5e"]
 print(f"the blocks move {moved:,} bytes; inputs and outputs are {least:,}")
-print(f"at {chip.bandwidth} GB/s, the data sheet of a v5e, that is {least / chip.bandwidth / 1e3:.0f} µs")
+print(f"at {chip.bandwidth} GB/s, as a v5e has: {least / chip.bandwidth / 1e3:.0f} µs")
 
 # %% [markdown]
-# The TPU compiler is a Python package, `libtpu`; it compiles for chips that are not there. Its static
-# profile says how many cycles its own schedule has. That is a model and not a measurement.
+# The TPU compiler is a Python package, `libtpu`; it compiles for chips that are not there. Its
+# static profile says how many cycles its own schedule has. That is a model and not a measurement.
 
 # %%
 reason = aot.missing("v5e")
@@ -179,7 +181,7 @@ if reason is None:
         "v5e", "pallas_kernels.linear_scan.shapes:case", "recurrentgemma-2b", "tpu", "forward"
     )
     print(f"compiled for v5e: {profile.kernels} kernel, {profile.cycles:,} cycles")
-    print(f"its schedule {profile.static_us:.0f} µs, its traffic at full bandwidth {profile.us:.0f} µs")
+    print(f"its schedule takes {profile.static_us:.0f} µs, its traffic {profile.us:.0f} µs")
     print(f"{profile.times_floor:.2f} times the floor of {profile.floor_us:.0f} µs")
 else:
     print(f"not compiled here: {reason}")
@@ -213,9 +215,10 @@ axes.axvline(1, color="gray", linestyle="--", linewidth=1)
 axes.set_yticks(range(len(names)), names)
 axes.set(xscale="log", xlabel="static time over the floor (1 cannot be beaten)")
 axes.xaxis.set_major_formatter("{x:g}")
-axes.set_title("Wide models are at the floor; few channels or odd sizes fill registers badly")
+axes.set_title("Wide models are near the floor; small and odd shapes are not")
 axes.grid(axis="x", alpha=0.3)
-axes.legend();
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # No kernel of this library has run on a TPU yet: these are estimates.

@@ -9,10 +9,10 @@
 # %% [markdown]
 # # Long Range Arena: read, compare and extend the results
 #
-# You will see the committed results of this repository, their learning curves, how far they are from
-# the published rows and why they must not be read against them yet, how much of a task is local;
-# then a run of your own, trained in seconds, that appears beside the others. It takes about 20
-# seconds on one CPU core.
+# You will see the committed results of this repository, their learning curves, how far they are
+# from the published rows and why they must not be read against them yet, how much of a task is
+# local; then a run of your own, trained in seconds, that appears beside the others. It takes about
+# 20 seconds on one CPU core.
 #
 # [Long Range Arena](https://arxiv.org/abs/2011.04006) is a set of six classification tasks whose
 # inputs have 1,000 to 16,000 tokens: nested lists of operators (ListOps), reviews as bytes (Text),
@@ -36,8 +36,8 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "font.size": 10})
 # %% [markdown]
 # ## Read
 #
-# Each run of `python -m experiments.lra.train` leaves one JSON file: the whole config, the curve, the
-# test accuracy, baselines, versions, device and time. `read_rows` reads folders of them.
+# Each run of `python -m experiments.lra.train` leaves one JSON file: the whole config, the curve,
+# the test accuracy, baselines, versions, device and time. `read_rows` reads folders of them.
 
 # %%
 ours = rows.read_rows(rows.COMMITTED)
@@ -55,8 +55,8 @@ for number, row in enumerate(ours):
 plots[0].set(xlabel="million tokens of training", ylabel="training loss", xscale="log")
 plots[1].set(xlabel="million tokens of training", ylabel="validation accuracy in %", xscale="log")
 plots[1].legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
-figure.suptitle("How the committed runs came about");
-
+figure.suptitle("How the committed runs came about")
+plt.show()
 # %% [markdown]
 # ## Compare
 #
@@ -68,30 +68,41 @@ for row in ours:
     print(f"{row.label}: {'; '.join(row.caveats) or 'comparable'}")
 
 # %% [markdown]
-# The published rows carry the place where each was read. Grey: all of them, for the two tasks of the
-# benchmark that we have a row of; blue: ours, at a smaller scale; dashed: the best predictor that
-# has no sequence model at all, such as the counts of the tokens.
+# The published rows carry the place where each was read. Grey: all of them, for the two tasks of
+# the benchmark that we have a row of; blue: ours, at a smaller scale; dashed: the best predictor
+# that has no sequence model at all, such as the counts of the tokens.
 
 # %%
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 figure, plots = plt.subplots(1, 2, figsize=(11, 2.6))
 for axes, task in zip(plots, ("listops", "text"), strict=True):
     theirs = [(r.accuracy(task), r.model) for r in published.ROWS if r.accuracy(task) is not None]
     axes.scatter([a for a, _ in theirs], [1] * len(theirs), color="gray", alpha=0.4)
     best, name = max(theirs)
-    axes.annotate(name, (best, 1), xytext=(0, 8), textcoords="offset points", ha="right", fontsize=8)
+    axes.annotate(
+        name,
+        (best, 1),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        bbox=WHITE,
+    )
     mine = [row for row in ours if row.config.task == task and row.config.model != "conv5"]
     mine = [row for row in mine if row.config.classifier.window is None]
-    axes.scatter([r.accuracy for r in mine], [0] * len(mine), facecolor="white", edgecolor="C0", s=60)
+    axes.scatter(
+        [r.accuracy for r in mine], [0] * len(mine), facecolor="white", edgecolor="C0", s=60
+    )
     for row in mine:
         axes.annotate(
             row.label, (row.accuracy, 0), xytext=(0, 8), textcoords="offset points",
-            ha="center", fontsize=8,
+            ha="center", fontsize=8, bbox=WHITE,
         )  # fmt: skip
     axes.axvline(mine[0].baseline[1], color="gray", linestyle="--", linewidth=1)
     axes.set_yticks([0, 1], ["ours, smaller", "published"])
     axes.set(xlabel="test accuracy in %", title=task, ylim=(-0.5, 1.7), xlim=(10, 100))
-figure.suptitle("Published rows, and ours at a smaller scale");
-
+figure.suptitle("Published rows, and ours at a smaller scale")
+plt.show()
 # %% [markdown]
 # ## How much of it is local?
 #
@@ -145,7 +156,8 @@ for row in together:
         axes.plot(*zip(*points, strict=True), "-" if row.committed else "o--", label=name)
 axes.set(xlabel="tokens of training", ylabel="training loss", xscale="log")
 axes.set_title("Your run beside the committed ones")
-axes.legend();
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # ## Next

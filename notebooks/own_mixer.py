@@ -11,14 +11,14 @@
 #
 # You will see a new layer in 60 lines, a gated moving average; then what the library makes of it
 # without another line: a language model, training on packed documents, decoding from a carried
-# state, kernels for TPU and GPU, and the contract's own checks, which find a fault that we build in.
-# It takes about 15 seconds on one CPU core.
+# state, kernels for TPU and GPU, and the contract's own checks, which find a fault that we build
+# in. It takes about 15 seconds on one CPU core.
 #
 # The layer averages the past with weights that decay, over a span of its own for each channel, and
 # lets the current token decide what of the average to use:
 #
-# $$h_t = a \odot h_{t-1} + (1 - a) \odot W_v x_t, \qquad y_t = W_o\,(\mathrm{silu}(W_g x_t) \odot h_t),
-# \qquad a = 1 - 1/\mathrm{span}.$$
+# $$h_t = a \odot h_{t-1} + (1 - a) \odot W_v x_t, \qquad
+# y_t = W_o\,(\mathrm{silu}(W_g x_t) \odot h_t), \qquad a = 1 - 1/\mathrm{span}.$$
 
 # %%
 import dataclasses
@@ -126,8 +126,8 @@ for rule in check_contract(build(EMAConfig(), WIDTH)):
     print("kept:", rule)
 
 # %% [markdown]
-# The rules can fail. This one forgets to reset its state where a new document begins. Training would
-# not show it, because rows there begin without a state; the check does:
+# The rules can fail. This one forgets to reset its state where a new document begins. Training
+# would not show it, because rows there begin without a state; the check does:
 
 
 # %%
@@ -148,7 +148,8 @@ except ContractError as error:
 # and `seqmodels.training.loop.fit` take the same model.
 
 # %%
-NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six"]
+NUMBERS += ["seven", "eight", "nine", "ten", "eleven", "twelve"]
 lines = [f"{NUMBERS[n]} bottles hang on the wall.\n".encode() for n in range(1, 13)]
 order = np.random.default_rng(0).integers(0, 12, 500)
 corpus = text.encode([lines[n] for n in order])
@@ -191,8 +192,8 @@ one.set(xlabel="training step", ylabel="loss in nats per token", yscale="log")
 one.set_title(f"The moving average learns: {losses[0]:.1f} to {losses[-1]:.2f} nats")
 two.hist(spans, bins=np.geomspace(1, 200, 16), edgecolor="white")
 two.set(xlabel="span of a channel in tokens", ylabel="channels", xscale="log")
-two.set_title("Spans after training");
-
+two.set_title("Spans after training")
+plt.show()
 # %% [markdown]
 # ## Packed documents do not see each other
 #
@@ -221,8 +222,8 @@ axes.plot(np.abs(one - two).max(axis=1))
 for place in np.flatnonzero(np.diff(ids)) + 0.5:
     axes.axvline(place, color="gray", linestyle="--", linewidth=1)
 axes.set(xlabel="token of the row", ylabel="largest change of a logit")
-axes.set_title("Changing the second document changes the second document only");
-
+axes.set_title("Changing the second document changes the second document only")
+plt.show()
 # %% [markdown]
 # ## Decoding is the same call
 #
@@ -251,8 +252,8 @@ for prompt, new in zip(
 # %% [markdown]
 # ## Which code runs
 #
-# The layer calls `ops.linear_scan`, which has kernels for TPU and GPU and a portable path. `explain`
-# lists what is chosen on each platform, for this model at this length:
+# The layer calls `ops.linear_scan`, which has kernels for TPU and GPU and a portable path.
+# `explain` lists what is chosen on each platform, for this model at this length:
 
 # %%
 long = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
@@ -263,5 +264,5 @@ for choice in explain(model.apply, variables, long):
 # ## Into the repository
 #
 # A mixer that is to stay goes into `seqmodels/mixers/ema.py` and `REGISTRY`, a case of it into
-# `tests/seqmodels/mixers/cases.py`: the tests of all mixers then run on it, with gradients against a
-# reference, bfloat16 and carried gradients. See CONTRIBUTING.md.
+# `tests/seqmodels/mixers/cases.py`: the tests of all mixers then run on it, with gradients against
+# a reference, bfloat16 and carried gradients. See CONTRIBUTING.md.

@@ -10,8 +10,8 @@
 # # Quickstart: train a small language model and let it write
 #
 # You will see a text turned into batches, a model without attention trained for 400 steps, its
-# loss, which bytes it finds hard, and text that it writes from a state of fixed size. It takes about
-# 20 seconds on one CPU core.
+# loss, which bytes it finds hard, and text that it writes from a state of fixed size. It takes
+# about 20 seconds on one CPU core.
 #
 # A *sequence model* reads tokens $x_1, x_2, \ldots$ and says for each prefix how likely every next
 # token is. Attention does so by looking at the whole prefix again for each token. A *recurrent*
@@ -54,7 +54,8 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "font.size": 10})
 # only a model that carries the first number along can write it.
 
 # %%
-NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six"]
+NUMBERS += ["seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def line(n):
@@ -82,8 +83,8 @@ print({name: (value.shape, str(value.dtype)) for name, value in batch.items()})
 figure, axes = plt.subplots(figsize=(8, 2.2))
 axes.imshow(batch["segment_ids"] % 2, aspect="auto", cmap="cividis", interpolation="nearest")
 axes.set(xlabel="token of the row", ylabel="row of the batch")
-axes.set_title("Rows are cut anywhere; the colour changes where another document begins");
-
+axes.set_title("Rows are cut anywhere; the colour changes where another document begins")
+plt.show()
 # %% [markdown]
 # ## Model and training
 #
@@ -95,15 +96,15 @@ config = LanguageModelConfig(
     BackboneConfig(
         layout=("lru",),
         mixers=(LRUConfig(state_size=64, r_min=0.95, r_max=0.999, max_phase=0.3),),
-        width=48,
+        width=32,
         norm="rms",
         final_norm=True,
-        mlp=96,
+        mlp=64,
     ),
     vocabulary_size=text.VOCABULARY,
     tie_embeddings=False,
-    embedding_std=48**-0.5,
-    embedding_scale=48**0.5,
+    embedding_std=32**-0.5,
+    embedding_scale=32**0.5,
 )
 model = LanguageModel(config)
 task = language(model, lambda params: param_labels(config, params), packed=True)
@@ -138,8 +139,8 @@ axes.annotate("all tokens equally likely", (steps[-1], 7.5), ha="right", va="top
 axes.set(xlabel="training step", ylabel="loss in bits per token", yscale="log")
 axes.yaxis.set_major_formatter("{x:g}")
 axes.yaxis.set_minor_formatter("{x:g}")
-axes.set_title(f"The loss falls from 8 bits to {lines[-1]['loss'] / np.log(2):.2f}");
-
+axes.set_title(f"The loss falls from 8 bits to {lines[-1]['loss'] / np.log(2):.2f}")
+plt.show()
 # %% [markdown]
 # ## Where is the loss?
 #
@@ -167,13 +168,13 @@ figure, axes = plt.subplots(figsize=(9, 2.6))
 axes.bar(range(len(song)), bits, width=0.9)
 axes.set_xticks(range(len(song)), [chr(c).replace("\n", "\\n") for c in song], fontsize=8)
 axes.set(xlim=(-1, len(song)), xlabel="byte that is predicted", ylabel="bits")
-axes.set_title("The first letters of the line cost most; the second number costs little");
-
+axes.set_title("The first letters of the line cost most; the second number costs little")
+plt.show()
 # %% [markdown]
 # ## Writing
 #
-# `generate` reads the prompts, in chunks, then samples token by token. What it carries from token to
-# token is the state: as many bytes after one token as after a million.
+# `generate` reads the prompts, in chunks, then samples token by token. What it carries from token
+# to token is the state: as many bytes after one token as after a million.
 
 # %%
 prompts = [[text.BOUNDARY, *f"{name} bottles".encode()] for name in NUMBERS[1:]]
@@ -183,7 +184,8 @@ for prompt, tokens in zip(prompts, written, strict=True):
     print(text.decode(prompt + tokens).decode(), end="")
 
 # %%
-right = [text.decode(p + t) == line(n) for n, (p, t) in enumerate(zip(prompts, written), 1)]
+songs = [text.decode(p + t) for p, t in zip(prompts, written, strict=True)]
+right = [song == line(n) for n, song in enumerate(songs, 1)]
 print(f"{sum(right)} of {len(right)} lines are right to the last byte")
 
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.initial_state(1)))

@@ -10,9 +10,9 @@
 # # A sequence over eight devices
 #
 # You will see rows whose *length* is split over devices, a model that computes the same on them as
-# on one device, and what the devices tell each other: for a recurrent layer a state, however long the
-# row is; for attention all keys and values. Eight devices are simulated on the CPU. It takes about
-# 20 seconds on one core.
+# on one device, and what the devices tell each other: for a recurrent layer a state, however long
+# the row is; for attention all keys and values. Eight devices are simulated on the CPU. It takes
+# about 20 seconds on one core.
 #
 # To split rows of a batch is easy, they do not know of each other. Tokens of a row do. For a
 # recurrence $h_t = a_t h_{t-1} + b_t$ the way out is that a whole shard of tokens is one map,
@@ -84,8 +84,8 @@ for row in range(4):
     for place in np.flatnonzero(np.diff(ids[row])) + 0.5:
         axes.plot([place, place], [row - 0.45, row + 0.45], color="tab:orange", linewidth=2)
 axes.set(xlabel="token of the row", ylabel="row", yticks=range(4))
-axes.set_title("Where each token is; orange: a document ends, wherever the shards are cut");
-
+axes.set_title("Where each token is; orange: a document ends, wherever the shards are cut")
+plt.show()
 # %% [markdown]
 # ## The same numbers
 #
@@ -115,9 +115,9 @@ assert error < 1e-5
 # %% [markdown]
 # ## What the devices tell each other
 #
-# A *collective* is an operation in which devices exchange data. The compiled program names them all,
-# with shapes, so they can be counted. Now the length is split over all eight, and one layer runs
-# forward over one row, of two lengths.
+# A *collective* is an operation in which devices exchange data. The compiled program names them
+# all, with shapes, so they can be counted. Now the length is split over all eight, and one layer
+# runs forward over one row, of two lengths.
 
 # %%
 WIDTH, LENGTHS = 32, (512, 2048)
@@ -137,9 +137,7 @@ def exchanged(config, length):
     where = jax.sharding.NamedSharding(line, jax.sharding.PartitionSpec(None, "seq"))
     whole = replicated(line)
     x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32, sharding=where)
-    params = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=whole), params
-    )
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=whole), params)
     run = on_mesh(lambda params, x: mixer.apply(params, x)[0], line)
     compiled = jax.jit(run, out_shardings=where).lower(params, x).compile()
     return collectives(compiled.as_text())
@@ -171,8 +169,8 @@ growth = [
 ]
 two.bar(list(found), growth)
 two.set_ylabel("growth of the bytes")
-two.set_title(f"From {shortest} to {longest} tokens");
-
+two.set_title(f"From {shortest} to {longest} tokens")
+plt.show()
 # %% [markdown]
 # A recurrent layer sends its state once; a sliding window, the last tokens of each shard to the
 # neighbour. Attention has to bring every key and value to every device.

@@ -81,7 +81,9 @@ def test_a_cell_that_fails_is_named(tmp_path, capsys):
     code = notebooks.main(["--sources", str(tmp_path), "--out", str(out)])
     assert code == 1
     said = capsys.readouterr().err.strip()
-    assert said == "error: broken.py, code cell 2 (wrong = x / 0): ZeroDivisionError: division by zero"
+    assert (
+        said == "error: broken.py, code cell 2 (wrong = x / 0): ZeroDivisionError: division by zero"
+    )
     assert not list(out.iterdir())
 
 

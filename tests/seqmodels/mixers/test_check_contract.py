@@ -1,4 +1,4 @@
-"""`check_contract` passes a mixer that keeps the contract, and names the rule that another breaks."""
+"""`check_contract` passes a mixer that keeps the contract, and names a rule that is broken."""
 
 import jax.numpy as jnp
 import pytest
