@@ -12,7 +12,7 @@
 # You will see a new layer in 60 lines, a gated moving average; then what the library makes of it
 # without another line: a language model, training on packed documents, decoding from a carried
 # state, kernels for TPU and GPU, and the contract's own checks, which find a fault that we build
-# in. It takes about 15 seconds on one CPU core.
+# in. It takes about 20 seconds on one CPU core.
 #
 # The layer averages the past with weights that decay, over a span of its own for each channel, and
 # lets the current token decide what of the average to use:

@@ -96,15 +96,15 @@ config = LanguageModelConfig(
     BackboneConfig(
         layout=("lru",),
         mixers=(LRUConfig(state_size=64, r_min=0.95, r_max=0.999, max_phase=0.3),),
-        width=32,
+        width=48,
         norm="rms",
         final_norm=True,
-        mlp=64,
+        mlp=96,
     ),
     vocabulary_size=text.VOCABULARY,
     tie_embeddings=False,
-    embedding_std=32**-0.5,
-    embedding_scale=32**0.5,
+    embedding_std=48**-0.5,
+    embedding_scale=48**0.5,
 )
 model = LanguageModel(config)
 task = language(model, lambda params: param_labels(config, params), packed=True)

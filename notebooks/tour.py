@@ -12,7 +12,7 @@
 # You will see what the layers of this library do to a sequence, in pictures: what a token still
 # counts for many tokens later, convolution kernels and the eigenvalues behind them, the "attention
 # maps" of layers without attention, the bytes of state that each carries, and one thing that most
-# of them cannot do. Nothing is trained. It takes about 15 seconds on one CPU core.
+# of them cannot do. Nothing is trained. It takes about 20 seconds on one CPU core.
 #
 # All of them map $x \in \mathbb{R}^{L \times D}$ to $y \in \mathbb{R}^{L \times D}$, and $y_t$
 # depends on $x_1, \ldots, x_t$ only. Attention keeps all of the past; the others keep a state:
