@@ -110,9 +110,8 @@ def execute(path: Path, *, seconds: int = 600, env: dict[str, str] | None = None
     try:
         return client.execute(env=environment() if env is None else env)
     except CellExecutionError as error:
-        raise CellError(
-            f"{where(path, notebook, last[-1])}: {error.ename}: {error.evalue}"
-        ) from error
+        said = [f"{error.ename}: {error.evalue}".strip(), *printed_errors(notebook, last[-1])]
+        raise CellError(f"{where(path, notebook, last[-1])}: {'; '.join(said)}") from error
     except CellTimeoutError as error:
         raise CellError(f"{where(path, notebook, last[-1])}: took over {seconds} s") from error
     except DeadKernelError as error:
@@ -124,6 +123,13 @@ def where(path: Path, notebook: Any, index: int) -> str:
     number = sum(cell.cell_type == "code" for cell in notebook.cells[: index + 1])
     lines = [line for line in notebook.cells[index].source.splitlines() if line.strip()]
     return f"{path.name}, code cell {number} ({lines[0].strip() if lines else 'empty'})"
+
+
+def printed_errors(notebook: Any, index: int) -> list[str]:
+    """The last line that a cell wrote to stderr, if it did."""
+    outputs = notebook.cells[index].outputs
+    text = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    return text.strip().splitlines()[-1:]
 
 
 def run(arguments: Arguments) -> None:

@@ -117,8 +117,8 @@ page.to_terminal(report.accuracies(ours))
 # ## Extend
 #
 # Now a run of your own: the command that `make lra` uses, called as a function, with everything so
-# small that it takes seconds. It learns next to nothing; what matters is where it
-# appears. The model is `conv61`, which sees 61 tokens in each layer.
+# small that it takes seconds. It learns next to nothing; what matters is where it appears. The
+# model is `conv61`, which sees 61 tokens in each layer.
 
 # %%
 own = Path(tempfile.mkdtemp())
@@ -130,7 +130,7 @@ small = {
     "data.min_length": 16,
     "data.max_length": 40,
     "lengths": 40,
-    "classifier.backbone.layout": "conv",
+    "classifier.backbone.layout": "bidirectional",
     "classifier.backbone.width": 16,
     "train.batch_size": 16,
     "train.log_every": 2,
