@@ -12,7 +12,7 @@ LRA_RUN := runs/lra/listops-s5-cpu-seed0
 # Every shape and type in a signature is checked at each call; it takes a fifth of the time.
 TYPED := --jaxtyping-packages=seqmodels,beartype.beartype
 
-.PHONY: lra test test-all test-newest check docs bench clean
+.PHONY: lra test test-all test-newest check notebooks docs bench clean
 
 lra: .venv/installed
 	.venv/bin/python -m experiments.lra.train --task listops --model s5 --preset cpu \
@@ -44,9 +44,13 @@ check: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
 
-# Reads the code without importing it; a warning is an error. The variable silences the theme's advert
-# for its successor, which is no warning.
-docs: .venv-test/installed-$(EXTRAS)
+# Each notebook once, on the CPU; with their outputs they go to docs/notebooks/, for the pages.
+notebooks: .venv-test/installed-$(EXTRAS)
+	.venv-test/bin/python -m experiments.notebooks
+
+# The site, with the executed notebooks. Reads the code without importing it; a warning is an error. The
+# variable silences the theme's advert for its successor, which is no warning.
+docs: notebooks
 	NO_MKDOCS_2_WARNING=1 .venv-test/bin/python -m mkdocs build --strict
 
 bench: .venv-test/installed-$(EXTRAS)
