@@ -11,11 +11,13 @@ notebook and the cell. What is written are .ipynb files, which git ignores.
 Needs the extra "notebooks", or "execute", which is the same without JupyterLab.
 """
 
+import asyncio
 import dataclasses
 import os
-import resource
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ class Arguments(Checked):
     """Folder of the executed notebooks."""
     seconds: Size = 600
     """Longest time of one cell."""
+    jobs: Size = os.cpu_count() or 1
+    """How many to execute at the same time; default one for each core."""
     optimised: bool = False
     """Compile with all of XLA's optimisations; cells run faster and compile much slower."""
     traceback: bool = False
@@ -99,16 +103,18 @@ def execute(path: Path, *, seconds: int = 600, env: dict[str, str] | None = None
 
     notebook = jupytext.read(path, fmt=FORMAT)
     last: list[int] = []
-    client = NotebookClient(
-        notebook,
-        timeout=seconds,
-        kernel_name="python3",
-        config=Config({"KernelManager": {"transport": "ipc"}}),  # no ports
-        resources={"metadata": {"path": str(ROOT)}},
-        on_cell_execute=lambda cell, cell_index: last.append(cell_index),
-    )
     try:
-        return client.execute(env=environment() if env is None else env)
+        with tempfile.TemporaryDirectory() as sockets:  # its own, and no ports
+            kernel = {"transport": "ipc", "ip": str(Path(sockets) / "kernel")}
+            client = NotebookClient(
+                notebook,
+                timeout=seconds,
+                kernel_name="python3",
+                config=Config({"KernelManager": kernel}),
+                resources={"metadata": {"path": str(ROOT)}},
+                on_cell_execute=lambda cell, cell_index: last.append(cell_index),
+            )
+            return asyncio.run(client.async_execute(env=environment() if env is None else env))
     except CellExecutionError as error:
         said = [f"{error.ename}: {error.evalue}".strip(), *printed_errors(notebook, last[-1])]
         raise CellError(f"{where(path, notebook, last[-1])}: {'; '.join(said)}") from error
@@ -145,20 +151,22 @@ def run(arguments: Arguments) -> None:
     paths = find(arguments.sources, arguments.only)
     arguments.out.mkdir(parents=True, exist_ok=True)
     env = environment(optimised=arguments.optimised)
-    for path in paths:
-        clock, cpu = time.perf_counter(), _cpu_seconds()
+
+    def write(path: Path) -> None:
+        start = time.perf_counter()
         notebook = execute(path, seconds=arguments.seconds, env=env)
         into = arguments.out / f"{path.stem}.ipynb"
         nbformat.write(notebook, into)
-        terminal.say(
-            f"{path.stem}: {time.perf_counter() - clock:.0f} s, of CPU time "
-            f"{_cpu_seconds() - cpu:.0f} s; written: {into}"
-        )
+        terminal.say(f"{path.stem}: {time.perf_counter() - start:.0f} s; written: {into}")
 
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        running = [pool.submit(write, path) for path in paths]
+        try:
+            for notebook in as_completed(running):
+                notebook.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that run end in their own time
+            raise
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -191,7 +191,7 @@ else:
 #
 # ## All shapes
 #
-# `python -m experiments.kernels.aot` compiles each named shape for each chip. Its committed figures
+# `seqmodels kernels aot` compiles each named shape for each chip. Its committed figures
 # for this kernel, static estimates by the TPU compiler for a v5e:
 
 # %%

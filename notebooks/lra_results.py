@@ -36,7 +36,7 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "font.size": 10})
 # %% [markdown]
 # ## Read
 #
-# Each run of `python -m experiments.lra.train` leaves one JSON file: the whole config, the curve,
+# Each run of `seqmodels lra train` leaves one JSON file: the whole config, the curve,
 # the test accuracy, baselines, versions, device and time. `read_rows` reads folders of them.
 
 # %%
@@ -163,8 +163,8 @@ plt.show()
 # %% [markdown]
 # ## Next
 #
-# - `python -m experiments.lra.report` prints the whole page, and writes it with its pictures.
-# - `python -m experiments.lra.train --task listops --model gla --minutes 10` trains a row that is
+# - `seqmodels lra report` prints the whole page, and writes it with its pictures.
+# - `seqmodels lra train --task listops --model gla --minutes 10` trains a row that is
 #   worth reading. With `--preset paper` on an accelerator it has the published scale.
-# - `python -m experiments.lra.report --check listops-s5-cpu-seed0` trains a committed row again, up
+# - `seqmodels lra report --check listops-s5-cpu-seed0` trains a committed row again, up
 #   to its first evaluation, and compares.

@@ -194,7 +194,7 @@ print(f"{size:,} bytes of state, however long the text is")
 # %% [markdown]
 # ## Next
 #
-# - `python -m experiments.lm.train --data book.txt --mixer mamba2 --preset cpu` does the same from
+# - `seqmodels lm train --data book.txt --mixer mamba2 --preset cpu` does the same from
 #   the command line, on your text.
 # - [A tour of the mixers](tour.ipynb) shows what is inside the LRU and its relatives.
 # - [Write your own mixer](own_mixer.ipynb) puts a layer of yours in place of it.

@@ -294,7 +294,7 @@ able = [
 print("negative_eigenvalues can be set in:", ", ".join(able))
 
 # %% [markdown]
-# Whether training finds such a solution is another question: `python -m experiments.recall.train
+# Whether training finds such a solution is another question: `seqmodels recall train
 # --task parity --mixer deltanet-negative` tries it, and `--task a5` a harder group.
 #
 # ## Next

@@ -96,5 +96,5 @@ def test_notebooks_that_are_not_there_are_refused(tmp_path):
 
 def test_the_index_lists_every_notebook():
     text = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
-    listed = re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", text)
+    listed = re.findall(r"\]\(\.\./notebooks/(\w+)\.py\)", text)
     assert sorted(listed) == [path.stem for path in NOTEBOOKS]
