@@ -1,5 +1,12 @@
-// MathJax sets what arithmatex has marked, also on pages that the theme loads without a reload.
+// MathJax sets what arithmatex has marked; on the page of a notebook, which has no marks, its dollars.
+const notebook = document.querySelector(".jupyter-wrapper") !== null;
 window.MathJax = {
-  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true },
-  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
+  tex: {
+    inlineMath: notebook ? [["$", "$"]] : [["\\(", "\\)"]],
+    displayMath: notebook ? [["$$", "$$"]] : [["\\[", "\\]"]],
+    processEscapes: true,
+  },
+  options: notebook
+    ? { ignoreHtmlClass: "jp-InputArea|jp-OutputArea" }
+    : { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
 };

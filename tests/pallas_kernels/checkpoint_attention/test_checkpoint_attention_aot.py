@@ -15,7 +15,7 @@ from tests.pallas_kernels.absent import (
 
 CASE = "pallas_kernels.checkpoint_attention.shapes:case"
 # Whether it compiles depends on widths and ranges, hardly on lengths.
-REPRESENTATIVES = ["bench-packed"]
+REPRESENTATIVES = ["bench-packed", "rat-1.3b"]
 SPILL_SHAPES = ["bench-packed", "bench"]
 
 

@@ -87,7 +87,7 @@ CASES = {
 CASES["bidirectional"] = BidirectionalConfig(CASES["lru"])
 CASES["bidirectional-tied"] = BidirectionalConfig(CASES["s4"], tied=True)
 
-# One of each kind, on which everything is checked every time.
+# One of each kind, which the contract's tests always run.
 KINDS = {
     "s5", "s4", "s4d", "mamba", "gla", "gated_deltanet", "hydra", "rat",
 }  # fmt: skip

@@ -44,6 +44,11 @@ class Forgets(LRU):
 def test_a_mixer_that_keeps_the_contract_passes():
     rules = check_contract(build(CONFIG, 8))
     assert {"causality", "isolated documents", "carried state"} <= set(rules)
+
+
+@pytest.mark.full
+def test_a_mixer_that_sees_both_sides_has_fewer_rules():
+    rules = check_contract(build(CONFIG, 8))
     two_sided = check_contract(build(S5Config(state_size=8, bidirectional=True), 8))
     assert set(rules) - set(two_sided) == {
         "causality", "pieces and single tokens", "carried state", "training as streaming",

@@ -9,13 +9,13 @@ import pytest
 from seqmodels.mixers import build
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
 from tests import tolerances
-from tests.seqmodels.mixers.cases import CASES, GROWING, KINDS
+from tests.seqmodels.mixers.cases import CASES, GROWING
 from tests.tiers import one_of_many
 
 # One configuration of each mixer, the first.
 FIRST = list({config.mixer: case for case, config in reversed(CASES.items())}.values())[::-1]
 # A scan, a selective one, a matrix that decays, one under the delta rule.
-FEW = ["s5", "mamba", "gla", "gated_deltanet"]
+FEW = ["s5", "mamba", "gla"]
 X = jax.random.normal(jax.random.key(1), (2, 3, 9, 4))
 
 
@@ -33,7 +33,8 @@ def loss(mixer, params, x):
     ("case", "dtype"),
     one_of_many(
         [(case, dtype) for dtype in ("float32", "bfloat16") for case in FIRST],
-        [(case, "float32") for case in KINDS] + [(case, "bfloat16") for case in FEW],
+        [(case, "float32") for case in ("s4", "mamba", "rat", "gated_deltanet")]
+        + [(case, "bfloat16") for case in ("s5", "s4d", "gla")],
     ),
 )
 def test_gradients_of_extreme_inputs_are_finite(case, dtype):
@@ -59,7 +60,7 @@ def test_vmap_remat_and_eval_shape(case):
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, kept)
 
 
-@pytest.mark.parametrize("case", one_of_many(FIRST, FEW))
+@pytest.mark.parametrize("case", one_of_many(FIRST, ["s5", "mamba"]))
 def test_learns_to_copy(case):
     """Each token's predecessor, of five equally likely ones, in 200 steps of Adam."""
     backbone = BackboneConfig((CASES[case].mixer,), (CASES[case],), width=8, norm="rms", mlp=16)

@@ -12,6 +12,7 @@ from seqmodels.mixers import S4Config, build, hippo
 from seqmodels.mixers.s4 import Model, convolution, recurrence, truncated
 from tests import tolerances
 from tests.seqmodels.mixers.oracles import assert_close, fresh, initialised
+from tests.tiers import one_of_many
 
 WIDTH = 4
 
@@ -87,10 +88,10 @@ LONG = 16384
 
 
 @functools.cache
-def at_length():
+def at_length(length):
     """Outputs of both forms in float32 and of the recurrence in float64, ``(L, channels)``."""
     model = legs(STEPS)
-    u = np.random.default_rng(1).standard_normal((1, LONG, len(STEPS))).astype(np.float32)
+    u = np.random.default_rng(1).standard_normal((1, length, len(STEPS))).astype(np.float32)
     convolved = jax.jit(convolution)(model, u)[0]
     recurred = jax.jit(lambda model, u: recurrence(model, u, None, None)[0])(model, u)[0]
     wanted = []
@@ -101,9 +102,10 @@ def at_length():
     return np.asarray(convolved), np.asarray(recurred), np.stack(wanted, 1)
 
 
+@pytest.mark.parametrize("length", one_of_many([2048, LONG], [2048]))
 @pytest.mark.parametrize("channel", range(len(STEPS)), ids=map(str, STEPS))
-def test_convolution_is_recurrence_at_sixteen_thousand_tokens(channel):
-    convolved, recurred, wanted = (x[:, channel] for x in at_length())
+def test_convolution_is_recurrence_over_long_rows(channel, length):
+    convolved, recurred, wanted = (x[:, channel] for x in at_length(length))
     assert_close(convolved, recurred, tolerances.FLOAT32_S4_KERNEL)
     assert_close(convolved, wanted, tolerances.FLOAT32_S4_KERNEL)
     assert_close(recurred, wanted, tolerances.FLOAT32_S4_KERNEL)
