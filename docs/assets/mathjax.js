@@ -7,6 +7,6 @@ window.MathJax = {
     processEscapes: true,
   },
   options: notebook
-    ? { ignoreHtmlClass: "jp-InputArea|jp-OutputArea" }
+    ? { ignoreHtmlClass: "jp-InputArea|jp-OutputArea", processHtmlClass: "jp-RenderedMarkdown" }
     : { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
 };
