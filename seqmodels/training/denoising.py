@@ -35,6 +35,7 @@ def denoising(
       length, channels: see ``classification``.
     """
 
+    @jax.jit
     def init(key: Array) -> Variables:
         segment_ids = jnp.ones((1, length), jnp.int32)
         inputs = segment_ids if channels is None else jnp.ones((1, length, channels))
@@ -94,6 +95,7 @@ def beginning_with(task: Task, learned: Variables) -> Task:
     Entries of ``learned`` that the task's model does not have, such as another head, are left out.
     """
 
+    @jax.jit
     def init(key: Array) -> Variables:
         fresh = task.init(key)
         return {

@@ -60,6 +60,7 @@ def language(
     elif share is not None:
         raise ValueError(f"share={share} is of chunks; set chunk, or share=None")
 
+    @jax.jit
     def init(key: Array) -> Variables:
         return dict(model.init(key, jnp.zeros((1, 8), jnp.int32)))
 

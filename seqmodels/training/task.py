@@ -39,7 +39,8 @@ class Task:
     """A model and its loss.
 
     Attributes:
-      init: ``init(key) -> variables``.
+      init: ``init(key) -> variables``; best under `jax.jit`, which traces it once, while its shapes
+        are asked for several times.
       loss: ``loss(variables, batch, key, carry) -> (sums, batch_stats, carry)``. With ``key=None``
         the model is evaluated: no dropout, running statistics, ``batch_stats`` returned as given.
         ``carry`` is what earlier batches left for this one's rows; None where batches are
@@ -103,6 +104,7 @@ def classification(
       channels: of real inputs; None for token ids.
     """
 
+    @jax.jit
     def init(key: Array) -> Variables:
         segment_ids = jnp.ones((1, parts, length) if parts > 1 else (1, length), jnp.int32)
         reals = None if channels is None else jnp.ones((*segment_ids.shape, channels))

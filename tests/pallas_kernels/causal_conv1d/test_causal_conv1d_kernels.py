@@ -38,7 +38,7 @@ FEATURES = [
     {},
     pytest.param({"packed": True}, marks=pytest.mark.full),
     {"conv_size": 1, "width": 3, "packed": True},
-    {"conv_size": 8, "activation": None, "packed": True},
+    pytest.param({"conv_size": 8, "activation": None, "packed": True}, marks=pytest.mark.full),
     pytest.param({"conv_size": 9, "width": 3}, marks=pytest.mark.full),
     pytest.param({"conv_size": 12, "width": 3, "packed": True}, marks=pytest.mark.full),
     {"dtype": "bfloat16", "packed": True},

@@ -18,6 +18,7 @@ from pallas_kernels.matrix_state.tpu import KernelShape, Limits, Tiles, choose_t
 from pallas_kernels.tools import testing
 from tests import tolerances
 from tests.pallas_kernels.delta_rule.cases import Case, assert_isolated, normalised
+from tests.tiers import one_of_many
 
 CHUNK = 16
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
@@ -84,7 +85,7 @@ def test_several_groups_in_one_step():
     testing.assert_close(interpreted(case, ANY), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("decay", ["head", "key"])
+@pytest.mark.parametrize("decay", one_of_many(["head", "key"], ["head"]))
 def test_bfloat16_against_the_float32_oracle(decay):
     case = one_head(length=64, decay=decay, dtype="bfloat16", packed=True, size=(32, 16))
     actual, expected = interpreted(case), case.oracle()
@@ -96,13 +97,13 @@ def test_bfloat16_against_the_float32_oracle(decay):
     testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
-@pytest.mark.parametrize("decay", ["head", "key"])
+@pytest.mark.parametrize("decay", one_of_many(["head", "key"], ["key"]))
 def test_documents_are_isolated_to_the_bit(decay):
     case = one_head(decay=decay)
     assert_isolated(functools.partial(interpreted, case), case)
 
 
-@pytest.mark.parametrize("decay", ["head", "key"])
+@pytest.mark.parametrize("decay", one_of_many(["head", "key"], ["head"]))
 def test_extreme_decays(decay):
     """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""
     case = one_head(length=40, decay=decay)

@@ -81,7 +81,6 @@ def s4d_ft(values):
     return outputs
 
 
-@pytest.mark.optimised
 def test_s4d_with_weighted_frequencies():
     config = S4DConfig(
         state_size=4, n_ssm=1, bidirectional=True, dt_min=0.05, dt_max=0.5,
@@ -102,7 +101,6 @@ def test_frequencies_begin_scaled_and_their_weights_at_one():
 
 
 @pytest.mark.full
-@pytest.mark.optimised
 def test_weights_of_one_change_nothing():
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, 2))
     plain = S4DConfig(state_size=4, bidirectional=True)
@@ -143,7 +141,6 @@ def b2s6(values, *, blocks, states, lengths=(LENGTH, LENGTH)):
 
 
 @pytest.mark.full  # the next test has all that this one has but for ranks
-@pytest.mark.optimised
 @pytest.mark.parametrize(("blocks", "rank"), [(2, 2), (1, None)])
 def test_mamba_with_blocks(blocks, rank):
     config = MambaConfig(state_size=3, expand=2, conv_size=2, dt_rank=rank, blocks=blocks)
@@ -154,7 +151,6 @@ def test_mamba_with_blocks(blocks, rank):
     assert_agrees(oracle, *apply(config, 2))
 
 
-@pytest.mark.optimised
 def test_mamba_with_blocks_stops_at_padding():
     ids = np.array([[1] * LENGTH, [1] * 4 + [0] * 2], np.int32)
     config = MambaConfig(state_size=2, expand=1, conv_size=2, blocks=2)
