@@ -35,14 +35,14 @@ def interpreted(case, backend, tiles=None, **options):
 FEATURES = [
     {},
     pytest.param({"reverse": True}, marks=pytest.mark.full),
-    {"dtype": COMPLEX, "packed": True},
+    pytest.param({"dtype": COMPLEX, "packed": True}, marks=pytest.mark.full),
     pytest.param({"dtype": COMPLEX, "constant": True, "reverse": True}, marks=pytest.mark.full),
     pytest.param({"packed": True, "reverse": True}, marks=pytest.mark.full),
     pytest.param({"constant": True, "packed": True}, marks=pytest.mark.full),
     {"dtype": "bfloat16", "packed": True},
     {"length": 48, "packed": True, "constant": True, "reverse": True, "dtype": COMPLEX},
     {"length": 1, "width": 3},
-    {"length": 2, "packed": True, "dtype": COMPLEX},
+    pytest.param({"length": 2, "packed": True, "dtype": COMPLEX}, marks=pytest.mark.full),
     pytest.param({"length": 15, "reverse": True}, marks=pytest.mark.full),
 ]
 

@@ -105,7 +105,9 @@ def test_a_split_length_changes_nothing(name, shards):
 
 @pytest.mark.parametrize(
     ("name", "shards"),
-    one_of_many([(name, shards) for name in BOTH_WAYS for shards in (3, 8)], [("hydra", 3)]),
+    one_of_many(
+        [(name, shards) for name in BOTH_WAYS for shards in (3, 8)], [("s5-bidirectional", 3)]
+    ),
 )
 def test_a_split_length_changes_nothing_of_a_bidirectional_mixer(name, shards):
     config = CASES[name]
