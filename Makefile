@@ -30,7 +30,8 @@ test-all: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/python -m experiments.kernels.aot
 	.venv-test/bin/python -m experiments.kernels.aot --check
 
-# A few tests of each floor with the newest versions: what a new jax breaks first.
+# A few tests of each floor with the newest versions: what a new jax breaks first. Bits, mapping and
+# refusals are the same code in every version.
 NEWEST := tests/pallas_kernels/tools/test_aot.py tests/pallas_kernels/common \
 	tests/pallas_kernels/test_op_contract.py tests/seqmodels/models/test_language.py \
 	tests/seqmodels/models/test_published.py tests/seqmodels/mixers/test_gla.py \

@@ -21,13 +21,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from experiments import terminal
+from experiments import places, terminal
 from experiments.command_line import UsageError, run_command
 from pallas_kernels.tools.testing import QUICK
 from seqmodels.ranges import Checked, Size
 
-ROOT = Path(__file__).parents[1]
-SOURCES = ROOT / "notebooks"
+SOURCES = places.ROOT / "notebooks"
 FORMAT = "py:percent"
 KNOWN = ("xla_backend_optimization_level", "xla_cpu_parallel_codegen_split_count")
 """The options of ``QUICK`` that libtpu knows too, which ends a process where it does not."""
@@ -41,7 +40,7 @@ class Arguments(Checked):
     """Names of notebooks, e.g. quickstart; default all."""
     sources: Path = SOURCES
     """Folder of the notebooks."""
-    out: Path = ROOT / "docs" / "notebooks"
+    out: Path = places.ROOT / "docs" / "notebooks"
     """Folder of the executed notebooks."""
     seconds: Size = 600
     """Longest time of one cell."""
@@ -76,7 +75,7 @@ def environment(*, optimised: bool = False) -> dict[str, str]:
     """The environment of a kernel: on the CPU unless told otherwise, the repository importable."""
     inherited = dict(os.environ)
     inherited.setdefault("JAX_PLATFORMS", "cpu")
-    paths = (str(ROOT), inherited.get("PYTHONPATH", ""))
+    paths = (str(places.ROOT), inherited.get("PYTHONPATH", ""))
     inherited["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if not optimised:
         flags = [f"--{name}={QUICK[name]}" for name in KNOWN]
@@ -111,7 +110,7 @@ def execute(path: Path, *, seconds: int = 600, env: dict[str, str] | None = None
                 timeout=seconds,
                 kernel_name="python3",
                 config=Config({"KernelManager": kernel}),
-                resources={"metadata": {"path": str(ROOT)}},
+                resources={"metadata": {"path": str(places.ROOT)}},
                 on_cell_execute=lambda cell, cell_index: last.append(cell_index),
             )
             return asyncio.run(client.async_execute(env=environment() if env is None else env))

@@ -1,7 +1,7 @@
 """Fills the tables of the documentation from the committed results and from the code.
 
     python -m experiments.pages            rewrites README.md and the pages of docs/
-    python -m experiments.pages --check    names the tables that are not current; 1 if any is
+    python -m experiments.pages --check    names the pages that are not current; 1 if any is
 
 A table stands between two comments, `<!-- table NAME: begin -->` and the same with `end`; some
 names have an argument, as in `benchmarks linear_scan`. No figure between them is typed.
@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.command_line import UsageError, run_command
+from experiments import places
+from experiments.command_line import run_command
 from experiments.kernels import aot
 from experiments.kernels.results import STATIC, TIMED
 from experiments.lm import table as lm
@@ -26,7 +27,7 @@ from seqmodels.models.published import PUBLISHED
 from seqmodels.ranges import Checked
 from seqmodels.training.metrics import write_atomically
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = places.ROOT
 RESULTS = REPOSITORY / "experiments" / "results"
 WIDTH = 2048
 """Width of the layers whose states are compared."""
@@ -43,7 +44,7 @@ class Arguments(Checked):
     """Whether pages are written or only compared."""
 
     check: bool = False
-    """Only name the tables that are not current; exits with 1 if there are any."""
+    """Only name the pages that are not current; exits with 1 if there are any."""
 
     traceback: bool = False
     """Show the whole traceback of an error."""
@@ -287,12 +288,12 @@ def rewrite(arguments: Arguments) -> None:
     """Writes the pages that are not current, or names them.
 
     Raises:
-      UsageError: with --check, some are not.
+      ValueError: with --check, some are not.
     """
     stale = [(path, text) for path, before, text in pages() if before != text]
     if arguments.check and stale:
         names = ", ".join(str(path.relative_to(REPOSITORY)) for path, _ in stale)
-        raise UsageError(f"not current: {names}; run python -m experiments.pages")
+        raise ValueError(f"not current: {names}; run python -m experiments.pages")
     for path, text in stale:
         write_atomically(path, text)
         print(f"rewritten: {path.relative_to(REPOSITORY)}")

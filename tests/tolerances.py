@@ -7,13 +7,13 @@ why. What stands for something else, such as how far a sample's mean may be off,
 
 from typing import Any
 
-from pallas_kernels.tools.testing import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FLOAT64_TOLERANCE
+from pallas_kernels.tools import testing
 
 # RMSE(error) / RMSE(reference).
 
-FLOAT32 = FLOAT32_TOLERANCE
-FLOAT64 = FLOAT64_TOLERANCE
-BFLOAT16 = BFLOAT16_TOLERANCE
+FLOAT32 = testing.FLOAT32_TOLERANCE
+FLOAT64 = testing.FLOAT64_TOLERANCE
+BFLOAT16 = testing.BFLOAT16_TOLERANCE
 
 # Gradients of kernels in bfloat16. They are products of values that the forward pass has rounded
 # with cotangents that are rounded too, and come out rounded: three errors of 2^-9 where an output
@@ -58,9 +58,7 @@ FLOAT32_PUBLISHED = 1e-4
 FLOAT32_POWER = 1.5e-7
 FLOAT32_POWER_AND_REST = 3e-9
 
-# Largest difference that an output may show of a later token: a transform of the whole row spreads
-# rounding.
-FLOAT32_LOOK_AHEAD = 1e-5
+FLOAT32_LOOK_AHEAD = testing.FLOAT32_LOOK_AHEAD
 
 # Of the largest number: angles grow with the position, and so does their rounding.
 FLOAT32_OF_LARGEST = 1e-5

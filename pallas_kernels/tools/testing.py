@@ -17,6 +17,9 @@ from pallas_kernels.common import compat
 FLOAT32_TOLERANCE = 2e-6
 BFLOAT16_TOLERANCE = 5e-3
 FLOAT64_TOLERANCE = 1e-13
+# Largest difference that an output may show of a later token: a transform of the whole row spreads
+# rounding.
+FLOAT32_LOOK_AHEAD = 1e-5
 
 # XLA's quick code generator for CPUs, as `compiler_options` of `jax.jit`: a program runs a little
 # slower and compiles several times faster (a float64 oracle in 0.3 s of CPU instead of 2.3).

@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tools.testing import FLOAT32_TOLERANCE, rmse_ratio
+from pallas_kernels.tools.testing import FLOAT32_LOOK_AHEAD, FLOAT32_TOLERANCE, rmse_ratio
 from seqmodels.mixers.base import Mixer, Segments
 
 PIECE = 24
 LENGTH = 4 * PIECE
-LOOK_AHEAD = 1e-5
-"""Largest change of an output, or of a gradient, that rounding may make."""
 
 # Documents of each row, `(id, begin, end)`; the last row is padding. Row 0 goes on with the
 # document of the state that enters, row 1 begins another.
@@ -147,7 +145,7 @@ def _causality(case: _Case) -> None:
     other[at] += 1.0
     one, two = (case.forward(x, case.ids, case.start())[0] for x in (case.x, other))
     seen = float(np.abs(one - two)[1, : at[1]].max())
-    _must(seen < LOOK_AHEAD, f"an output changes by {seen:.1e} with a later token")
+    _must(seen < FLOAT32_LOOK_AHEAD, f"an output changes by {seen:.1e} with a later token")
 
 
 def _isolation(case: _Case) -> None:
