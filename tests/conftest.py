@@ -1,9 +1,12 @@
 """Settings of the whole suite: 8 simulated devices, no silent rank promotion, no timed asserts.
 
-Most of the suite's time is XLA compiling small programs. Unless `--everything` is given, tests
-marked `full` are left out, and XLA compiles for CPUs with its quick code generator, except for the
-tests marked `optimised`: those of the portable operators' numbers, and of runs that are compared
-bit for bit with those of processes of their own.
+Most of the suite's time is tracing and compiling small programs. Unless `--everything` is given,
+- tests marked `full` are left out;
+- XLA compiles for CPUs with its quick code generator, except for the tests marked `optimised`:
+  those of the portable operators' numbers, and of runs that are compared bit for bit with those of
+  processes of their own;
+- what calls ops is traced for CPUs alone, as training on one is, except for the tests of the ops
+  and those marked `all_platforms`.
 """
 
 import hypothesis
@@ -11,6 +14,7 @@ import jax
 import pytest
 from jax._src import compiler
 
+from pallas_kernels.common import dispatch
 from pallas_kernels.tools import testing
 
 jax.config.update("jax_platforms", "cpu")
@@ -56,6 +60,18 @@ def _module_compilation(request):
 def _compilation(request, _module_compilation):
     """With `--everything` or the mark `optimised` programs are compiled as users compile them."""
     _compile_as_wanted(request)
+
+
+@pytest.fixture(autouse=True)
+def _traced_for_cpus(request):
+    """Above the kernels, nothing that only other platforms run is traced."""
+    kernels = request.config.rootpath / "tests" / "pallas_kernels"
+    as_users = request.config.getoption(_EVERYTHING) or request.path.is_relative_to(kernels)
+    if as_users or request.node.get_closest_marker("all_platforms"):
+        yield
+    else:
+        with dispatch.only_for("cpu"):
+            yield
 
 
 def _compile_as_wanted(request):

@@ -34,6 +34,8 @@ def _installed(module: str) -> Any:
 
 
 torch = _installed("torch")
+# Small models beside another worker: threads of one operation would wait for each other.
+torch.set_num_threads(1)
 transformers = _installed("transformers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -47,7 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
     "frequent-words": {"length": 80, "words": 32},
 }
 CPU: dict[str, dict[str, Any]] = {
-    "mqar": {"length": 48, "pairs": 8, "vocabulary": 32, "noise": "reserved"},
+    "mqar": {"length": 64, "pairs": 16, "vocabulary": 64, "noise": "reserved"},
     "selective-copy": {"length": 64, "items": 8, "alphabet": 8},
     "plain-copy": {"length": 64, "items": 8, "alphabet": 8},
     "induction": {"length": 64},

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from experiments.recall.experiment import ExperimentConfig
 from experiments.run import chosen_step, locate, restore
+from pallas_kernels.common import dispatch
 from seqmodels.config import from_dict
 from seqmodels.data import recall
 from seqmodels.data.recall import TaskConfig
@@ -40,7 +41,8 @@ def predictor(config: LanguageModelConfig) -> Predict:
 
     @jax.jit
     def predict(variables: Variables, inputs: Array) -> Array:
-        hidden, _ = model.apply(variables, inputs, method="hidden")
+        with dispatch.only_for(jax.default_backend()):
+            hidden, _ = model.apply(variables, inputs, method="hidden")
 
         def likeliest(row: Array) -> Array:
             logits: Any = model.apply(variables, row, method="logits")

@@ -8,6 +8,9 @@ Pallas refuses: such a program takes `implementation="xla"`.
 
 One thing is looked up where a program is traced, because lowering does not know it: whether the GPU
 of this machine is too old for the kernels.
+
+Tracing the kernels of every platform takes time, often more than tracing all else. Who knows where
+a program will run traces it inside `only_for`.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ class Choice(NamedTuple):
 # Part of jax's trace cache: what is traced inside the context never runs outside, nor vice versa.
 _preferred = jax.make_user_context(default_value=None)
 
+_platforms = jax.make_user_context(default_value=None)
+
 _record: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
     "record", default=None
 )
@@ -63,6 +68,26 @@ def preferring(implementation: str) -> Iterator[None]:
     concerned.
     """
     with _preferred(implementation):
+        yield
+
+
+@contextlib.contextmanager
+def only_for(platform: str) -> Iterator[None]:
+    """Trace nothing that only another platform runs.
+
+    What is traced inside must be lowered for this platform alone: it has no other's kernels.
+
+    Args:
+      platform: as `jax.Device.platform` or lowering names it: "cpu", "tpu", "gpu", "cuda", "rocm".
+
+    Raises:
+      ValueError: another platform.
+    """
+    platforms = ("cuda", "rocm") if platform == "gpu" else (platform,)
+    if platforms[0] not in PLATFORMS:
+        known = ", ".join(("gpu", *PLATFORMS))
+        raise ValueError(f"platform={platform!r} is unknown; one of {known}")
+    with _platforms(platforms):
         yield
 
 
@@ -141,9 +166,13 @@ def _lower(
 
     Platforms that are not ours take `default`; None where there is nothing for them.
     """
+    platforms = _platforms.value or PLATFORMS
     if (record := _record.get()) is not None:
         record.extend(choice for choice in choices if choice not in record)
+        platforms = PLATFORMS
     by_platform = {c.platform: c.implementation for c in choices if c.implementation}
+    # Nothing is left inside a kernel of another platform, which then is being interpreted.
+    by_platform = {p: by_platform[p] for p in platforms if p in by_platform} or by_platform
     if len(set(by_platform.values())) == 1:
         return functions[next(iter(by_platform.values()))](*args)
     special = {p: functions[name] for p, name in by_platform.items() if name != default}

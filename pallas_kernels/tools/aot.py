@@ -43,7 +43,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun
 
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, dispatch
 from pallas_kernels.tools import hlo
 
 
@@ -211,6 +211,7 @@ def _lowering(chip: str) -> Iterator[None]:
     """What jax wants around the lowering of a program for an absent `chip`."""
     device = topology(chip).devices[0]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(dispatch.only_for(device.platform))
         if chip in GPUS:
             stack.enter_context(warnings.catch_warnings())
             # Deprecated since jax 0.11, still the lowering for every GPU since Ampere.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.common import segments
+from pallas_kernels.common import dispatch, segments
 from seqmodels.parallel import strategies
 
 MESH_AXES = ("data", "model", "seq")
@@ -65,7 +65,8 @@ def make_mesh(
 def on_mesh(
     fn: Callable[..., Any], mesh: Mesh, exchange: Mapping[str, str] | None = None
 ) -> Callable[..., Any]:
-    """``fn`` traced with ``mesh`` as the mesh that the ops of ``seqmodels.ops`` find.
+    """``fn`` traced with ``mesh`` as the mesh that the ops of ``seqmodels.ops`` find, and for its
+    platform alone.
 
     Args:
       fn: a function of arrays, such as a model's ``apply``; jit what is returned, not ``fn``.
@@ -80,7 +81,11 @@ def on_mesh(
     strategies.check(chosen)
 
     def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), strategies.choosing(chosen):
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            dispatch.only_for(mesh.devices.flat[0].platform),
+            strategies.choosing(chosen),
+        ):
             return fn(*args)
 
     return traced

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Shaped
 
 from seqmodels.models.denoiser import Denoising, corrupt
-from seqmodels.training.task import Batch, Sums, Task, Variables
+from seqmodels.training.task import Batch, Sums, Task, Variables, initializer
 
 
 def denoising(
@@ -35,7 +35,7 @@ def denoising(
       length, channels: see ``classification``.
     """
 
-    @jax.jit
+    @initializer
     def init(key: Array) -> Variables:
         segment_ids = jnp.ones((1, length), jnp.int32)
         inputs = segment_ids if channels is None else jnp.ones((1, length, channels))
@@ -95,7 +95,7 @@ def beginning_with(task: Task, learned: Variables) -> Task:
     Entries of ``learned`` that the task's model does not have, such as another head, are left out.
     """
 
-    @jax.jit
+    @initializer
     def init(key: Array) -> Variables:
         fresh = task.init(key)
         return {

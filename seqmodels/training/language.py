@@ -13,7 +13,7 @@ from seqmodels.models import LanguageModel, param_axes
 from seqmodels.models.language import output_table, project
 from seqmodels.training.chunks import chunked
 from seqmodels.training.cross_entropy import tiled_sums
-from seqmodels.training.task import Batch, Sums, Task, Variables
+from seqmodels.training.task import Batch, Sums, Task, Variables, initializer
 
 
 def language(
@@ -60,7 +60,7 @@ def language(
     elif share is not None:
         raise ValueError(f"share={share} is of chunks; set chunk, or share=None")
 
-    @jax.jit
+    @initializer
     def init(key: Array) -> Variables:
         return dict(model.init(key, jnp.zeros((1, 8), jnp.int32)))
 

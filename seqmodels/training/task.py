@@ -12,6 +12,8 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.common import dispatch
+
 Batch = Mapping[str, Any]
 Variables = dict[str, Any]
 """A model's collections: "params" and, with BatchNorm, "batch_stats"."""
@@ -29,6 +31,20 @@ class Sums:
         return jax.tree.map(jnp.add, self, other)
 
 
+def initializer(init: Callable[[Array], Variables]) -> Callable[[Array], Variables]:
+    """``init``, jitted: traced once, while its shapes are asked for several times.
+
+    What the ops compute in it is not kept: the kernels of other platforms need not be traced.
+    """
+    jitted = jax.jit(init)
+
+    def run(key: Array) -> Variables:
+        with dispatch.only_for("cpu"):
+            return jitted(key)
+
+    return run
+
+
 def unnamed(params: Any) -> Any:
     """No logical axes for any parameter: each is split where its sizes allow."""
     return jax.tree.map(lambda _: PartitionSpec(), params)
@@ -39,8 +55,7 @@ class Task:
     """A model and its loss.
 
     Attributes:
-      init: ``init(key) -> variables``; best under `jax.jit`, which traces it once, while its shapes
-        are asked for several times.
+      init: ``init(key) -> variables``, see ``initializer``.
       loss: ``loss(variables, batch, key, carry) -> (sums, batch_stats, carry)``. With ``key=None``
         the model is evaluated: no dropout, running statistics, ``batch_stats`` returned as given.
         ``carry`` is what earlier batches left for this one's rows; None where batches are
@@ -104,7 +119,7 @@ def classification(
       channels: of real inputs; None for token ids.
     """
 
-    @jax.jit
+    @initializer
     def init(key: Array) -> Variables:
         segment_ids = jnp.ones((1, parts, length) if parts > 1 else (1, length), jnp.int32)
         reals = None if channels is None else jnp.ones((*segment_ids.shape, channels))

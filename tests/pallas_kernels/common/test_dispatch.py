@@ -83,6 +83,42 @@ def test_a_preference_holds_inside_and_where_the_call_names_none():
         assert taken(long_conv, x, x[0].T)["long_conv"] == everywhere("xla")
 
 
+def backends_in(fn, *args):
+    """Of the Pallas kernels in the traced program of `fn`, by their parameters."""
+    program = str(jax.make_jaxpr(fn)(*args))
+    marks = {"tpu": "dimension_semantics", "gpu": "num_warps"}
+    return {backend for backend, mark in marks.items() if mark in program}
+
+
+def test_for_one_platform_no_other_is_traced():
+    run, x = jax.jit(linear_scan), jnp.ones((1, 4, 3)) / 2
+    usual = taken(run, x, x)
+    assert backends_in(run, x, x) == {"tpu", "gpu"}
+    for platform, kernels in (("cpu", set()), ("tpu", {"tpu"}), ("gpu", {"gpu"})):
+        with dispatch.only_for(platform):
+            assert backends_in(run, x, x) == kernels
+            assert taken(run, x, x) == usual  # all platforms are explained even so
+            assert backends_in(jax.grad(lambda x: linear_scan(x, x)[0].sum()), x) == kernels
+    assert backends_in(run, x, x) == {"tpu", "gpu"}
+    with dispatch.only_for("gpu"):
+        lowered = run.trace(x, x).lower(lowering_platforms=("rocm",)).as_text()
+    assert "triton" not in lowered.lower()
+
+
+def test_a_kernel_forced_where_it_does_not_run_is_taken_at_its_word():
+    x = jnp.ones((1, 4, 3)) / 2
+    with dispatch.only_for("cpu"):
+        assert backends_in(lambda x: linear_scan(x, x, implementation="tpu"), x) == {"tpu"}
+
+
+def test_unknown_platforms_are_refused():
+    with (
+        pytest.raises(ValueError, match="platform='npu' is unknown; one of gpu, cpu, tpu"),
+        dispatch.only_for("npu"),
+    ):
+        pass
+
+
 def on_a_gpu(monkeypatch, capability):
     gpu = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import export
 
 from seqmodels.mixers import GLAConfig, MambaConfig
@@ -11,6 +12,7 @@ from tests import tolerances
 from tests.pallas_kernels.export_checks import DISABLED_CHECKS, symbols_as_sizes
 
 
+@pytest.mark.all_platforms
 def test_a_model_is_exported_for_any_batch_and_each_platform():
     stack = BackboneConfig(
         layout=("mamba", "gla"),
