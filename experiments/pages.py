@@ -21,6 +21,9 @@ from experiments.command_line import run_command
 from experiments.kernels import aot
 from experiments.kernels.results import STATIC, TIMED
 from experiments.lm import table as lm
+from experiments.recall import report as recall_report
+from experiments.recall.findings import check
+from experiments.recall.result import read_evaluations, read_results
 from pallas_kernels.tools.families import TABULATED
 from seqmodels.mixers import REGISTRY, build
 from seqmodels.models.published import PUBLISHED
@@ -222,6 +225,31 @@ def sequence_tasks() -> str:
     return markdown(names, rows, numbers=3)
 
 
+@functools.cache
+def recall_results() -> list[dict[str, Any]]:
+    """The committed runs of the synthetic tasks."""
+    return read_results([RESULTS / "recall"])
+
+
+def known_results() -> str:
+    """What the field knows of recall, and what the committed runs say of it."""
+    found = check(recall_results(), read_evaluations([RESULTS / "recall"]))
+    rows = [[f"{each.claim} ({each.source})", each.verdict, each.evidence] for each in found]
+    return markdown(["known result", "here", "the runs"], rows)
+
+
+def recall(task: str) -> str:
+    """Accuracy on one task, at multiples of the trained length."""
+    results = [result for result in recall_results() if result["task"] == task]
+    results.sort(key=lambda result: -result["tests"][1]["accuracy"])
+    names = recall_report.header(results)[1:]
+    rows = []
+    for result, (_, mixer, *numbers) in zip(results, recall_report.rows(results), strict=True):
+        times = f", read {result['repeats']} times" if result["repeats"] > 1 else ""
+        rows.append([f"`{mixer}`{times}", *numbers])
+    return markdown(names, rows, numbers=len(names) - 1)
+
+
 def memory() -> str:
     """The longest row in 4 GiB, by what is computed again."""
     rows = []
@@ -253,6 +281,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "state": state,
     "language models": language_models,
     "sequence tasks": sequence_tasks,
+    "known results": known_results,
+    "recall": recall,
     "memory": memory,
     "published": published,
 }

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels.common import dispatch
 from seqmodels.arguments import (
     INT32,
     SEED,
@@ -167,7 +168,8 @@ def feed(
         ids = jnp.asarray(segment_ids, jnp.int32)
         if ids.shape != tokens.shape:
             raise ValueError(f"segment_ids have shape {ids.shape}, tokens have {tokens.shape}")
-    return _feed(model, variables, stream, jnp.asarray(tokens, jnp.int32), ids)
+    with dispatch.where(variables):
+        return _feed(model, variables, stream, jnp.asarray(tokens, jnp.int32), ids)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -209,7 +211,8 @@ def decode(
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
         raise ValueError(f"key={shown(key)} must be a key, such as jax.random.key(0)")
-    return _decode(model, count, sampling, variables, stream, key)
+    with dispatch.where(variables):
+        return _decode(model, count, sampling, variables, stream, key)
 
 
 def check_sampling(sampling: Sampling, vocabulary_size: int) -> None:

@@ -91,6 +91,18 @@ def only_for(platform: str) -> Iterator[None]:
         yield
 
 
+def where(arrays: Any) -> contextlib.AbstractContextManager[None]:
+    """`only_for` the platform that the arrays of a tree are on, those in numpy the default one.
+
+    For whoever calls a compiled function of theirs; no limit where any of them is being traced.
+    """
+    leaves = jax.tree.leaves(arrays)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return contextlib.nullcontext()
+    on = {d.platform for leaf in leaves if isinstance(leaf, jax.Array) for d in leaf.devices()}
+    return only_for(min(on, default=jax.default_backend()))
+
+
 def run(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],

@@ -111,6 +111,19 @@ def test_a_kernel_forced_where_it_does_not_run_is_taken_at_its_word():
         assert backends_in(lambda x: linear_scan(x, x, implementation="tpu"), x) == {"tpu"}
 
 
+def test_the_platform_is_where_the_arrays_are():
+    x = jnp.ones((1, 4, 3)) / 2
+
+    def inside(arrays):
+        with dispatch.where(arrays):
+            return backends_in(linear_scan, x, x)
+
+    assert inside({"on a device": x, "in numpy": np.ones(2)}) == inside([np.ones(2)]) == set()
+    traced = []
+    jax.eval_shape(lambda arrays: traced.append(inside(arrays)), {"traced": x, "not": np.ones(2)})
+    assert traced == [{"tpu", "gpu"}]
+
+
 def test_unknown_platforms_are_refused():
     with (
         pytest.raises(ValueError, match="platform='npu' is unknown; one of gpu, cpu, tpu"),
