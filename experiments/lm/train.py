@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 
 from experiments import terminal
+from experiments.allocator import keep_freed_memory
 from experiments.command_line import as_options, changed, run_command
 from experiments.errors import UsageError
 from experiments.lm.presets import ExperimentConfig, experiment
@@ -200,6 +201,7 @@ def train_and_evaluate(
 
     Of several processes, the first one; the others return an empty result.
     """
+    keep_freed_memory()
     mesh = config.train.mesh.make()
     own = rows_of_process(mesh, config.train.batch_size)
 

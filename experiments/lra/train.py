@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 
 from experiments import terminal
+from experiments.allocator import keep_freed_memory
 from experiments.command_line import as_options, changed, run_command
 from experiments.errors import UsageError
 from experiments.lra.baselines import baselines
@@ -178,6 +179,7 @@ def train(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     Raises:
       ValueError, OSError, TrainingError: with a message for the user.
     """
+    keep_freed_memory()
     arguments.distributed.start()
     with processes.together():
         config, run_dir = resolve(arguments, fields)

@@ -1,4 +1,4 @@
-"""Known results of the field, each checked against ours: seen, not seen, not run."""
+"""Known results of the field, each checked against ours: seen, not seen, not told, not run."""
 
 import dataclasses
 import statistics
@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 Result = Mapping[str, Any]
 Results = Sequence[Result]
-Verdict = Literal["seen", "not seen", "not run"]
+Verdict = Literal["seen", "not seen", "not told", "not run"]
+"""Not told: the runs are there, and would look the same if it were otherwise."""
 
 SOLVED = 0.95
 """Accuracy from which a task counts as solved."""
@@ -115,8 +116,10 @@ def diagonal_fails_a5(results: Results) -> tuple[Verdict, str]:
     found = [result for task in A5 for result in select(results, task, DIAGONAL)]
     if not found:
         return "not run", "needs a5 with a diagonal model"
-    top = best(found)
+    top, leader = best(found), best([r for r in results if r["task"] in A5])
     evidence = f"the best of {len(found)}: {named(top)} on {top['task']}"
+    if accuracy(leader) < SOLVED:
+        return "not told", f"{evidence}; of all: {named(leader)} on {leader['task']}"
     return _verdict(accuracy(top) < SOLVED - GAP), evidence
 
 

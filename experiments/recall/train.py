@@ -33,6 +33,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import terminal
+from experiments.allocator import keep_freed_memory
 from experiments.command_line import as_options, changed, run_command
 from experiments.errors import UsageError
 from experiments.lm.presets import state_bytes
@@ -153,6 +154,7 @@ def train_and_test(
     on_event: OnEvent = lambda what, step: None,
 ) -> dict[str, Any]:
     """Trains in the run's directory and returns the result, with the tests at all lengths."""
+    keep_freed_memory()
     seed, rows = config.train.seed, config.train.batch_size
     outcome = fit(
         make_task(config),

@@ -289,6 +289,15 @@ def test_known_results_are_seen_not_seen_or_not_run():
     assert {each.verdict for each in check([])} == {"not run"}
 
 
+def test_where_no_model_solves_a_task_nothing_is_told_of_those_that_fail():
+    runs = [
+        fake("a5", "s4d", accuracies=(0.2,)), fake("a5", "deltanet-negative", accuracies=(0.3,))
+    ]  # fmt: skip
+    found = {each.claim: each for each in check(runs)}["Diagonal models fail A5"]
+    assert found.verdict == "not told"
+    assert found.evidence.endswith("of all: deltanet-negative (16) 0.30 on a5")
+
+
 def test_the_report_fits_80_columns_and_its_figures_are_legible(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     results = [
