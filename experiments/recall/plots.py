@@ -13,6 +13,12 @@ _MARKERS = "osD^v<>PX*hd"
 _COLOURS = 10
 
 
+def _label(result: Mapping[str, Any]) -> str:
+    """The mixer, and how often the context was read if not once."""
+    times = result["repeats"]
+    return result["mixer"] + (f", read {times} times" if times > 1 else "")
+
+
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(count, _COLUMNS)
     rows = math.ceil(count / columns)
@@ -69,16 +75,16 @@ def _bytes(axes: Axes, sizes: Sequence[int]) -> None:
 def against_state(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy at the trained length against bytes of state, a panel for each task."""
     tasks = list(dict.fromkeys(result["task"] for result in results))
-    mixers = sorted({result["mixer"] for result in results})
+    labels = sorted({_label(result) for result in results})
     figure, panels = _panels(len(tasks), 3.2)
     for axes, task in zip(panels, tasks, strict=True):
         found = [result for result in results if result["task"] == task]
-        for number, mixer in enumerate(mixers):
+        for number, label in enumerate(labels):
             own = sorted(
-                (r["state_bytes"], r["tests"][1]["accuracy"]) for r in found if r["mixer"] == mixer
+                (r["state_bytes"], r["tests"][1]["accuracy"]) for r in found if _label(r) == label
             )
             if own:
-                axes.plot(*zip(*own, strict=True), label=mixer, **_style(number))
+                axes.plot(*zip(*own, strict=True), label=label, **_style(number))
         _axes(axes, task, found[0]["chance"])
         _bytes(axes, [result["state_bytes"] for result in results])
         axes.set_xlabel("state of a row in bytes")
@@ -88,16 +94,16 @@ def against_state(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 def against_length(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy against the length, each mixer's largest state, a panel for each task."""
     tasks = list(dict.fromkeys(result["task"] for result in results))
-    mixers = sorted({result["mixer"] for result in results})
+    labels = sorted({_label(result) for result in results})
     figure, panels = _panels(len(tasks), 3.2)
     for axes, task in zip(panels, tasks, strict=True):
         found = [result for result in results if result["task"] == task]
-        for number, mixer in enumerate(mixers):
-            own = [result for result in found if result["mixer"] == mixer]
+        for number, label in enumerate(labels):
+            own = [result for result in found if _label(result) == label]
             if own:
                 largest = max(own, key=lambda result: result["size"])
                 points = sorted((m, test["accuracy"]) for m, test in largest["tests"].items())
-                axes.plot(*zip(*points, strict=True), label=mixer, **_style(number))
+                axes.plot(*zip(*points, strict=True), label=label, **_style(number))
         multiples = sorted({m for result in found for m in result["tests"]})
         _axes(axes, task, found[0]["chance"])
         axes.set_xscale("log", base=2)
