@@ -2,7 +2,7 @@
 
 XLA allocates the buffers of a step when it begins and frees them when it ends. By default glibc
 gives large ones back to the system at once, and the next step pays for every page of them again:
-that took a third of the time of small models.
+that took a third of the time of the gradient of small models, see docs/faq.md.
 """
 
 import ctypes

@@ -41,8 +41,7 @@ def predictor(config: LanguageModelConfig) -> Predict:
 
     @jax.jit
     def predict(variables: Variables, inputs: Array) -> Array:
-        with dispatch.only_for(jax.default_backend()):
-            hidden, _ = model.apply(variables, inputs, method="hidden")
+        hidden, _ = model.apply(variables, inputs, method="hidden")
 
         def likeliest(row: Array) -> Array:
             logits: Any = model.apply(variables, row, method="logits")
@@ -50,7 +49,11 @@ def predictor(config: LanguageModelConfig) -> Predict:
 
         return jax.lax.map(likeliest, hidden)  # the logits of one row exist at a time
 
-    return predict
+    def run(variables: Variables, inputs: Array) -> Array:
+        with dispatch.where(variables):
+            return predict(variables, inputs)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Sums:
 def initializer(init: Callable[[Array], Variables]) -> Callable[[Array], Variables]:
     """``init``, jitted: traced once, while its shapes are asked for several times.
 
-    What the ops compute in it is not kept: the kernels of other platforms need not be traced.
+    Parameters do not depend on what the ops compute, which is dead code on every platform: the
+    portable path is traced, and no kernel.
     """
     jitted = jax.jit(init)
 

@@ -84,7 +84,7 @@ def test_a_preference_holds_inside_and_where_the_call_names_none():
 
 
 def backends_in(fn, *args):
-    """Of the Pallas kernels in the traced program of `fn`, by their parameters."""
+    """Backends whose Pallas kernels are in the traced program of `fn`, known by parameters."""
     program = str(jax.make_jaxpr(fn)(*args))
     marks = {"tpu": "dimension_semantics", "gpu": "num_warps"}
     return {backend for backend, mark in marks.items() if mark in program}
