@@ -34,6 +34,7 @@ TINY: dict[str, dict[str, Any]] = {
     "a5": {"length": 8},
     "a5-2steps": {"length": 8},
     "s5": {"length": 8},
+    "s5-swaps": {"length": 8},
     "regbench": {"length": 32, "letters": 6, "most": 4, "degree": 2, "longest": 8},
     "disjointness": {"first": 2, "second": 4, "vocabulary": 16},
     "disjointness-long-first": {"first": 4, "second": 2, "vocabulary": 16},
@@ -61,6 +62,7 @@ CPU: dict[str, dict[str, Any]] = {
     "a5": {"length": 12},
     "a5-2steps": {"length": 12},
     "s5": {"length": 12},
+    "s5-swaps": {"length": 16},
     "regbench": {"length": 128, "letters": 8, "most": 6, "longest": 16},
     "disjointness": {"first": 4, "second": 16, "vocabulary": 128},
     "disjointness-long-first": {"first": 16, "second": 4, "vocabulary": 128},
@@ -74,7 +76,7 @@ CPU: dict[str, dict[str, Any]] = {
     "frequent-words": {"length": 128, "words": 64},
 }
 
-CPU_ROWS = {"s3": 64, "a5": 128, "a5-2steps": 64, "s5": 128}
+CPU_ROWS = {"s3": 64, "a5": 128, "a5-2steps": 64, "s5": 128, "s5-swaps": 64}
 """Rows in a step, where rows are short."""
 
 

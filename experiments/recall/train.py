@@ -5,11 +5,11 @@
     seqmodels recall train --resume --run-dir runs/recall/mqar-gla-16-cpu-seed0
 
 Tasks: mqar, selective-copy, plain-copy, induction, copy (-duplicate, -prefix, -suffix), passkey,
-parity, s3, a5 (-2steps: two tokens an element), s5, regbench, disjointness (-long-first), and
-RULER's niah-single, niah-multikey, niah-multikey-2, niah-multivalue, niah-multiquery,
-variable-tracking, common-words, frequent-words. Examples are made on the fly and follow from the
-seed. Mixers: those of seqmodels.mixers that are causal, and deltanet-negative,
-gated_deltanet-negative, kda-negative, whose states may change sign.
+parity, s3, a5 (-2steps: two tokens an element), s5 (-swaps: products of swaps alone), regbench,
+disjointness (-long-first), and RULER's niah-single, niah-multikey, niah-multikey-2,
+niah-multivalue, niah-multiquery, variable-tracking, common-words, frequent-words.
+Examples are made on the fly and follow from the seed. Mixers: those of seqmodels.mixers that are
+causal, and deltanet-negative, gated_deltanet-negative, kda-negative, whose states may change sign.
 
 Accuracy is that of the counted positions; which these are, the docstring of each task in
 seqmodels/data/recall says. --size is about how many numbers of state a layer has for each channel.

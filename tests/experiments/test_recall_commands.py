@@ -69,7 +69,7 @@ def test_the_committed_grid_has_what_the_findings_need():
     names = [config.name for config in committed]
     assert len(set(names)) == len(names) > 100
     assert {config.mixer for config in committed if config.task == "mqar"} == set(CAUSAL)
-    assert {config.mixer for config in committed if config.task == "a5"} == set(NAMES)
+    assert {config.mixer for config in committed if config.task == "s5-swaps"} == set(NAMES)
     assert sum(config.repeats == 2 for config in committed) == len(sweep.RECURRENT)
 
 
@@ -293,7 +293,7 @@ def test_where_no_model_solves_a_task_nothing_is_told_of_those_that_fail():
     runs = [
         fake("a5", "s4d", accuracies=(0.2,)), fake("a5", "deltanet-negative", accuracies=(0.3,))
     ]  # fmt: skip
-    found = {each.claim: each for each in check(runs)}["Diagonal models fail A5"]
+    found = {each.claim: each for each in check(runs)}["Diagonal models fail A5 and S5"]
     assert found.verdict == "not told"
     assert found.evidence.endswith("of all: deltanet-negative (16) 0.30 on a5")
 

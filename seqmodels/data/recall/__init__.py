@@ -66,6 +66,7 @@ TASKS: dict[str, TaskConfig] = {
     "a5": StateTrackingConfig(group="a5"),
     "a5-2steps": StateTrackingConfig(group="a5", steps=2),
     "s5": StateTrackingConfig(group="s5"),
+    "s5-swaps": StateTrackingConfig(group="s5", moved=2),
     "regbench": RegBenchConfig(),
     "disjointness": DisjointnessConfig(),
     "disjointness-long-first": DisjointnessConfig(first=32, second=8),

@@ -32,6 +32,15 @@ def _even(permutation: tuple[int, ...]) -> bool:
     return sum(a > b for a, b in pairs) % 2 == 0
 
 
+def generators(group: Group, moved: int | None = None) -> np.ndarray:
+    """Ids of the elements that leave all but at most ``moved`` places as they are; None: all."""
+    members = elements(group)
+    if moved is None:
+        return np.arange(len(members))
+    places = [sum(a != b for a, b in zip(member, members[0], strict=True)) for member in members]
+    return np.flatnonzero(np.array(places) <= moved)
+
+
 @functools.cache
 def table(group: Group) -> np.ndarray:
     """``(G, G)`` int, ``table[g, h] = g h``: first h, then g, as permutations of places."""
@@ -49,6 +58,9 @@ class StateTrackingConfig(RecallConfig):
     Attributes:
       group: "parity" (2 elements), "s3" (6), "a5" (60, not solvable) or "s5" (120).
       length: elements in a row.
+      moved: places that an element of a row moves at most, as in section 5.1 of Grazzi et al.: 2
+        for swaps alone (parity, s3, s5), 3 for 3-cycles too; None for all elements. Products are of
+        the whole group still.
       steps: tokens for each element: itself and ``steps - 1`` blanks, with the target at the last.
         A layer that makes one reflection a token has as many for each element.
       counted: how many of the last elements are counted; None for all.
@@ -58,6 +70,7 @@ class StateTrackingConfig(RecallConfig):
 
     group: Group = "a5"
     length: Size = 16
+    moved: Size | None = None
     steps: Size = 1
     counted: Size | None = None
 
@@ -65,6 +78,8 @@ class StateTrackingConfig(RecallConfig):
         super().__post_init__()
         if self.counted is not None and self.counted > self.length:
             refuse(self, "counted", f"at most length={self.length}")
+        if len(generators(self.group, self.moved)) < 2:
+            refuse(self, "moved", f"at least {3 if self.group == 'a5' else 2} for {self.group}")
 
     @property
     def tokens(self) -> int:
@@ -80,7 +95,7 @@ class StateTrackingConfig(RecallConfig):
 
     def example(self, rng: np.random.Generator, split: Split = "train") -> Example:
         size, products = len(elements(self.group)), table(self.group)
-        drawn = rng.integers(0, size, self.length)
+        drawn = rng.choice(generators(self.group, self.moved), self.length)
         inputs = np.full((self.length, self.steps), size, np.int32)
         targets, mask = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
         inputs[:, 0] = drawn

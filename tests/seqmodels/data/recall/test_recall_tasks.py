@@ -22,13 +22,13 @@ from seqmodels.data.recall.ruler_needles import NeedlesConfig
 from seqmodels.data.recall.ruler_tracing import TracingConfig
 from seqmodels.data.recall.ruler_words import CommonWordsConfig, FrequentWordsConfig
 from seqmodels.data.recall.selective_copy import SelectiveCopyConfig
-from seqmodels.data.recall.state_tracking import StateTrackingConfig, elements, table
+from seqmodels.data.recall.state_tracking import StateTrackingConfig, elements, generators, table
 
 COUNTED = {
     "mqar": 4, "selective-copy": 16, "plain-copy": 16, "induction": 1, "passkey": 5, "parity": 16,
-    "s3": 16, "a5": 16, "a5-2steps": 16, "s5": 16, "copy-prefix": 4, "copy-suffix": 4,
-    "disjointness": 1,
-    "disjointness-long-first": 1, "niah-single": 7, "niah-multikey": 7, "niah-multikey-2": 7,
+    "s3": 16, "a5": 16, "a5-2steps": 16, "s5": 16, "s5-swaps": 16,
+    "copy-prefix": 4, "copy-suffix": 4, "disjointness": 1, "disjointness-long-first": 1,
+    "niah-single": 7, "niah-multikey": 7, "niah-multikey-2": 7,
     "niah-multivalue": 28, "niah-multiquery": 28, "variable-tracking": 5, "common-words": 4,
     "frequent-words": 3,
 }  # fmt: skip
@@ -148,6 +148,8 @@ def test_configs_survive_json(name):
         (CopyingConfig, {"kind": "prefix", "alphabet": 2, "shortest": 6},
          "longest=20 must be at most alphabet.gram / 2 = 4"),
         (PasskeyConfig, {"length": 17}, "length=17 must be at least 18"),
+        (StateTrackingConfig, {"moved": 2}, "moved=2 must be at least 3 for a5"),
+        (StateTrackingConfig, {"group": "s5", "moved": 1}, "moved=1 must be at least 2 for s5"),
         (StateTrackingConfig, {"counted": 17}, "counted=17 must be at most length=16"),
         (StateTrackingConfig, {"group": "a6"}, "group='a6' is not one of"),
         (RegBenchConfig, {"length": 64}, "length=64 must be at least 100"),
@@ -237,6 +239,25 @@ def test_groups_are_groups(group, size):
     for each in (*products, *products.T):
         assert sorted(each) == [*range(size)]
     np.testing.assert_array_equal(products[products], products[:, products])  # (g h) k = g (h k)
+
+
+@pytest.mark.parametrize(
+    ("group", "moved", "size"),
+    [("parity", 2, 2), ("s3", 2, 4), ("s3", 3, 6), ("a5", 3, 21), ("a5", 4, 36), ("s5", 2, 11)],
+)
+def test_elements_that_move_few_places_generate_the_group(group, moved, size):
+    found = generators(group, moved)
+    assert len(found) == size
+    reached = {0}
+    while True:
+        further = reached | set(table(group)[np.ix_(sorted(reached), found)].ravel().tolist())
+        if further == reached:
+            break
+        reached = further
+    assert len(reached) == len(elements(group))
+    config = StateTrackingConfig(group=group, moved=moved, length=40)
+    seen = set(np.concatenate([row.inputs for row in rows(config, count=20)]).tolist())
+    assert seen == set(found.tolist())
 
 
 def test_blanks_give_a_model_more_steps():
