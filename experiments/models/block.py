@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.kernels.results import TIMED, Result, Target
 from experiments.kernels.timing import check_equal, milliseconds
-from seqmodels.interop.families import to_theirs
+from seqmodels.interop.layout import to_theirs
 from seqmodels.interop.mamba import MAMBA
 from seqmodels.mixers import build
 from seqmodels.models.language import LanguageModelConfig

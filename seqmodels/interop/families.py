@@ -5,13 +5,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from seqmodels.interop.fields import Fields
+from seqmodels.interop.layout import Join, Slot
 from seqmodels.models.language import LanguageModelConfig
 
 HEAD = "lm_head.weight"
-_CONVOLUTIONS = ("conv1d", "conv_1d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,36 +18,79 @@ class Family:
 
     Attributes:
       model_type, architecture: as transformers' config.json has them.
+      mixers: registered names of its layers' mixers.
       read: config.json -> our config.
       write: our config -> the fields of config.json; ValueError for what it cannot say.
-      names: beginnings of our parameters' paths and of their names; ``{}`` is a layer's number.
+      names: beginnings of our parameters' paths and of their names. ``{}`` is a layer's number;
+        "mixer" may be the mixer's registered name instead, where its kind decides.
+      joins: the tensors that hold several parameters, of a model of this config.
       implied: our config's fields, ``part.field``, that config.json has under another form or
         leaves to a default, so that what `read` makes of them may look different.
     """
 
     model_type: str
     architecture: str
+    mixers: frozenset[str]
     read: Callable[[Fields], LanguageModelConfig]
     write: Callable[[LanguageModelConfig], dict[str, Any]]
     names: tuple[tuple[str, str], ...]
     implied: frozenset[str] = frozenset()
+    joins: Callable[[LanguageModelConfig], tuple[Join, ...]] = lambda _: ()
 
     @property
     def embedding(self) -> str:
         """The embedding's name."""
         return self.theirs("embedding/embedding")
 
-    def theirs(self, path: str) -> str:
-        """Our parameter's path -> its name in the checkpoint."""
-        layer = re.search(r"block_(\d+)/", path)
-        number = layer.group(1) if layer else ""
-        pattern = path.replace(f"block_{number}/", "block_{}/") if layer else path
-        for ours, theirs in self.names:
-            if pattern.startswith(ours):
-                rest = pattern.removeprefix(ours)
-                rest = re.sub(r"(^|/)(kernel|scale)$", r"\1weight", rest)
-                return theirs.replace("{}", number) + rest.replace("/", ".")
+    def theirs(self, path: str, layout: tuple[str, ...] = ()) -> str:
+        """Our parameter's path -> its name in the checkpoint, joined or not."""
+        number, patterns = _patterns(path, layout)
+        for pattern in patterns:
+            for ours, theirs in self.names:
+                if pattern.startswith(ours):
+                    rest = pattern.removeprefix(ours)
+                    rest = re.sub(r"(^|/)(kernel|scale)$", r"\1weight", rest)
+                    return theirs.replace("{}", number) + rest.replace("/", ".")
         raise ValueError(f"{self.model_type} checkpoints have no parameter for our {path}")
+
+    def slots(
+        self, config: LanguageModelConfig, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Slot]:
+        """Names of tensors -> what is in them.
+
+        Args:
+          config: the model's.
+          shapes: of all parameters, in torch's layout, by our paths.
+        """
+        layout = config.backbone.layout
+        found: dict[str, Slot] = {}
+        joined: dict[str, tuple[Join, dict[int, str]]] = {}
+        joins = {ours: join for join in self.joins(config) for ours in join.ours}
+        for path, shape in shapes.items():
+            number, patterns = _patterns(path, layout)
+            pattern = next((pattern for pattern in patterns if pattern in joins), None)
+            if pattern is None:
+                found[self.theirs(path, layout)] = Slot({path: shape})
+                continue
+            join = joins[pattern]
+            parts = joined.setdefault(join.theirs.replace("{}", number), (join, {}))[1]
+            parts[join.ours.index(pattern)] = path
+        for name, (join, parts) in joined.items():
+            paths = [parts[i] for i in sorted(parts)]
+            found[name] = Slot({path: shapes[path] for path in paths}, join.groups)
+        return found
+
+
+def _patterns(path: str, layout: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """A layer's number, and the path without it, with the mixer's name if it is known first."""
+    layer = re.search(r"block_(\d+)/", path)
+    if layer is None:
+        return "", (path,)
+    number = layer.group(1)
+    pattern = path.replace(layer.group(), "block_{}/")
+    if int(number) >= len(layout):
+        return number, (pattern,)
+    return number, (pattern.replace("/mixer/", f"/{layout[int(number)]}/", 1), pattern)
 
 
 def spellings(name: str) -> tuple[str, ...]:
@@ -73,22 +114,6 @@ def merged(
             value = merged(inner, old.get(name, {}), value)
         result[name] = value
     return result
-
-
-def to_theirs(path: str, array: np.ndarray) -> np.ndarray:
-    """A parameter in torch's layout: outputs first; ``(D, 1, W)`` of a convolution."""
-    *_, module, leaf = path.split("/")
-    if leaf != "kernel":
-        return array
-    return array.T[:, None] if module in _CONVOLUTIONS else array.T
-
-
-def to_ours(path: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of ``to_theirs``."""
-    *_, module, leaf = path.split("/")
-    if leaf != "kernel":
-        return array
-    return array[:, 0].T if module in _CONVOLUTIONS else array.T
 
 
 TRAINING_ONLY = frozenset({

@@ -1,8 +1,8 @@
 """Checkpoints in the layout of Hugging Face's transformers: `load` and `save`.
 
 A folder holds ``config.json`` and ``model.safetensors``, or several such files and
-``model.safetensors.index.json``. Mamba, Mamba-2, Falcon Mamba and RecurrentGemma are known, and
-the first two in mamba_ssm's own format too.
+``model.safetensors.index.json``. `FAMILIES` has the kinds of models that are known; Mamba and
+Mamba-2 are in mamba_ssm's own format too.
 """
 
 import dataclasses
@@ -16,17 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels.interop import mamba, recurrent_gemma, tensors
-from seqmodels.interop.families import (
-    HEAD,
-    Family,
-    differences,
-    merged,
-    spellings,
-    to_ours,
-    to_theirs,
-)
+from seqmodels.interop import bamba, lfm2, mamba, qwen, recurrent_gemma, tensors
+from seqmodels.interop.families import HEAD, Family, differences, merged, spellings
 from seqmodels.interop.fields import Fields, json_text, read_json
+from seqmodels.interop.layout import Slot, to_theirs
 from seqmodels.interop.mamba_ssm import native_family
 from seqmodels.interop.origin import CONFIG, GENERATION, LoadedLanguageModel, Origin
 from seqmodels.models.backbone import unstack_layers
@@ -35,7 +28,16 @@ from seqmodels.training.metrics import write_atomically
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (mamba.MAMBA, mamba.MAMBA2, mamba.FALCON_MAMBA, recurrent_gemma.RECURRENT_GEMMA)
+    for family in (
+        mamba.MAMBA,
+        mamba.MAMBA2,
+        mamba.FALCON_MAMBA,
+        recurrent_gemma.RECURRENT_GEMMA,
+        qwen.QWEN3_5,
+        lfm2.LFM2,
+        bamba.BAMBA,
+        bamba.GRANITE,
+    )
 }
 
 Params = dict[str, Any]
@@ -63,13 +65,14 @@ def load(
     folder = Path(folder)
     values, family, config = _read_config(folder)
     with tensors.Checkpoint(folder) as checkpoint:
-        paths, origin = _match(checkpoint, values, family, config, require_head)
+        slots, origin = _match(checkpoint, values, family, config, require_head)
         if dtype is None:
             dtype = "bfloat16" if checkpoint.dtype(family.embedding) == "BF16" else "float32"
         flat = {
             # Widened on the host: devices flush denormal numbers.
-            ours: jnp.asarray(to_ours(ours, checkpoint.tensor(theirs).astype(np.float32)))
-            for theirs, ours in paths.items()
+            ours: jnp.asarray(part)
+            for theirs, slot in slots.items()
+            for ours, part in slot.split(checkpoint.tensor(theirs).astype(np.float32)).items()
         }
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     return LoadedLanguageModel(dataclasses.replace(config, dtype=dtype), origin), params
@@ -143,25 +146,25 @@ def _match(
     family: Family,
     config: LanguageModelConfig,
     require_head: bool,
-) -> tuple[dict[str, str], Origin]:
-    """Their names -> our paths, of the tensors that are there and right, and what to remember."""
-    paths, shapes = _layout(family, config)
-    for name in paths:
+) -> tuple[dict[str, Slot], Origin]:
+    """What is in the tensors, which are there and right, and what to remember."""
+    slots = _slots(family, config)
+    for name in slots:
         checkpoint.respell(name, spellings(name))
     origin = Origin.of(checkpoint.folder, values, checkpoint.described())
     held = {tensor.name for tensor in origin.tensors}
     if config.tie_embeddings:
         checkpoint.drop_copy(HEAD, of=family.embedding)
-    elif HEAD not in held and held >= set(paths) - {HEAD}:
+    elif HEAD not in held and held >= set(slots) - {HEAD}:
         if require_head:
             raise ValueError(
-                f"{checkpoint.folder}: the tensor {HEAD} {shapes[HEAD]} is missing, as in a base "
-                "model; load(folder, require_head=False) gives a model whose `hidden` can be "
+                f"{checkpoint.folder}: the tensor {HEAD} {slots[HEAD].shape} is missing, as in a "
+                "base model; load(folder, require_head=False) gives a model whose `hidden` can be "
                 "called, tie_word_embeddings=true in config.json one with the embeddings as head"
             )
-        paths = {name: ours for name, ours in paths.items() if name != HEAD}
-    checkpoint.check({name: shapes[name] for name in paths})
-    return paths, origin
+        slots = {name: slot for name, slot in slots.items() if name != HEAD}
+    checkpoint.check({name: slot.shape for name, slot in slots.items()})
+    return slots, origin
 
 
 def _origin(folder: Path) -> Origin:
@@ -180,22 +183,25 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     """All tensors to be written, under their names."""
     dtypes = {tensor.name: tensor.dtype for tensor in origin.tensors} if origin else {}
-    paths, shapes = _layout(family, config)
     flat = _flat(config, params)
     arrays = {}
-    for theirs, ours in paths.items():
-        if ours not in flat:
-            if theirs == HEAD and origin and HEAD not in dtypes:
-                continue
-            raise ValueError(f"params: {ours} is missing")
-        array = to_theirs(ours, np.asarray(flat.pop(ours)))
-        if array.shape != shapes[theirs]:
-            raise ValueError(
-                f"params: {ours} gives {theirs} the shape {array.shape}, expected {shapes[theirs]}"
-            )
-        arrays[theirs] = _stored(ours, array, dtype or dtypes.get(theirs))
+    for theirs, slot in _slots(family, config).items():
+        missing = [ours for ours in slot.parts if ours not in flat]
+        if missing and theirs == HEAD and origin and HEAD not in dtypes:
+            continue
+        if missing:
+            raise ValueError(f"params: {missing[0]} is missing")
+        parts = {ours: np.asarray(flat.pop(ours)) for ours in slot.parts}
+        for ours, part in parts.items():
+            found, expected = to_theirs(ours, part).shape, slot.parts[ours]
+            if found != expected:
+                raise ValueError(
+                    f"params: {ours} gives {theirs} the shape {found}, expected {expected}"
+                )
+        array, first = slot.join(parts), next(iter(parts))
+        arrays[theirs] = _stored(first, array, dtype or dtypes.get(theirs))
         if theirs == family.embedding and config.tie_embeddings and HEAD in dtypes:
-            arrays[HEAD] = _stored(ours, array, dtype or dtypes[HEAD])
+            arrays[HEAD] = _stored(first, array, dtype or dtypes[HEAD])
     if flat:
         raise ValueError(f"params: {next(iter(flat))} is not a parameter of the model")
     return arrays
@@ -235,16 +241,16 @@ def described(
 
     With an origin, its family and its config.json, changed where the model is another.
     """
-    family = _transformers_family(config)
     if origin is None:
+        family = _transformers_family(config)
         written = family.write(config)
     else:
         fields = Fields(origin.values, f"{origin.source}/{CONFIG}")
-        own, family = family, _family(fields)
-        if family.model_type != own.model_type:
+        family = _family(fields)
+        if not family.mixers.issuperset(config.backbone.layout):
             raise ValueError(
                 f"{fields.source}: is that of a {family.model_type} model, but the one to be "
-                f"saved is a {own.model_type} model"
+                f"saved is a {_transformers_family(config).model_type} model"
             )
         written = merged(origin.values, family.write(family.read(fields)), family.write(config))
     fields = Fields(written, f"as a {family.model_type} model")
@@ -260,10 +266,13 @@ def _transformers_family(config: LanguageModelConfig) -> Family:
     if names == {"mamba"}:
         plain = config.backbone.mixer(0).mixer_rms_eps is None  # type: ignore[attr-defined]
         return mamba.MAMBA if plain else mamba.FALCON_MAMBA
-    if names == {"mamba2"}:
+    if names == {"mamba2"} and config.backbone.mlp is None:
         return mamba.MAMBA2
-    if names <= {"rg_lru", "sliding_window"}:
-        return recurrent_gemma.RECURRENT_GEMMA
+    if names <= bamba.BAMBA.mixers:
+        return bamba.GRANITE if bamba.has_multipliers(config) else bamba.BAMBA
+    for family in (recurrent_gemma.RECURRENT_GEMMA, qwen.QWEN3_5, lfm2.LFM2):
+        if names <= family.mixers:
+            return family
     raise ValueError(
         f"LanguageModelConfig: a layout of {', '.join(sorted(names))} is that of no family; "
         f"there are {', '.join(FAMILIES)}"
@@ -271,22 +280,19 @@ def _transformers_family(config: LanguageModelConfig) -> Family:
 
 
 @functools.lru_cache(maxsize=8)
-def _layout(
-    family: Family, config: LanguageModelConfig
-) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Their names -> our paths, and their names -> their shapes; in the order of the layers."""
+def _slots(family: Family, config: LanguageModelConfig) -> dict[str, Slot]:
+    """Names of tensors -> what is in them, in the order of the layers."""
     stack = dataclasses.replace(config.backbone, scan_layers=False, remat="none")
     model = LanguageModel(dataclasses.replace(config, backbone=stack))
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    paths, shapes = {}, {}
-    for ours, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items():
-        theirs = family.theirs(ours)
-        paths[theirs] = ours
+    shapes = {
         # The shape of a view that takes no memory.
-        shapes[theirs] = to_theirs(ours, np.broadcast_to(np.float32(0), leaf.shape)).shape
-    order = sorted(paths, key=tensors.natural)
-    return {name: paths[name] for name in order}, {name: shapes[name] for name in order}
+        ours: to_theirs(ours, np.broadcast_to(np.float32(0), leaf.shape)).shape
+        for ours, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()
+    }
+    slots = family.slots(config, shapes)
+    return {name: slots[name] for name in sorted(slots, key=tensors.natural)}
 
 
 def _flat(config: LanguageModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,8 +158,9 @@ def _write_mamba2(config: LanguageModelConfig) -> dict[str, Any]:
 
 
 _IMPLIED = frozenset({"backbone.norm_epsilon", "mixer.dt_rank"})
-MAMBA = Family("mamba", "MambaForCausalLM", _read_mamba, _write_mamba, NAMES, _IMPLIED)
+FIRST, SECOND = frozenset({"mamba"}), frozenset({"mamba2"})
+MAMBA = Family("mamba", "MambaForCausalLM", FIRST, _read_mamba, _write_mamba, NAMES, _IMPLIED)
 FALCON_MAMBA = Family(
-    "falcon_mamba", "FalconMambaForCausalLM", _read_falcon, _write_falcon, NAMES, _IMPLIED
+    "falcon_mamba", "FalconMambaForCausalLM", FIRST, _read_falcon, _write_falcon, NAMES, _IMPLIED
 )
-MAMBA2 = Family("mamba2", "Mamba2ForCausalLM", _read_mamba2, _write_mamba2, NAMES, _IMPLIED)
+MAMBA2 = Family("mamba2", "Mamba2ForCausalLM", SECOND, _read_mamba2, _write_mamba2, NAMES, _IMPLIED)

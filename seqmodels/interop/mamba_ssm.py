@@ -7,7 +7,7 @@ from typing import Any
 
 from seqmodels.interop.families import Family
 from seqmodels.interop.fields import Fields
-from seqmodels.interop.mamba import NAMES, step_limits
+from seqmodels.interop.mamba import FIRST, NAMES, SECOND, step_limits
 from seqmodels.mixers import Mamba2Config, MambaConfig
 from seqmodels.models.language import LanguageModelConfig
 from seqmodels.models.published import mamba_language_model
@@ -130,6 +130,6 @@ def _write(config: LanguageModelConfig) -> dict[str, Any]:
 
 _HEAD_MODEL = "MambaLMHeadModel"
 _FAMILIES = {
-    "Mamba1": Family("mamba", _HEAD_MODEL, _read, _write, NAMES),
-    "Mamba2": Family("mamba2", _HEAD_MODEL, _read, _write, NAMES),
+    "Mamba1": Family("mamba", _HEAD_MODEL, FIRST, _read, _write, NAMES),
+    "Mamba2": Family("mamba2", _HEAD_MODEL, SECOND, _read, _write, NAMES),
 }

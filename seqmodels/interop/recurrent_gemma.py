@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from seqmodels.interop.attention import read_rotary
 from seqmodels.interop.families import HEAD, Family
 from seqmodels.interop.fields import Fields
 from seqmodels.mixers import MixerConfig, RGLRUConfig, SlidingWindowConfig
@@ -39,7 +40,7 @@ def _read(fields: Fields) -> LanguageModelConfig:
         raise ValueError(f"{fields.source}: intermediate_size={2 * hidden + rest} must be even")
     layout = _layout(fields, layers)
     size = fields.take("head_dim", int, None)
-    base, fraction = _rotary(fields)
+    base, fraction = read_rotary(fields, fraction=0.5)
     mixers: tuple[MixerConfig, ...] = (
         RGLRUConfig(
             lru_width=fields.take("lru_width", int, None),
@@ -78,22 +79,6 @@ def _layout(fields: Fields, layers: int) -> tuple[str, ...]:
             f"{fields.source}: block_types={period!r} may hold only {', '.join(_BLOCKS)}"
         )
     return tuple(_BLOCKS[period[layer % len(period)]] for layer in range(layers))
-
-
-def _rotary(fields: Fields) -> tuple[float, float]:
-    """Base and rotated share; under `rope_parameters`, or by themselves in older files."""
-    base = fields.take("rope_theta", float, 1e4)
-    fraction = fields.take("partial_rotary_factor", float, 0.5)
-    fields.require("rope_scaling", None)
-    values = fields.take("rope_parameters", dict, None)
-    if values is None:
-        return base, fraction
-    inner = Fields(values, f"{fields.source}: rope_parameters")
-    inner.require("rope_type", "default")
-    base = inner.take("rope_theta", float, base)
-    fraction = inner.take("partial_rotary_factor", float, fraction)
-    inner.finish()
-    return base, fraction
 
 
 def _write(config: LanguageModelConfig) -> dict[str, Any]:
@@ -135,6 +120,7 @@ def _write(config: LanguageModelConfig) -> dict[str, Any]:
 RECURRENT_GEMMA = Family(
     "recurrent_gemma",
     "RecurrentGemmaForCausalLM",
+    frozenset(_BLOCKS.values()),
     _read,
     _write,
     NAMES,

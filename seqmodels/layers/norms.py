@@ -106,7 +106,7 @@ class ZeroCenteredRMSNorm(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
+    def __call__(self, x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
         scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         y = rms_normalise(x.astype(jnp.float32), self.epsilon)
         return (y * jnp.broadcast_to(1.0 + scale, y.shape)).astype(x.dtype)

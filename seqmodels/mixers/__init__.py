@@ -7,6 +7,7 @@ from seqmodels.mixers.base import Mixer, MixerConfig, ParamLabel, RecurrentState
 from seqmodels.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from seqmodels.mixers.conv import Conv, ConvConfig
 from seqmodels.mixers.deltanet import DeltaNet, DeltaNetConfig
+from seqmodels.mixers.gated_conv import GatedConv, GatedConvConfig
 from seqmodels.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from seqmodels.mixers.gla import GLA, GLAConfig
 from seqmodels.mixers.hgrn2 import HGRN2, HGRN2Config
@@ -30,6 +31,7 @@ REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "bidirectional": (BidirectionalConfig, Bidirectional),
     "conv": (ConvConfig, Conv),
     "deltanet": (DeltaNetConfig, DeltaNet),
+    "gated_conv": (GatedConvConfig, GatedConv),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
     "hgrn2": (HGRN2Config, HGRN2),
@@ -83,6 +85,8 @@ __all__ = [
     "DeltaNet",
     "DeltaNetConfig",
     "GLAConfig",
+    "GatedConv",
+    "GatedConvConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "HGRN2Config",

@@ -68,7 +68,7 @@ class Attention(SoftmaxMixer[AttentionConfig]):
             o = ops.attention(
                 q, k, v, causal=self.causal, q_segments=segment_index, k_segments=segment_index
             )
-            return self.output_projection(o), None
+            return self.output_projection(o, x), None
         before = held(state, segments)
         segment_index = all_segments(x, segments)
         chosen = segment_index == 1 if segments is None else last_document(segments)
@@ -92,7 +92,9 @@ class Attention(SoftmaxMixer[AttentionConfig]):
             )
             keys = jnp.concatenate([seen, segment_index], axis=1)
             o = ops.attention(q, all_k, all_v, q_segments=segment_index, k_segments=keys)
-        return overflow(self.output_projection(o), (positions < 0) | (positions >= capacity)), kept
+        return overflow(
+            self.output_projection(o, x), (positions < 0) | (positions >= capacity)
+        ), kept
 
     def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
         shape = (batch_size, self.require_length(max_length), self.config.groups, self.head_size)

@@ -121,7 +121,8 @@ class SCOUT(SoftmaxMixer[SCOUTConfig]):
             segments=segments,
             implementation=config.implementation,
         )
-        return overflow(self.output_projection(o), beyond(positions, caches, config.interval)), kept
+        o = self.output_projection(o, x)
+        return overflow(o, beyond(positions, caches, config.interval)), kept
 
     def _local(self, **module: Any) -> Any:
         from seqmodels.mixers import build  # the registry imports this module

@@ -99,7 +99,7 @@ class SlidingWindow(SoftmaxMixer[SlidingWindowConfig]):
             k_segments=key_index,
             k_positions=key_positions if config.sinks else None,
         )
-        return self.output_projection(o), self._keep(k, v, positions, segments, state, after)
+        return self.output_projection(o, x), self._keep(k, v, positions, segments, state, after)
 
     def _past(self, before: Array) -> tuple[Array, Array]:
         """Runs and positions of the cached keys: sinks, then window; -1 where there is no key.

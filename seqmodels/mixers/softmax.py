@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqmodels.layers.heads import GatedNorm, merge_heads, split_heads
+from seqmodels.layers.norms import ZeroCenteredRMSNorm
 from seqmodels.layers.projections import dense
 from seqmodels.layers.rotary import rotary
 from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
@@ -26,6 +27,10 @@ class SoftmaxConfig(MixerConfig):
       rotary_base: of the rotary embedding of queries and keys; None for no positions at all.
       rotary_fraction: share of a head's channels that are rotated.
       qk_norm: RMS norm of each head's queries and keys, with a scale, before the rotation.
+      zero_centered_norm: that scale is ``1 + scale``, from 0 (Gemma, Qwen3-Next).
+      output_gate: each head's outputs are multiplied by ``sigmoid(W_g x)`` (Qiu et al., "Gated
+        Attention for Large Language Models", 2025).
+      score_scale: of the products of queries and keys; None for ``K**-0.5``.
       norm_epsilon: added to the mean square in that norm.
       init_std: deviation of the projections' normal initialisation.
       use_bias: biases in the projections.
@@ -38,6 +43,9 @@ class SoftmaxConfig(MixerConfig):
     rotary_base: Positive | None = 1e4
     rotary_fraction: Portion = 1.0
     qk_norm: bool = False
+    zero_centered_norm: bool = False
+    output_gate: bool = False
+    score_scale: Positive | None = None
     norm_epsilon: Positive = 1e-6
     init_std: Positive = 0.02
     use_bias: bool = False
@@ -49,6 +57,8 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(
                 f"{type(self).__name__}: kv_heads={self.kv_heads} must divide heads={self.heads}"
             )
+        if self.zero_centered_norm and not self.qk_norm:
+            raise ValueError(f"{type(self).__name__}: zero_centered_norm=True needs qk_norm=True")
 
     @property
     def groups(self) -> int:
@@ -164,8 +174,11 @@ class SoftmaxMixer(CachingMixer[Config]):
             )
         )
         if config.qk_norm:
-            q = GatedNorm(config.norm_epsilon, name="q_norm")(q)
-            k = GatedNorm(config.norm_epsilon, name="k_norm")(k)
+            norm = ZeroCenteredRMSNorm if config.zero_centered_norm else GatedNorm
+            q = norm(config.norm_epsilon, name="q_norm")(q)
+            k = norm(config.norm_epsilon, name="k_norm")(k)
+        if config.score_scale is not None:
+            q = q * (config.score_scale * size**0.5)
         return self.rotate(q, positions), self.rotate(k, positions), v
 
     def rotate(self, x: Float[Array, "b l h k"], positions: Int[Array, "b l"]) -> Array:
@@ -176,9 +189,14 @@ class SoftmaxMixer(CachingMixer[Config]):
         channels = round(self.head_size * config.rotary_fraction)
         return rotary(x, positions, config.rotary_base, channels)
 
-    def output_projection(self, o: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
-        """Heads to channels."""
-        return self.project(merge_heads(o), self.width, "o_proj", self.config.use_out_bias)
+    def output_projection(
+        self, o: Float[Array, "b l h k"], x: Float[Array, "b l d"]
+    ) -> Float[Array, "b l d"]:
+        """Heads to channels, gated by the inputs ``x`` if the configuration says so."""
+        y = merge_heads(o)
+        if self.config.output_gate:
+            y = y * jax.nn.sigmoid(self.project(x, y.shape[-1], "g_proj"))
+        return self.project(y, self.width, "o_proj", self.config.use_out_bias)
 
 
 def all_segments(x: Array, segments: Segments | None) -> Int[Array, "b l"]:

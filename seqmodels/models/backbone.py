@@ -37,6 +37,7 @@ class BackboneConfig(Checked):
       prenorm: normalise the input of each branch rather than the sum after it.
       float32_residual: the sums along the residual stream are float32 whatever the inputs' dtype;
         needs ``prenorm``.
+      residual_scale: what a branch is multiplied by before it is added (Granite).
       final_norm: one more norm after the last block.
       gate: what follows the mixer, see ``seqmodels.layers.gates.Gate``; None for nothing.
       dropout: rate of the dropout in the branches, one mask for all time steps.
@@ -60,6 +61,7 @@ class BackboneConfig(Checked):
     norm_epsilon: Positive | None = None
     prenorm: bool = True
     float32_residual: bool = False
+    residual_scale: Positive = 1.0
     final_norm: bool = False
     gate: GateKind | None = None
     dropout: Share = 0.0
@@ -179,6 +181,7 @@ class Block(nn.Module):
         mask = None if segments is None else segments.mask
         y = norm(x, mask, deterministic=self.deterministic) if self.config.prenorm else x
         y, state = branch(y.astype(self.dtype))
+        y = y if self.config.residual_scale == 1.0 else y * self.config.residual_scale
         x = split_tokens(x + y.astype(x.dtype))
         if not self.config.prenorm:
             x = norm(x, mask, deterministic=self.deterministic)

@@ -28,6 +28,7 @@ class LanguageModelConfig(Checked):
       tie_embeddings: the projection onto the vocabulary is the embedding's table.
       embedding_std: of the initial embeddings, and of an untied projection.
       embedding_scale: what embeddings are multiplied by; ``sqrt(width)`` in Gemma's models.
+      logit_scale: what logits are multiplied by, before ``logit_cap`` (Granite).
       logit_cap: None, or the bound c of ``c tanh(logits / c)``.
       dtype: of activations; parameters are float32.
     """
@@ -37,6 +38,7 @@ class LanguageModelConfig(Checked):
     tie_embeddings: bool = True
     embedding_std: Positive = 0.02
     embedding_scale: Positive = 1.0
+    logit_scale: Positive = 1.0
     logit_cap: Positive | None = None
     dtype: Dtype = "float32"
 
@@ -106,7 +108,7 @@ class LanguageModel(nn.Module):
         """Float32 logits of hidden vectors."""
         wide = x.astype(jnp.float32)
         logits = self.embedding.attend(wide) if self.config.tie_embeddings else self.head(wide)
-        return _capped(self.config, logits)
+        return _scaled(self.config, logits)
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
@@ -126,9 +128,10 @@ def project(
 ) -> Float[Array, "*b v"]:
     """``LanguageModel.logits`` from rows of the ``output_table``, some or all."""
     wide = x.astype(jnp.float32)
-    return _capped(config, jnp.dot(wide, table.T, preferred_element_type=jnp.float32))
+    return _scaled(config, jnp.dot(wide, table.T, preferred_element_type=jnp.float32))
 
 
-def _capped(config: LanguageModelConfig, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+def _scaled(config: LanguageModelConfig, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+    logits = logits if config.logit_scale == 1.0 else logits * config.logit_scale
     cap = config.logit_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,5 +1,7 @@
 """Language models at their published sizes."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from seqmodels.mixers import (
@@ -68,6 +70,43 @@ def griffin_language_model(
         tie_embeddings=tie_embeddings,
         embedding_scale=gemma_embedding_scale(width),
         logit_cap=logit_cap,
+    )
+
+
+def hybrid_language_model(
+    layout: tuple[str, ...],
+    mixers: tuple[MixerConfig, ...],
+    width: int,
+    mlp: int,
+    vocabulary_size: int,
+    *,
+    tie_embeddings: bool,
+    norm_epsilon: float,
+    norm: Literal["rms", "zero_centered_rms"] = "rms",
+    mlp_bias: bool = False,
+    residual_scale: float = 1.0,
+    embedding_scale: float = 1.0,
+    logit_scale: float = 1.0,
+) -> LanguageModelConfig:
+    """Qwen3.5, LFM2, Bamba, Granite 4: blocks of a mixer and a SwiGLU MLP, each behind a norm."""
+    backbone = BackboneConfig(
+        layout=layout,
+        mixers=tuple(config for config in mixers if config.mixer in layout),
+        width=width,
+        norm=norm,
+        norm_epsilon=norm_epsilon,
+        residual_scale=residual_scale,
+        final_norm=True,
+        mlp=mlp,
+        mlp_kind="swiglu",
+        mlp_bias=mlp_bias,
+    )
+    return LanguageModelConfig(
+        backbone,
+        vocabulary_size,
+        tie_embeddings=tie_embeddings,
+        embedding_scale=embedding_scale,
+        logit_scale=logit_scale,
     )
 
 

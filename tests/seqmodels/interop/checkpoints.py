@@ -5,12 +5,29 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from seqmodels.mixers import Mamba2Config, MambaConfig, RGLRUConfig, SlidingWindowConfig
-from seqmodels.models.published import griffin_language_model, mamba_language_model
+from seqmodels.mixers import (
+    AttentionConfig,
+    GatedConvConfig,
+    GatedDeltaNetConfig,
+    Mamba2Config,
+    MambaConfig,
+    RGLRUConfig,
+    SlidingWindowConfig,
+)
+from seqmodels.models.published import (
+    griffin_language_model,
+    hybrid_language_model,
+    mamba_language_model,
+)
 from tests.pytorch import torch, transformers
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+MAMBA2 = {
+    "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8,
+}  # fmt: skip
 CONFIGS = {
     "mamba": transformers.MambaConfig(**SIZES, state_size=4, use_bias=True, time_step_rank=3),
     "falcon_mamba": transformers.FalconMambaConfig(
@@ -24,17 +41,37 @@ CONFIGS = {
         **{**SIZES, "num_hidden_layers": 4}, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=48, attention_window_size=8, lru_width=24,
     ),
+    "qwen3_5_text": transformers.Qwen3_5TextConfig(
+        **SIZES, **HEADS, head_dim=8, linear_key_head_dim=4, linear_value_head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=4, attention_bias=True,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "lfm2": transformers.Lfm2Config(
+        **SIZES, **HEADS, full_attn_idxs=[1], conv_bias=True, block_multiple_of=10,
+    ),
+    "bamba": transformers.BambaConfig(
+        **SIZES, **HEADS, **MAMBA2, attn_layer_indices=[1], mlp_bias=True,
+    ),
+    "granitemoehybrid": transformers.GraniteMoeHybridConfig(
+        **SIZES, **HEADS, **MAMBA2, layer_types=["linear_attention", "full_attention"],
+        num_local_experts=0, shared_intermediate_size=20, attention_multiplier=0.3,
+        embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=5.0,
+        tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 IDS = np.random.default_rng(0).integers(3, 40, (2, 12))
 
 
-def written_by_transformers(name, folder):
-    """A model that transformers has written into a folder; no parameter is at its start."""
+def written_by_transformers(name, folder, noise=1.0):
+    """A model that transformers has written into a folder; no parameter is at its start.
+
+    The less noise, the less its layers amplify rounding.
+    """
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            parameter.add_((0.1 if "embed" in name else 1.0) * torch.randn_like(parameter))
+            parameter.add_((0.1 if "embed" in name else noise) * torch.randn_like(parameter))
     theirs.save_pretrained(folder)
     return theirs
 
@@ -69,6 +106,35 @@ OURS = {
         ),
         8, 12, 40, logit_cap=5.0, tie_embeddings=False,
     ),
+    "qwen3_5_text": hybrid_language_model(
+        ("gated_deltanet", "attention") * 2,
+        (
+            GatedDeltaNetConfig(heads=2, head_size=4, norm_epsilon=1e-3),
+            AttentionConfig(
+                heads=2, kv_heads=1, rotary_fraction=0.5, qk_norm=True, zero_centered_norm=True,
+                output_gate=True, norm_epsilon=1e-3,
+            ),
+        ),
+        8, 12, 40, norm="zero_centered_rms", norm_epsilon=1e-3, tie_embeddings=True,
+    ),
+    "lfm2": hybrid_language_model(
+        ("attention", "gated_conv"),
+        (GatedConvConfig(conv_size=4, use_bias=True), AttentionConfig(heads=2, qk_norm=True)),
+        8, 12, 40, norm_epsilon=1e-6, tie_embeddings=False,
+    ),
+    "bamba": hybrid_language_model(
+        ("attention", "mamba2"),
+        (
+            Mamba2Config(state_size=4, head_size=4, groups=2),
+            AttentionConfig(heads=2, rotary_fraction=0.5, use_bias=True),
+        ),
+        8, 12, 40, norm_epsilon=1e-5, tie_embeddings=True,
+    ),
+    "granitemoehybrid": hybrid_language_model(
+        ("mamba2", "attention"),
+        (Mamba2Config(state_size=4, head_size=8, use_bias=True), AttentionConfig(heads=2)),
+        8, 12, 40, norm_epsilon=1e-5, tie_embeddings=False, residual_scale=0.5, logit_scale=0.25,
+    ),
 }  # fmt: skip
 
 
@@ -78,3 +144,13 @@ def random_params(model, seed=0):
     tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: rng.normal(size=p.shape, scale=0.5).astype(np.float32), tree)
+
+
+# The others are read by the same code.
+KINDS = {"mamba", "mamba2", "recurrent_gemma", "qwen3_5_text", "granitemoehybrid"}
+
+
+def families(names):
+    """Parameters of a test: those that are not of a kind of their own only among all tests."""
+    full = pytest.mark.full
+    return [name if name in KINDS else pytest.param(name, marks=full) for name in names]

@@ -20,6 +20,7 @@ from tests.seqmodels.interop.checkpoints import (
     CONFIGS,
     IDS,
     OURS,
+    families,
     logits_of,
     random_params,
     relative,
@@ -30,7 +31,7 @@ from tests.seqmodels.interop.checkpoints import (
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=families(CONFIGS))
 def published(request, tmp_path_factory):
     """A folder that transformers has written, and its model; no parameter is at its start."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -97,7 +98,7 @@ def test_shards_are_the_same_checkpoint(published, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", families(OURS))
 def test_transformers_opens_a_model_of_ours(name, tmp_path):
     config = OURS[name]
     params = random_params(LanguageModel(config))
@@ -241,6 +242,13 @@ def test_a_tensor_that_the_index_does_not_say_is_refused(small, tmp_path):
         ("recurrent_gemma", {"intermediate_size": 25}, "intermediate_size=25 must be even"),
         ("recurrent_gemma", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not"),
         ("recurrent_gemma", {"vocab_size": None}, "vocab_size=None is not a int"),
+        ("qwen3_5_text", {"layer_types": ["mamba"] * 4}, "may hold only linear_attention, full"),
+        ("qwen3_5_text", {"layer_types": ["full_attention"]}, "has 1 entries, .*_hidden_layers=4"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate=False is not supported"),
+        ("qwen3_5_text", {"num_experts": 8}, "num_experts=8 is not supported"),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts=4 is not supported: no"),
+        ("granitemoehybrid", {"mamba_d_head": 3}, r"mamba_n_heads \* mamba_d_head = 6 must be"),
+        ("lfm2", {"layer_types": [7, 7]}, "may hold only conv, full_attention, not 7"),
     ],
 )  # fmt: skip
 def test_unsupported_fields_are_named(tmp_path, name, fields, message):

@@ -1,0 +1,67 @@
+"""A short convolution between two gates: the local layer of LFM2's hybrids.
+
+Liquid AI, "LFM2 Technical Report", 2025 (arXiv:2511.23404), section 2.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqmodels.layers.projections import dense
+from seqmodels.layers.short_conv import ShortConv, start_window
+from seqmodels.mixers.base import Mixer, MixerConfig, RecurrentState, Segments, mask_padding
+from seqmodels.ranges import Size
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedConvConfig(MixerConfig):
+    """Configuration of a gated convolution; the defaults are LFM2's.
+
+    Attributes:
+      conv_size: taps W: the token and the ``W - 1`` before it.
+      use_bias: biases in the projections and in the convolution.
+    """
+
+    mixer: ClassVar[str] = "gated_conv"
+
+    conv_size: Size = 3
+    use_bias: bool = False
+
+
+class GatedConv(Mixer[GatedConvConfig]):
+    """``[B, C, x] = in_proj(u)``, ``y = out_proj(C * conv(B * x))``, within each document.
+
+    Parameters, names as in the published checkpoints: ``in_proj``, ``conv`` and ``out_proj``, each
+    with a ``kernel`` (inputs first; ``(W, D)`` of the convolution) and maybe a ``bias``.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        segments: Segments | None = None,
+        state: RecurrentState | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "b l d"], RecurrentState]:
+        self.check(x, segments, state)
+        config = self.config
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype)
+        entering = state.reset_at_document_start(segments)
+        parts = dense(x, 3 * self.width, "in_proj", use_bias=config.use_bias)
+        before, after, inner = jnp.split(parts, 3, axis=-1)
+        conv = ShortConv(config.conv_size, config.use_bias, activation=None, name="conv")
+        inner, window = conv(before * inner, entering, segments=segments)
+        y = dense(after * inner, self.width, "out_proj", use_bias=config.use_bias)
+        return mask_padding(y, segments), state.update(window, segments, x.shape[1])
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        """Zeros: ``state`` is the window of ``B * x``, ``(B, W - 1, D)`` in ``dtype``."""
+        window = start_window(batch_size, self.config.conv_size, self.width, dtype)
+        return RecurrentState.start(window, batch_size)

@@ -1,0 +1,97 @@
+"""Hybrids of published families against transformers: long rows, packing, tuning, bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from seqmodels.generation import feed, start
+from seqmodels.interop.huggingface import load, save
+from seqmodels.mixers import Segments
+from seqmodels.models import LanguageModel
+from tests import tolerances
+from tests.pytorch import torch
+from tests.seqmodels.interop.checkpoints import families, relative, written_by_transformers
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
+HYBRIDS = ("qwen3_5_text", "lfm2", "bamba", "granitemoehybrid")
+LONG = np.random.default_rng(1).integers(3, 40, (1, 300)).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=families(HYBRIDS))
+def hybrid(request, tmp_path_factory):
+    """Our model, its parameters, and transformers' model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = written_by_transformers(request.param, folder, noise=0.2)
+    return *load(folder), theirs
+
+
+def their_logits(theirs, ids):
+    with torch.no_grad():
+        mask = torch.ones(ids.shape)
+        return theirs(torch.tensor(ids), attention_mask=mask).logits.float().numpy()
+
+
+def test_long_and_packed_rows_have_their_logits(hybrid):
+    model, params, theirs = hybrid
+    apply = jax.jit(
+        lambda ids, segments: model.apply({"params": params}, ids, segments=segments)[0]
+    )
+    cut = 110
+    ids = np.array([[1] * cut + [2] * (300 - cut)], np.int32)
+    whole, packed = apply(LONG, None), apply(LONG, Segments.from_ids(ids))
+    assert relative(whole, their_logits(theirs, LONG)) <= tolerances.FLOAT32_PUBLISHED
+    apart = [their_logits(theirs, part) for part in (LONG[:, :cut], LONG[:, cut:])]
+    assert relative(packed, np.concatenate(apart, axis=1)) <= tolerances.FLOAT32_PUBLISHED
+
+
+def test_a_prompt_in_chunks_ends_with_their_logits(hybrid):
+    model, params, theirs = hybrid
+    expected = their_logits(theirs, LONG)
+    stream = start(model, batch_size=1, max_length=300, dtype=jnp.float32)
+    at = 0
+    for size in (100, 7, 1, 1, 191):
+        stream = feed(model, {"params": params}, stream, LONG[:, at : at + size])
+        at += size
+        error = relative(np.asarray(stream.logits), expected[:, at - 1])
+        assert error <= tolerances.FLOAT32_PUBLISHED
+
+
+def test_bfloat16_is_as_near_to_float32_as_theirs(hybrid, tmp_path):
+    _, params, theirs = hybrid
+    theirs.save_pretrained(tmp_path)
+    exact = their_logits(theirs, LONG)
+    narrow, _ = load(tmp_path, dtype="bfloat16")
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
+    ours = np.asarray(jax.jit(lambda p: narrow.apply({"params": p}, LONG)[0])(rounded))
+    again = type(theirs).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    error, their_error = (
+        np.sqrt(np.mean((logits - exact) ** 2)) for logits in (ours, their_logits(again, LONG))
+    )
+    assert 0 < error <= 2 * their_error
+
+
+def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
+    model, params, theirs = hybrid
+    theirs.zero_grad()
+    ids = torch.tensor(LONG.astype(np.int64))
+    output = theirs(ids, attention_mask=torch.ones(ids.shape), labels=ids)
+    output.loss.backward()
+
+    def loss(params):
+        logits = model.apply({"params": params}, LONG)[0][:, :-1]
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, LONG[:, 1:]))
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, output.loss.item(), **tolerances.EACH_FLOAT32_TOTAL)
+    # Written as a checkpoint, they have their names and shapes.
+    save(LanguageModel(model.config), gradients, tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    expected = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = np.sqrt(np.mean((found[name] - gradient) ** 2) / np.mean(gradient**2))
+        assert error <= tolerances.FLOAT32_PUBLISHED, name
