@@ -10,28 +10,33 @@ FULL, RECURRENT = "full_attention", "linear_attention"
 """What ``layer_types`` calls the two kinds of layers, whatever the recurrent one is."""
 
 
-def read_rotary(fields: Fields, base: float = 1e4, fraction: float = 1.0) -> tuple[float, float]:
-    """Base and rotated share; under `rope_parameters`, or by themselves in older files."""
+def read_rotary(
+    fields: Fields, base: float = 1e4, fraction: float | None = None
+) -> tuple[float, float]:
+    """Base and rotated share; under `rope_parameters`, or by themselves in older files.
+
+    ``base`` and ``fraction`` are defaults; None for a family that rotates all channels always.
+    """
     base = fields.take("rope_theta", float, base)
-    fraction = fields.take("partial_rotary_factor", float, fraction)
+    share = fields.take("partial_rotary_factor", float, fraction)
     fields.require("rope_scaling", None)
     values = fields.take("rope_parameters", dict, None)
     if values is None:
-        return base, fraction
+        return base, 1.0 if fraction is None else share
     inner = Fields(values, f"{fields.source}: rope_parameters")
     inner.require("rope_type", "default")
     # The positions of images and videos; those of text are the same on all their axes.
     inner.ignore("mrope_section", "mrope_interleaved")
     base = inner.take("rope_theta", float, base)
-    fraction = inner.take("partial_rotary_factor", float, fraction)
+    share = inner.take("partial_rotary_factor", float, share)
     inner.finish()
-    return base, fraction
+    return base, 1.0 if fraction is None else share
 
 
-def written_rotary(config: SoftmaxConfig) -> dict[str, Any]:
-    """The inverse of ``read_rotary``, as transformers 5 writes it."""
+def written_rotary(config: SoftmaxConfig, *, partial: bool = False) -> dict[str, Any]:
+    """The inverse of ``read_rotary``, as transformers 5 writes it; ``partial``: with the share."""
     parameters = {"rope_type": "default", "rope_theta": config.rotary_base or 1e4}
-    if config.rotary_fraction != 1.0:
+    if partial:
         parameters["partial_rotary_factor"] = config.rotary_fraction
     return {"rope_parameters": parameters}
 

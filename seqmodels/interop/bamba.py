@@ -1,4 +1,4 @@
-"""Bamba and the dense Granite 4 hybrids in transformers' layout: Mamba-2 and some attention."""
+"""Bamba and the Granite 4 hybrids in transformers' layout: Mamba-2 and some attention."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ from seqmodels.interop.families import HEAD, Family
 from seqmodels.interop.fields import Fields
 from seqmodels.interop.layout import Join
 from seqmodels.interop.mamba import step_limits
+from seqmodels.layers.experts import ExpertsConfig
 from seqmodels.mixers import AttentionConfig, Mamba2Config
 from seqmodels.models.language import LanguageModelConfig
 from seqmodels.models.published import hybrid_language_model
@@ -34,18 +35,34 @@ BAMBA_NAMES = (
     ("backbone/block_{}/mlp_in/", "model.layers.{}.feed_forward.up_proj."),
     ("backbone/block_{}/mlp_out/", "model.layers.{}.feed_forward.down_proj."),
 )
+_EXPERTS = "backbone/block_{}/experts/"
 GRANITE_NAMES = (
     *_SHARED_NAMES,
     ("backbone/final_norm/rms/", "model.norm."),
     ("backbone/block_{}/mlp_norm/rms/", "model.layers.{}.post_attention_layernorm."),
     ("backbone/block_{}/mlp_out/", "model.layers.{}.shared_mlp.output_linear."),
+    (_EXPERTS + "shared_out/", "model.layers.{}.shared_mlp.output_linear."),
+    (_EXPERTS + "router/", "model.layers.{}.block_sparse_moe.router.layer."),
+    (_EXPERTS + "w_out", "model.layers.{}.block_sparse_moe.output_linear.weight"),
 )
-_GRANITE_JOINS = (
-    Join(
-        "model.layers.{}.shared_mlp.input_linear.weight",
-        ("backbone/block_{}/mlp_gate/kernel", "backbone/block_{}/mlp_in/kernel"),
-    ),
-)
+
+
+def _granite_joins(config: LanguageModelConfig) -> tuple[Join, ...]:
+    shared, experts = "model.layers.{}.shared_mlp.input_linear.weight", config.backbone.experts
+    if experts is None:
+        block = "backbone/block_{}/"
+        return (Join(shared, (block + "mlp_gate/kernel", block + "mlp_in/kernel")),)
+    return (
+        Join(shared, (_EXPERTS + "shared_gate/kernel", _EXPERTS + "shared_in/kernel")),
+        Join(
+            "model.layers.{}.block_sparse_moe.input_linear.weight",
+            (_EXPERTS + "w_gate", _EXPERTS + "w_in"),
+            experts.experts,
+            stacked=True,
+        ),
+    )
+
+
 _KINDS = {RECURRENT: "mamba2", FULL: "attention"}
 _OLDER_KINDS = {"mamba": "mamba2", "attention": "attention"}
 
@@ -53,6 +70,8 @@ _OLDER_KINDS = {"mamba": "mamba2", "attention": "attention"}
 def has_multipliers(config: LanguageModelConfig) -> bool:
     """Whether a model has what Granite's have and Bamba's do not."""
     attention = [mixer for mixer in config.backbone.mixers if isinstance(mixer, AttentionConfig)]
+    if config.backbone.experts is not None:
+        return True
     scales = (config.backbone.residual_scale, config.embedding_scale, config.logit_scale)
     return set(scales) != {1.0} or any(
         mixer.score_scale is not None or mixer.rotary_base is None for mixer in attention
@@ -115,14 +134,10 @@ def _read_bamba(fields: Fields) -> LanguageModelConfig:
 
 def _read_granite(fields: Fields) -> LanguageModelConfig:
     width = fields.take("hidden_size", int, 4096)
-    experts = fields.take("num_local_experts", int, 8)
-    if experts:
-        raise ValueError(
-            f"{fields.source}: num_local_experts={experts} is not supported: no mixture of experts "
-            "is; take a dense model, such as granite-4.0-h-1b"
-        )
-    # Of the experts that are not there, and of initial values.
-    fields.ignore("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef", "init_method")
+    # Of the loss and of initial values.
+    fields.ignore("router_aux_loss_coef", "output_router_logits", "init_method")
+    hidden = fields.take("shared_intermediate_size", int, 1024)
+    experts = _granite_experts(fields, hidden)
     fields.require("normalization_function", "rmsnorm")
     epsilon = fields.take("rms_norm_eps", float, 1e-6)
     base, fraction = read_rotary(fields)
@@ -140,14 +155,24 @@ def _read_granite(fields: Fields) -> LanguageModelConfig:
         read_layers(fields, _KINDS | _OLDER_KINDS, [RECURRENT] * layers),
         (_read_mamba2(fields, width, layers, epsilon), attention),
         width,
-        fields.take("shared_intermediate_size", int, 1024),
+        hidden if experts is None else None,
         fields.take("vocab_size", int, 32_000),
         tie_embeddings=fields.take("tie_word_embeddings", bool, False),
         norm_epsilon=epsilon,
+        experts=experts,
         residual_scale=fields.take("residual_multiplier", float, 1.0),
         embedding_scale=fields.take("embedding_multiplier", float, 1.0),
         logit_scale=1 / fields.take("logits_scaling", float, 1.0),
     )
+
+
+def _granite_experts(fields: Fields, shared: int) -> ExpertsConfig | None:
+    count = fields.take("num_local_experts", int, 8)
+    hidden = fields.take("intermediate_size", int, 11_008)
+    chosen = fields.take("num_experts_per_tok", int, 2)
+    if not count:
+        return None
+    return ExpertsConfig(experts=count, chosen=chosen, hidden=hidden, shared=shared)
 
 
 def _written(config: LanguageModelConfig) -> dict[str, Any]:
@@ -174,7 +199,6 @@ def _written(config: LanguageModelConfig) -> dict[str, Any]:
         "rms_norm_eps": stack.norm_epsilon or 1e-6,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tie_embeddings,
-        **written_rotary(attention),
     }
     size = attention.head_size
     return written if size is None else written | {"head_dim": size}
@@ -182,7 +206,12 @@ def _written(config: LanguageModelConfig) -> dict[str, Any]:
 
 def _write_bamba(config: LanguageModelConfig) -> dict[str, Any]:
     stack = config.backbone
+    attention = next(
+        (m for m in stack.mixers if isinstance(m, AttentionConfig)),
+        AttentionConfig(rotary_fraction=0.5),
+    )
     return _written(config) | {
+        **written_rotary(attention, partial=True),
         "intermediate_size": stack.mlp,
         "mlp_bias": stack.mlp_bias,
         "attn_layer_indices": [i for i, name in enumerate(stack.layout) if name == "attention"],
@@ -192,15 +221,24 @@ def _write_bamba(config: LanguageModelConfig) -> dict[str, Any]:
 def _write_granite(config: LanguageModelConfig) -> dict[str, Any]:
     stack = config.backbone
     kinds = {ours: theirs for theirs, ours in _KINDS.items()}
-    attention = next((m for m in stack.mixers if isinstance(m, AttentionConfig)), None)
-    rotated = attention is not None and attention.rotary_base is not None
-    size = stack.width // (1 if attention is None else attention.heads)
-    scale = None if attention is None else attention.score_scale
+    attention = next(
+        (m for m in stack.mixers if isinstance(m, AttentionConfig)),
+        AttentionConfig(heads=1, rotary_base=None),
+    )
+    size, scale = attention.head_size or stack.width // attention.heads, attention.score_scale
+    experts: dict[str, Any] = {"num_local_experts": 0, "shared_intermediate_size": stack.mlp}
+    if stack.experts is not None:
+        experts = {
+            "num_local_experts": stack.experts.experts,
+            "num_experts_per_tok": stack.experts.chosen,
+            "intermediate_size": stack.experts.hidden,
+            "shared_intermediate_size": stack.experts.shared,
+        }
     return _written(config) | {
         "layer_types": [kinds[name] for name in stack.layout],
-        "num_local_experts": 0,
-        "shared_intermediate_size": stack.mlp,
-        "position_embedding_type": "rope" if rotated else None,
+        **experts,
+        **written_rotary(attention),
+        "position_embedding_type": None if attention.rotary_base is None else "rope",
         "attention_multiplier": size**-0.5 if scale is None else scale,
         "embedding_multiplier": config.embedding_scale,
         "residual_multiplier": stack.residual_scale,
@@ -215,5 +253,5 @@ BAMBA = Family(
 )  # fmt: skip
 GRANITE = Family(
     "granitemoehybrid", "GraniteMoeHybridForCausalLM", frozenset(_KINDS.values()), _read_granite,
-    _write_granite, GRANITE_NAMES, _IMPLIED | {"mixer.score_scale"}, lambda _: _GRANITE_JOINS,
+    _write_granite, GRANITE_NAMES, _IMPLIED | {"mixer.score_scale"}, _granite_joins,
 )  # fmt: skip

@@ -21,9 +21,11 @@ class Family:
       mixers: registered names of its layers' mixers.
       read: config.json -> our config.
       write: our config -> the fields of config.json; ValueError for what it cannot say.
-      names: beginnings of our parameters' paths and of their names. ``{}`` is a layer's number;
-        "mixer" may be the mixer's registered name instead, where its kind decides.
+      names: beginnings of our parameters' paths and of their names. ``{}`` is a layer's number, in
+        ``expert_{}`` and after it an expert's; "mixer" may be the mixer's registered name instead,
+        where its kind decides.
       joins: the tensors that hold several parameters, of a model of this config.
+      experts_apart: each expert's matrices are tensors of their own.
       implied: our config's fields, ``part.field``, that config.json has under another form or
         leaves to a default, so that what `read` makes of them may look different.
     """
@@ -36,6 +38,7 @@ class Family:
     names: tuple[tuple[str, str], ...]
     implied: frozenset[str] = frozenset()
     joins: Callable[[LanguageModelConfig], tuple[Join, ...]] = lambda _: ()
+    experts_apart: bool = False
 
     @property
     def embedding(self) -> str:
@@ -44,13 +47,13 @@ class Family:
 
     def theirs(self, path: str, layout: tuple[str, ...] = ()) -> str:
         """Our parameter's path -> its name in the checkpoint, joined or not."""
-        number, patterns = _patterns(path, layout)
+        numbers, patterns = _patterns(path, layout)
         for pattern in patterns:
             for ours, theirs in self.names:
                 if pattern.startswith(ours):
                     rest = pattern.removeprefix(ours)
                     rest = re.sub(r"(^|/)(kernel|scale)$", r"\1weight", rest)
-                    return theirs.replace("{}", number) + rest.replace("/", ".")
+                    return theirs.format(*numbers) + rest.replace("/", ".")
         raise ValueError(f"{self.model_type} checkpoints have no parameter for our {path}")
 
     def slots(
@@ -67,30 +70,27 @@ class Family:
         joined: dict[str, tuple[Join, dict[int, str]]] = {}
         joins = {ours: join for join in self.joins(config) for ours in join.ours}
         for path, shape in shapes.items():
-            number, patterns = _patterns(path, layout)
+            numbers, patterns = _patterns(path, layout)
             pattern = next((pattern for pattern in patterns if pattern in joins), None)
             if pattern is None:
                 found[self.theirs(path, layout)] = Slot({path: shape})
                 continue
             join = joins[pattern]
-            parts = joined.setdefault(join.theirs.replace("{}", number), (join, {}))[1]
+            parts = joined.setdefault(join.theirs.format(*numbers), (join, {}))[1]
             parts[join.ours.index(pattern)] = path
         for name, (join, parts) in joined.items():
             paths = [parts[i] for i in sorted(parts)]
-            found[name] = Slot({path: shapes[path] for path in paths}, join.groups)
+            found[name] = Slot({p: shapes[p] for p in paths}, join.groups, join.stacked)
         return found
 
 
-def _patterns(path: str, layout: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """A layer's number, and the path without it, with the mixer's name if it is known first."""
-    layer = re.search(r"block_(\d+)/", path)
-    if layer is None:
-        return "", (path,)
-    number = layer.group(1)
-    pattern = path.replace(layer.group(), "block_{}/")
-    if int(number) >= len(layout):
-        return number, (pattern,)
-    return number, (pattern.replace("/mixer/", f"/{layout[int(number)]}/", 1), pattern)
+def _patterns(path: str, layout: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
+    """The numbers in a path, and it without them, first with the mixer's name if that is known."""
+    numbers = re.findall(r"(?:block|expert)_(\d+)/", path)
+    pattern = re.sub(r"(block|expert)_\d+/", r"\1_{}/", path)
+    if not numbers or int(numbers[0]) >= len(layout):
+        return numbers, (pattern,)
+    return numbers, (pattern.replace("/mixer/", f"/{layout[int(numbers[0])]}/", 1), pattern)
 
 
 def spellings(name: str) -> tuple[str, ...]:

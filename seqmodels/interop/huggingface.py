@@ -19,7 +19,7 @@ import numpy as np
 from seqmodels.interop import bamba, lfm2, mamba, qwen, recurrent_gemma, tensors
 from seqmodels.interop.families import HEAD, Family, differences, merged, spellings
 from seqmodels.interop.fields import Fields, json_text, read_json
-from seqmodels.interop.layout import Slot, to_theirs
+from seqmodels.interop.layout import Slot, experts_apart, experts_together, to_theirs
 from seqmodels.interop.mamba_ssm import native_family
 from seqmodels.interop.origin import CONFIG, GENERATION, LoadedLanguageModel, Origin
 from seqmodels.models.backbone import unstack_layers
@@ -34,6 +34,7 @@ FAMILIES: dict[str, Family] = {
         mamba.FALCON_MAMBA,
         recurrent_gemma.RECURRENT_GEMMA,
         qwen.QWEN3_5,
+        qwen.QWEN3_NEXT,
         lfm2.LFM2,
         bamba.BAMBA,
         bamba.GRANITE,
@@ -70,11 +71,12 @@ def load(
             dtype = "bfloat16" if checkpoint.dtype(family.embedding) == "BF16" else "float32"
         flat = {
             # Widened on the host: devices flush denormal numbers.
-            ours: jnp.asarray(part)
+            ours: part
             for theirs, slot in slots.items()
             for ours, part in slot.split(checkpoint.tensor(theirs).astype(np.float32)).items()
         }
-    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    arrays = {ours: jnp.asarray(part) for ours, part in experts_together(flat).items()}
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     return LoadedLanguageModel(dataclasses.replace(config, dtype=dtype), origin), params
 
 
@@ -184,6 +186,7 @@ def _arrays(
     """All tensors to be written, under their names."""
     dtypes = {tensor.name: tensor.dtype for tensor in origin.tensors} if origin else {}
     flat = _flat(config, params)
+    flat = experts_apart(flat) if family.experts_apart else flat
     arrays = {}
     for theirs, slot in _slots(family, config).items():
         missing = [ours for ours in slot.parts if ours not in flat]
@@ -270,7 +273,8 @@ def _transformers_family(config: LanguageModelConfig) -> Family:
         return mamba.MAMBA2
     if names <= bamba.BAMBA.mixers:
         return bamba.GRANITE if bamba.has_multipliers(config) else bamba.BAMBA
-    for family in (recurrent_gemma.RECURRENT_GEMMA, qwen.QWEN3_5, lfm2.LFM2):
+    hybrid = qwen.QWEN3_5 if config.backbone.experts is None else qwen.QWEN3_NEXT
+    for family in (recurrent_gemma.RECURRENT_GEMMA, hybrid, lfm2.LFM2):
         if names <= family.mixers:
             return family
     raise ValueError(
@@ -286,11 +290,13 @@ def _slots(family: Family, config: LanguageModelConfig) -> dict[str, Slot]:
     model = LanguageModel(dataclasses.replace(config, backbone=stack))
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    shapes = {
-        # The shape of a view that takes no memory.
-        ours: to_theirs(ours, np.broadcast_to(np.float32(0), leaf.shape)).shape
+    views = {
+        # That take no memory.
+        ours: np.broadcast_to(np.float32(0), leaf.shape)
         for ours, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()
     }
+    views = experts_apart(views) if family.experts_apart else views
+    shapes = {ours: to_theirs(ours, view).shape for ours, view in views.items()}
     slots = family.slots(config, shapes)
     return {name: slots[name] for name in sorted(slots, key=tensors.natural)}
 

@@ -1,10 +1,13 @@
 """How the parameters of a model lie in the tensors of a checkpoint."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+_EXPERTS = ("w_gate", "w_in", "w_out")
 _CONVOLUTIONS = ("conv", "conv1d", "conv_1d", "q_conv", "k_conv", "v_conv")
 
 
@@ -16,11 +19,13 @@ class Join:
       theirs: its name; ``{}`` is a layer's number.
       ours: the parameters' paths, written as in ``Family.names``, in their order.
       groups: the outputs are so many groups, such as heads, each with a share of every parameter.
+      stacked: the groups, such as experts, have an axis of their own in front.
     """
 
     theirs: str
     ours: tuple[str, ...]
     groups: int = 1
+    stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +34,29 @@ class Slot:
 
     Attributes:
       parts: our paths -> shapes, in order.
-      groups: as in ``Join``.
+      groups, stacked: as in ``Join``.
     """
 
     parts: Mapping[str, tuple[int, ...]]
     groups: int = 1
+    stacked: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor."""
-        shapes = list(self.parts.values())
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+        first, *others = self.parts.values()
+        axis = int(self.stacked)
+        if not others:
+            return first
+        outputs = first[axis] + sum(shape[axis] for shape in others)
+        return (*first[:axis], outputs, *first[axis + 1 :])
 
     def split(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
         """The parameters in a tensor, each in our layout."""
         if len(self.parts) == 1:
             return {ours: to_ours(ours, tensor) for ours in self.parts}
-        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
-        sizes = [shape[0] // self.groups for shape in self.parts.values()]
-        pieces = np.split(grouped, np.cumsum(sizes)[:-1], axis=1)
+        sizes = [self._grouped(np.broadcast_to(0, shape)).shape[1] for shape in self.parts.values()]
+        pieces = np.split(self._grouped(tensor), np.cumsum(sizes)[:-1], axis=1)
         return {
             ours: to_ours(ours, piece.reshape(shape))
             for (ours, shape), piece in zip(self.parts.items(), pieces, strict=True)
@@ -58,13 +67,18 @@ class Slot:
         pieces = [to_theirs(ours, arrays[ours]) for ours in self.parts]
         if len(pieces) == 1:
             return pieces[0]
-        grouped = [piece.reshape(self.groups, -1, *piece.shape[1:]) for piece in pieces]
-        return np.concatenate(grouped, axis=1).reshape(self.shape)
+        return np.concatenate([self._grouped(p) for p in pieces], axis=1).reshape(self.shape)
+
+    def _grouped(self, array: np.ndarray) -> np.ndarray:
+        """``(groups, outputs of a group, ..)``."""
+        return array if self.stacked else array.reshape(self.groups, -1, *array.shape[1:])
 
 
 def to_theirs(path: str, array: np.ndarray) -> np.ndarray:
     """A parameter in torch's layout: outputs first; ``(D, 1, W)`` of a convolution."""
     *_, module, leaf = path.split("/")
+    if leaf in _EXPERTS:
+        return np.swapaxes(array, -1, -2)
     if leaf != "kernel":
         return array
     return array.T[:, None] if module in _CONVOLUTIONS else array.T
@@ -73,6 +87,36 @@ def to_theirs(path: str, array: np.ndarray) -> np.ndarray:
 def to_ours(path: str, array: np.ndarray) -> np.ndarray:
     """The inverse of ``to_theirs``."""
     *_, module, leaf = path.split("/")
+    if leaf in _EXPERTS:
+        return np.swapaxes(array, -1, -2)
     if leaf != "kernel":
         return array
     return array[:, 0].T if module in _CONVOLUTIONS else array.T
+
+
+def experts_apart(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by path, those of experts one by one: ``w_in`` -> ``expert_0/w_in``, ..."""
+    apart: dict[str, Any] = {}
+    for path, array in flat.items():
+        module, _, leaf = path.rpartition("/")
+        if leaf in _EXPERTS:
+            apart |= {f"{module}/expert_{i}/{leaf}": part for i, part in enumerate(array)}
+        else:
+            apart[path] = array
+    return apart
+
+
+def experts_together(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of ``experts_apart``."""
+    together: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for path, array in flat.items():
+        found = re.fullmatch(r"(.*)/expert_(\d+)/(.*)", path)
+        if found is None:
+            together[path] = array
+        else:
+            module, number, leaf = found.groups()
+            parts.setdefault(f"{module}/{leaf}", {})[int(number)] = array
+    return together | {
+        path: np.stack([apart[i] for i in range(len(apart))]) for path, apart in parts.items()
+    }

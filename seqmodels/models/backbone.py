@@ -13,12 +13,13 @@ from jaxtyping import Array, Float
 
 from seqmodels.arguments import segment_order
 from seqmodels.layers.dropout import Dropout
+from seqmodels.layers.experts import ACTIVATIONS, Experts, ExpertsConfig
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
 from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
 from seqmodels.parallel.mesh import in_tiles, split_tokens
 from seqmodels.parallel.parameters import layer_axes
-from seqmodels.ranges import Checked, Positive, Share, Size
+from seqmodels.ranges import Checked, Count, Positive, Share, Size
 
 Remat = Literal["none", "dots", "full", "offload"]
 MLPKind = Literal["gelu", "swiglu", "geglu"]
@@ -45,6 +46,8 @@ class BackboneConfig(Checked):
       mlp_kind: of its activation: "gelu" ``W_2 gelu(W_1 x)``; with a third matrix "swiglu"
         ``W_2 (silu(W_g x) * W_1 x)`` and "geglu", the same with gelu; gelu in the tanh form.
       mlp_bias: biases in the MLP.
+      experts: None, or a mixture of experts of ``mlp_kind`` in the MLP's place.
+      dense_blocks: numbers of the blocks that have the MLP all the same.
       batchnorm_momentum: share of the old running statistics that each step keeps.
       decay_vectors: weight decay on biases and norm scales too, as the S4 and S5 recipes do.
       mlp_tile: None, or tokens of a row, on each device, whose hidden layer of the MLP exists at a
@@ -68,6 +71,8 @@ class BackboneConfig(Checked):
     mlp: Size | None = None
     mlp_kind: MLPKind = "gelu"
     mlp_bias: bool = True
+    experts: ExpertsConfig | None = None
+    dense_blocks: tuple[Count, ...] = ()
     batchnorm_momentum: Share = 0.95
     decay_vectors: bool = True
     mlp_tile: Size | None = None
@@ -82,6 +87,7 @@ class BackboneConfig(Checked):
                 f"BackboneConfig: layout={self.layout} must name every config in mixers exactly, "
                 f"one config a name; mixers has {names}"
             )
+        self._check_experts()
         if self.mlp_tile is not None and self.mlp is None:
             raise ValueError(
                 f"BackboneConfig: mlp_tile={self.mlp_tile} needs an MLP; set mlp, or mlp_tile=None"
@@ -91,6 +97,34 @@ class BackboneConfig(Checked):
                 "BackboneConfig: float32_residual=True needs prenorm=True: a norm after the sum "
                 "leaves no sum to keep"
             )
+
+    def _check_experts(self) -> None:
+        if self.experts is None:
+            if self.dense_blocks:
+                raise ValueError(
+                    f"BackboneConfig: dense_blocks={self.dense_blocks} are those without experts; "
+                    "set experts, or dense_blocks=()"
+                )
+            return
+        if any(block >= len(self.layout) for block in self.dense_blocks):
+            raise ValueError(
+                f"BackboneConfig: dense_blocks={self.dense_blocks} must be below the number of "
+                f"blocks, {len(self.layout)}"
+            )
+        if (self.mlp is None) == bool(self.dense_blocks):
+            raise ValueError(
+                f"BackboneConfig: mlp={self.mlp} is that of dense_blocks={self.dense_blocks}; give "
+                "both, or none where all blocks have experts"
+            )
+        if self.mlp_kind not in ACTIVATIONS or self.mlp_tile is not None:
+            raise ValueError(
+                f"BackboneConfig: experts need mlp_kind 'swiglu' or 'geglu' and mlp_tile=None, not "
+                f"{self.mlp_kind!r} and {self.mlp_tile}"
+            )
+
+    def sparse(self, layer: int) -> bool:
+        """Whether block ``layer`` has experts."""
+        return self.experts is not None and layer not in self.dense_blocks
 
     def mixer(self, layer: int) -> MixerConfig:
         """The config of block ``layer``, told its depth."""
@@ -103,7 +137,7 @@ class BackboneConfig(Checked):
 
         Mixers that differ by depth (decays of lightning, bounds of hgrn2) do not repeat.
         """
-        blocks = [self.mixer(layer) for layer in range(len(self.layout))]
+        blocks = [(self.mixer(layer), self.sparse(layer)) for layer in range(len(self.layout))]
         return next(
             p
             for p in range(1, len(blocks) + 1)
@@ -126,6 +160,7 @@ class Block(nn.Module):
 
     config: BackboneConfig
     mixer: MixerConfig
+    sparse: bool
     deterministic: bool
     dtype: Any
 
@@ -151,12 +186,17 @@ class Block(nn.Module):
             if config.mlp_kind == "gelu":
                 hidden = jax.nn.gelu(hidden)
             else:
-                activation = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}[config.mlp_kind]
-                hidden = activation(dense(y, config.mlp or 0, "mlp_gate")) * hidden
+                gate = dense(y, config.mlp or 0, "mlp_gate")
+                hidden = ACTIVATIONS[config.mlp_kind](gate) * hidden
             return dense(hidden, config.width, "mlp_out")
 
         def mlp(y: Array) -> tuple[Array, None]:
             y = hidden_layer(self, y) if config.mlp_tile is None else tiled(y, config.mlp_tile)
+            return Dropout(config.dropout, self.deterministic)(y), None
+
+        def experts(y: Array) -> tuple[Array, None]:
+            mask = None if segments is None else segments.mask
+            y = Experts(config.experts, config.mlp_kind, name="experts")(y, mask)  # type: ignore[arg-type]
             return Dropout(config.dropout, self.deterministic)(y), None
 
         def tiled(y: Array, tile: int) -> Array:
@@ -170,8 +210,8 @@ class Block(nn.Module):
 
         x = checkpoint_name(x, RESIDUAL)
         x, state = self._residual(x, segments, "norm", mix)
-        if config.mlp is not None:
-            x, _ = self._residual(x, segments, "mlp_norm", mlp)
+        if self.sparse or config.mlp is not None:
+            x, _ = self._residual(x, segments, "mlp_norm", experts if self.sparse else mlp)
         return x, state
 
     def _residual(
@@ -245,7 +285,7 @@ class Backbone(nn.Module):
         if scanned:
             x, parts = nn.scan(
                 Period,
-                variable_axes={"params": 0, "batch_stats": 0},
+                variable_axes={"params": 0, "batch_stats": 0, "losses": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=config.repeats,
@@ -289,7 +329,8 @@ def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: A
     kind: Any = Block
     if config.remat != "none":
         kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
-    return kind(config, config.mixer(layer), deterministic, dtype, name=f"block_{layer}")
+    mixer, sparse = config.mixer(layer), config.sparse(layer)
+    return kind(config, mixer, sparse, deterministic, dtype, name=f"block_{layer}")
 
 
 def make_norm(config: BackboneConfig, name: str) -> Norm:

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from seqmodels.layers.experts import ExpertsConfig
 from seqmodels.mixers import (
     Mamba2Config,
     MambaConfig,
@@ -77,18 +78,20 @@ def hybrid_language_model(
     layout: tuple[str, ...],
     mixers: tuple[MixerConfig, ...],
     width: int,
-    mlp: int,
+    mlp: int | None,
     vocabulary_size: int,
     *,
     tie_embeddings: bool,
     norm_epsilon: float,
     norm: Literal["rms", "zero_centered_rms"] = "rms",
     mlp_bias: bool = False,
+    experts: ExpertsConfig | None = None,
+    dense_blocks: tuple[int, ...] = (),
     residual_scale: float = 1.0,
     embedding_scale: float = 1.0,
     logit_scale: float = 1.0,
 ) -> LanguageModelConfig:
-    """Qwen3.5, LFM2, Bamba, Granite 4: blocks of a mixer and a SwiGLU MLP, each behind a norm."""
+    """Qwen's hybrids, LFM2, Bamba, Granite 4: a mixer and a SwiGLU MLP or experts in each block."""
     backbone = BackboneConfig(
         layout=layout,
         mixers=tuple(config for config in mixers if config.mixer in layout),
@@ -100,6 +103,8 @@ def hybrid_language_model(
         mlp=mlp,
         mlp_kind="swiglu",
         mlp_bias=mlp_bias,
+        experts=experts,
+        dense_blocks=dense_blocks,
     )
     return LanguageModelConfig(
         backbone,

@@ -41,12 +41,19 @@ _LAYERS: dict[str, PartitionSpec] = {
     **dict.fromkeys(("dt_proj", "up"), PartitionSpec(None, "inner")),
     **dict.fromkeys(("conv", "conv1d", "conv_1d", "q_conv", "k_conv", "v_conv"), TAPS),
     "down": PartitionSpec("embed", None),
-    **dict.fromkeys(("mlp_in", "mlp_gate", "head_in"), PartitionSpec("embed", "mlp")),
-    "mlp_out": PartitionSpec("mlp", "embed"),
+    **dict.fromkeys(
+        ("mlp_in", "mlp_gate", "head_in", "shared_in", "shared_gate"), PartitionSpec("embed", "mlp")
+    ),
+    **dict.fromkeys(("mlp_out", "shared_out"), PartitionSpec("mlp", "embed")),
+    **dict.fromkeys(("router", "shared_router"), PartitionSpec("embed", None)),
     "head": PartitionSpec("embed", "vocab"),
     "encoder": PartitionSpec(None, "embed"),
 }
-_LEAVES = {"embedding": TABLE}
+_LEAVES = {
+    "embedding": TABLE,
+    **dict.fromkeys(("w_in", "w_gate"), PartitionSpec(None, "embed", "mlp")),
+    "w_out": PartitionSpec(None, "mlp", "embed"),
+}
 
 
 def layer_axes(path: Sequence[str]) -> PartitionSpec:

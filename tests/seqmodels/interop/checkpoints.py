@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels.layers.experts import ExpertsConfig
 from seqmodels.mixers import (
     AttentionConfig,
     GatedConvConfig,
@@ -46,6 +47,12 @@ CONFIGS = {
         linear_num_key_heads=2, linear_num_value_heads=4, attention_bias=True,
         layer_types=["linear_attention", "full_attention"],
     ),
+    "qwen3_next": transformers.Qwen3NextConfig(
+        **SIZES, **HEADS, head_dim=8, linear_key_head_dim=4, linear_value_head_dim=4,
+        linear_num_key_heads=2, linear_num_value_heads=4, num_experts=5, num_experts_per_tok=2,
+        moe_intermediate_size=8, shared_expert_intermediate_size=10, mlp_only_layers=[0],
+        layer_types=["full_attention", "linear_attention"],
+    ),
     "lfm2": transformers.Lfm2Config(
         **SIZES, **HEADS, full_attn_idxs=[1], conv_bias=True, block_multiple_of=10,
     ),
@@ -57,6 +64,11 @@ CONFIGS = {
         num_local_experts=0, shared_intermediate_size=20, attention_multiplier=0.3,
         embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=5.0,
         tie_word_embeddings=True,
+    ),
+    "granite-experts": transformers.GraniteMoeHybridConfig(
+        **SIZES, **HEADS, **MAMBA2, layer_types=["linear_attention", "full_attention"],
+        num_local_experts=4, num_experts_per_tok=3, shared_intermediate_size=20,
+        position_embedding_type="rope",
     ),
 }  # fmt: skip
 IDS = np.random.default_rng(0).integers(3, 40, (2, 12))
@@ -135,6 +147,15 @@ OURS = {
         (Mamba2Config(state_size=4, head_size=8, use_bias=True), AttentionConfig(heads=2)),
         8, 12, 40, norm_epsilon=1e-5, tie_embeddings=False, residual_scale=0.5, logit_scale=0.25,
     ),
+    "qwen3_next": hybrid_language_model(
+        ("gated_deltanet", "attention"),
+        (
+            GatedDeltaNetConfig(heads=4, key_heads=2, head_size=4, expand_v=1.0, norm_epsilon=1e-6),
+            AttentionConfig(heads=2, qk_norm=True, zero_centered_norm=True, output_gate=True),
+        ),
+        8, None, 40, norm="zero_centered_rms", norm_epsilon=1e-6, tie_embeddings=False,
+        experts=ExpertsConfig(3, 2, 8, shared=5, shared_gate=True, normalised=False),
+    ),
 }  # fmt: skip
 
 
@@ -147,7 +168,7 @@ def random_params(model, seed=0):
 
 
 # The others are read by the same code.
-KINDS = {"mamba", "mamba2", "recurrent_gemma", "qwen3_5_text", "granitemoehybrid"}
+KINDS = {"mamba", "mamba2", "recurrent_gemma", "qwen3_next", "granitemoehybrid"}
 
 
 def families(names):

@@ -246,7 +246,7 @@ def test_a_tensor_that_the_index_does_not_say_is_refused(small, tmp_path):
         ("qwen3_5_text", {"layer_types": ["full_attention"]}, "has 1 entries, .*_hidden_layers=4"),
         ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate=False is not supported"),
         ("qwen3_5_text", {"num_experts": 8}, "num_experts=8 is not supported"),
-        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts=4 is not supported: no"),
+        ("qwen3_next", {"num_experts": 1}, "ExpertsConfig: chosen=2 must be at most experts=1"),
         ("granitemoehybrid", {"mamba_d_head": 3}, r"mamba_n_heads \* mamba_d_head = 6 must be"),
         ("lfm2", {"layer_types": [7, 7]}, "may hold only conv, full_attention, not 7"),
     ],

@@ -17,7 +17,9 @@ from tests.seqmodels.interop.checkpoints import families, relative, written_by_t
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 
-HYBRIDS = ("qwen3_5_text", "lfm2", "bamba", "granitemoehybrid")
+HYBRIDS = (
+    "qwen3_5_text", "qwen3_next", "lfm2", "bamba", "granitemoehybrid", "granite-experts",
+)  # fmt: skip
 LONG = np.random.default_rng(1).integers(3, 40, (1, 300)).astype(np.int32)
 
 
