@@ -26,6 +26,8 @@ class Family:
         where its kind decides.
       joins: the tensors that hold several parameters, of a model of this config.
       experts_apart: each expert's matrices are tensors of their own.
+      text_only: the name of a tensor in a checkpoint that holds more than the text model -> its
+        name there, None for one of another part.
       implied: our config's fields, ``part.field``, that config.json has under another form or
         leaves to a default, so that what `read` makes of them may look different.
     """
@@ -39,6 +41,7 @@ class Family:
     implied: frozenset[str] = frozenset()
     joins: Callable[[LanguageModelConfig], tuple[Join, ...]] = lambda _: ()
     experts_apart: bool = False
+    text_only: Callable[[str], str | None] | None = None
 
     @property
     def embedding(self) -> str:

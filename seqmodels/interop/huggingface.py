@@ -51,7 +51,8 @@ def load(
     """A model and its float32 parameters: ``model.apply({"params": params}, tokens)``.
 
     The model remembers what else the folder says (other fields of config.json, those of
-    generation_config.json, the dtype of each tensor), and `save` writes it back.
+    generation_config.json, the dtype of each tensor), and `save` writes it back. Of a Qwen3.5 with
+    images the text model is read, and is all that `save` writes.
 
     Args:
       folder: of the checkpoint; nothing outside it is read, but links in it are followed.
@@ -134,12 +135,24 @@ def save(
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], Family, LanguageModelConfig]:
-    values = read_json(folder / CONFIG)
+    values = _text_config(read_json(folder / CONFIG), str(folder / CONFIG))
     fields = Fields(values, str(folder / CONFIG))
     family = _family(fields)
     config = fields.checked(lambda: family.read(fields))
     fields.finish()
     return values, family, config
+
+
+def _text_config(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of the text model, if there are others around it."""
+    if values.get("model_type") != qwen.WITH_IMAGES:
+        return values
+    inner = values.get("text_config")
+    if not isinstance(inner, dict):
+        raise ValueError(f"{source}: text_config={inner!r} is not an object")
+    shared = {name: values[name] for name in ("tie_word_embeddings",) if name in values}
+    known = {"model_type": qwen.QWEN3_5.model_type, "architectures": [qwen.QWEN3_5.architecture]}
+    return shared | inner | known
 
 
 def _match(
@@ -151,6 +164,8 @@ def _match(
 ) -> tuple[dict[str, Slot], Origin]:
     """What is in the tensors, which are there and right, and what to remember."""
     slots = _slots(family, config)
+    if family.text_only is not None:
+        checkpoint.keep_text(family.text_only)
     for name in slots:
         checkpoint.respell(name, spellings(name))
     origin = Origin.of(checkpoint.folder, values, checkpoint.described())

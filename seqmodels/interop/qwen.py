@@ -227,6 +227,16 @@ def _write_next(config: LanguageModelConfig) -> dict[str, Any]:
 _IMPLIED = frozenset({
     "backbone.norm_epsilon", "mixer.key_heads", "mixer.kv_heads", "mixer.head_size",
 })  # fmt: skip
+WITH_IMAGES = "qwen3_5"
+"""The ``model_type`` of a checkpoint that has a model of images around the text model."""
+
+
+def _text_only(name: str) -> str | None:
+    if name.startswith(("model.visual.", "mtp.")):
+        return None
+    return name.replace("model.language_model.", "model.", 1)
+
+
 QWEN3_5 = Family(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
@@ -236,6 +246,7 @@ QWEN3_5 = Family(
     NAMES,
     _IMPLIED,
     _joins,
+    text_only=_text_only,
 )
 QWEN3_NEXT = Family(
     "qwen3_next",

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +39,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stored: dict[str, str] = {}
+        self._of_text: dict[str, str] = {}
         if (folder / SINGLE).exists():
             self._files = {SINGLE: _open(folder / SINGLE)}
             self._where = dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
@@ -74,7 +75,17 @@ class Checkpoint:
 
     def tensor(self, name: str) -> np.ndarray:
         """The tensor called ``name``."""
-        return self._files[self._where[name]].get_tensor(self._stored.get(name, name))
+        return self._files[self._where[name]].get_tensor(self._name_in_file(name))
+
+    def keep_text(self, text_only: Callable[[str], str | None]) -> None:
+        """Forgets tensors that are not the text model's, and what the others are called; see
+        ``Family.text_only``."""
+        where, self._where = self._where, {}
+        for name, file in where.items():
+            kept = text_only(name)
+            if kept is not None:
+                self._where[kept] = file
+                self._of_text[kept] = name
 
     def respell(self, name: str, others: tuple[str, ...]) -> None:
         """Has a tensor be called ``name`` that the files call by the first of ``others``."""
@@ -121,7 +132,11 @@ class Checkpoint:
             )
 
     def _slice(self, name: str) -> Any:
-        return self._files[self._where[name]].get_slice(self._stored.get(name, name))
+        return self._files[self._where[name]].get_slice(self._name_in_file(name))
+
+    def _name_in_file(self, name: str) -> str:
+        stored = self._stored.get(name, name)
+        return self._of_text.get(stored, stored)
 
 
 def natural(name: str) -> list[Any]:

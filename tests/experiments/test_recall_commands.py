@@ -69,7 +69,9 @@ def test_the_committed_grid_has_what_the_findings_need():
     names = [config.name for config in committed]
     assert len(set(names)) == len(names) > 100
     assert {config.mixer for config in committed if config.task == "mqar"} == set(CAUSAL)
-    assert {config.mixer for config in committed if config.task == "s5-swaps"} == set(sweep.TRACKING)
+    assert {config.mixer for config in committed if config.task == "s5-swaps"} == set(
+        sweep.TRACKING
+    )
     assert sum(config.repeats == 2 for config in committed) == len(sweep.RECURRENT)
 
 

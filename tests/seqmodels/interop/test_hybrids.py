@@ -1,11 +1,13 @@
 """Hybrids of published families against transformers: long rows, packing, tuning, bfloat16."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from seqmodels.generation import feed, start
 from seqmodels.interop.huggingface import load, save
@@ -35,6 +37,33 @@ def their_logits(theirs, ids):
     with torch.no_grad():
         mask = torch.ones(ids.shape)
         return theirs(torch.tensor(ids), attention_mask=mask).logits.float().numpy()
+
+
+def test_the_text_model_of_a_checkpoint_with_images_is_read(tmp_path):
+    written_by_transformers("qwen3_5_text", tmp_path / "text")
+    arrays = load_file(tmp_path / "text" / "model.safetensors")
+    around = {"model.visual.blocks.0.norm.weight": np.ones(3, np.float32),
+              "mtp.norm.weight": np.ones(3, np.float32)}  # fmt: skip
+    for name, array in arrays.items():
+        around[name.replace("model.", "model.language_model.", 1)] = array
+    folder = tmp_path / "images"
+    folder.mkdir()
+    save_file(around, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {"depth": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, params = load(folder)
+    plain, expected = load(tmp_path / "text")
+    assert model.config == plain.config
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    save(model, params, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == arrays.keys()
+    assert all(np.array_equal(again[name], array) for name, array in arrays.items())
+    assert load(tmp_path / "again")[0].config == plain.config
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    with pytest.raises(ValueError, match="text_config=None is not an object"):
+        load(folder)
 
 
 def test_long_and_packed_rows_have_their_logits(hybrid):
