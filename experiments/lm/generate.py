@@ -1,11 +1,16 @@
-"""Continues a prompt with a trained model, byte by byte; needs nothing but the run directory.
+"""Continues a prompt: with a model trained here, byte by byte, or with a published checkpoint.
 
     seqmodels lm generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:"
     seqmodels lm generate --checkpoint runs/lm/mamba2-cpu-seed0 --prompt "ROMEO:" \\
         --temperature 0.8 --top-p 0.95 --stop "\\n\\n" --length 1000
+    seqmodels lm generate --from mamba-130m-hf --prompt "Long sequences" --temperature 0
 
 Text appears as it is made. It ends after --length bytes, where the model ends the document, or at a
 --stop (which is not printed). A model of states needs the same memory for any length.
+
+--from takes a folder as transformers writes it, with its tokenizer.json (`pip install
+'seqmodels[tokenizers]'`): --length then counts tokens, and the text ends where the checkpoint's own
+end token is drawn. Which families load: docs/checkpoints.md.
 """
 
 import codecs
@@ -13,7 +18,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -22,11 +27,13 @@ from jax.sharding import Mesh
 
 from experiments.command_line import run_command
 from experiments.errors import UsageError
+from experiments.lm.published import load_published
 from experiments.lm.run import Trained, load_trained, make_task
 from experiments.run import mesh_of, unescaped
 from seqmodels.arguments import SEED, integer
 from seqmodels.data import text
 from seqmodels.generation import Sampling, Stream, decode, feed, start
+from seqmodels.models.language import LanguageModel
 from seqmodels.ranges import Checked, Seed, Size
 from seqmodels.training.language import growing_mixers
 from seqmodels.training.state import variable_shardings
@@ -41,18 +48,20 @@ CHUNK = 512
 class Arguments(Checked):
     """Arguments of the command line."""
 
-    checkpoint: Path
+    checkpoint: Path | None = None
     """A run directory, its checkpoints/ or one step in there."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """A published checkpoint's folder, instead of --checkpoint."""
     prompt: str = ""
     """What the text begins with, taken as it is."""
     length: Size = 256
-    """Bytes to add, at most."""
+    """Bytes to add, at most; with --from, tokens."""
     temperature: float = 1.0
-    """0 takes the most likely byte each time."""
+    """0 takes the most likely one each time."""
     top_k: Size | None = None
-    """Draw from the k most likely bytes."""
+    """Draw from the k most likely ones."""
     top_p: float | None = None
-    """Draw from the fewest most likely bytes whose probabilities reach this."""
+    """Draw from the fewest most likely ones whose probabilities reach this."""
     stop: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """End before this text; may be repeated. \\n, \\t, \\r and \\\\ are understood, as in
     --separator of `seqmodels lm train`."""
@@ -108,28 +117,51 @@ def continuation(
     # Whole along seq: gathered for every token they would cost more than the token.
     places = variable_shardings(make_task(trained.config, packed=False), mesh, over=("model",))
     trained = dataclasses.replace(trained, variables=jax.device_put(trained.variables, places))
-    stream = _read(trained, tokens, len(tokens) + length + BLOCK, mesh)
     ending = dataclasses.replace(sampling, stop_tokens=(text.BOUNDARY,))
+    for block in token_blocks(
+        trained.model,
+        trained.variables,
+        tokens,
+        length=length,
+        sampling=ending,
+        seed=seed,
+        mesh=mesh,
+    ):
+        yield text.decode(block)
+
+
+def token_blocks(
+    model: LanguageModel,
+    variables: Any,
+    tokens: list[int],
+    *,
+    length: int,
+    sampling: Sampling,
+    seed: int,
+    mesh: Mesh,
+) -> Iterator[list[int]]:
+    """The tokens that follow, some at a time: ``length`` of them, or up to a stop token's first."""
+    stream = _read(model, variables, tokens, len(tokens) + length + BLOCK, mesh)
     key = jax.random.key(seed)
     for at in range(0, length, BLOCK):
         with jax.set_mesh(mesh):
             new, count, stream = decode(
-                trained.model,
-                trained.variables,
+                model,
+                variables,
                 stream,
                 jax.random.fold_in(key, at),
                 max_new_tokens=BLOCK,
-                sampling=ending,
+                sampling=sampling,
             )
         block = np.asarray(new)[0, : int(count[0])].tolist()
-        yield text.decode(block[: length - at])
-        if block[-1] == text.BOUNDARY:
+        yield block[: length - at]
+        if block[-1] in sampling.stop_tokens:
             return
 
 
-def _read(trained: Trained, tokens: list[int], room: int, mesh: Mesh) -> Stream:
+def _read(model: LanguageModel, variables: Any, tokens: list[int], room: int, mesh: Mesh) -> Stream:
     """The stream after the prompt, read in chunks; few different sizes are compiled."""
-    stream = start(trained.model, 1, max_length=room, dtype=trained.config.model.dtype)
+    stream = start(model, 1, max_length=room, dtype=model.config.dtype)
     shards = mesh.shape["seq"]
     chunk = min(CHUNK, 1 << (len(tokens) - 1).bit_length())
     chunk = -(-chunk // shards) * shards
@@ -138,7 +170,7 @@ def _read(trained: Trained, tokens: list[int], room: int, mesh: Mesh) -> Stream:
         padded, ids = (np.zeros((1, chunk), np.int32) for _ in range(2))
         padded[0, : len(part)], ids[0, : len(part)] = part, 1
         with jax.set_mesh(mesh):
-            stream = feed(trained.model, trained.variables, stream, padded, ids)
+            stream = feed(model, variables, stream, padded, ids)
     return stream
 
 
@@ -164,16 +196,19 @@ def generate(arguments: Arguments) -> None:
       ValueError, OSError, TrainingError: with a message for the user.
     """
     sampling = checked(arguments)
-    trained = load_trained(arguments.checkpoint, average=arguments.average)
-    pieces = continuation(
-        trained,
-        _encoded(arguments.prompt),
-        length=arguments.length,
-        sampling=sampling,
-        seed=arguments.seed,
-        max_length=arguments.max_length,
-        mesh=mesh_of(arguments.mesh),
-    )
+    if arguments.from_ is not None:
+        pieces = _published(arguments.from_, arguments, sampling)
+    else:
+        assert arguments.checkpoint is not None
+        pieces = continuation(
+            load_trained(arguments.checkpoint, average=arguments.average),
+            _encoded(arguments.prompt),
+            length=arguments.length,
+            sampling=sampling,
+            seed=arguments.seed,
+            max_length=arguments.max_length,
+            mesh=mesh_of(arguments.mesh),
+        )
     stops = [_encoded(unescaped(stop)) for stop in arguments.stop]
     # A character may be cut in two by a piece's end, and a young model makes bytes that are none.
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -185,8 +220,32 @@ def generate(arguments: Arguments) -> None:
     write(characters.decode(b"", final=True) + "\n")
 
 
+def _published(folder: Path, arguments: Arguments, sampling: Sampling) -> Iterator[bytes]:
+    """The text that follows, of a published checkpoint."""
+    published = load_published(folder)
+    tokens = published.encode(arguments.prompt)
+    ending = dataclasses.replace(sampling, stop_tokens=published.stop_tokens)
+    blocks = token_blocks(
+        published.model,
+        published.variables,
+        tokens,
+        length=arguments.length,
+        sampling=ending,
+        seed=arguments.seed,
+        mesh=mesh_of(None),
+    )
+    return (piece.encode() for piece in published.texts(tokens, blocks))
+
+
 def checked(arguments: Arguments) -> Sampling:
     """The sampling that the arguments ask for; UsageError if one of them is out of its range."""
+    if (arguments.checkpoint is None) == (arguments.from_ is None):
+        raise UsageError(
+            "give one of --checkpoint, a run of `seqmodels lm train`, and --from, a published "
+            "checkpoint's folder"
+        )
+    if arguments.from_ is not None and (arguments.mesh or arguments.max_length):
+        raise UsageError("--mesh and --max-length belong to --checkpoint, not to --from")
     if "" in arguments.stop:
         raise UsageError("--stop '' must have at least one character")
     try:
