@@ -18,6 +18,7 @@ from tests.pytorch import torch, transformers
 from tests.seqmodels.interop.checkpoints import (
     CONFIGS,
     IDS,
+    families,
     logits_of,
     relative,
     written_by_transformers,
@@ -55,6 +56,10 @@ _BOTH = {
     "d_inner": 5, "n_layer": 5, "ssm_cfg": {"a": 1}, "fused_add_norm": True, "rms_norm": False,
     "pad_vocab_size_multiple": 8, "time_step_min": 0.5, "time_step_max": 0.7,
 }  # fmt: skip
+_GRANITE = {
+    "mamba_chunk_size": 4, "router_aux_loss_coef": 0.5, "init_method": "mup",
+    "attention_dropout": 0.5,
+}  # fmt: skip
 ODD_OF = {
     "mamba": _BOTH,
     "falcon_mamba": _BOTH | {"use_falcon_mambapy": True},
@@ -67,10 +72,29 @@ ODD_OF = {
         "w_init_variance_scale": 0.5, "final_w_init_variance_scale": 0.5, "attention_dropout": 0.5,
         "hidden_activation": "gelu_new",
     },
+    "qwen3_5_text": {
+        "attention_dropout": 0.5, "mtp_num_hidden_layers": 3, "mtp_use_dedicated_embeddings": True,
+        "mamba_ssm_dtype": "bfloat16", "full_attention_interval": 3,
+    },
+    "qwen3_next": {
+        "attention_dropout": 0.5, "router_aux_loss_coef": 0.5, "full_attention_interval": 3,
+    },
+    "lfm2": {
+        "block_dim": 5, "block_norm_eps": 0.5, "conv_dim": 5, "conv_dim_out": 5, "num_heads": 5,
+        "block_use_swiglu": False, "use_pos_enc": False, "block_mlp_init_scale": 0.5,
+        "block_out_init_scale": 0.5, "block_use_xavier_init": True, "conv_use_xavier_init": True,
+        "full_attn_idxs": [0],
+    },
+    "bamba": {
+        "mamba_chunk_size": 4, "num_logits_to_keep": 3, "z_loss_coefficient": 0.5,
+        "attn_rotary_emb": 2, "attention_dropout": 0.5,
+    },
+    "granitemoehybrid": _GRANITE | {"intermediate_size": 5, "num_experts_per_tok": 3},
+    "granite-experts": _GRANITE,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=families(CONFIGS))
 def published(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, folder, written_by_transformers(request.param, folder)
@@ -152,6 +176,43 @@ PUBLISHED = {
         "hidden_activation": "gelu_pytorch_tanh", "logits_soft_cap": 30.0, "pad_token_id": 0,
         "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "torch_dtype": "float32",
         "transformers_version": "4.42.0.dev0", "use_cache": true, "w_init_variance_scale": 0.01}""",
+    "qwen3_5_text": """{"architectures": ["Qwen3_5ForCausalLM"], "attention_dropout": 0.0,
+        "attn_output_gate": true, "dtype": "bfloat16", "eos_token_id": 248044,
+        "full_attention_interval": 4, "hidden_act": "silu", "initializer_range": 0.02,
+        "mamba_ssm_dtype": "float32", "mlp_only_layers": [], "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": false, "rms_norm_eps": 1e-06, "use_cache": true}""",
+    "qwen3_next": """{"architectures": ["Qwen3NextForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645,
+        "full_attention_interval": 4, "hidden_act": "silu", "initializer_range": 0.02,
+        "norm_topk_prob": true, "output_router_logits": false, "partial_rotary_factor": 0.25,
+        "rope_scaling": null, "rope_theta": 10000, "router_aux_loss_coef": 0.001,
+        "torch_dtype": "bfloat16", "transformers_version": "4.57.0.dev0", "use_cache": true}""",
+    "lfm2": """{"architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": true,
+        "block_dim": 16, "block_ff_dim": 24, "block_ffn_dim_multiplier": 1.0,
+        "block_mlp_init_scale": 1.0, "block_multiple_of": 10, "block_norm_eps": 1e-05,
+        "block_out_init_scale": 1.0, "block_use_swiglu": true, "block_use_xavier_init": true,
+        "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": true, "conv_dim": 16,
+        "conv_dim_out": 16, "conv_use_xavier_init": true, "eos_token_id": 7,
+        "full_attn_idxs": [1], "num_heads": 4, "pad_token_id": 0, "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": true,
+        "use_pos_enc": true}""",
+    "bamba": """{"architectures": ["BambaForCausalLM"], "attention_dropout": 0.0,
+        "attn_rotary_emb": 2, "bos_token_id": 128000, "eos_token_id": 128001,
+        "hidden_act": "silu", "mamba_chunk_size": 256, "num_logits_to_keep": 1,
+        "rope_scaling": null, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+        "transformers_version": "4.46.0.dev0", "use_cache": true}""",
+    "granitemoehybrid": """{"architectures": ["GraniteMoeHybridForCausalLM"],
+        "attention_dropout": 0.0, "init_method": "mup", "initializer_range": 0.1,
+        "layer_types": ["mamba", "attention"], "mamba_chunk_size": 256,
+        "normalization_function": "rmsnorm", "output_router_logits": false,
+        "position_embedding_type": "nope", "rope_scaling": null, "rope_theta": 10000,
+        "router_aux_loss_coef": 0.01, "torch_dtype": "bfloat16", "use_cache": true}""",
+    "granite-experts": """{"architectures": ["GraniteMoeHybridForCausalLM"],
+        "attention_dropout": 0.0, "init_method": "mup", "initializer_range": 0.1,
+        "layer_types": ["mamba", "attention"], "mamba_chunk_size": 256,
+        "normalization_function": "rmsnorm", "output_router_logits": false,
+        "rope_scaling": null, "rope_theta": 10000, "router_aux_loss_coef": 0.01,
+        "torch_dtype": "bfloat16", "use_cache": true}""",
 }
 
 
