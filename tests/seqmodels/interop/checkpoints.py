@@ -171,7 +171,7 @@ def random_params(model, seed=0):
 KINDS = {"mamba", "mamba2", "recurrent_gemma", "qwen3_next", "granitemoehybrid"}
 
 
-def families(names):
+def families(names, kinds=frozenset(KINDS)):
     """Parameters of a test: those that are not of a kind of their own only among all tests."""
     full = pytest.mark.full
-    return [name if name in KINDS else pytest.param(name, marks=full) for name in names]
+    return [name if name in kinds else pytest.param(name, marks=full) for name in names]

@@ -25,7 +25,7 @@ HYBRIDS = (
 LONG = np.random.default_rng(1).integers(3, 40, (1, 300)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=families(HYBRIDS))
+@pytest.fixture(scope="module", params=families(HYBRIDS, {"qwen3_next"}))
 def hybrid(request, tmp_path_factory):
     """Our model, its parameters, and transformers' model."""
     folder = tmp_path_factory.mktemp(request.param)
