@@ -22,7 +22,13 @@ from seqmodels.training.checkpoint import Checkpoints, differences
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.errors import RunDirectoryError
 from seqmodels.training.loop import Outcome
-from seqmodels.training.metrics import TIMING_FIELDS, finite, read_jsonl, write_atomically
+from seqmodels.training.metrics import (
+    TIMING_FIELDS,
+    finite,
+    read_jsonl,
+    unbounded,
+    write_atomically,
+)
 from seqmodels.training.run_directory import read_starts
 from seqmodels.training.state import TrainState, abstract_state
 from seqmodels.training.task import Task
@@ -201,7 +207,7 @@ def check_record(record: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
 def _completed(saved: Any, kind: type) -> dict[str, Any]:
     """A saved config with the defaults of fields that are newer than the file."""
     try:
-        return finite(to_dict(from_dict(kind, saved)))
+        return finite(to_dict(from_dict(kind, unbounded(saved))))
     except ValueError:
         return saved if isinstance(saved, dict) else {}
 

@@ -71,6 +71,17 @@ def finite(value: Any) -> Any:
     return value
 
 
+def unbounded(value: Any) -> Any:
+    """The inverse of ``finite``, for values in which no text is one of its three."""
+    if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: unbounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [unbounded(item) for item in value]
+    return value
+
+
 class JsonLines:
     """Appends records to a file, each visible to readers at once."""
 

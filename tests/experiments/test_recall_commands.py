@@ -73,6 +73,8 @@ def test_the_committed_grid_has_what_the_findings_need():
         sweep.TRACKING
     )
     assert sum(config.repeats == 2 for config in committed) == len(sweep.RECURRENT)
+    # Their results are there, and of these configs, whatever fields have come since.
+    assert all(sweep.finished(config, report.COMMITTED) for config in committed)
 
 
 def test_every_run_leaves_a_result(made):

@@ -1,10 +1,17 @@
 """Metrics files: truncation, damage, NaN."""
 
 import json
+import math
 
 import pytest
 
-from seqmodels.training.metrics import MetricsWriter, read_jsonl, truncate_jsonl
+from seqmodels.training.metrics import (
+    MetricsWriter,
+    finite,
+    read_jsonl,
+    truncate_jsonl,
+    unbounded,
+)
 
 
 def test_resuming_drops_what_came_after(tmp_path):
@@ -50,3 +57,11 @@ def test_nan_stays_valid_json(tmp_path):
         writer.write("train", 1, {"loss": float("nan"), "norm": float("-inf")})
     record = read_jsonl(tmp_path / "metrics.jsonl")[0]
     assert (record["loss"], record["norm"]) == ("nan", "-inf")
+
+
+def test_what_json_cannot_hold_comes_back():
+    value = {"limits": [0.0, float("inf")], "low": {"least": float("-inf")}, "name": "s5", "n": 3}
+    written = finite(value)
+    assert written["limits"][1] == "inf"
+    assert unbounded(json.loads(json.dumps(written))) == value
+    assert math.isnan(unbounded(finite(float("nan"))))
