@@ -181,10 +181,16 @@ def test_experts_in_every_second_block_scanned_or_not():
     scanned = stack(mlp=10, dense_blocks=(0, 2), scan_layers=True)
     ids = jnp.array([[1, 1, 2, 2, 0, 0], [1] * 6], jnp.int32)
     segments = Segments.from_ids(ids)
-    one, sown = Backbone(config).apply({"params": params}, x, segments=segments, mutable=["losses"])
-    two, stacked = Backbone(scanned).apply(
-        {"params": stack_layers(scanned, params)}, x, segments=segments, mutable=["losses"]
-    )
+
+    def outputs(config, params):
+        return jax.jit(
+            lambda p: Backbone(config).apply(
+                {"params": p}, x, segments=segments, mutable=["losses"]
+            )
+        )(params)
+
+    one, sown = outputs(config, params)
+    two, stacked = outputs(scanned, stack_layers(scanned, params))
     np.testing.assert_allclose(two[0], one[0], **tolerances.EACH_FLOAT32_LAYER)
     apart = [sown["losses"][f"block_{i}"]["experts"]["load_balance"][0] for i in (1, 3)]
     together = stacked["losses"]["period"]["block_1"]["experts"]["load_balance"][0]
