@@ -1,11 +1,11 @@
 """A published checkpoint and its tokenizer."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from seqmodels.interop.fields import parsed
 from seqmodels.interop.huggingface import load
 from seqmodels.interop.origin import LoadedLanguageModel
 from seqmodels.models.language import LanguageModel
@@ -71,7 +71,7 @@ def load_published(folder: Path) -> Published:
         )
     fields = model.origin.values
     if model.origin.generation is not None:
-        fields |= {k: v for k, v in json.loads(model.origin.generation).items() if v is not None}
+        fields |= {k: v for k, v in parsed(model.origin.generation).items() if v is not None}
     stop = fields.get("eos_token_id")
     stops = stop if isinstance(stop, list) else [stop]
     first = fields.get("bos_token_id")

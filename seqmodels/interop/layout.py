@@ -43,7 +43,7 @@ class Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """The tensor's shape, its outputs summed over the parameters in it."""
         first, *others = self.parts.values()
         axis = int(self.stacked)
         if not others:
