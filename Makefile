@@ -7,6 +7,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 
+# The tests import a small part of what is installed: bytecode is written at the first import.
+export PYTHONDONTWRITEBYTECODE :=
+
 LRA_RUN := runs/lra/listops-s5-cpu-seed0
 
 # Every shape and type in a signature is checked at each call; it takes a fifth of the time.
@@ -65,13 +68,14 @@ bench: .venv-test/installed-$(EXTRAS)
 
 .venv-test/installed-$(EXTRAS): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-test
-	.venv-test/bin/python -m pip install --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	.venv-test/bin/python -m pip install --no-compile --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@
 
 # Without PyTorch, which comes with CUDA's libraries for most versions of Python.
 .venv-newest/installed: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --constraint constraints-newest.txt --editable ".[test,aot]"
+	.venv-newest/bin/python -m pip install --no-compile --constraint constraints-newest.txt \
+		--editable ".[test,aot]"
 	touch $@
 
 clean:

@@ -39,10 +39,30 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption(_EVERYTHING):
         return
-    left_out = [item for item in items if item.get_closest_marker("full")]
+    left_out = [item for item in items if _is_full(item)]
     if left_out:
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        items[:] = [item for item in items if not _is_full(item)]
         config.hook.pytest_deselected(items=left_out)
+
+
+def _is_full(item):
+    """Whether a test is marked for all of its parameters, or a call for itself."""
+    return any(not mark.args for mark in item.iter_markers("full"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc):
+    """Marks `full` the calls that `full(*ids)` names, and those that `always(*ids)` does not."""
+    calls = {call.id: call for call in metafunc._calls}
+    for name in ("always", "full"):
+        for mark in metafunc.definition.iter_markers(name):
+            unknown = set(mark.args) - calls.keys()
+            if unknown:
+                test = metafunc.definition.nodeid
+                raise pytest.UsageError(f"{test}: {name} names {unknown}, it has {set(calls)}")
+            chosen = calls.keys() - set(mark.args) if name == "always" else mark.args
+            for call in chosen:
+                calls[call].marks.append(pytest.mark.full.mark)
 
 
 @pytest.fixture(autouse=True, scope="module")

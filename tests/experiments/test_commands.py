@@ -251,6 +251,7 @@ FUZZ = settings(
 )
 
 
+@pytest.mark.full("kernels.aot")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_any_options_give_success_or_one_line(name, folder):
     command = COMMANDS[name]

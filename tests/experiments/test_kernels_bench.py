@@ -23,6 +23,7 @@ from tests import tolerances
 TINY = Shape("tiny", "a test", 2, 6, 4, "complex64")
 
 
+@pytest.mark.always("scan, unroll 8-True-True", "associative_scan-False-False")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("name", baselines.SCANS)
@@ -74,6 +75,7 @@ def test_targets(bound, value, ratio, met):
     assert row.to_json()["targets"] == {"x": f"{bound} {value}"}
 
 
+@pytest.mark.full
 def test_static_estimate_of_a_baseline_and_a_missing_compiler(monkeypatch):
     row = cases.static("short", "forward", baseline="associative_scan")
     assert row.kind == results.STATIC
@@ -93,6 +95,7 @@ def test_gpu_rows_say_that_nothing_was_run():
     assert {row.kind for row in cases.gpu(1, ())} == {results.NOT_RUN}
 
 
+@pytest.mark.full
 def test_s5_step_compares_scans_and_gives_the_shares_of_its_parts():
     stack = BackboneConfig(("s5",), (S5Config(state_size=4),), 8, gate="half_glu2")
     config = ClassifierConfig(stack, num_classes=2, vocabulary_size=5)

@@ -142,6 +142,7 @@ def test_evaluation_carries_the_states_through_the_text(carrying, folder, capsys
     assert abs(figure(capsys) - expected) > 1e-3
 
 
+@pytest.mark.full
 def test_models_with_growing_caches_are_evaluated_in_windows(attending, folder, capsys):
     assert evaluate(attending, folder / "story.txt") == 0
     assert "windows of 32 bytes" in capsys.readouterr().out
@@ -162,6 +163,7 @@ def generate(checkpoint, *more):
     return lm_generate.main(["--checkpoint", str(checkpoint), *more])
 
 
+@pytest.mark.always("attending")
 @pytest.mark.parametrize("run", ["carrying", "attending"])
 def test_text_comes_in_pieces_and_is_that_of_generation(run, request, monkeypatch):
     run = request.getfixturevalue(run)
@@ -285,6 +287,7 @@ def test_values_out_of_range_are_named_before_anything_is_read(command, argument
     assert error.count("\n") == 1
 
 
+@pytest.mark.full
 def test_a_cache_that_is_too_small_is_named(attending, carrying, capsys):
     more = ["--prompt", "0123456789", "--length", "20", "--max-length", "30"]
     assert generate(attending, *more) == 1

@@ -84,6 +84,7 @@ def read(folder):
     return json.loads((folder / "results" / "mixers.json").read_text())
 
 
+@pytest.mark.full
 def test_rows_are_kept_and_added(made):
     result = read(made)
     assert set(result["rows"]) == {"s5", "sliding_window"}

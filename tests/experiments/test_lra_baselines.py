@@ -31,6 +31,7 @@ def test_first_token():
     assert first_token(unseen) == pytest.approx(2 / 3)  # an unknown token gets the majority, 1
 
 
+@pytest.mark.full
 def test_token_counts_ignore_order_and_see_shares_and_length():
     rng = np.random.default_rng(0)
     rows = [rng.integers(1, 4, rng.integers(4, 9)) for _ in range(400)]
@@ -61,6 +62,7 @@ def test_linear_sees_values_and_their_places_but_no_products():
     assert accuracy(same_sign.astype(int)) < 0.65
 
 
+@pytest.mark.full
 def test_listops_is_hardly_more_than_its_first_operator(tmp_path):
     config = ListOpsConfig(64, 200, train=6000, validation=0, test=2000)
     found = baselines(load(config, cache_dir=tmp_path, workers=1, progress=False))

@@ -58,6 +58,7 @@ def trained(tmp_path_factory):
     return folder, seen
 
 
+@pytest.mark.full
 def test_fine_tuning_starts_from_what_was_learned(trained):
     folder, seen = trained
     fresh = jax.jit(seen["task"].init)(jax.random.key(0))

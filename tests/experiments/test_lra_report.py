@@ -232,6 +232,7 @@ def test_published_rows_have_sources_and_averages():
             assert row.average == pytest.approx(row.reported_average, abs=0.1)
 
 
+@pytest.mark.full
 def test_the_page_of_a_run_and_its_windows(trained, capsys):
     results = trained / "results"
     assert report.main(["--results-dir", str(results)]) == 0

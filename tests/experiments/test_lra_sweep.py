@@ -66,6 +66,7 @@ def swept(tmp_path_factory):
     return folder, said
 
 
+@pytest.mark.full
 def test_a_killed_sweep_goes_on_with_the_steps_that_were_chosen(swept):
     folder, said = swept
     assert said["codes"] == [0, 0]

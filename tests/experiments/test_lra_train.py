@@ -49,6 +49,7 @@ def result_of(folder, task="listops"):
     return json.loads((folder / "results" / f"{task}-s5-cpu-seed0.json").read_text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("task", "files", "settings"),
     [

@@ -31,6 +31,7 @@ def test_block_row(tmp_path):
     assert record["cases"] == [row.to_json()]
 
 
+@pytest.mark.full
 def test_decode_rows():
     pytest.importorskip("transformers", reason="not run: transformers is not installed")
     rates, far = decode.results(1, 0, tokens=3, config=TINY)
@@ -41,6 +42,7 @@ def test_decode_rows():
     table([rates, far])
 
 
+@pytest.mark.full
 def test_s5_rows():
     [row] = s5.results(1, 0, batch=1, length=6, width=4, states=(3,))
     assert row.ratios["associative_scan"] == (
@@ -48,6 +50,7 @@ def test_s5_rows():
     )
 
 
+@pytest.mark.full
 def test_token_time_rows():
     size = ModelSize(layers=1, width=8, mlp=8, head=4)
     assert {"mamba", "attention", "s4", "scout"} < set(token_time.mixers(size))

@@ -97,6 +97,7 @@ def test_finished_runs_are_not_made_again(made, monkeypatch, capsys):
     assert "1 in the grid, 1 of them done" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_and_ends_the_same(made, tmp_path):
     """As after kill -9: checkpoints up to a step, no result, metrics that ran ahead."""
     folder = shutil.copytree(made, tmp_path / "killed")

@@ -135,6 +135,7 @@ def unbroken(request, folder):
     return folder / run
 
 
+@pytest.mark.full
 def test_two_processes_agree_and_hold_their_parts(tmp_path):
     (_, first, _), (_, second, _) = finished("agree", [[], []], cache=tmp_path)
     first, second = json.loads(first.splitlines()[-1]), json.loads(second.splitlines()[-1])

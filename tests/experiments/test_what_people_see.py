@@ -88,6 +88,7 @@ def test_mixers(capsys, figures):
     assert not figure.axes[0].patches  # bars would have to begin at zero
 
 
+@pytest.mark.always("False")
 @pytest.mark.parametrize("everything", [False, True])
 def test_lra(everything, capsys, figures, tmp_path, monkeypatch):
     """The committed rows beside one's own: the same run again, with another accuracy."""

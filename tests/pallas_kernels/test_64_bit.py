@@ -37,6 +37,7 @@ def test_an_op_computes_the_same(name):
     assert_same(name, "xla")
 
 
+@pytest.mark.always("linear_scan-tpu")
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 @pytest.mark.parametrize("name", one_of_many(["linear_scan", "causal_conv1d"], ["linear_scan"]))
 def test_interpreted_kernels_compute_the_same(name, implementation):
@@ -44,6 +45,7 @@ def test_interpreted_kernels_compute_the_same(name, implementation):
         assert_same(name, implementation)
 
 
+@pytest.mark.full("delta_rule")
 @pytest.mark.parametrize("name", one_of_many(operands.KERNELS, ["linear_scan", "delta_rule"]))
 def test_kernels_lower(name):
     """Traced as they are where nobody forces an implementation: every kernel, for its platform."""

@@ -195,6 +195,7 @@ def test_an_interpreted_kernel_computes_what_the_reference_does(name, implementa
     testing.assert_close(once, program(name, "reference")(args), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full("s4_kernel")
 @each_family
 def test_one_token_takes_the_cheap_step(name):
     args = one_token(name)

@@ -170,6 +170,16 @@ def check(name, implementation, packed):
     testing.assert_close((decay, state), fold, tolerance)
 
 
+@pytest.mark.full(
+    "xla-delta_rule, key-False",
+    "xla-delta_rule, head-False",
+    "xla-delta_rule, head-True",
+    "xla-diagonal_ssm-False",
+    "xla-linear_attention, key-False",
+    "xla-linear_attention, head-True",
+    "xla-linear_attention, head-False",
+    "xla-linear_scan-False",
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("implementation", one_of_many(["reference", "xla"], ["xla"]))
@@ -177,6 +187,7 @@ def test_a_row_is_the_fold_of_its_pieces(implementation, name, packed):
     check(name, implementation, packed)
 
 
+@pytest.mark.full("delta_rule, head-gpu")
 @pytest.mark.parametrize(
     ("name", "implementation"),
     one_of_many(

@@ -42,6 +42,7 @@ def continued(prompt, count):
     return text[len(prompt) :]
 
 
+@pytest.mark.always("512")
 @pytest.mark.parametrize("chunk", [2, 512])
 def test_greedy_equals_the_whole_text_at_every_step(chunk):
     new = generate(*model_and_variables(), PROMPTS, max_new_tokens=6, sampling=GREEDY, chunk=chunk)

@@ -38,6 +38,7 @@ def shardings(mesh):
     return replicated(mesh), rows, rows, rows
 
 
+@pytest.mark.always("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_eight_devices_equal_one(packed):
     mesh = make_mesh()

@@ -188,6 +188,7 @@ def test_a_cell_outlives_a_change_of_code_that_leaves_its_program_alone(tmp_path
     assert dataclasses.replace(after[odd], sources=before[odd].sources) == before[odd]
 
 
+@pytest.mark.full
 def test_cells_of_three_chips(tmp_path, monkeypatch):
     chips = ("cpu", "v5e", "h100")
     monkeypatch.setattr(

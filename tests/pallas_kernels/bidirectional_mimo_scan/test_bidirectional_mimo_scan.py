@@ -69,6 +69,7 @@ def test_several_documents_a_row():
     assert (np.asarray(actual["gradients"][0])[IDS == 0] == 0).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", one_of_many(["tpu", "gpu"], ["gpu"]))
 def test_the_kernels_of_the_linear_scan_between_products(implementation):
     args = arguments(*IDS.shape)

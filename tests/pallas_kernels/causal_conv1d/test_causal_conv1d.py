@@ -52,6 +52,7 @@ def test_xla_sums_weight_gradients_in_many_turns_and_a_rest():
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("length", [2, 70])
 def test_xla_keeps_double_precision(length):
     with jax.enable_x64(True):
@@ -84,6 +85,7 @@ def test_bfloat16_against_the_float32_oracle():
     testing.assert_close(actual, case.oracle(), testing.BFLOAT16_TOLERANCE)
 
 
+@pytest.mark.always("lengths0-xla", "lengths1-xla")
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("lengths", [(9, 1, 2, 6, 5), (2, 1, 20), (1, 1), (30, 2)])
 def test_packed_equals_one_document_a_row(implementation, lengths):
@@ -163,6 +165,7 @@ def test_the_same_call_twice_is_bitwise_equal(length):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_vmap_equals_folding_into_the_batch():
     x, weight, bias, initial = Case(length=30, batch=6).args
 
@@ -226,6 +229,7 @@ def test_second_order_and_forward_mode_through_the_reference():
     assert np.isfinite(jax.jit(jax.hessian(loss))(x)).all()
 
 
+@pytest.mark.full
 @settings(max_examples=25)
 @given(
     conv_size=st.sampled_from([2, 4, 7]),

@@ -52,6 +52,7 @@ def test_forward_moves_two_arrays_and_backward_three():
     assert 5 * array < moved < 5.06 * array
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("shape", "mode", "bound"),
     [

@@ -48,6 +48,7 @@ FEATURES = [
 ]
 
 
+@pytest.mark.always("bfloat16-True-tpu", "1-3-True-tpu", "plain-gpu", "1-3-True-gpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 @pytest.mark.parametrize(
     "features", FEATURES, ids=lambda f: "-".join(map(str, f.values())) or "plain"
@@ -59,6 +60,7 @@ def test_kernels_equal_the_oracle(backend, features):
     testing.assert_close(interpreted(case, backend), case.oracle(), tolerance)
 
 
+@pytest.mark.always("gpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_documents_are_isolated_to_the_bit(backend):
     case = case_for(backend, width=4)
@@ -73,6 +75,7 @@ def test_the_same_call_twice_is_bitwise_equal(backend):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.full
 def test_one_chunk_on_a_gpu():
     case, tiles = case_for("gpu", packed=True), gpu.Tiles(64, 32, 8)
     testing.assert_close(interpreted(case, "gpu", tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
@@ -100,6 +103,7 @@ def broken_edge_of_another_block(monkeypatch):
     monkeypatch.setattr(tpu, "_edge", edge)
 
 
+@pytest.mark.always("broken_carry_not_reset")
 @pytest.mark.parametrize(
     "mutant",
     [broken_carry_not_reset, broken_carry_shifted_by_one, broken_edge_of_another_block],

@@ -50,6 +50,7 @@ PLAIN = [
 ]
 
 
+@pytest.mark.full("1000-3-True-7-[3, 0]", "65-5-False-True", "63-3-True-3")
 @pytest.mark.parametrize(
     "features",
     compiled_as_users(PLAIN, lambda f: f["length"] >= 65),
@@ -60,6 +61,7 @@ def test_xla_equals_the_oracle(features):
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_xla_keeps_double_precision():
     with jax.enable_x64(True):
         case = Case(length=300, dtype="float64", packed=True, past=3)
@@ -99,6 +101,7 @@ def test_bfloat16_against_the_float32_oracle():
     testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
+@pytest.mark.always("xla")
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_packed_equals_one_document_a_row(implementation):
     case = Case(length=150, packed=True, batch=1, past=3)
@@ -164,6 +167,7 @@ def test_whole_equals_split_equals_step_by_step(interval, cuts):
     np.testing.assert_array_equal(cache.position, 70)
 
 
+@pytest.mark.full
 def test_rows_at_different_places_decode_together():
     """Row 0 holds 9 tokens, row 1 holds 3 of its second document; one more token each."""
     args = Case(length=10, interval=3, heads=1).args
@@ -180,6 +184,7 @@ def test_rows_at_different_places_decode_together():
     testing.assert_close(o, whole[:, 9:], testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_padding_leaves_the_cache_as_it_is():
     args = Case(length=8, interval=2).args
     cache = Cache.empty(2, 8, 1, 5, 3, interval=2, dtype=jnp.float32)
@@ -188,6 +193,7 @@ def test_padding_leaves_the_cache_as_it_is():
     same_bits(cache.extend(args["k"], args["v"], interval=2, segment_ids=none), cache)
 
 
+@pytest.mark.full
 def test_gradients_flow_through_the_cache():
     args = Case(length=24, interval=3).args
 
@@ -229,6 +235,7 @@ def test_bfloat16_tokens_one_by_one_are_the_row():
     same_bits(cache, extend(empty, args["k"], args["v"]))
 
 
+@pytest.mark.always("xla")
 @pytest.mark.parametrize("kind", ["xla", "reference"])
 def test_merged_parts_are_the_whole(kind):
     """Own keys with the second shard's checkpoints; those of the first in two windows."""
@@ -283,6 +290,7 @@ def test_bad_parts_are_named():
             merge(parts)
 
 
+@pytest.mark.always("-1.0")
 @pytest.mark.parametrize("scale", [100.0, 1e-6, -1.0])
 def test_extreme_scores(scale):
     """Softmax that is one key, all keys alike, or of negative scale."""
@@ -309,6 +317,7 @@ def test_the_same_call_twice_is_bitwise_equal():
     same_bits(case.run("xla"), case.run("xla"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("packed", one_of_many([False, True], [True]))
 def test_vmap_equals_folding_into_the_batch(packed):
     case = Case(length=30, batch=6, packed=packed, past=2)
@@ -357,6 +366,7 @@ def test_no_array_of_all_scores_and_nothing_kept_but_inputs_and_outputs():
     assert compiled.memory_analysis().temp_size_in_bytes < all_scores // 4
 
 
+@pytest.mark.full
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
@@ -379,6 +389,7 @@ def test_any_segmentation(lengths, padding, interval, offset, seed):
     testing.assert_close(case.run("xla"), case.run("reference"), tolerances.FLOAT32_BOTH)
 
 
+@pytest.mark.full
 def test_training_in_bfloat16_stays_finite_and_learns():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 64, 16)), jnp.bfloat16)

@@ -45,6 +45,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.always("packed-past-grouped-tpu", "packed-past-grouped-gpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FEATURES)
 def test_kernels_equal_the_oracle(name, backend):
@@ -52,6 +53,7 @@ def test_kernels_equal_the_oracle(name, backend):
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("False")
 @pytest.mark.parametrize("packed", [False, True])
 def test_several_strips_of_slots(packed):
     """Keys of 4 strips, each with 2 steps."""
@@ -60,6 +62,7 @@ def test_several_strips_of_slots(packed):
     testing.assert_close(interpreted(case, "tpu", tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("gpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_against_the_float32_oracle(backend):
     case = Case(**(SMALL | {"dtype": "bfloat16", "heads": 1, "key_size": 32, "value_size": 16}))
@@ -69,18 +72,21 @@ def test_bfloat16_against_the_float32_oracle(backend):
     testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
+@pytest.mark.always("gpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_documents_are_isolated_to_the_bit(backend):
     case = Case(**(SMALL | {"heads": 1, "past": 2}))
     assert_isolated(lambda case: interpreted(case, backend), case)
 
 
+@pytest.mark.full
 def test_the_same_call_twice_is_bitwise_equal():
     case = Case(**(SMALL | {"heads": 1, "packed": True}))
     once, twice = (interpreted(case, "tpu") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, once, twice)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", BACKENDS)
 @hypothesis.settings(max_examples=3)
 @hypothesis.given(
@@ -112,6 +118,7 @@ def gpu_slots_shifted_by_one(monkeypatch):
     monkeypatch.setattr(gpu, "visible", lambda dims, tokens, slot: visible(dims, tokens, slot + 1))
 
 
+@pytest.mark.always("tpu_sums_not_reset", "gpu_slots_shifted_by_one")
 @pytest.mark.parametrize(
     "mutant", [tpu_sums_not_reset, tpu_slots_shifted_by_one, gpu_slots_shifted_by_one]
 )

@@ -44,6 +44,7 @@ def assert_same(first, second):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.full("1000-head-True")
 @pytest.mark.parametrize(
     ("length", "decay", "packed"),
     compiled_as_users(
@@ -62,6 +63,7 @@ def test_a_few_rows_at_a_time():
     assert xla.cut(Config(1.0), 5, 9, 32)[2:] == (5, 1, 1, 16)
 
 
+@pytest.mark.full
 def test_xla_keeps_double_precision():
     with jax.enable_x64(True):
         case = Case(length=65, decay="key", dtype="float64", packed=True)
@@ -109,6 +111,7 @@ def test_narrow_gates_beside_wide_tokens():
 # Gates at their ends.
 
 
+@pytest.mark.always("key")
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_extreme_gates(decay):
     """Decays that do nothing, next to nothing, nearly all and all, in any order; beta 0 and 1."""
@@ -194,6 +197,7 @@ def test_an_overflow_is_seen_and_stays_in_its_document():
 # Documents.
 
 
+@pytest.mark.always("xla-head")
 @pytest.mark.parametrize(
     ("implementation", "decay"), [("reference", "head"), ("xla", "head"), ("xla", "key")]
 )
@@ -267,6 +271,7 @@ def test_any_documents(lengths, decay, seed):
 # Calls in pieces, twice, and inside of transformations.
 
 
+@pytest.mark.full("split-head")
 @pytest.mark.parametrize("decay", ["head", "key"])
 @pytest.mark.parametrize("cuts", [[0, 11, 22, 33], list(range(34))], ids=["split", "steps"])
 def test_whole_equals_split_equals_step_by_step(decay, cuts):
@@ -293,6 +298,7 @@ def test_the_same_call_twice_is_bitwise_equal():
     assert_same(case.run("xla"), case.run("xla"))
 
 
+@pytest.mark.full
 def test_rows_folded_mapped_and_on_several_devices():
     """`jax.vmap` equals folding into the batch, and so does `jax.shard_map` with checked types."""
     case = Case(length=40, batch=4)
@@ -339,6 +345,7 @@ def test_residuals_are_at_most_inputs_outputs_and_one_state_a_chunk(implementati
     assert states // 16 < held <= sum(x.size for x in args.values()) + args["v"].size + states
 
 
+@pytest.mark.full
 def test_training_in_bfloat16():
     """200 steps of gradient descent on associative recall; finite all along, and it learns."""
     rng = np.random.default_rng(0)
@@ -425,6 +432,7 @@ def test_checked_finds_bad_values_under_jit():
         error.throw()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["gated-delta-bench-packed", "kimi-linear", "odd-plain"])
 def test_named_shapes_are_accepted(name):
     fn, *operands = case(name, "xla", "forward+backward", "0.5")

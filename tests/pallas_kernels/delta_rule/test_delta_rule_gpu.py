@@ -63,6 +63,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.always("key-packed")
 @pytest.mark.parametrize("name", one_of_many(FEATURES, set(FEATURES) - {"head", "plain"}))
 def test_kernels_equal_the_oracle(name):
     case = Case(**{"length": 37, "batch": 2, **FEATURES[name]})
@@ -85,6 +86,7 @@ def test_documents_are_isolated_to_the_bit_and_calls_are_repeatable(decay):
     assert_isolated(functools.partial(interpreted, case), case)
 
 
+@pytest.mark.full
 def test_extreme_gates_and_a_row_of_padding():
     case = Case(length=37, batch=2, decay="head", packed=True)
     rng = np.random.default_rng(1)
@@ -116,6 +118,7 @@ def states_shifted(monkeypatch):
     monkeypatch.setattr(gpu_tile.Chunk, "put_state", later)
 
 
+@pytest.mark.always("documents_run_on")
 @pytest.mark.parametrize("mutant", [documents_run_on, states_shifted])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = Case(length=37, batch=2, packed=True)

@@ -74,17 +74,20 @@ FEATURES = {
 }
 
 
+@pytest.mark.always("key-packed", "plain-packed")
 @pytest.mark.parametrize("name", FEATURES)
 def test_kernels_equal_the_oracle(name):
     case = Case(**({"length": 37} | FEATURES[name]))
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_several_groups_in_one_step():
     case = Case(length=1, batch=1, packed=True)
     testing.assert_close(interpreted(case, ANY), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", one_of_many(["head", "key"], ["head"]))
 def test_bfloat16_against_the_float32_oracle(decay):
     case = one_head(length=64, decay=decay, dtype="bfloat16", packed=True, size=(32, 16))
@@ -130,6 +133,7 @@ def test_the_same_call_twice_is_bitwise_equal():
     jax.tree.map(np.testing.assert_array_equal, once, twice)
 
 
+@pytest.mark.full
 @hypothesis.settings(max_examples=4, deadline=None)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), padding=st.integers(0, 20)
@@ -164,6 +168,7 @@ def broken_carry_shifted_by_one(monkeypatch):
     monkeypatch.setattr(matrix_tpu, "own", shifted)
 
 
+@pytest.mark.always("broken_carry_not_reset")
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = Case(length=37, batch=2, groups=1, heads=2)
@@ -246,6 +251,7 @@ def test_the_chooser_obeys_the_estimator():
     assert choose_tiles(tpu.KERNELS, dims, Limits(vmem_bytes=2**20)) is None
 
 
+@pytest.mark.full
 def test_a_group_too_large_for_vmem_is_split():
     case = Case(length=20, batch=1, groups=1, heads=2)
     one_head_a_group = KernelShape(

@@ -49,6 +49,12 @@ CASES = one_of_many(
 )
 
 
+@pytest.mark.full(
+    "chunked-1000-False-False",
+    "scan-130-True-True",
+    "chunked-65-True-False",
+    "chunked-63-False-True",
+)
 @pytest.mark.parametrize(
     ("method", "length", "packed", "reverse"),
     compiled_as_users(CASES, lambda method, length, *kind: length >= 130),
@@ -65,6 +71,7 @@ def oracle(length, packed, reverse):
     return Case(length=length, packed=packed, reverse=reverse).oracle()
 
 
+@pytest.mark.always("scan")
 @pytest.mark.parametrize("method", METHODS)
 def test_xla_keeps_double_precision(method):
     with jax.enable_x64(True):
@@ -86,6 +93,7 @@ def test_the_oracle_is_the_recurrence():
     testing.assert_close(final, h, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("chunked")
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_against_the_float32_oracle(method):
     case = Case(length=100, dtype="bfloat16", method=method)
@@ -96,6 +104,7 @@ def test_bfloat16_against_the_float32_oracle(method):
     testing.assert_close(actual, case.oracle(), testing.BFLOAT16_TOLERANCE)
 
 
+@pytest.mark.always("scan-False")
 @pytest.mark.parametrize(("method", "reverse"), [("chunked", True), ("scan", False)])
 def test_packed_equals_one_document_a_row(method, reverse):
     case = Case(length=75, packed=True, reverse=reverse, batch=1)
@@ -139,6 +148,7 @@ def test_documents_are_isolated_to_the_bit(method, reverse):
     assert_isolated(functools.partial(case.run, name), case)
 
 
+@pytest.mark.always("chunked-False")
 @pytest.mark.parametrize(("method", "reverse"), [("fft", True), ("chunked", False), ("scan", True)])
 def test_one_document_and_padding(method, reverse):
     """All methods take it, the FFT where the ids are known; a row may be all padding."""
@@ -154,6 +164,7 @@ def test_one_document_and_padding(method, reverse):
     np.testing.assert_array_equal(result["gradients"][3][2], case.cotangents[1][2])
 
 
+@pytest.mark.full("split-fft", "split-scan", "steps-fft")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cuts", [[0, 7, 20, 33], list(range(34))], ids=["split", "steps"])
 def test_whole_equals_split_equals_step_by_step(method, cuts):
@@ -168,6 +179,7 @@ def test_whole_equals_split_equals_step_by_step(method, cuts):
     testing.assert_close(state, final, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full("fft")
 @pytest.mark.parametrize("method", METHODS)
 def test_reverse_is_flip_run_flip(method):
     u, log_a, c, initial = Case(length=41).args
@@ -178,6 +190,7 @@ def test_reverse_is_flip_run_flip(method):
     testing.assert_close(final, last, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("chunked")
 @pytest.mark.optimised
 @pytest.mark.parametrize("method", METHODS)
 def test_extreme_decays(method):
@@ -188,6 +201,7 @@ def test_extreme_decays(method):
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("scan-700-decay2")
 @pytest.mark.optimised
 @pytest.mark.parametrize(
     ("method", "length", "decay"),
@@ -204,6 +218,7 @@ def test_long_memory(method, length, decay):
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["chunked", "fft"])
 def test_sampled_positions_of_a_hundred_thousand_tokens(method):
     length = 100_000
@@ -219,6 +234,7 @@ def test_sampled_positions_of_a_hundred_thousand_tokens(method):
     testing.assert_close(final[0], state, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 @hypothesis.given(
     length=strategies.sampled_from([70]),
     method=strategies.sampled_from(RECURRENT),
@@ -256,6 +272,7 @@ def _run(implementation, method, *, reverse):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_call_twice_is_bitwise_equal(method):
     case = Case(length=129, packed=method != "fft", method=method)
@@ -264,6 +281,7 @@ def test_the_same_call_twice_is_bitwise_equal(method):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", one_of_many(METHODS, ["chunked"]))
 def test_vmap_equals_folding_into_the_batch(method):
     case = Case(length=70, batch=6, packed=method != "fft")

@@ -40,6 +40,7 @@ FEATURES = [
 ]
 
 
+@pytest.mark.always("True-True-gpu", "True-True-tpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 @pytest.mark.parametrize(
     "features", FEATURES, ids=lambda f: "-".join(map(str, f.values())) or "plain"
@@ -49,6 +50,7 @@ def test_kernels_equal_the_oracle(backend, features):
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("tpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_bfloat16(backend):
     case = case_for(backend, dtype="bfloat16", width=3)
@@ -58,12 +60,14 @@ def test_bfloat16(backend):
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.BFLOAT16_TOLERANCE)
 
 
+@pytest.mark.always("gpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_documents_are_isolated_to_the_bit(backend):
     case = case_for(backend, width=3, reverse=backend == "gpu")
     assert_isolated(functools.partial(interpreted, case, backend), case)
 
 
+@pytest.mark.always("tpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_the_same_call_twice_is_bitwise_equal(backend):
     case = case_for(backend, packed=True, width=3)
@@ -72,6 +76,7 @@ def test_the_same_call_twice_is_bitwise_equal(backend):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_padding_leaves_the_state_untouched(backend):
     """Rows that end in the middle of a block, at its border, and before they begin, run from their
@@ -85,11 +90,13 @@ def test_padding_leaves_the_state_untouched(backend):
     np.testing.assert_array_equal(result["outputs"][1][2], case.args[3][2])
 
 
+@pytest.mark.full
 def test_one_chunk_on_a_gpu_that_the_batch_fills():
     case, tiles = case_for("gpu", packed=True, width=3), gpu.Tiles(64, 16, 4)
     testing.assert_close(interpreted(case, "gpu", tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("backend", "tiles"), [("tpu", tpu.Tiles(128)), ("gpu", gpu.Tiles(128, 16, 4))]
 )
@@ -112,6 +119,7 @@ def broken_carry_shifted_by_one(monkeypatch):
     monkeypatch.setattr(tpu._Group, "step", lambda self, j: step(self, j - 1 if j == last else j))
 
 
+@pytest.mark.always("broken_carry_not_reset")
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = case_for("tpu", width=3)

@@ -47,6 +47,7 @@ PLAIN = [
 ]
 
 
+@pytest.mark.full("1000-head-True", "1000-key-False", "63-head-True")
 @pytest.mark.parametrize(
     ("length", "decay", "packed"),
     compiled_as_users(PLAIN, lambda length, decay, packed: length >= 65),
@@ -56,6 +57,7 @@ def test_xla_equals_the_oracle(length, decay, packed):
     testing.assert_close(case.run("xla"), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_xla_keeps_double_precision(decay):
     with jax.enable_x64(True):
@@ -77,6 +79,7 @@ def test_the_oracle_is_the_recurrence():
     np.testing.assert_allclose(final[0], state, **tolerances.EACH_FLOAT32_LAYER)
 
 
+@pytest.mark.always("constant-False")
 @pytest.mark.parametrize(
     ("decay", "packed"), [("head", True), ("key", True), ("constant", False), (None, False)]
 )
@@ -90,6 +93,7 @@ def test_bfloat16_against_the_float32_oracle(decay, packed):
     testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
+@pytest.mark.always("head-xla")
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_packed_equals_one_document_a_row(implementation, decay):
@@ -112,6 +116,7 @@ def test_packed_equals_one_document_a_row(implementation, decay):
     np.testing.assert_array_equal(o[:, real:], 0)
 
 
+@pytest.mark.always("xla-head")
 @pytest.mark.parametrize(
     ("implementation", "decay"),
     [("reference", "key"), ("xla", None), ("xla", "head"), ("xla", "key")],
@@ -133,6 +138,7 @@ def test_a_row_of_padding_returns_its_initial_state(decay):
         np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.full("split-head", "split-constant")
 @pytest.mark.parametrize("decay", ["constant", "head", "key"])
 @pytest.mark.parametrize("cuts", [[0, 7, 40, 70], list(range(71))], ids=["split", "steps"])
 def test_whole_equals_split_equals_step_by_step(decay, cuts):
@@ -150,6 +156,7 @@ def test_whole_equals_split_equals_step_by_step(decay, cuts):
     testing.assert_close(state, final, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("key")
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_extreme_decays(decay):
     extreme = np.asarray([0.0, -1e-6, -30.0, -1e4], np.float32)
@@ -198,6 +205,7 @@ def test_the_same_call_twice_is_bitwise_equal():
     same_bits(case.run("xla"), case.run("xla"))
 
 
+@pytest.mark.full
 def test_vmap_equals_folding_into_the_batch():
     args = Case(length=30, batch=6).args
 
@@ -243,6 +251,7 @@ def test_backward_keeps_one_state_a_chunk_and_no_pairs():
     assert kept <= inputs + states + 2048
 
 
+@pytest.mark.full
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
@@ -261,6 +270,7 @@ def test_any_segmentation(lengths, padding, decay, seed):
     testing.assert_close(case.run("xla", ids=ids), expected, tolerances.FLOAT32_BOTH)
 
 
+@pytest.mark.full
 def test_training_in_bfloat16_stays_finite_and_learns():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 64, 16)), jnp.bfloat16)

@@ -33,6 +33,7 @@ def test_compiles_for_gpu(chip, shape):
         assert f"linear_attention_{kernel}" in text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("chip", "shapes"), for_spills(GPUS, SPILL_SHAPES, always=True))
 def test_forward_spills_no_registers(chip, shapes):
     assert_spills_nothing(chip, CASE, shapes, "linear_attention_chunk_fwd")

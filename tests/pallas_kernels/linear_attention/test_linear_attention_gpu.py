@@ -58,18 +58,21 @@ FEATURES = {
 }
 
 
+@pytest.mark.always("key-packed", "head-packed")
 @pytest.mark.parametrize("name", one_of_many(FEATURES, set(FEATURES) - {"plain", "key"}))
 def test_kernels_equal_the_oracle(name):
     case = Case(**({"length": 37} | FEATURES[name]))
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_a_program_sums_the_gradients_of_some_heads_of_a_group():
     case = Case(length=20, decay="head", batch=1, groups=2, heads=8, packed=True)
     actual = interpreted(case, TILES._replace(heads=2))
     testing.assert_close(actual, case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_bfloat16_against_the_float32_oracle(decay):
     sizes = {"key_size": 32, "value_size": 16, "batch": 1, "heads": 1}
@@ -82,12 +85,14 @@ def test_bfloat16_against_the_float32_oracle(decay):
     testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_documents_are_isolated_to_the_bit(decay):
     case = Case(length=37, decay=decay, batch=1, heads=1)
     assert_isolated(interpreted, case)
 
 
+@pytest.mark.always("head")
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_extreme_decays(decay):
     """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""

@@ -55,6 +55,7 @@ def test_forward_on_a_tpu_is_at_the_floor_without_layout_copies():
     assert cost.layout_copies == {}
 
 
+@pytest.mark.full
 def test_forward_and_backward_on_a_tpu_move_eight_arrays_where_six_is_the_floor():
     cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward+backward", "0.25")
     assert cost.times_floor < 1.4

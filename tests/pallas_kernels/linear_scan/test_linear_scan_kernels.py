@@ -47,6 +47,12 @@ FEATURES = [
 ]
 
 
+@pytest.mark.always(
+    "48-True-True-True-complex64-tpu",
+    "48-True-True-True-complex64-gpu",
+    "bfloat16-True-gpu",
+    "bfloat16-True-tpu",
+)
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 @pytest.mark.parametrize(
     "features", FEATURES, ids=lambda f: "-".join(map(str, f.values())) or "plain"
@@ -58,6 +64,7 @@ def test_kernels_equal_the_oracle(backend, features):
     testing.assert_close(interpreted(case, backend), case.oracle(), tolerance)
 
 
+@pytest.mark.always("True-tpu", "True-gpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_documents_are_isolated_to_the_bit(backend, reverse):
@@ -66,6 +73,7 @@ def test_documents_are_isolated_to_the_bit(backend, reverse):
     assert_isolated(run, case)
 
 
+@pytest.mark.always("tpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_the_same_call_twice_is_bitwise_equal(backend):
     case = case_for(backend, dtype=COMPLEX, packed=True, width=4)
@@ -87,6 +95,7 @@ def broken_carry_shifted_by_one(monkeypatch):
     monkeypatch.setattr(tpu._Group, "last", lambda self, x: tuple(p[3:4] for p in x))
 
 
+@pytest.mark.always("broken_carry_not_reset")
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = case_for("tpu")

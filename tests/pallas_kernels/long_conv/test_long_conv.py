@@ -163,6 +163,7 @@ def test_taps_that_meet_no_token_get_no_gradient(method):
     assert np.all(np.abs(dbehind[:, :4]) > 0)
 
 
+@pytest.mark.full
 @hypothesis.given(
     length=strategies.sampled_from([3, 40]),
     kernel_size=strategies.sampled_from([1, 17, 64]),
@@ -246,6 +247,7 @@ def test_explain_says_that_there_is_no_kernel():
             long_conv(**GOOD, implementation=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", one_of_many(["forward", "forward+backward"], ["forward+backward"]))
 def test_a_tpu_gets_matrix_products_and_no_transform(mode):
     shape = Shape("text", "S4", 2, 1024, 128, two_sided=True)

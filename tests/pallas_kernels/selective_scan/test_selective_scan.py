@@ -35,6 +35,7 @@ CASES = [(65, *kind) for kind in KINDS if sum(kind) % 2 == 0] + [
 ]
 
 
+@pytest.mark.full("1000-True-True-True", "65-False-True-True")
 @pytest.mark.parametrize(
     ("length", "full", "packed", "reverse"),
     compiled_as_users(CASES, lambda length, *kind: length >= 65 and kind[-2]),
@@ -100,6 +101,7 @@ def test_dtypes_may_differ_where_one_is_narrow(implementation):
 SHARED = ("A", "D", "dt_bias", "initial_state")
 
 
+@pytest.mark.always("xla-False")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_packed_equals_one_document_a_row(implementation, reverse):
@@ -211,6 +213,7 @@ def test_the_same_call_twice_is_bitwise_equal():
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.full
 def test_vmap_equals_folding_into_the_batch():
     case = Case(length=30, batch=6)
     shared = {n: case.args[n] for n in ("A", "D", "dt_bias")}
@@ -227,6 +230,7 @@ def test_vmap_equals_folding_into_the_batch():
     testing.assert_close(mapped, folded, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_rows_on_several_devices_equal_rows_on_one():
     case = Case(length=30, batch=4, packed=True)
     shared = {n: case.args[n] for n in ("A", "D", "dt_bias")}
@@ -334,6 +338,7 @@ def double(implementation, reverse):
     return jax.jit(run)
 
 
+@pytest.mark.full
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),

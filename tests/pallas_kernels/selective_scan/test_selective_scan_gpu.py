@@ -35,6 +35,7 @@ FEATURES = [
 ]
 
 
+@pytest.mark.always("True-True-3")
 @pytest.mark.parametrize("features", FEATURES, ids=lambda f: "-".join(map(str, f.values())))
 def test_kernels_equal_the_oracle(features):
     case = Case(**({"length": LENGTH, "width": WIDTH} | features))
@@ -43,6 +44,7 @@ def test_kernels_equal_the_oracle(features):
     testing.assert_close(interpreted(case), case.oracle(), tolerance)
 
 
+@pytest.mark.full
 def test_one_span_where_the_batch_fills_the_gpu():
     case = Case(length=LENGTH, width=WIDTH, packed=True)
     testing.assert_close(
@@ -50,6 +52,7 @@ def test_one_span_where_the_batch_fills_the_gpu():
     )
 
 
+@pytest.mark.always("True")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_documents_are_isolated_to_the_bit(reverse):
     case = Case(length=LENGTH, width=3, reverse=reverse)

@@ -42,6 +42,7 @@ FEATURES = [
 ]
 
 
+@pytest.mark.always("reverse-packed-states", "full-reverse-length-width")
 @pytest.mark.parametrize("features", FEATURES, ids=lambda f: "-".join(map(str, f)))
 def test_kernels_equal_the_oracle(features):
     case = case_of(**features)
@@ -50,6 +51,7 @@ def test_kernels_equal_the_oracle(features):
     testing.assert_close(interpreted(case), case.oracle(), tolerance)
 
 
+@pytest.mark.full
 def test_a_strip_of_six_lane_tiles_and_two_groups_at_once():
     case, tiles = case_of(full=False, length=15, width=700), tpu.Tiles(16, 768, group=8)
     testing.assert_close(interpreted(case, tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
@@ -62,12 +64,14 @@ def test_extreme_decays_have_finite_gradients():
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.always("True")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_documents_are_isolated_to_the_bit(reverse):
     case = case_of(reverse=reverse, states=1)
     assert_isolated(functools.partial(interpreted, case), case)
 
 
+@pytest.mark.full
 def test_the_same_call_twice_is_bitwise_equal():
     case = case_of(packed=True, full=False, length=9, states=1)
     once, twice = interpreted(case), interpreted(case)
@@ -88,6 +92,7 @@ def broken_carry_shifted_by_one(monkeypatch):
     monkeypatch.setattr(tpu, "_advance_states", shifted)
 
 
+@pytest.mark.always("broken_carry_not_reset")
 @pytest.mark.parametrize("mutant", [broken_carry_not_reset, broken_carry_shifted_by_one])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = case_of(full=False, batch=2)
@@ -101,6 +106,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
         testing.assert_close(outputs, expected, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_states_of_the_next_block_are_caught():
     case = case_of(full=False, length=16)
     expected = [case.oracle()["gradients"][name] for name in ("dt", "A", "C")]

@@ -177,6 +177,7 @@ def test_report_of_gpu_kernels():
     assert kernel.spill_stores == kernel.spill_loads == 0
 
 
+@pytest.mark.full
 def test_each_answers_in_order_and_goes_on_after_a_failure():
     costs = list(aot.each("v5e", f"{HERE}:double", [["2048"], ["many"], ["1024"]]))
     assert costs[0] == aot.estimate("v5e", f"{HERE}:double", "2048")
@@ -220,6 +221,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(monkeypatch, c
         aot.compile_for(chip, abs, VECTOR)
 
 
+@pytest.mark.full
 def test_help_shows_an_example():
     command = [sys.executable, "-m", "pallas_kernels.tools.aot", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

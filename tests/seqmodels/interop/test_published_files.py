@@ -228,6 +228,7 @@ def test_published_fields_are_read_and_kept(published, tmp_path):
     assert again == parsed((older / "config.json").read_text())
 
 
+@pytest.mark.full
 def test_heads_of_any_size(tmp_path):
     config = CONFIGS["recurrent_gemma"].to_dict() | {"head_dim": 12}
     torch.manual_seed(0)

@@ -154,6 +154,7 @@ SPLASH = [
 ]
 
 
+@pytest.mark.always("options0-20")
 @pytest.mark.parametrize(("options", "past"), SPLASH)
 def test_splash(options, past):
     """The TPU's kernel, interpreted: padded, with a past, documents and grouped heads."""
@@ -189,6 +190,7 @@ def test_sinks_of_a_row_of_one_document_by_splash():
     close(o, by_queries(q, k, v, window=4, sinks=7, k_positions=positions))
 
 
+@pytest.mark.always("0")
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_compiles_for_a_tpu(sinks):
     """Padded length, a past, documents, heads in groups and of half a register's width."""

@@ -75,6 +75,7 @@ def made(config, length=7, seed=0):
     return layer, jax.jit(layer.init)(jax.random.key(seed + 1), x)["params"], x
 
 
+@pytest.mark.always("shared")
 @pytest.mark.parametrize("name", CASES)
 def test_each_token_goes_through_its_experts(name):
     layer, params, x = made(CASES[name])
@@ -86,6 +87,7 @@ def test_each_token_goes_through_its_experts(name):
     assert relative(narrow, rounded) <= tolerances.BFLOAT16_MIXER
 
 
+@pytest.mark.always("shares", "shared")
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_all_experts(name):
     layer, params, x = made(CASES[name])
@@ -169,6 +171,7 @@ def test_experts_that_fit_no_backbone_are_refused(fields, message):
         stack(**fields)
 
 
+@pytest.mark.full
 def test_experts_in_every_second_block_scanned_or_not():
     config = stack(mlp=10, dense_blocks=(0, 2))
     assert config.period == 2

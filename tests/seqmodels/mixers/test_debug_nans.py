@@ -76,6 +76,7 @@ def test_every_mixer_op_by_op(case, with_segments, with_state):
     jax.grad(total)(variables)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "config",
     one_of_many(
@@ -91,6 +92,7 @@ def test_a_stop_is_where_a_cache_overflows(config):
         mixer.apply(variables, x, state=state)
 
 
+@pytest.mark.full
 def test_generation():
     mixers = (S5Config(state_size=4), AttentionConfig(heads=2))
     backbone = BackboneConfig(("s5", "attention"), mixers, width=8, mlp=8)

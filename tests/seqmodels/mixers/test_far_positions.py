@@ -59,6 +59,7 @@ def test_a_stream_has_no_end(case, named):
         assert distance == SEEN + MORE
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "config", one_of_many([AttentionConfig, RATConfig, SCOUTConfig], [SCOUTConfig])
 )

@@ -35,6 +35,7 @@ def test_equations(config):
         oracles.assert_close(y, output_projection(o, p, oracles.sigmoid(gate)))
 
 
+@pytest.mark.full
 def test_initial_decays_and_marks():
     p = oracles.fresh(KDAConfig(heads=512, head_size=1), WIDTH)
     rate, step = np.exp(p["A_log"]), oracles.softplus(p["dt_bias"])

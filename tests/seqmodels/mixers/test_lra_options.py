@@ -151,6 +151,7 @@ def test_mamba_with_blocks(blocks, rank):
     assert_agrees(oracle, *apply(config, 2))
 
 
+@pytest.mark.full
 def test_mamba_with_blocks_stops_at_padding():
     ids = np.array([[1] * LENGTH, [1] * 4 + [0] * 2], np.int32)
     config = MambaConfig(state_size=2, expand=1, conv_size=2, blocks=2)

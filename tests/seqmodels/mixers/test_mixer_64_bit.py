@@ -77,6 +77,7 @@ def test_every_language_model_is_trained_and_generates_the_same(mixer):
     check_language_model(ONE_OF_EACH[mixer], 12)
 
 
+@pytest.mark.full
 def test_a_language_model_is_trained_and_generates_the_same():
     check_language_model(Mamba2Config(state_size=3, head_size=4, implementation="reference"), 8)
 

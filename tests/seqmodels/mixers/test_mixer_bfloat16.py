@@ -134,6 +134,7 @@ ENDS = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", one_of_many(ENDS, ["mamba2"]))
 def test_published_families(family):
     wide = LanguageModel(ENDS[family])

@@ -33,7 +33,7 @@ SHORTCUTS = {"s5", "s5-bidirectional", "lru", "bidirectional", "s4d-bidirectiona
 WITHOUT_REFERENCE = {case for case in CASES if case.startswith(("attention", "sliding"))} | {"s4"}
 
 # Those of `KINDS` that are always tried in bfloat16 and in training too; the others compile long.
-TRAINED = KINDS - {"gated_deltanet", "hydra", "mamba", "s4d"}
+TRAINED = KINDS - {"hydra", "mamba"}
 
 # Variants of a mixer that take the same paths as its other cases.
 VARIANTS = {

@@ -27,12 +27,8 @@ KINDS = {
     "gated_deltanet": {"delta_rule", "causal_conv1d"},
     "rat": {"linear_scan", "checkpoint_attention"},
 }
-# Every kind, every backend and eight devices at least once each time; the rest in `test-all`.
-ALWAYS = {
-    "tpu": {"lru", "s4d"},
-    "gpu": {"mamba", "rat"},
-    "devices": {"gated_deltanet"},
-}
+# Every backend and eight devices once each time; the rest in `test-all`.
+ALWAYS = {"tpu": {"lru"}, "gpu": {"rat"}, "devices": {"gla"}}
 # Of the rows of `calls`, tokens that go on with a document, and of which some begin one.
 PART = slice(120, 141)
 

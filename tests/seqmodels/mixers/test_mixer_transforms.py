@@ -27,6 +27,7 @@ def loss(mixer, params, x):
     return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
 
+@pytest.mark.always("gla-bfloat16", "mamba-float32", "s5-bfloat16")
 @pytest.mark.parametrize(
     ("case", "dtype"),
     one_of_many(
@@ -43,6 +44,7 @@ def test_gradients_of_extreme_inputs_are_finite(case, dtype):
             assert np.all(np.isfinite(leaf)), (path, x.max())
 
 
+@pytest.mark.always("s5")
 @pytest.mark.parametrize("case", one_of_many(FIRST, ["s5", "mamba"]))
 def test_vmap_remat_and_eval_shape(case):
     mixer, params = setup(case)
@@ -58,6 +60,7 @@ def test_vmap_remat_and_eval_shape(case):
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, kept)
 
 
+@pytest.mark.always("s5")
 @pytest.mark.parametrize("case", one_of_many(FIRST, ["s5", "mamba"]))
 def test_learns_to_copy(case):
     """Each token's predecessor, of five equally likely ones, in 200 steps of Adam."""

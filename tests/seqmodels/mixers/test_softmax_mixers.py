@@ -77,6 +77,7 @@ def check(config, chosen):
         assert_close(out, attention(config, p, row, chosen))
 
 
+@pytest.mark.always("options1")
 @pytest.mark.parametrize(
     "options",
     [
@@ -100,6 +101,7 @@ def test_sliding_window(window, sinks):
     check(config, lambda t: [s for s in range(t + 1) if s < sinks or t - s < window])
 
 
+@pytest.mark.always("1-1-1", "3-4-2")
 @pytest.mark.parametrize(
     ("chunk", "heads", "groups"), [(1, 1, 1), (3, 4, 2), (4, 2, 1), (20, 2, 2)]
 )

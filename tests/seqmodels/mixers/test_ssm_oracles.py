@@ -47,6 +47,7 @@ def assert_close(actual, expected):
     assert error < tolerances.FLOAT32_TERMS
 
 
+@pytest.mark.always("options1-True", "options0-False", "options2-False")
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -72,6 +73,7 @@ def test_s5(options, bidirectional):
         assert_close(out, expected)
 
 
+@pytest.mark.always("options3-True", "options1-True")
 @pytest.mark.parametrize("bidirectional", one_of_many([False, True], [True]))
 @pytest.mark.parametrize(
     "options",

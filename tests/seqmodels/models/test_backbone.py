@@ -167,6 +167,7 @@ def test_block_order(prenorm):
     assert normalised != prenorm
 
 
+@pytest.mark.always("swiglu-True", "geglu-False", "gelu-True")
 @pytest.mark.parametrize("mlp_bias", [True, False])
 @pytest.mark.parametrize("mlp_kind", ["gelu", "swiglu", "geglu"])
 def test_mlp_kinds(mlp_kind, mlp_bias):
@@ -201,6 +202,7 @@ def test_mlp_kinds(mlp_kind, mlp_bias):
     np.testing.assert_allclose(y, x + linear(hidden, "mlp_out"), **tolerances.EACH_FLOAT32_LAYERS)
 
 
+@pytest.mark.full
 def test_a_float32_residual_adds_up_small_branches():
     small = dataclasses.replace(CONFIG, layout=("s5",) * 2, mixers=(S5_SMALL,), norm="rms")
     small = dataclasses.replace(small, mlp_kind="swiglu", final_norm=False, gate=None)

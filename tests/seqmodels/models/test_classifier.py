@@ -325,6 +325,7 @@ def test_sinusoids_are_long_range_arenas():
     assert not table[:, 6].any()
 
 
+@pytest.mark.full
 def test_positions_tell_a_row_from_its_reverse():
     """Attention without any, pooled by the mean, does not."""
     attention = AttentionConfig(heads=1, rotary_base=None, bidirectional=True, init_std=0.5)

@@ -21,6 +21,7 @@ def variables_of(config):
     return jax.jit(LanguageModel(config).init)(jax.random.key(0), TOKENS)
 
 
+@pytest.mark.full
 def test_tied_and_untied_embeddings():
     tied = variables_of(CONFIG)["params"]
     assert set(tied) == {"embedding", "backbone"}

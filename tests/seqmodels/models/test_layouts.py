@@ -62,6 +62,7 @@ def test_every_pattern_has_a_stack():
         layout("samba", 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pattern", one_of_many(STACKS, always=["griffin"]))
 def test_whole_is_chunked_prefill_is_token_by_token(pattern):
     model, _, run = setup(pattern)
@@ -98,6 +99,7 @@ def test_packed_documents_are_unpacked_ones_and_apart_to_the_bit(pattern):
     assert np.abs(other[0, :4] - packed[0, :4]).max() > 1e-4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pattern", one_of_many(["griffin", "jamba"], always=["griffin"]))
 def test_recomputing_and_unrolling_change_nothing(pattern):
     model, variables, _ = setup(pattern)

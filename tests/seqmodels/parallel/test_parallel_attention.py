@@ -232,6 +232,7 @@ def test_collectives_of_windows():
     assert far.asked == far.issued == counts
 
 
+@pytest.mark.full
 def test_memory_of_a_ring_does_not_grow_with_the_shards():
     def temporary(shards):
         shapes = {"q": (1, 64 * shards, 4, 16), "k": (1, 64 * shards, 2, 16)}
@@ -290,6 +291,7 @@ def test_mesh_axes_that_specs_leave_out(strategy, check_vma, spec):
     rows.assert_shards_close(only_real(actual, data), only_real(wanted, data), 2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", one_of_many(WHOLE, ["ring"]))
 def test_bfloat16_loses_no_more_than_on_one_device(strategy):
     args, data, cotangent = case(True)

@@ -65,6 +65,7 @@ def whole_halos(args, _, *, runs, shards, initial):
     return halos
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("shards", "packed"),
     one_of_many([(p, packed) for p in (1, 2, 3, 8) for packed in (False, True)], [(8, True)]),

@@ -87,6 +87,7 @@ def run(name, mesh=None):
     return jax.jit(on_mesh(function, mesh))(params, put_batch(batch(), mesh))
 
 
+@pytest.mark.always("gla-3")
 @pytest.mark.parametrize(
     ("name", "shards"),
     one_of_many(
@@ -103,6 +104,7 @@ def test_a_split_length_changes_nothing(name, shards):
     testing.assert_close(gradients, expected_gradients, tolerances.FLOAT32_SPLIT_GRADIENTS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "shards"),
     one_of_many(

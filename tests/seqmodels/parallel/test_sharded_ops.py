@@ -206,6 +206,9 @@ ALWAYS = [
 ]
 
 
+@pytest.mark.full(
+    "linear_scan, reverse-8-1-None", "causal_conv1d-8-1-None", "linear_attention, constant-3-0-None"
+)
 @pytest.mark.parametrize(
     ("name", "shards", "packed", "implementation"),
     one_of_many(dict.fromkeys([*ALWAYS, *EVERY]), ALWAYS),
@@ -234,6 +237,7 @@ def test_every_strategy_gives_the_same(name, strategy):
     check(name, 3, True, {name.partition(",")[0]: strategy})
 
 
+@pytest.mark.always("linear_attention, head")
 @pytest.mark.parametrize("name", one_of_many(CASES, ["linear_attention, head", "causal_conv1d"]))
 def test_what_another_document_holds_changes_no_bit(name):
     mesh = mesh_of(3)
@@ -273,6 +277,7 @@ MOVED = {
 }
 
 
+@pytest.mark.always("causal_conv1d", "delta_rule")
 @pytest.mark.parametrize("name", MOVED)
 def test_so_much_moves_whatever_the_length(name):
     mesh = mesh_of(3)

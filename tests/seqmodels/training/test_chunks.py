@@ -45,6 +45,7 @@ def loss_of(model, **options):
     return jax.value_and_grad(mean), params
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "chunk"),
     one_of_many(itertools.product(STREAMS, (5, 8)), [("lru", 5)]),

@@ -106,6 +106,7 @@ def test_the_gradient_is_that_of_the_last_piece_alone():
     )
 
 
+@pytest.mark.full
 def test_micro_batches_carry_their_own_rows():
     first, second = batches_of(5, 4, 2)
     variables = dict(jax.jit(CARRYING.init)(jax.random.key(0)))
@@ -138,6 +139,7 @@ def steps(mesh, count, *, poison=(), task=CARRYING):
     return states, losses
 
 
+@pytest.mark.full
 def test_eight_devices_equal_one():
     (*_, one), losses = steps(one_device(), 3)
     (*_, eight), others = steps(make_mesh(), 3)
@@ -230,6 +232,7 @@ def test_a_broken_run_resumes_bitwise_with_carry_and_average(tmp_path):
     assert records[0] == records[1]
 
 
+@pytest.mark.full
 def test_validation_uses_the_average_and_the_lowest_loss_is_best(tmp_path):
     outcome = train(tmp_path)
     evaluations = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if r["kind"] == "eval"]

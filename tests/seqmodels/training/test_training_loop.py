@@ -137,6 +137,7 @@ def test_killed_while_saving_and_again_after_a_log(unbroken, tmp_path):
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 3
 
 
+@pytest.mark.always("save-8")
 @pytest.mark.parametrize(("event", "step"), [("step", 2), ("save", 8), ("eval", 10)])
 def test_a_fault_at_any_point_resumes_bitwise(unbroken, tmp_path, event, step):
     with pytest.raises(Stopped):
@@ -145,6 +146,7 @@ def test_a_fault_at_any_point_resumes_bitwise(unbroken, tmp_path, event, step):
     assert_same_run(tmp_path, unbroken)
 
 
+@pytest.mark.always("15")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_the_finished_step(unbroken, tmp_path, number):
     before = signal.getsignal(number)
@@ -208,6 +210,7 @@ def test_other_processes_than_the_first_stop_as_well_and_write_nothing(tmp_path,
     assert {path.name for path in tmp_path.iterdir()} <= {"checkpoints"}
 
 
+@pytest.mark.full
 def test_a_stopped_run_goes_on_without_the_batch(tmp_path):
     with pytest.raises(NonFiniteError):
         run_toy(tmp_path / "stopped", poison=(7,))
@@ -291,6 +294,7 @@ def test_the_time_budget_ends_with_a_checkpoint(tmp_path):
     assert saved(tmp_path, config=config)[0].step == outcome.progress.step == 1
 
 
+@pytest.mark.full
 def test_eight_devices_have_the_same_data_order(unbroken, tmp_path):
     run_toy(tmp_path, mesh=make_mesh())
     ours, theirs = metrics(tmp_path), metrics(unbroken)
