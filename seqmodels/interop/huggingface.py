@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels.interop import bamba, lfm2, mamba, qwen, recurrent_gemma, tensors
+from seqmodels.interop import bamba, jamba, lfm2, mamba, nemotron, qwen, recurrent_gemma, tensors
 from seqmodels.interop.families import HEAD, Family, differences, merged, spellings
 from seqmodels.interop.fields import Fields, json_text, read_json
 from seqmodels.interop.layout import Slot, experts_apart, experts_together, to_theirs
@@ -38,6 +38,8 @@ FAMILIES: dict[str, Family] = {
         lfm2.LFM2,
         bamba.BAMBA,
         bamba.GRANITE,
+        jamba.JAMBA,
+        nemotron.NEMOTRON_H,
     )
 }
 
@@ -281,7 +283,9 @@ def described(
 
 def _transformers_family(config: LanguageModelConfig) -> Family:
     names = set(config.backbone.layout)
-    if names == {"mamba"}:
+    if config.backbone.single:
+        return nemotron.NEMOTRON_H
+    if names == {"mamba"} and config.backbone.mlp is None and config.backbone.experts is None:
         plain = config.backbone.mixer(0).mixer_rms_eps is None  # type: ignore[attr-defined]
         return mamba.MAMBA if plain else mamba.FALCON_MAMBA
     if names == {"mamba2"} and config.backbone.mlp is None:
@@ -289,7 +293,7 @@ def _transformers_family(config: LanguageModelConfig) -> Family:
     if names <= bamba.BAMBA.mixers:
         return bamba.GRANITE if bamba.has_multipliers(config) else bamba.BAMBA
     hybrid = qwen.QWEN3_5 if config.backbone.experts is None else qwen.QWEN3_NEXT
-    for family in (recurrent_gemma.RECURRENT_GEMMA, hybrid, lfm2.LFM2):
+    for family in (jamba.JAMBA, recurrent_gemma.RECURRENT_GEMMA, hybrid, lfm2.LFM2):
         if names <= family.mixers:
             return family
     raise ValueError(

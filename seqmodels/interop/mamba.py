@@ -63,15 +63,21 @@ def _read_mamba(fields: Fields, epsilon: float | None = None) -> LanguageModelCo
         raise ValueError(
             f"{fields.source}: intermediate_size={inner} must be a multiple of hidden_size={width}"
         )
-    rank = fields.values.get("time_step_rank", "auto")
     mixer = MambaConfig(
         **_shared(fields),
         state_size=fields.take("state_size", int, 16),
         expand=inner // width,
-        dt_rank=None if rank == "auto" else fields.take("time_step_rank", int),
+        dt_rank=read_rank(fields, "time_step_rank"),
         mixer_rms_eps=epsilon,
     )
     return _model(fields, mixer, width, vocabulary=50_280, tied=True)
+
+
+def read_rank(fields: Fields, name: str) -> int | None:
+    """The rank of the step sizes' projection; "auto" is None."""
+    rank = None if fields.values.get(name, "auto") == "auto" else fields.take(name, int)
+    fields.ignore(name)
+    return rank
 
 
 def _read_falcon(fields: Fields) -> LanguageModelConfig:

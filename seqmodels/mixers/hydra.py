@@ -78,7 +78,7 @@ class Hydra(Mixer[HydraConfig]):
     ) -> tuple[Float[Array, "b l d"], None]:
         self.check(x, segments, state)
         config, heads = self.config, self.config.heads(self.width)
-        inner, mixed = config.expand * self.width, 4 * config.groups * config.state_size
+        inner, mixed = config.inner(self.width), 4 * config.groups * config.state_size
         parts = dense(x, 2 * inner + mixed + 2 * heads, "in_proj", use_bias=config.use_bias)
         gate, parts, dt = jnp.split(parts, [inner, 2 * inner + mixed], axis=-1)
         parts = self._convolve(mask_padding(parts, segments))

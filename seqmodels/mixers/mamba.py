@@ -2,8 +2,9 @@
 
 Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023
 (arXiv:2312.00752), section 3; Zuo et al., "Falcon Mamba", 2024 (arXiv:2410.05355) for the norms of
-what depends on the token; Yu & Erichson, "Block-Biased Mamba for Long-Range Sequence Processing",
-NeurIPS 2025 (arXiv:2505.09022) for blocks (B2S6).
+what depends on the token, Lieber et al., "Jamba", 2024 (arXiv:2403.19887) for their scales; Yu &
+Erichson, "Block-Biased Mamba for Long-Range Sequence Processing", NeurIPS 2025 (arXiv:2505.09022)
+for blocks (B2S6).
 """
 
 import dataclasses
@@ -50,6 +51,7 @@ class MambaConfig(MixerConfig):
       use_conv_bias: bias of the convolution.
       mixer_rms_eps: None, or the epsilon of RMS norms, without scales, of what each token gives to
         B, C and the step sizes (Falcon Mamba).
+      mixer_rms_scales: the norms have scales (Jamba).
       blocks: None is Mamba; a number makes it B2S6. The channels are divided into so many blocks,
         B, C and step sizes come from a token's channels of the same block, A, B and C are complex,
         each channel adds a bias to B, and A and the step sizes are trained at the "ssm" rate.
@@ -70,6 +72,7 @@ class MambaConfig(MixerConfig):
     use_bias: bool = False
     use_conv_bias: bool = True
     mixer_rms_eps: Positive | None = None
+    mixer_rms_scales: bool = False
     blocks: Size | None = None
     layers: Size = 1
     implementation: Implementation | None = None
@@ -82,10 +85,14 @@ class MambaConfig(MixerConfig):
                 f"MambaConfig: mixer_rms_eps={self.mixer_rms_eps} with blocks={self.blocks}: one "
                 "of them must be None"
             )
+        if self.mixer_rms_scales and self.mixer_rms_eps is None:
+            raise ValueError("MambaConfig: mixer_rms_scales=True needs norms; set mixer_rms_eps")
 
     def param_labels(self) -> dict[str, ParamLabel]:
         if self.blocks is None:
-            return dict.fromkeys(("A_log", "D", "dt_proj/bias"), NO_DECAY_LABEL)
+            norms = NORMS if self.mixer_rms_scales else ()
+            names = ("A_log", "D", "dt_proj/bias", *(f"{norm}/scale" for norm in norms))
+            return dict.fromkeys(names, NO_DECAY_LABEL)
         labels = dict.fromkeys(("B_bias", "D"), NO_DECAY_LABEL)
         labels |= dict.fromkeys(("A_log", "A_imag", "dt_proj", "dt_bias"), SSM_LABEL)
         return {f"blocks/{name}": label for name, label in labels.items()}
@@ -96,6 +103,9 @@ class MambaConfig(MixerConfig):
         names = ("A_log", "A_imag", "B_bias", "x_proj", "dt_proj")
         return {f"blocks/{name}": PartitionSpec("inner") for name in names}
 
+
+NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
+"""Those of what each token says of its step, of B and of C."""
 
 MAMBA_130M = Published(768, 24, MambaConfig(layers=24))
 MAMBA_370M = Published(1024, 48, MambaConfig(layers=48))
@@ -113,7 +123,8 @@ class Mamba(Mixer[MambaConfig]):
 
     Parameters, names as in the published checkpoints: ``in_proj``, ``conv1d``, ``x_proj``,
     ``dt_proj``, ``out_proj``, each with a ``kernel`` (inputs first), some a ``bias``; ``A_log``
-    ``(E, N)``; ``D`` ``(E,)``. Step sizes, A, D and states are float32.
+    ``(E, N)``; ``D`` ``(E,)``; a ``scale`` in each of ``NORMS``. Step sizes, A, D and states are
+    float32.
 
     With blocks the recurrence, and all that belongs to it, is ``BlockRecurrence``, ``blocks``.
     """
@@ -189,12 +200,21 @@ class Mamba(Mixer[MambaConfig]):
         parts = dense(x, rank + 2 * states, "x_proj")
         dt, b, c = jnp.split(parts, [rank, rank + states], axis=-1)
         if config.mixer_rms_eps is not None:
-            dt, b, c = (rms_normalise(part, config.mixer_rms_eps) for part in (dt, b, c))
+            dt, b, c = self._normalised((dt, b, c), config.mixer_rms_eps)
         step = StepProjection(self.inner, config.dt_min, config.dt_max, name="dt_proj")
         dt, bias = step(dt)
         a_log = self.param("A_log", _log_of_state_numbers, (self.inner, states))
         skip = self.param("D", nn.initializers.ones, (self.inner,), jnp.float32)
         return {"A": -jnp.exp(a_log), "D": skip, "dt_bias": bias}, [dt, b, c]
+
+    def _normalised(self, parts: tuple[Array, ...], epsilon: float) -> list[Array]:
+        """What each token says of step, B and C, each over its root mean square."""
+        if not self.config.mixer_rms_scales:
+            return [rms_normalise(part, epsilon) for part in parts]
+        return [
+            nn.RMSNorm(epsilon=epsilon, name=name, dtype=part.dtype)(part)
+            for name, part in zip(NORMS, parts, strict=True)
+        ]
 
 
 class StepProjection(nn.Module):

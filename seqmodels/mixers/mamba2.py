@@ -124,8 +124,8 @@ class Mamba2(Mixer[Mamba2Config]):
     def _sizes(self) -> tuple[int, int, int]:
         """E, H, and G N, the channels of B and of C."""
         config = self.config
-        inner = config.expand * self.width
-        return inner, config.heads(self.width), config.groups * config.state_size
+        heads, shared = config.heads(self.width), config.groups * config.state_size
+        return config.inner(self.width), heads, shared
 
     def _recur(
         self,

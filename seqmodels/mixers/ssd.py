@@ -27,12 +27,13 @@ Limit = Annotated[float, Range("at least 0", 0)]
 
 @dataclasses.dataclass(frozen=True)
 class SSDConfig(MixerConfig):
-    """Sizes of a layer over E = expand * width channels, in heads of ``head_size``.
+    """Sizes of a layer over E channels, in heads of ``head_size``.
 
     Attributes:
       state_size: N, states of each channel.
-      expand: E as a multiple of the width.
+      expand: E as a multiple of the width, unless ``num_heads`` says it.
       head_size: P, channels that share their decays.
+      num_heads: None, or H = E / P.
       groups: G, sets of B and C; each serves as many heads.
       conv_size: taps of the convolution.
       dt_min, dt_max: range of the log-uniform initial step sizes, one for each head.
@@ -47,6 +48,7 @@ class SSDConfig(MixerConfig):
     state_size: Size = 128
     expand: Size = 2
     head_size: Size = 64
+    num_heads: Size | None = None
     groups: Size = 1
     conv_size: Size = 4
     dt_min: Positive = 1e-3
@@ -73,12 +75,18 @@ class SSDConfig(MixerConfig):
     def heads(self, width: int) -> int:
         """H; ValueError unless the heads divide the channels and the groups the heads."""
         heads, rest = divmod(self.expand * width, self.head_size)
+        if self.num_heads is not None:
+            heads, rest = self.num_heads, 0
         if rest or heads % self.groups:
             raise ValueError(
                 f"{self.mixer} mixer: head_size={self.head_size} must divide expand * width = "
-                f"{self.expand * width}, and groups={self.groups} the heads"
+                f"{self.expand * width}, and groups={self.groups} the heads, {heads}"
             )
         return heads
+
+    def inner(self, width: int) -> int:
+        """E, the channels of the recurrence."""
+        return self.heads(width) * self.head_size
 
 
 def steps(

@@ -13,16 +13,19 @@ from jaxtyping import Array, Float
 
 from seqmodels.arguments import segment_order
 from seqmodels.layers.dropout import Dropout
-from seqmodels.layers.experts import ACTIVATIONS, Experts, ExpertsConfig
+from seqmodels.layers.experts import Experts, ExpertsConfig, activated
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
 from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
+from seqmodels.mixers.base import NO_DECAY_LABEL
 from seqmodels.parallel.mesh import in_tiles, split_tokens
 from seqmodels.parallel.parameters import layer_axes
 from seqmodels.ranges import Checked, Count, Positive, Share, Size
 
 Remat = Literal["none", "dots", "full", "offload"]
-MLPKind = Literal["gelu", "swiglu", "geglu"]
+MLPKind = Literal["gelu", "relu2", "swiglu", "geglu"]
+SINGLE = ("mlp", "experts")
+"""Names in a layout of blocks without a mixer, where each block has a single branch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class BackboneConfig(Checked):
     Attributes:
       layout: names of the mixers from the first block to the last, e.g. ``("s5",) * 8``.
       mixers: one config for each name in ``layout``.
+      single: each block has one branch, not two: its mixer or, where ``layout`` says "mlp" or
+        "experts", that (Nemotron-H).
       width: channels of the residual stream.
       norm: "batch" (padding ignored), "layer", "rms" or "zero_centered_rms".
       norm_epsilon: added to a norm's variance or mean square; None for the kind's usual one.
@@ -43,7 +48,8 @@ class BackboneConfig(Checked):
       gate: what follows the mixer, see ``seqmodels.layers.gates.Gate``; None for nothing.
       dropout: rate of the dropout in the branches, one mask for all time steps.
       mlp: None, or the width of the hidden layer of a position-wise MLP over ``width``.
-      mlp_kind: of its activation: "gelu" ``W_2 gelu(W_1 x)``; with a third matrix "swiglu"
+      mlp_kind: of its activation: "gelu" ``W_2 gelu(W_1 x)``; "relu2" with the square of what is
+        positive in place of gelu; with a third matrix "swiglu"
         ``W_2 (silu(W_g x) * W_1 x)`` and "geglu", the same with gelu; gelu in the tanh form.
       mlp_bias: biases in the MLP.
       experts: None, or a mixture of experts of ``mlp_kind`` in the MLP's place.
@@ -60,6 +66,7 @@ class BackboneConfig(Checked):
     layout: tuple[str, ...]
     mixers: tuple[MixerConfig, ...]
     width: Size
+    single: bool = False
     norm: NormKind = "layer"
     norm_epsilon: Positive | None = None
     prenorm: bool = True
@@ -82,7 +89,8 @@ class BackboneConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [config.mixer for config in self.mixers]
-        if not self.layout or set(self.layout) != set(names) or len(names) != len(set(names)):
+        mixed = set(self.layout) - set(SINGLE if self.single else ())
+        if not self.layout or mixed != set(names) or len(names) != len(set(names)):
             raise ValueError(
                 f"BackboneConfig: layout={self.layout} must name every config in mixers exactly, "
                 f"one config a name; mixers has {names}"
@@ -99,6 +107,22 @@ class BackboneConfig(Checked):
             )
 
     def _check_experts(self) -> None:
+        if self.experts is not None and self.mlp_tile is not None:
+            raise ValueError(f"BackboneConfig: experts need mlp_tile=None, not {self.mlp_tile}")
+        if self.single:
+            for name in SINGLE:
+                value = getattr(self, name)
+                if (name in self.layout) != (value is not None):
+                    raise ValueError(
+                        f"BackboneConfig: with single=True {name}={value} needs a block {name!r} "
+                        f"in layout={self.layout}, and the other way round"
+                    )
+            if self.dense_blocks:
+                raise ValueError(
+                    f"BackboneConfig: with single=True layout says which blocks have experts, not "
+                    f"dense_blocks={self.dense_blocks}"
+                )
+            return
         if self.experts is None:
             if self.dense_blocks:
                 raise ValueError(
@@ -116,20 +140,20 @@ class BackboneConfig(Checked):
                 f"BackboneConfig: mlp={self.mlp} is that of dense_blocks={self.dense_blocks}; give "
                 "both, or none where all blocks have experts"
             )
-        if self.mlp_kind not in ACTIVATIONS or self.mlp_tile is not None:
-            raise ValueError(
-                f"BackboneConfig: experts need mlp_kind 'swiglu' or 'geglu' and mlp_tile=None, not "
-                f"{self.mlp_kind!r} and {self.mlp_tile}"
-            )
 
-    def sparse(self, layer: int) -> bool:
-        """Whether block ``layer`` has experts."""
-        return self.experts is not None and layer not in self.dense_blocks
+    def second(self, layer: int) -> Literal["mlp", "experts"] | None:
+        """What block ``layer`` has beside a mixer, or in its place."""
+        if self.single:
+            return self.layout[layer] if self.layout[layer] in SINGLE else None  # type: ignore[return-value]
+        if self.experts is not None and layer not in self.dense_blocks:
+            return "experts"
+        return None if self.mlp is None else "mlp"
 
-    def mixer(self, layer: int) -> MixerConfig:
-        """The config of block ``layer``, told its depth."""
-        config = next(config for config in self.mixers if config.mixer == self.layout[layer])
-        return config.at(layer, len(self.layout))
+    def mixer(self, layer: int) -> MixerConfig | None:
+        """The mixer's config of block ``layer``, told its depth; None for a block without one."""
+        name = self.layout[layer]
+        found = [config for config in self.mixers if config.mixer == name]
+        return found[0].at(layer, len(self.layout)) if found else None
 
     @property
     def period(self) -> int:
@@ -137,7 +161,7 @@ class BackboneConfig(Checked):
 
         Mixers that differ by depth (decays of lightning, bounds of hgrn2) do not repeat.
         """
-        blocks = [(self.mixer(layer), self.sparse(layer)) for layer in range(len(self.layout))]
+        blocks = [(self.mixer(layer), self.second(layer)) for layer in range(len(self.layout))]
         return next(
             p
             for p in range(1, len(blocks) + 1)
@@ -156,11 +180,14 @@ RESIDUAL = "residual"
 
 
 class Block(nn.Module):
-    """Norm, mixer, gate, residual; optionally norm, MLP, residual. Branches have ``dtype``."""
+    """Norm, mixer, gate, residual; norm, MLP or experts, residual; one of both or both.
+
+    Branches have ``dtype``.
+    """
 
     config: BackboneConfig
-    mixer: MixerConfig
-    sparse: bool
+    mixer: MixerConfig | None
+    second: Literal["mlp", "experts"] | None
     deterministic: bool
     dtype: Any
 
@@ -171,6 +198,7 @@ class Block(nn.Module):
         config = self.config
 
         def mix(y: Array) -> tuple[Array, State]:
+            assert self.mixer is not None
             y, after = build(self.mixer, config.width, name="mixer")(
                 y, segments=segments, state=state, deterministic=self.deterministic
             )
@@ -182,12 +210,10 @@ class Block(nn.Module):
             def dense(y: Array, features: int, name: str) -> Array:
                 return nn.Dense(features, config.mlp_bias, name=name, dtype=y.dtype)(y)
 
-            hidden = dense(y, config.mlp or 0, "mlp_in")
-            if config.mlp_kind == "gelu":
-                hidden = jax.nn.gelu(hidden)
-            else:
-                gate = dense(y, config.mlp or 0, "mlp_gate")
-                hidden = ACTIVATIONS[config.mlp_kind](gate) * hidden
+            def project(name: str) -> Array:
+                return dense(y, config.mlp or 0, name)
+
+            hidden = activated(project, "mlp_gate", "mlp_in", config.mlp_kind)
             return dense(hidden, config.width, "mlp_out")
 
         def mlp(y: Array) -> tuple[Array, None]:
@@ -209,9 +235,11 @@ class Block(nn.Module):
             return join(run(self, None, parts)[1])
 
         x = checkpoint_name(x, RESIDUAL)
-        x, state = self._residual(x, segments, "norm", mix)
-        if self.sparse or config.mlp is not None:
-            x, _ = self._residual(x, segments, "mlp_norm", experts if self.sparse else mlp)
+        if self.mixer is not None:
+            x, state = self._residual(x, segments, "norm", mix)
+        if self.second is not None:
+            branch = mlp if self.second == "mlp" else experts
+            x, _ = self._residual(x, segments, "mlp_norm", branch)
         return x, state
 
     def _residual(
@@ -304,14 +332,15 @@ class Backbone(nn.Module):
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> tuple[State, ...]:
-        """One state for each block, before the first token."""
-        mixers = [
-            build(self.config.mixer(layer), self.config.width, parent=None)
-            for layer in range(len(self.config.layout))
-        ]
-        return tuple(
-            m.initial_state(batch_size, max_length=max_length, dtype=dtype) for m in mixers
-        )
+        """One state for each block, before the first token; None for one without a mixer."""
+
+        def start(mixer: MixerConfig | None) -> State:
+            if mixer is None:
+                return None
+            built = build(mixer, self.config.width, parent=None)
+            return built.initial_state(batch_size, max_length=max_length, dtype=dtype)
+
+        return tuple(start(self.config.mixer(layer)) for layer in range(len(self.config.layout)))
 
 
 def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: Any) -> nn.Module:
@@ -329,8 +358,8 @@ def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: A
     kind: Any = Block
     if config.remat != "none":
         kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
-    mixer, sparse = config.mixer(layer), config.sparse(layer)
-    return kind(config, mixer, sparse, deterministic, dtype, name=f"block_{layer}")
+    mixer, second = config.mixer(layer), config.second(layer)
+    return kind(config, mixer, second, deterministic, dtype, name=f"block_{layer}")
 
 
 def make_norm(config: BackboneConfig, name: str) -> Norm:
@@ -350,10 +379,13 @@ def param_labels(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
         if "mixer" in keys:
             at = keys.index("mixer")
             mixer = config.mixer(int(keys[at - 1].removeprefix("block_")))
+            assert mixer is not None
             own = mixer.param_labels().get("/".join(keys[at + 1 :]))
             if own is not None:
                 return own
         norm = any(key.endswith("norm") for key in keys)
+        if keys[-1] == "correction_bias":
+            return NO_DECAY_LABEL  # which experts are chosen has no gradient
         vector = norm or keys[-1] == "bias"
         return ParamLabel(weight_decay=config.decay_vectors or not vector, float32=norm)
 
@@ -373,6 +405,7 @@ def param_axes(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
         if "mixer" in keys:
             at = keys.index("mixer")
             mixer = config.mixer(int(keys[at - 1].removeprefix("block_")))
+            assert mixer is not None
             names = mixer.param_axes().get("/".join(keys[at + 1 :]), names)
         return PartitionSpec("layers", *names) if "period" in keys else names
 

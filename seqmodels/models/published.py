@@ -115,6 +115,34 @@ def hybrid_language_model(
     )
 
 
+def single_branch_language_model(
+    layout: tuple[str, ...],
+    mixers: tuple[MixerConfig, ...],
+    width: int,
+    vocabulary_size: int,
+    *,
+    norm_epsilon: float,
+    mlp: int | None = None,
+    mlp_bias: bool = False,
+    experts: ExpertsConfig | None = None,
+) -> LanguageModelConfig:
+    """Nemotron-H: a mixer, a squared-ReLU MLP ("mlp") or "experts" in each block."""
+    backbone = BackboneConfig(
+        layout=layout,
+        mixers=tuple(config for config in mixers if config.mixer in layout),
+        width=width,
+        single=True,
+        norm="rms",
+        norm_epsilon=norm_epsilon,
+        final_norm=True,
+        mlp=mlp,
+        mlp_kind="relu2",
+        mlp_bias=mlp_bias,
+        experts=experts,
+    )
+    return LanguageModelConfig(backbone, vocabulary_size, tie_embeddings=False)
+
+
 def gemma_embedding_scale(width: int) -> float:
     """``sqrt(width)``, rounded to bfloat16 as Gemma's models have it."""
     return float(jnp.bfloat16(width**0.5))

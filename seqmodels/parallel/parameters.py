@@ -41,11 +41,12 @@ _LAYERS: dict[str, PartitionSpec] = {
     **dict.fromkeys(("dt_proj", "up"), PartitionSpec(None, "inner")),
     **dict.fromkeys(("conv", "conv1d", "conv_1d", "q_conv", "k_conv", "v_conv"), TAPS),
     "down": PartitionSpec("embed", None),
+    "latent_out": PartitionSpec(None, "embed"),
     **dict.fromkeys(
         ("mlp_in", "mlp_gate", "head_in", "shared_in", "shared_gate"), PartitionSpec("embed", "mlp")
     ),
     **dict.fromkeys(("mlp_out", "shared_out"), PartitionSpec("mlp", "embed")),
-    **dict.fromkeys(("router", "shared_router"), PartitionSpec("embed", None)),
+    **dict.fromkeys(("router", "shared_router", "latent_in"), PartitionSpec("embed", None)),
     "head": PartitionSpec("embed", "vocab"),
     "encoder": PartitionSpec(None, "embed"),
 }

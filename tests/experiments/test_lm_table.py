@@ -100,6 +100,7 @@ def test_rows_are_kept_and_added(made):
     assert (made / "results" / "mixers.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.full
 def test_the_table_says_how_small_its_budget_is_and_what_is_left_out(made, capsys):
     assert table.main(["--print-only", "--results-dir", str(made / "results")]) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -83,6 +83,7 @@ def test_fine_tuning_starts_from_what_was_learned(trained):
     assert [record["step"] for record in records if record["kind"] == "eval"] == [4]
 
 
+@pytest.mark.full
 def test_the_result_says_how_it_was_pretrained(trained):
     folder, _ = trained
     result = json.loads((folder / "results" / "listops-s5-cpu-masked-seed0.json").read_text())

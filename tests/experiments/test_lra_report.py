@@ -255,6 +255,7 @@ def test_the_page_of_a_run_and_its_windows(trained, capsys):
     assert len(pieces.pictures) == 1
 
 
+@pytest.mark.full
 def test_a_row_is_reproduced_to_the_bit(trained, capsys):
     options = ["--results-dir", str(trained / "results"), "--cache-dir", str(trained / "cache")]
     for row in ("listops-s5-cpu-seed0", "listops-s5-cpu-window5-seed0"):
@@ -264,6 +265,7 @@ def test_a_row_is_reproduced_to_the_bit(trained, capsys):
         assert "2 of 2 records equal to the bit reproduced to the bit" in out
 
 
+@pytest.mark.full
 def test_a_row_that_says_something_else_is_found_out(trained, tmp_path, capsys):
     name = "listops-s5-cpu-seed0"
     result = json.loads((trained / "results" / f"{name}.json").read_text())

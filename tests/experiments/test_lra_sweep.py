@@ -81,6 +81,7 @@ def test_a_killed_sweep_goes_on_with_the_steps_that_were_chosen(swept):
     assert result["config"]["train"]["max_minutes"] == 100.0
 
 
+@pytest.mark.full
 def test_its_command_gives_the_same_experiment(swept):
     folder, _ = swept
     result = json.loads((folder / "results" / f"{NAME}.json").read_text())

@@ -15,6 +15,7 @@ from seqmodels.models.published import mamba_language_model
 TINY = mamba_language_model(16, 1, MambaConfig(state_size=4), 40)
 
 
+@pytest.mark.full
 def test_block_row(tmp_path):
     pytest.importorskip("mambapy", reason="not run: mambapy is not installed")
     config = bench.ModelBenchConfig(only="mamba-block", repetitions=1, output=tmp_path / "x.json")

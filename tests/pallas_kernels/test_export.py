@@ -25,6 +25,7 @@ def symbolic(name):
     }
 
 
+@pytest.mark.full("linear_attention")
 @pytest.mark.parametrize("name", one_of_many(operands.OPS, ["linear_scan", "linear_attention"]))
 def test_a_symbolic_batch_runs_for_any(name):
     run = jax.jit(operands.call(name))

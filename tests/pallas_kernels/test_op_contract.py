@@ -163,6 +163,7 @@ def test_the_portable_path_computes_what_the_reference_does(name):
     testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full("xla-diagonal_ssm")
 @each_family
 @pytest.mark.parametrize("implementation", one_of_many(["reference", "xla"], ["xla"]))
 def test_the_same_call_twice_is_bitwise_equal_and_compiled_or_not_is_close(name, implementation):

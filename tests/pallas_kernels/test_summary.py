@@ -252,6 +252,7 @@ def test_the_summary_of_a_scan_lacks_the_loop_that_writes():
     assert loops == of_all - 1
 
 
+@pytest.mark.full
 def test_a_delta_rule_whose_columns_do_not_fit_sums_itself_up_in_two_passes():
     op, config, timed, *_ = CASES["delta_rule, head"]
     wide = normal(BATCH, LENGTH, 2, 253) / 16

@@ -93,6 +93,7 @@ def test_every_token_a_checkpoint_is_causal_attention():
     testing.assert_close(o, expected(*case.args.values()), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_bfloat16_against_the_float32_oracle():
     case = Case(length=300, dtype="bfloat16", packed=True, key_size=32, value_size=16, heads=4)
     actual, expected = case.run("xla"), case.oracle()

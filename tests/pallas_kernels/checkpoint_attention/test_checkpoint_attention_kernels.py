@@ -53,7 +53,7 @@ def test_kernels_equal_the_oracle(name, backend):
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.always("False")
+@pytest.mark.full
 @pytest.mark.parametrize("packed", [False, True])
 def test_several_strips_of_slots(packed):
     """Keys of 4 strips, each with 2 steps."""

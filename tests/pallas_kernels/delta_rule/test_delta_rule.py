@@ -44,7 +44,7 @@ def assert_same(first, second):
         np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.full("1000-head-True")
+@pytest.mark.full("1000-head-True", "65-key-True")
 @pytest.mark.parametrize(
     ("length", "decay", "packed"),
     compiled_as_users(
@@ -450,6 +450,7 @@ def test_unknown_case(arguments, message):
         case(*arguments)
 
 
+@pytest.mark.full
 @pytest.mark.optimised
 def test_one_token_without_a_state_is_the_same_every_time():
     """At a size where XLA made a program of it that read memory which nothing had written."""

@@ -70,6 +70,7 @@ def test_kernels_equal_the_oracle(name):
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_bfloat16_against_the_oracle():
     case = Case(length=37, batch=2, decay="key", dtype="bfloat16")
     actual, expected = interpreted(case), case.oracle()

@@ -124,6 +124,7 @@ def test_backward_is_the_derivative_of_forward(decay, docs):
         testing.assert_close(actual, list(expected), testing.FLOAT64_TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_bfloat16_operands(decay):
     """As in the kernels: operands of matmuls are narrow, sums and states are not."""

@@ -74,7 +74,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.always("key-packed", "plain-packed")
+@pytest.mark.always("key-packed")
 @pytest.mark.parametrize("name", FEATURES)
 def test_kernels_equal_the_oracle(name):
     case = Case(**({"length": 37} | FEATURES[name]))
@@ -106,6 +106,7 @@ def test_documents_are_isolated_to_the_bit(decay):
     assert_isolated(functools.partial(interpreted, case), case)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", one_of_many(["head", "key"], ["head"]))
 def test_extreme_decays(decay):
     """Decays of 1 and 0 beside ordinary ones; gradients of clamped ones are 0."""

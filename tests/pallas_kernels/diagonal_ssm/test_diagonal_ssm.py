@@ -50,6 +50,7 @@ CASES = one_of_many(
 
 
 @pytest.mark.full(
+    "fft-130-True-True",
     "chunked-1000-False-False",
     "scan-130-True-True",
     "chunked-65-True-False",
@@ -190,7 +191,7 @@ def test_reverse_is_flip_run_flip(method):
     testing.assert_close(final, last, testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.always("chunked")
+@pytest.mark.full
 @pytest.mark.optimised
 @pytest.mark.parametrize("method", METHODS)
 def test_extreme_decays(method):

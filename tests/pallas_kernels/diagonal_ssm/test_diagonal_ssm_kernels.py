@@ -50,7 +50,7 @@ def test_kernels_equal_the_oracle(backend, features):
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.always("tpu")
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_bfloat16(backend):
     case = case_for(backend, dtype="bfloat16", width=3)
@@ -67,7 +67,7 @@ def test_documents_are_isolated_to_the_bit(backend):
     assert_isolated(functools.partial(interpreted, case, backend), case)
 
 
-@pytest.mark.always("tpu")
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_the_same_call_twice_is_bitwise_equal(backend):
     case = case_for(backend, packed=True, width=3)

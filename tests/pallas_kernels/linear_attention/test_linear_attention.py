@@ -171,6 +171,7 @@ def test_extreme_decays(decay):
         testing.assert_close(*outputs, testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_the_decays_coincide_where_they_say_the_same():
     case = Case(length=70, decay="constant")
     constant = case.args["log_decay"]

@@ -14,8 +14,8 @@ from tests.pallas_kernels.absent import (
 )
 
 CASE = "pallas_kernels.linear_attention.shapes:case"
-# A decay for each head, for each key.
-REPRESENTATIVES = ["head-bench-packed", "key-bench-packed"]
+# No decay, one for each key.
+REPRESENTATIVES = ["plain", "key-bench-packed"]
 SPILL_SHAPES = ["head-bench-packed", "key-bench-packed", "gla-1.3b", "plain", "odd-key-packed"]
 
 

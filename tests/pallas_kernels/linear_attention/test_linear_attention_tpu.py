@@ -67,7 +67,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.always("key-packed", "plain-packed")
+@pytest.mark.always("key-packed")
 @pytest.mark.parametrize("name", FEATURES)
 def test_kernels_equal_the_oracle(name):
     case = Case(**({"length": 37} | FEATURES[name]))
@@ -80,7 +80,7 @@ def test_several_groups_in_one_step():
     testing.assert_close(interpreted(case, ANY), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.always("key")
+@pytest.mark.full
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_bfloat16_against_the_float32_oracle(decay):
     sizes = {"key_size": 32, "value_size": 16, "batch": 1, "heads": 1}

@@ -49,6 +49,7 @@ def test_forward_moves_three_arrays_and_backward_five():
     assert 8 * array < moved < 8.05 * array
 
 
+@pytest.mark.full
 def test_forward_on_a_tpu_is_at_the_floor_without_layout_copies():
     cost = aot.estimate("v5e", CASE, "recurrentgemma-2b", "tpu", "forward", "0.25")
     assert cost.times_floor < 1.05

@@ -47,12 +47,7 @@ FEATURES = [
 ]
 
 
-@pytest.mark.always(
-    "48-True-True-True-complex64-tpu",
-    "48-True-True-True-complex64-gpu",
-    "bfloat16-True-gpu",
-    "bfloat16-True-tpu",
-)
+@pytest.mark.always("48-True-True-True-complex64-tpu", "48-True-True-True-complex64-gpu")
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 @pytest.mark.parametrize(
     "features", FEATURES, ids=lambda f: "-".join(map(str, f.values())) or "plain"
@@ -73,7 +68,7 @@ def test_documents_are_isolated_to_the_bit(backend, reverse):
     assert_isolated(run, case)
 
 
-@pytest.mark.always("tpu")
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_the_same_call_twice_is_bitwise_equal(backend):
     case = case_for(backend, dtype=COMPLEX, packed=True, width=4)

@@ -83,6 +83,7 @@ def broken_chain(monkeypatch):
     monkeypatch.setattr(gpu, "_chain_kernel", unchained)
 
 
+@pytest.mark.always("broken_chain")
 @pytest.mark.parametrize("mutant", [broken_boundary, broken_chain])
 def test_mutants_are_caught(mutant, monkeypatch):
     case = Case(length=LENGTH, width=WIDTH, full=False)

@@ -42,7 +42,7 @@ FEATURES = [
 ]
 
 
-@pytest.mark.always("reverse-packed-states", "full-reverse-length-width")
+@pytest.mark.always("reverse-packed-states")
 @pytest.mark.parametrize("features", FEATURES, ids=lambda f: "-".join(map(str, f)))
 def test_kernels_equal_the_oracle(features):
     case = case_of(**features)
@@ -57,6 +57,7 @@ def test_a_strip_of_six_lane_tiles_and_two_groups_at_once():
     testing.assert_close(interpreted(case, tiles), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
+@pytest.mark.full
 def test_extreme_decays_have_finite_gradients():
     case = case_of(full=False, length=16)
     case.args["A"] = jnp.full_like(case.args["A"], -1e4)
@@ -64,7 +65,7 @@ def test_extreme_decays_have_finite_gradients():
     testing.assert_close(interpreted(case), case.oracle(), testing.FLOAT32_TOLERANCE)
 
 
-@pytest.mark.always("True")
+@pytest.mark.full
 @pytest.mark.parametrize("reverse", [False, True])
 def test_documents_are_isolated_to_the_bit(reverse):
     case = case_of(reverse=reverse, states=1)

@@ -21,6 +21,7 @@ from seqmodels.models.published import (
     griffin_language_model,
     hybrid_language_model,
     mamba_language_model,
+    single_branch_language_model,
 )
 from tests.pytorch import torch, transformers
 
@@ -58,6 +59,24 @@ CONFIGS = {
     ),
     "bamba": transformers.BambaConfig(
         **SIZES, **HEADS, **MAMBA2, attn_layer_indices=[1], mlp_bias=True,
+    ),
+    "jamba": transformers.JambaConfig(
+        **{**SIZES, "num_hidden_layers": 4}, **HEADS, attn_layer_period=3, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, num_experts=3, num_experts_per_tok=2,
+        mamba_d_state=4, mamba_dt_rank=3, mamba_proj_bias=True,
+    ),
+    "nemotron_h": transformers.NemotronHConfig(
+        vocab_size=40, hidden_size=16, head_dim=8, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=24, mlp_bias=True, ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=4,
+        n_groups=2, chunk_size=8, use_bias=True,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+    ),
+    "nemotron-experts": transformers.NemotronHConfig(
+        vocab_size=40, hidden_size=16, head_dim=4, num_attention_heads=4, num_key_value_heads=1,
+        ssm_state_size=8, mamba_num_heads=6, mamba_head_dim=4, n_groups=2, chunk_size=8,
+        n_routed_experts=6, num_experts_per_tok=2, n_group=3, topk_group=2,
+        moe_intermediate_size=10, moe_shared_expert_intermediate_size=12, moe_latent_size=8,
+        routed_scaling_factor=1.5, layers_block_type=["linear_attention", "moe", "full_attention"],
     ),
     "granitemoehybrid": transformers.GraniteMoeHybridConfig(
         **SIZES, **HEADS, **MAMBA2, layer_types=["linear_attention", "full_attention"],
@@ -141,6 +160,23 @@ OURS = {
             AttentionConfig(heads=2, rotary_fraction=0.5, use_bias=True),
         ),
         8, 12, 40, norm_epsilon=1e-5, tie_embeddings=True,
+    ),
+    "jamba": hybrid_language_model(
+        ("attention", "mamba"),
+        (
+            MambaConfig(state_size=4, mixer_rms_eps=1e-5, mixer_rms_scales=True),
+            AttentionConfig(heads=2, kv_heads=1, rotary_base=None),
+        ),
+        8, 12, 40, norm_epsilon=1e-5, tie_embeddings=True,
+    ),
+    "nemotron_h": single_branch_language_model(
+        ("experts", "mamba2", "mlp", "attention"),
+        (
+            Mamba2Config(state_size=4, head_size=4, num_heads=2, time_step_limit=(0.01, np.inf)),
+            AttentionConfig(heads=2, rotary_base=None),
+        ),
+        8, 40, norm_epsilon=1e-5, mlp=12,
+        experts=ExpertsConfig(3, 2, 8, shared=4, scores="sigmoid", correction=True, scale=2.0),
     ),
     "granitemoehybrid": hybrid_language_model(
         ("mamba2", "attention"),

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 
 HYBRIDS = (
     "qwen3_5_text", "qwen3_next", "lfm2", "bamba", "granitemoehybrid", "granite-experts",
+    "jamba", "nemotron_h", "nemotron-experts",
 )  # fmt: skip
 LONG = np.random.default_rng(1).integers(3, 40, (1, 300)).astype(np.int32)
 
@@ -91,6 +92,7 @@ def test_a_prompt_in_chunks_ends_with_their_logits(hybrid):
         assert error <= tolerances.FLOAT32_PUBLISHED
 
 
+@pytest.mark.full
 def test_bfloat16_is_as_near_to_float32_as_theirs(hybrid, tmp_path):
     _, params, theirs = hybrid
     theirs.save_pretrained(tmp_path)

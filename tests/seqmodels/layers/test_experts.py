@@ -104,6 +104,7 @@ def test_gradients_are_those_of_all_experts(name):
         assert relative(found, expected) <= tolerances.FLOAT32_MIXER_GRADIENTS
 
 
+@pytest.mark.full
 def test_an_expert_that_nobody_chooses_has_no_gradient():
     layer, params, x = made(CASES["one"])
     kernel = np.array(params["router"]["kernel"])
@@ -175,7 +176,7 @@ def test_experts_that_fit_no_backbone_are_refused(fields, message):
 def test_experts_in_every_second_block_scanned_or_not():
     config = stack(mlp=10, dense_blocks=(0, 2))
     assert config.period == 2
-    assert [config.sparse(layer) for layer in range(4)] == [False, True, False, True]
+    assert [config.second(layer) for layer in range(4)] == ["mlp", "experts"] * 2
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     params = jax.jit(Backbone(config).init)(jax.random.key(1), x)["params"]
     assert {"mlp_in", "mlp_gate", "mlp_out"} <= params["block_0"].keys()

@@ -26,6 +26,7 @@ def documents(ids):
             yield row, slice(where[0], where[-1] + 1)
 
 
+@pytest.mark.always("gla")
 @pytest.mark.parametrize("case", one_of_many(CAUSAL, ["s4d", "gla"]))
 def test_reverse_is_flip(case):
     config = CASES[case]

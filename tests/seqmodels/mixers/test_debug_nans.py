@@ -25,6 +25,7 @@ def _stop_at_what_is_not_finite():
         yield
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", one_of_many(ONE_OF_EACH.values(), ["attention"]))
 def test_mixers(case):
     """Outside of `jax.jit` every step is checked, inside what comes out."""

@@ -81,6 +81,7 @@ def s4d_ft(values):
     return outputs
 
 
+@pytest.mark.full
 def test_s4d_with_weighted_frequencies():
     config = S4DConfig(
         state_size=4, n_ssm=1, bidirectional=True, dt_min=0.05, dt_max=0.5,

@@ -50,6 +50,7 @@ def loss_of(run):
     return jax.jit(jax.grad(loss))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case", one_of_many([ONE_OF_EACH[m] for m in sorted(PRODUCTS)], [ONE_OF_EACH["rg_lru"]])
 )

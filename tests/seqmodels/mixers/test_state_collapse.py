@@ -87,6 +87,7 @@ def layer(mitigation, segments=None, x=None):
     return apply(x)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "mitigation", one_of_many([ForgetMore(), NormaliseState(1e6), WindowState(L)], [WindowState(L)])
 )

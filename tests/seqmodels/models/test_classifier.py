@@ -281,6 +281,7 @@ def test_known_ids_outside_of_the_vocabulary_are_refused(wrong):
             jax.eval_shape(lambda m=model, x=inputs: m.init(jax.random.key(0), x))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("parts", one_of_many([1, 2], [2]))
 def test_a_step_is_the_same_with_64_bit_types(parts):
     """A classifier and a matcher; with dropout, batch statistics and two learning rates."""

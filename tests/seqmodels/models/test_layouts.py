@@ -82,6 +82,7 @@ def test_whole_is_chunked_prefill_is_token_by_token(pattern):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pattern", one_of_many(STACKS, always=["griffin"]))
 def test_packed_documents_are_unpacked_ones_and_apart_to_the_bit(pattern):
     _, _, run = setup(pattern)

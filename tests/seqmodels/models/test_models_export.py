@@ -12,6 +12,7 @@ from tests import tolerances
 from tests.pallas_kernels.export_checks import DISABLED_CHECKS, symbols_as_sizes
 
 
+@pytest.mark.full
 @pytest.mark.all_platforms
 def test_a_model_is_exported_for_any_batch_and_each_platform():
     stack = BackboneConfig(

@@ -125,6 +125,7 @@ def some(strategies, shards, always):
     return one_of_many([(a, b) for a in strategies for b in shards], always)
 
 
+@pytest.mark.full("ring-2", "ring-8")
 @pytest.mark.parametrize(
     ("strategy", "shards"), some(WHOLE, SHARDS, [(a, b) for a in WHOLE for b in (2, 3, 8)])
 )

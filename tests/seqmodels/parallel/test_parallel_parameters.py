@@ -131,6 +131,7 @@ ONE_HEAD = {"sliding_window-sinks", "rat-chunks-of-one", "scout-mamba"}
 HEADS = [name for name in SERVED if name not in ONE_HEAD]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", one_of_many(HEADS, ["gla"]))
 def test_a_step_is_that_of_one_device_shard_by_shard(name):
     actual = steps(name, make_mesh(2, 2, 2), CONFIG)

@@ -59,6 +59,7 @@ def test_real_tokens_of_a_row_are_turned(width):
         np.testing.assert_array_equal(y, np.concatenate([row[:real][::-1], row[real:]]))
 
 
+@pytest.mark.full
 def test_linear_attention_runs_backwards():
     mesh = make_mesh(1, seq=8)
     ids = np.asarray([[1] * 9 + [2] * 15, [1] * 7 + [2] * 4 + [0] * 13], np.int32)

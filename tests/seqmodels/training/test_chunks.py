@@ -117,6 +117,7 @@ def test_the_gradient_through_some_chunks_is_unbiased():
     assert testing.rmse_ratio(biased["w"], exact["w"]) > 0.1
 
 
+@pytest.mark.full
 def test_a_step_draws_its_chunks():
     model = model_of(CASES["lru"])
     draws = language(model, lambda params: params, chunk=8, share=0.5)

@@ -81,6 +81,7 @@ def test_the_loss_of_pieces_with_carried_states_is_that_of_the_whole():
     assert abs(forgetful.loss - rest) > 1e-4
 
 
+@pytest.mark.full
 def test_the_gradient_is_that_of_the_last_piece_alone():
     """Truncated backpropagation: the states are constants."""
     first, second = batches_of(7, 3, 2)
