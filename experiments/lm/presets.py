@@ -302,5 +302,5 @@ def parameters(config: LanguageModelConfig) -> int:
 def state_bytes(config: LanguageModelConfig, length: int) -> int:
     """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16."""
     stack = config.backbone
-    blocks = (stack.mixer(layer) for layer in range(len(stack.layout)))
-    return sum(build(mixer, stack.width, parent=None).state_bytes(length) for mixer in blocks)
+    mixers = (build(mixer, stack.width, parent=None) for mixer in stack.each_mixer())
+    return sum(mixer.state_bytes(length) for mixer in mixers)

@@ -126,10 +126,7 @@ class Row:
         the mixer has no one-directional form."""
         backbone = self.config.classifier.backbone
         length = self.config.classifier.window or self.longest
-        sizes = [
-            _state_bytes(backbone.mixer(layer), backbone.width, length)
-            for layer in range(len(backbone.layout))
-        ]
+        sizes = [_state_bytes(mixer, backbone.width, length) for mixer in backbone.each_mixer()]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @property

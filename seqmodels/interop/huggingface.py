@@ -286,7 +286,7 @@ def _transformers_family(config: LanguageModelConfig) -> Family:
     if config.backbone.single:
         return nemotron.NEMOTRON_H
     if names == {"mamba"} and config.backbone.mlp is None and config.backbone.experts is None:
-        plain = config.backbone.mixer(0).mixer_rms_eps is None  # type: ignore[attr-defined]
+        plain = config.backbone.mixers[0].mixer_rms_eps is None  # type: ignore[attr-defined]
         return mamba.MAMBA if plain else mamba.FALCON_MAMBA
     if names == {"mamba2"} and config.backbone.mlp is None:
         return mamba.MAMBA2

@@ -47,7 +47,8 @@ def _read(fields: Fields) -> LanguageModelConfig:
     attended = _chosen(fields, "attn", layers, 8, 4)
     experts = fields.take("num_experts", int, 16)
     hidden = fields.take("intermediate_size", int, 14_336)
-    sparse = _chosen(fields, "expert", layers, 2, 1) if experts > 1 else set()
+    sparse = _chosen(fields, "expert", layers, 2, 1)
+    sparse = sparse if experts > 1 else set()
     chosen = fields.take("num_experts_per_tok", int, 2)
     dense = tuple(layer for layer in range(layers) if layer not in sparse)
     mamba = MambaConfig(

@@ -40,6 +40,11 @@ _OLDER_KINDS = {
     "mamba": "mamba2", "M": "mamba2", "attention": "attention", "*": "attention", "-": "mlp",
     "E": "experts",
 }  # fmt: skip
+_OF_EXPERTS = (
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "moe_shared_expert_intermediate_size", "n_group", "topk_group", "routed_scaling_factor",
+    "moe_latent_size",
+)  # fmt: skip
 # Fields -> what older files call them.
 _OLDER_NAMES = {
     "n_groups": "mamba_n_groups",
@@ -72,9 +77,11 @@ def _read(fields: Fields) -> LanguageModelConfig:
     fields.ignore("time_step_limit", "mamba_dt_limit", "num_query_groups", "rms_norm_eps")
     fields.ignore("residual_in_fp32", "n_shared_experts")
     layout = _read_layout(fields)
-    hidden, experts = fields.take("intermediate_size", int, 21_504), _read_experts(fields)
+    hidden, experts = fields.take("intermediate_size", int, 21_504), None
+    fields.ignore(*_OF_EXPERTS)
     if "experts" in layout:
         fields.require("mlp_bias", False)
+        experts = _read_experts(fields)
     mixers = (
         _read_mamba2(fields, len(layout), epsilon),
         AttentionConfig(**read_heads(fields, width, 32, 8, 128), rotary_base=None),
@@ -87,7 +94,7 @@ def _read(fields: Fields) -> LanguageModelConfig:
         norm_epsilon=epsilon,
         mlp=hidden if "mlp" in layout else None,
         mlp_bias=fields.take("mlp_bias", bool, False),
-        experts=experts if "experts" in layout else None,
+        experts=experts,
     )
 
 

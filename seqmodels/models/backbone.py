@@ -155,6 +155,11 @@ class BackboneConfig(Checked):
         found = [config for config in self.mixers if config.mixer == name]
         return found[0].at(layer, len(self.layout)) if found else None
 
+    def each_mixer(self) -> list[MixerConfig]:
+        """``mixer`` of the blocks that have one, in order."""
+        found = (self.mixer(layer) for layer in range(len(self.layout)))
+        return [mixer for mixer in found if mixer is not None]
+
     @property
     def period(self) -> int:
         """Length of the shortest pattern of blocks that, repeated and cut, gives the layout.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seqmodels.parallel.mesh import MESH_AXES, current_mesh
@@ -103,7 +104,7 @@ def partition(
     return PartitionSpec(*(tuple(part) or None for part in taken))
 
 
-def gathered(x: jax.Array, axes: PartitionSpec) -> jax.Array:
+def gathered(x: jax.Array | np.ndarray, axes: PartitionSpec) -> jax.Array | np.ndarray:
     """A parameter as a layer uses it: of its parts only those over ``model`` are apart.
 
     The compiler finds out by itself where it multiplies; a look-up in a table has to be told.

@@ -68,15 +68,16 @@ CONFIGS = {
     "nemotron_h": transformers.NemotronHConfig(
         vocab_size=40, hidden_size=16, head_dim=8, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=24, mlp_bias=True, ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=4,
-        n_groups=2, chunk_size=8, use_bias=True,
+        n_groups=2, chunk_size=8, use_bias=True, time_step_min=1e-5,
         layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
     ),
     "nemotron-experts": transformers.NemotronHConfig(
         vocab_size=40, hidden_size=16, head_dim=4, num_attention_heads=4, num_key_value_heads=1,
         ssm_state_size=8, mamba_num_heads=6, mamba_head_dim=4, n_groups=2, chunk_size=8,
         n_routed_experts=6, num_experts_per_tok=2, n_group=3, topk_group=2,
-        moe_intermediate_size=10, moe_shared_expert_intermediate_size=12, moe_latent_size=8,
-        routed_scaling_factor=1.5, layers_block_type=["linear_attention", "moe", "full_attention"],
+        moe_intermediate_size=8, moe_shared_expert_intermediate_size=12, moe_latent_size=8,
+        routed_scaling_factor=1.5, time_step_min=1e-5,
+        layers_block_type=["linear_attention", "moe", "full_attention"],
     ),
     "granitemoehybrid": transformers.GraniteMoeHybridConfig(
         **SIZES, **HEADS, **MAMBA2, layer_types=["linear_attention", "full_attention"],
@@ -101,6 +102,9 @@ def written_by_transformers(name, folder, noise=1.0):
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     with torch.no_grad():
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
         for name, parameter in theirs.named_parameters():
             parameter.add_((0.1 if "embed" in name else noise) * torch.randn_like(parameter))
     theirs.save_pretrained(folder)

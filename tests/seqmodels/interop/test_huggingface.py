@@ -278,7 +278,7 @@ def test_older_names_of_fields(tmp_path):
     [
         ({"logit_cap": 3.0}, "as a mamba model: cannot say LanguageModelConfig.logit_cap=3.0"),
         ({"norm": "layer"}, "cannot say BackboneConfig.norm='layer' .only 'rms'"),
-        ({"mlp": 4}, "cannot say BackboneConfig.mlp=4"),
+        ({"mlp": 4}, "as a jamba model: cannot say BackboneConfig.float32_residual=True"),
         ({"layout": ("s5",), "mixers": (S5Config(state_size=4, blocks=1),)},
          "a layout of s5 is that of no family"),
     ],

@@ -117,6 +117,8 @@ def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.copy_(parameter.grad)
+        for buffer in tuned.buffers():
+            buffer.zero_()
     tuned.save_pretrained(tmp_path)
     _, expected = load(tmp_path)
 
@@ -129,5 +131,5 @@ def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
     for (path, found), gradient in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
     ):
-        error = np.sqrt(np.mean((found - gradient) ** 2) / np.mean(gradient**2))
-        assert error <= tolerances.FLOAT32_PUBLISHED, jax.tree_util.keystr(path)
+        error, scale = (np.sqrt(np.mean(part**2)) for part in (found - gradient, gradient))
+        assert error <= tolerances.FLOAT32_PUBLISHED * scale, jax.tree_util.keystr(path)

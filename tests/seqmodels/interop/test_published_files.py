@@ -60,6 +60,16 @@ _GRANITE = {
     "mamba_chunk_size": 4, "router_aux_loss_coef": 0.5, "init_method": "mup",
     "attention_dropout": 0.5,
 }  # fmt: skip
+_NEMOTRON = {
+    "num_nextn_predict_layers": 2, "mtp_layers_block_type": ["mlp"],
+    "mtp_hybrid_override_pattern": "*E", "num_logits_to_keep": 3,
+    "rescale_prenorm_residual": False, "use_mamba_kernels": False, "mamba_chunk_size": 4,
+    "mamba_ssm_cache_dtype": "bfloat16", "moe_shared_expert_overlap": False,
+    "mamba_dt_init_floor": 0.5, "hidden_dropout": 0.5, "mamba_expand": 5, "mamba_proj_bias": True,
+    "time_step_rank": 7, "mamba_dt_limit": [0.1, 0.2], "num_query_groups": 3, "rms_norm_eps": 0.5,
+    "residual_in_fp32": True, "n_shared_experts": 3, "time_step_max": 0.7, "num_hidden_layers": 9,
+    "attention_dropout": 0.5,
+}  # fmt: skip
 ODD_OF = {
     "mamba": _BOTH,
     "falcon_mamba": _BOTH | {"use_falcon_mambapy": True},
@@ -91,6 +101,17 @@ ODD_OF = {
     },
     "granitemoehybrid": _GRANITE | {"intermediate_size": 5, "num_experts_per_tok": 3},
     "granite-experts": _GRANITE,
+    "jamba": {
+        "num_logits_to_keep": 3, "calc_logits_for_entire_prompt": True,
+        "router_aux_loss_coef": 0.5, "use_mamba_kernels": False, "use_mambapy": True,
+        "use_associative_scan": False, "attention_dropout": 0.5,
+    },
+    "nemotron_h": _NEMOTRON | {
+        "n_routed_experts": 3, "num_experts_per_tok": 1, "moe_latent_size": 5, "n_group": 3,
+        "moe_intermediate_size": 5, "moe_shared_expert_intermediate_size": 5, "topk_group": 3,
+        "norm_topk_prob": False, "routed_scaling_factor": 3.0,
+    },
+    "nemotron-experts": _NEMOTRON | {"intermediate_size": 5},
 }  # fmt: skip
 
 
@@ -213,6 +234,31 @@ PUBLISHED = {
         "normalization_function": "rmsnorm", "output_router_logits": false,
         "rope_scaling": null, "rope_theta": 10000, "router_aux_loss_coef": 0.01,
         "torch_dtype": "bfloat16", "use_cache": true}""",
+    "jamba": """{"architectures": ["JambaForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 1, "calc_logits_for_entire_prompt": false, "eos_token_id": 2,
+        "hidden_act": "silu", "initializer_range": 0.02, "mamba_inner_layernorms": true,
+        "num_logits_to_keep": 1, "output_router_logits": false, "pad_token_id": 0,
+        "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.001, "sliding_window": null,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0", "use_cache": true,
+        "use_mamba_kernels": true}""",
+    "nemotron_h": """{"architectures": ["NemotronHForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 1, "chunk_size": 128, "conv_kernel": 4,
+        "eos_token_id": 2, "expand": 2, "hidden_dropout": 0.0,
+        "hybrid_override_pattern": "M-*-M", "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "layers_block_type": null, "mamba_hidden_act": "silu",
+        "mamba_proj_bias": false, "mlp_hidden_act": "relu2", "num_hidden_layers": 5,
+        "num_logits_to_keep": 1, "num_query_groups": 2, "pad_token_id": 0,
+        "rescale_prenorm_residual": true, "residual_in_fp32": false, "rms_norm_eps": 1e-05,
+        "sliding_window": null, "tie_word_embeddings": false, "time_step_floor": 0.0001,
+        "time_step_limit": [0.0, Infinity], "time_step_max": 0.1, "time_step_min": 0.001,
+        "time_step_rank": 256, "torch_dtype": "bfloat16", "transformers_version": "4.48.0.dev0",
+        "use_cache": true, "use_conv_bias": true, "use_mamba_kernels": true}""",
+    "nemotron-experts": """{"architectures": ["NemotronHForCausalLM"], "attention_bias": false,
+        "hybrid_override_pattern": "ME*", "layers_block_type": null, "mamba_hidden_act": "silu",
+        "mamba_ssm_cache_dtype": "float32", "mlp_hidden_act": "relu2",
+        "moe_shared_expert_overlap": true, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_hidden_layers": 3, "rescale_prenorm_residual": true, "residual_in_fp32": false,
+        "sliding_window": null, "torch_dtype": "bfloat16", "use_cache": true}""",
 }
 
 

@@ -1,5 +1,7 @@
 """Mixtures of experts against a loop over tokens, and in a backbone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,11 @@ CASES = {
     "shares": ExpertsConfig(experts=4, chosen=3, hidden=5, normalised=False),
     "one": ExpertsConfig(experts=3, chosen=1, hidden=4, shared=3, normalised=False),
 }
+# DeepSeek's and Nemotron's: sigmoids, groups, a narrower space, squared ReLU.
+GROUPED = ExpertsConfig(
+    experts=6, chosen=3, hidden=5, shared=4, scores="sigmoid", correction=True, groups=3,
+    chosen_groups=2, scale=1.5, latent=4,
+)  # fmt: skip
 
 
 def relative(found, expected):
@@ -104,6 +111,47 @@ def test_gradients_are_those_of_all_experts(name):
         assert relative(found, expected) <= tolerances.FLOAT32_MIXER_GRADIENTS
 
 
+@pytest.mark.parametrize("latent", [4, None])
+def test_sigmoids_choose_within_the_best_groups(latent):
+    config = dataclasses.replace(GROUPED, latent=latent)
+    layer = Experts(config, "relu2")
+    x = jax.random.normal(jax.random.key(3), (2, 9, 8))
+    params = jax.jit(layer.init)(jax.random.key(4), x)["params"]
+    bias = np.array([0.0, 0.3, -0.2, 0.1, 0.2, -0.1], np.float32)
+    params = {**params, "correction_bias": bias}
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    expected, seen = np.zeros(x.shape), set()
+    for place in np.ndindex(x.shape[:2]):
+        token = np.asarray(x[place], np.float64)
+        shares = 1 / (1 + np.exp(-(token @ p["router"]["kernel"])))
+        pairs = [sorted(group)[-2:] for group in (shares + p["correction_bias"]).reshape(3, 2)]
+        best = sorted(range(3), key=lambda g: -sum(pairs[g]))[:2]
+        allowed = [e for e in range(6) if e // 2 in best]
+        chosen = sorted(allowed, key=lambda e: -(shares[e] + bias[e]))[:3]
+        seen |= {tuple(sorted(chosen))}
+        inner = token @ p["latent_in"]["kernel"] if latent else token
+        out = sum(
+            1.5 * shares[e] / shares[chosen].sum()
+            * (np.maximum(inner @ p["w_in"][e], 0) ** 2 @ p["w_out"][e])
+            for e in chosen
+        )  # fmt: skip
+        out = out @ p["latent_out"]["kernel"] if latent else out
+        shared = np.maximum(token @ p["shared_in"]["kernel"], 0) ** 2
+        expected[place] = out + shared @ p["shared_out"]["kernel"]
+    assert len(seen) > 3
+    assert relative(layer.apply({"params": params}, x), expected) <= tolerances.FLOAT32
+    gradient = jax.grad(lambda p: jnp.sum(layer.apply({"params": p}, x) ** 2))(params)
+    assert not np.any(gradient["correction_bias"])
+    assert np.all([np.any(leaf) for name, leaf in gradient.items() if name != "correction_bias"])
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="groups=4 must divide experts=6"):
+        dataclasses.replace(GROUPED, groups=4)
+    with pytest.raises(ValueError, match="chosen_groups=1 must be at most groups=3 and hold"):
+        dataclasses.replace(GROUPED, chosen_groups=1)
+
+
 @pytest.mark.full
 def test_an_expert_that_nobody_chooses_has_no_gradient():
     layer, params, x = made(CASES["one"])
@@ -164,7 +212,13 @@ def stack(**fields):
         ({"dense_blocks": (1,)}, r"mlp=None is that of dense_blocks=\(1,\)"),
         ({"mlp": 8, "dense_blocks": (4,)}, r"dense_blocks=\(4,\) must be below the number of"),
         ({"experts": None, "dense_blocks": (1,)}, "set experts, or dense_blocks"),
-        ({"mlp_kind": "gelu"}, "experts need mlp_kind 'swiglu' or 'geglu'"),
+        ({"mlp_tile": 4}, "experts need mlp_tile=None, not 4"),
+        ({"single": True}, "single=True experts=.* needs a block 'experts' in layout"),
+        ({"single": True, "layout": ("experts", "attention"), "mlp": 4}, "mlp=4 needs a block"),
+        (
+            {"single": True, "layout": ("experts", "attention"), "dense_blocks": (1,)},
+            "layout says which blocks have experts, not dense_blocks",
+        ),
     ],
 )
 def test_experts_that_fit_no_backbone_are_refused(fields, message):

@@ -296,3 +296,35 @@ def test_lightning_decays_less_in_deeper_layers():
     config = BackboneConfig(("lightning",) * 2, (mixer,), width=4)
     first, last = (slopes(2, config.mixer(i).layer, config.mixer(i).layers) for i in range(2))
     np.testing.assert_allclose(last / first, 1e-5 / (1 + 1e-5), **tolerances.EACH_FLOAT32_TOTAL)
+
+
+def test_blocks_of_one_branch():
+    config = BackboneConfig(
+        layout=("s5", "mlp") * 2, mixers=(S5_SMALL,), width=4, single=True, mlp=6,
+        mlp_kind="relu2", mlp_bias=False, norm="rms", scan_layers=True,
+    )  # fmt: skip
+    assert (config.period, config.repeats) == (2, 2)
+    unrolled = dataclasses.replace(config, scan_layers=False)
+    params = init(unrolled)["params"]
+    assert {*params["block_1"]} == {"mlp_norm", "mlp_in", "mlp_out"}
+    assert {*params["block_2"]} == {"norm", "mixer"}
+    start = Backbone(unrolled).initial_state(2)
+    assert [state is None for state in start] == [False, True] * 2
+    y, state = Backbone(unrolled).apply({"params": params}, X, segments=SEGMENTS, state=start)
+    again, scanned = Backbone(config).apply(
+        {"params": stack_layers(config, params)}, X, segments=SEGMENTS, state=start
+    )
+    assert jax.tree.structure(state) == jax.tree.structure(scanned) == jax.tree.structure(start)
+    np.testing.assert_allclose(y, again, **tolerances.EACH_FLOAT32_MODEL)
+    one = jax.tree.map(jnp.zeros_like, params["block_1"]["mlp_out"])
+    same = {**params, "block_1": {**params["block_1"], "mlp_out": one}}
+    same["block_3"] = {**params["block_3"], "mlp_out": one}
+    alone = dataclasses.replace(config, layout=("s5",) * 2, single=False, mlp=None)
+    mixers = {"block_0": params["block_0"], "block_1": params["block_2"]}
+    alone = dataclasses.replace(alone, scan_layers=False)
+    np.testing.assert_array_equal(
+        Backbone(unrolled).apply({"params": same}, X)[0],
+        Backbone(alone).apply({"params": mixers}, X)[0],
+    )
+    with pytest.raises(ValueError, match="must name every config in mixers"):
+        dataclasses.replace(config, single=False)
