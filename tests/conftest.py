@@ -7,6 +7,9 @@ Most of the suite's time is tracing and compiling small programs. Unless `--ever
   processes of their own;
 - what calls ops is traced for CPUs alone, as training on one is, except for the tests of the ops
   and those marked `all_platforms`.
+
+With `--everything` the experiments are still traced for the CPU that they run on, and interpreted
+kernels compiled quickly: what a CPU makes of an interpreter runs on no chip.
 """
 
 import hypothesis
@@ -26,6 +29,8 @@ hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
 _EVERYTHING = "--everything"
+# Ends of the names of modules whose kernels are interpreted.
+_INTERPRETED = ("_kernels", "_tpu", "_gpu")
 
 
 def pytest_addoption(parser):
@@ -85,8 +90,10 @@ def _compilation(request, _module_compilation):
 @pytest.fixture(autouse=True)
 def _traced_for_cpus(request):
     """Above the kernels, nothing that only other platforms run is traced."""
-    kernels = request.config.rootpath / "tests" / "pallas_kernels"
-    as_users = request.config.getoption(_EVERYTHING) or request.path.is_relative_to(kernels)
+    tests = request.config.rootpath / "tests"
+    everything = request.config.getoption(_EVERYTHING)
+    below = "seqmodels" if everything else "pallas_kernels"
+    as_users = any(request.path.is_relative_to(tests / part) for part in ("pallas_kernels", below))
     if as_users or request.node.get_closest_marker("all_platforms"):
         yield
     else:
@@ -95,7 +102,9 @@ def _traced_for_cpus(request):
 
 
 def _compile_as_wanted(request):
-    as_users = request.config.getoption(_EVERYTHING) or request.node.get_closest_marker("optimised")
+    interpreted = request.path.stem.endswith(_INTERPRETED)
+    everything = request.config.getoption(_EVERYTHING) and not interpreted
+    as_users = everything or request.node.get_closest_marker("optimised")
     wanted = _get_compile_options if as_users else _quick_on_cpus
     if compiler.get_compile_options is not wanted:
         _drop_programs()  # none may be found again that was compiled otherwise

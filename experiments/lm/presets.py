@@ -269,6 +269,7 @@ def mixer_config(name: str, size: ModelSize) -> MixerConfig:
         "hgrn2": {"layers": 1},
         "lightning": {"layers": 1},
         "mamba2": {"state_size": 64},
+        "parallel": {"mixers": _side_by_side(size)} if name == "parallel" else {},
         "s4d": {"state_size": 32},
         "s5": {"state_size": size.width},
         "lru": {"state_size": size.width},
@@ -284,6 +285,11 @@ def mixer_config(name: str, size: ModelSize) -> MixerConfig:
             f"choose one of {', '.join(other for other in MIXERS if other != name)}"
         )
     return config
+
+
+def _side_by_side(size: ModelSize) -> tuple[MixerConfig, ...]:
+    """Those that are published in one block."""
+    return tuple(mixer_config(name, size) for name in ("mamba2", "attention"))
 
 
 def group_rates(mixer: str, size: ModelSize) -> dict[str, float]:

@@ -14,7 +14,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> registered mixer, fields that differ from it."""
 
-CAUSAL = tuple(name for name in REGISTRY if name not in ("bidirectional", "hydra"))
+CAUSAL = tuple(name for name in REGISTRY if name not in ("bidirectional", "hydra", "parallel"))
+"""One mixer at a time."""
+
 NAMES = (*CAUSAL, *VARIANTS)
 
 

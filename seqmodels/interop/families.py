@@ -139,18 +139,24 @@ TRAINING_ONLY = frozenset({
 """Fields of our configs that say nothing about what the trained model computes."""
 
 
+def _mixers(config: LanguageModelConfig) -> list[Any]:
+    """The mixers' configs, and those of the mixers in them."""
+    outer = config.backbone.mixers
+    return [*outer, *(inner for mixer in outer for inner in getattr(mixer, "mixers", ()))]
+
+
 def differences(one: LanguageModelConfig, two: LanguageModelConfig, but: frozenset[str]) -> str:
     """The first difference in what two configs compute, in words; "" for none."""
     pairs: list[tuple[str, Any, Any]] = [("", one, two)]
     pairs.append(("backbone.", one.backbone, two.backbone))
-    mixers = {config.mixer: config for config in two.backbone.mixers}
-    for config in one.backbone.mixers:
+    mixers = {config.mixer: config for config in _mixers(two)}
+    for config in _mixers(one):
         if config.mixer in mixers:
             pairs.append(("mixer.", config, mixers[config.mixer]))
     for prefix, a, b in pairs:
         for field in dataclasses.fields(a):
             name = prefix + field.name
-            if name in TRAINING_ONLY | but | {"backbone", "backbone.mixers"}:
+            if name in TRAINING_ONLY | but | {"backbone", "backbone.mixers", "mixer.mixers"}:
                 continue
             x, y = getattr(a, field.name), getattr(b, field.name)
             if x != y:

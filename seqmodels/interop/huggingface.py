@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels.interop import bamba, jamba, lfm2, mamba, nemotron, qwen, recurrent_gemma, tensors
+from seqmodels.interop import (
+    bamba,
+    falcon_h1,
+    jamba,
+    lfm2,
+    mamba,
+    nemotron,
+    qwen,
+    recurrent_gemma,
+    tensors,
+)
 from seqmodels.interop.families import HEAD, Family, differences, merged, spellings
 from seqmodels.interop.fields import Fields, json_text, read_json
 from seqmodels.interop.layout import Slot, experts_apart, experts_together, to_theirs
@@ -40,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         bamba.GRANITE,
         jamba.JAMBA,
         nemotron.NEMOTRON_H,
+        falcon_h1.FALCON_H1,
     )
 }
 
@@ -293,7 +304,13 @@ def _transformers_family(config: LanguageModelConfig) -> Family:
     if names <= bamba.BAMBA.mixers:
         return bamba.GRANITE if bamba.has_multipliers(config) else bamba.BAMBA
     hybrid = qwen.QWEN3_5 if config.backbone.experts is None else qwen.QWEN3_NEXT
-    for family in (jamba.JAMBA, recurrent_gemma.RECURRENT_GEMMA, hybrid, lfm2.LFM2):
+    for family in (
+        falcon_h1.FALCON_H1,
+        jamba.JAMBA,
+        recurrent_gemma.RECURRENT_GEMMA,
+        hybrid,
+        lfm2.LFM2,
+    ):
         if names <= family.mixers:
             return family
     raise ValueError(

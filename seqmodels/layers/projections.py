@@ -33,6 +33,11 @@ def dense(
     return nn.Dense(features, use_bias, name=name, dtype=x.dtype, kernel_init=init)(x)
 
 
+def scaled(x: Float[Array, "*b d"], scale: float) -> Float[Array, "*b d"]:
+    """``scale x``; nothing is multiplied by 1."""
+    return x if scale == 1.0 else x * scale
+
+
 def rms_normalise(x: Float[Array, "*b d"], epsilon: float, groups: int = 1) -> Float[Array, "*b d"]:
     """Each of ``groups`` parts of the last axis over its root mean square; float32 inside."""
     wide = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)

@@ -17,6 +17,7 @@ from seqmodels.mixers.lightning import Lightning, LightningConfig
 from seqmodels.mixers.lru import LRU, LRUConfig
 from seqmodels.mixers.mamba import Mamba, MambaConfig
 from seqmodels.mixers.mamba2 import Mamba2, Mamba2Config
+from seqmodels.mixers.parallel import Parallel, ParallelConfig
 from seqmodels.mixers.rat import RAT, RATConfig
 from seqmodels.mixers.retnet import RetNet, RetNetConfig
 from seqmodels.mixers.rg_lru import RGLRU, RGLRUConfig
@@ -41,6 +42,7 @@ REGISTRY: dict[str, tuple[type[MixerConfig], type[Mixer]]] = {
     "lru": (LRUConfig, LRU),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
+    "parallel": (ParallelConfig, Parallel),
     "rat": (RATConfig, RAT),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
@@ -102,6 +104,8 @@ __all__ = [
     "MambaConfig",
     "Mixer",
     "MixerConfig",
+    "Parallel",
+    "ParallelConfig",
     "ParamLabel",
     "RATConfig",
     "RGLRUConfig",

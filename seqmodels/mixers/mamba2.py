@@ -5,11 +5,12 @@ State Space Duality", ICML 2024 (arXiv:2405.21060), section 7.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from seqmodels.layers.heads import log_of_uniform, merge_heads, split_heads, step_bias
@@ -19,7 +20,7 @@ from seqmodels.mixers.base import Mixer, RecurrentState, Segments, mask_padding
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.ssd import SSDConfig, ssd, steps
 from seqmodels.mixers.state_collapse import Mitigation, WindowState, mitigated_ssd
-from seqmodels.ranges import Size
+from seqmodels.ranges import Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Mamba2Config(SSDConfig):
 
     Attributes:
       layers: depth of the model; the initial ``out_proj`` is smaller by ``sqrt(layers)``.
+      norm: where the outputs' RMS norm is, within each group: "after_gate", "before_gate"; None for
+        the gate alone.
+      part_scales: None, or what z, x, B, C and dt are multiplied by (Falcon-H1).
       mitigation: of the collapse of the state on rows longer than those of the training, see
         ``seqmodels.mixers.state_collapse``; for inference on one document a row, token by token.
     """
@@ -35,6 +39,8 @@ class Mamba2Config(SSDConfig):
     mixer: ClassVar[str] = "mamba2"
 
     layers: Size = 1
+    norm: Literal["after_gate", "before_gate"] | None = "after_gate"
+    part_scales: tuple[Positive, Positive, Positive, Positive, Positive] | None = None
     mitigation: Mitigation | None = None
 
     @property
@@ -60,7 +66,8 @@ class Mamba2(Mixer[Mamba2Config]):
 
     ``[z, x, B, C, dt] = in_proj(u)``, ``[x, B, C] = silu(conv1d([x, B, C]))``,
     ``Δ = softplus(dt + dt_bias)``, ``A = -exp(A_log)``; the output is
-    ``out_proj(RMSNorm(y * silu(z)))``, the norm over the channels of one group.
+    ``out_proj(RMSNorm(y * silu(z)))``, the norm over the channels of one group, or as ``norm``
+    says.
 
     Parameters, names as in the published checkpoints: ``in_proj``, ``conv1d``, ``out_proj``, each
     with a ``kernel`` (inputs first), some a ``bias``; ``norm/scale`` ``(E,)``; ``A_log``, ``D``,
@@ -83,11 +90,15 @@ class Mamba2(Mixer[Mamba2Config]):
         entering = state.reset_at_document_start(segments)
         inner, heads, shared = self._sizes
         parts = dense(x, 2 * (inner + shared) + heads, "in_proj", use_bias=config.use_bias)
+        if config.part_scales is not None:
+            sizes = np.array([inner, inner, shared, shared, heads])
+            scales = np.repeat(config.part_scales, sizes)[None, None]
+            parts = parts * jnp.asarray(scales, parts.dtype)
         gate, parts, dt = jnp.split(parts, [inner, 2 * (inner + shared)], axis=-1)
         conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")
         parts, window = conv(parts, entering["conv"], segments=segments)
         y, final_state = self._recur(parts, dt, entering["recurrent_state"], segments)
-        y = GatedGroupNorm(config.groups, config.norm_epsilon, name="norm")(y, gate)
+        y = self._gated(y, gate)
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
         y = mask_padding(y, segments)
@@ -119,6 +130,13 @@ class Mamba2(Mixer[Mamba2Config]):
         return RecurrentState.start(
             {"conv": window, "recurrent_state": jnp.zeros(shape, jnp.float32)}, batch_size
         )
+
+    def _gated(self, y: Float[Array, "b l e"], gate: Float[Array, "b l e"]) -> Any:
+        config = self.config
+        if config.norm is None:
+            return y * jax.nn.silu(gate)
+        first = config.norm == "before_gate"
+        return GatedGroupNorm(config.groups, config.norm_epsilon, first, name="norm")(y, gate)
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
@@ -160,14 +178,20 @@ class Mamba2(Mixer[Mamba2Config]):
 
 
 class GatedGroupNorm(nn.Module):
-    """RMS norm of ``x * silu(gate)`` within each of ``groups`` parts of the channels, scaled."""
+    """RMS norm of ``x * silu(gate)`` within each of ``groups`` parts of the channels, scaled.
+
+    With ``before_gate`` that of ``x``, scaled, times ``silu(gate)``.
+    """
 
     groups: int
     epsilon: float
+    before_gate: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l e"], gate: Float[Array, "b l e"]) -> Any:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        wide = x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
+        wide, gate = x.astype(jnp.float32), jax.nn.silu(gate.astype(jnp.float32))
+        wide = wide if self.before_gate else wide * gate
         y = rms_normalise(wide, self.epsilon, self.groups)
-        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+        y = y * jnp.broadcast_to(scale, y.shape)
+        return (y * gate if self.before_gate else y).astype(x.dtype)

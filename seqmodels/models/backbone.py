@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 
 from seqmodels.arguments import segment_order
 from seqmodels.layers.dropout import Dropout
-from seqmodels.layers.experts import Experts, ExpertsConfig, activated
+from seqmodels.layers.experts import GATED, Experts, ExpertsConfig, activated
 from seqmodels.layers.gates import Gate, GateKind
 from seqmodels.layers.norms import Norm, NormKind
+from seqmodels.layers.projections import scaled
 from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
 from seqmodels.mixers.base import NO_DECAY_LABEL
 from seqmodels.parallel.mesh import in_tiles, split_tokens
@@ -52,6 +53,7 @@ class BackboneConfig(Checked):
         positive in place of gelu; with a third matrix "swiglu"
         ``W_2 (silu(W_g x) * W_1 x)`` and "geglu", the same with gelu; gelu in the tanh form.
       mlp_bias: biases in the MLP.
+      mlp_scales: what the activation's inputs and the outputs are multiplied by (Falcon-H1).
       experts: None, or a mixture of experts of ``mlp_kind`` in the MLP's place.
       dense_blocks: numbers of the blocks that have the MLP all the same.
       batchnorm_momentum: share of the old running statistics that each step keeps.
@@ -78,6 +80,7 @@ class BackboneConfig(Checked):
     mlp: Size | None = None
     mlp_kind: MLPKind = "gelu"
     mlp_bias: bool = True
+    mlp_scales: tuple[Positive, Positive] = (1.0, 1.0)
     experts: ExpertsConfig | None = None
     dense_blocks: tuple[Count, ...] = ()
     batchnorm_momentum: Share = 0.95
@@ -215,11 +218,14 @@ class Block(nn.Module):
             def dense(y: Array, features: int, name: str) -> Array:
                 return nn.Dense(features, config.mlp_bias, name=name, dtype=y.dtype)(y)
 
+            first, last = config.mlp_scales
+            activates = "mlp_gate" if config.mlp_kind in GATED else "mlp_in"
+
             def project(name: str) -> Array:
-                return dense(y, config.mlp or 0, name)
+                return scaled(dense(y, config.mlp or 0, name), first if name == activates else 1.0)
 
             hidden = activated(project, "mlp_gate", "mlp_in", config.mlp_kind)
-            return dense(hidden, config.width, "mlp_out")
+            return scaled(dense(hidden, config.width, "mlp_out"), last)
 
         def mlp(y: Array) -> tuple[Array, None]:
             y = hidden_layer(self, y) if config.mlp_tile is None else tiled(y, config.mlp_tile)
@@ -254,7 +260,7 @@ class Block(nn.Module):
         mask = None if segments is None else segments.mask
         y = norm(x, mask, deterministic=self.deterministic) if self.config.prenorm else x
         y, state = branch(y.astype(self.dtype))
-        y = y if self.config.residual_scale == 1.0 else y * self.config.residual_scale
+        y = scaled(y, self.config.residual_scale)
         x = split_tokens(x + y.astype(x.dtype))
         if not self.config.prenorm:
             x = norm(x, mask, deterministic=self.deterministic)

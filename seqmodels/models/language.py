@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from seqmodels.layers.embedding import Embedding
+from seqmodels.layers.projections import scaled
 from seqmodels.mixers import Segments, State
 from seqmodels.models.backbone import Backbone, BackboneConfig
 from seqmodels.models.ids import check_ids
@@ -132,6 +133,6 @@ def project(
 
 
 def _scaled(config: LanguageModelConfig, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-    logits = logits if config.logit_scale == 1.0 else logits * config.logit_scale
+    logits = scaled(logits, config.logit_scale)
     cap = config.logit_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)

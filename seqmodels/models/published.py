@@ -85,13 +85,17 @@ def hybrid_language_model(
     norm_epsilon: float,
     norm: Literal["rms", "zero_centered_rms"] = "rms",
     mlp_bias: bool = False,
+    mlp_scales: tuple[float, float] = (1.0, 1.0),
     experts: ExpertsConfig | None = None,
     dense_blocks: tuple[int, ...] = (),
     residual_scale: float = 1.0,
     embedding_scale: float = 1.0,
     logit_scale: float = 1.0,
 ) -> LanguageModelConfig:
-    """Qwen's hybrids, LFM2, Bamba, Granite 4: a mixer and a SwiGLU MLP or experts in each block."""
+    """Qwen's hybrids, LFM2, Bamba, Granite 4, Jamba, Falcon-H1.
+
+    In each block a mixer, then a SwiGLU MLP or experts.
+    """
     backbone = BackboneConfig(
         layout=layout,
         mixers=tuple(config for config in mixers if config.mixer in layout),
@@ -103,6 +107,7 @@ def hybrid_language_model(
         mlp=mlp,
         mlp_kind="swiglu",
         mlp_bias=mlp_bias,
+        mlp_scales=mlp_scales,
         experts=experts,
         dense_blocks=dense_blocks,
     )

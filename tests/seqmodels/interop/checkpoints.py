@@ -14,6 +14,7 @@ from seqmodels.mixers import (
     GatedDeltaNetConfig,
     Mamba2Config,
     MambaConfig,
+    ParallelConfig,
     RGLRUConfig,
     SlidingWindowConfig,
 )
@@ -78,6 +79,18 @@ CONFIGS = {
         moe_intermediate_size=8, moe_shared_expert_intermediate_size=12, moe_latent_size=8,
         routed_scaling_factor=1.5, time_step_min=1e-5,
         layers_block_type=["linear_attention", "moe", "full_attention"],
+    ),
+    "falcon_h1": transformers.FalconH1Config(
+        **SIZES, **HEADS, mamba_d_ssm=24, mamba_n_heads=6, mamba_d_head=4, mamba_d_state=8,
+        mamba_n_groups=2, mamba_chunk_size=8, attention_bias=True, mlp_bias=True,
+        key_multiplier=0.4, attention_in_multiplier=1.5, attention_out_multiplier=0.8,
+        ssm_in_multiplier=1.2, ssm_out_multiplier=0.7, ssm_multipliers=[0.5, 1.5, 0.8, 1.1, 0.9],
+        mlp_multipliers=[0.9, 0.6], embedding_multiplier=3.0, lm_head_multiplier=0.25,
+    ),
+    "falcon-norm": transformers.FalconH1Config(
+        **SIZES, **HEADS, mamba_d_ssm=None, mamba_n_heads=4, mamba_d_state=8, mamba_n_groups=2,
+        mamba_chunk_size=8, mamba_rms_norm=True, mamba_norm_before_gate=True, mamba_proj_bias=True,
+        projectors_bias=True, tie_word_embeddings=True,
     ),
     "granitemoehybrid": transformers.GraniteMoeHybridConfig(
         **SIZES, **HEADS, **MAMBA2, layer_types=["linear_attention", "full_attention"],
@@ -181,6 +194,20 @@ OURS = {
         ),
         8, 40, norm_epsilon=1e-5, mlp=12,
         experts=ExpertsConfig(3, 2, 8, shared=4, scores="sigmoid", correction=True, scale=2.0),
+    ),
+    "falcon_h1": hybrid_language_model(
+        ("parallel",) * 2,
+        (
+            ParallelConfig(
+                (
+                    Mamba2Config(state_size=4, head_size=4, num_heads=3, norm="before_gate"),
+                    AttentionConfig(heads=2, kv_heads=1, score_scale=0.3),
+                ),
+                out_scales=(0.5, 2.0),
+            ),
+        ),
+        8, 12, 40, norm_epsilon=1e-5, tie_embeddings=False, logit_scale=0.5,
+        mlp_scales=(0.5, 2.0),
     ),
     "granitemoehybrid": hybrid_language_model(
         ("mamba2", "attention"),

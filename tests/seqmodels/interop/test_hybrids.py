@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 
 HYBRIDS = (
     "qwen3_5_text", "qwen3_next", "lfm2", "bamba", "granitemoehybrid", "granite-experts",
-    "jamba", "nemotron_h", "nemotron-experts",
+    "jamba", "nemotron_h", "nemotron-experts", "falcon_h1", "falcon-norm",
 )  # fmt: skip
 LONG = np.random.default_rng(1).integers(3, 40, (1, 300)).astype(np.int32)
 

@@ -60,6 +60,10 @@ _GRANITE = {
     "mamba_chunk_size": 4, "router_aux_loss_coef": 0.5, "init_method": "mup",
     "attention_dropout": 0.5,
 }  # fmt: skip
+_FALCON = {
+    "num_logits_to_keep": 3, "mamba_chunk_size": 4, "mamba_use_mlp": False,
+    "mlp_expansion_factor": 3, "attn_layer_indices": [1], "attention_dropout": 0.5,
+}  # fmt: skip
 _NEMOTRON = {
     "num_nextn_predict_layers": 2, "mtp_layers_block_type": ["mlp"],
     "mtp_hybrid_override_pattern": "*E", "num_logits_to_keep": 3,
@@ -112,6 +116,8 @@ ODD_OF = {
         "norm_topk_prob": False, "routed_scaling_factor": 3.0,
     },
     "nemotron-experts": _NEMOTRON | {"intermediate_size": 5},
+    "falcon_h1": _FALCON | {"mamba_norm_before_gate": False},
+    "falcon-norm": _FALCON,
 }  # fmt: skip
 
 
@@ -250,9 +256,17 @@ PUBLISHED = {
         "num_logits_to_keep": 1, "num_query_groups": 2, "pad_token_id": 0,
         "rescale_prenorm_residual": true, "residual_in_fp32": false, "rms_norm_eps": 1e-05,
         "sliding_window": null, "tie_word_embeddings": false, "time_step_floor": 0.0001,
-        "time_step_limit": [0.0, Infinity], "time_step_max": 0.1, "time_step_min": 0.001,
+        "time_step_limit": [0.0, Infinity], "time_step_max": 0.1, "time_step_min": 0.00001,
         "time_step_rank": 256, "torch_dtype": "bfloat16", "transformers_version": "4.48.0.dev0",
         "use_cache": true, "use_conv_bias": true, "use_mamba_kernels": true}""",
+    "falcon_h1": """{"architectures": ["FalconH1ForCausalLM"], "attention_dropout": 0.0,
+        "attn_layer_indices": null, "bos_token_id": 1, "eos_token_id": 11, "hidden_act": "silu",
+        "initializer_range": 0.02, "mamba_chunk_size": 128, "mamba_norm_before_gate": false,
+        "mamba_use_mlp": true, "mlp_expansion_factor": 8, "num_logits_to_keep": 1,
+        "pad_token_id": 0, "projectors_bias": false, "rope_scaling": null, "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16", "transformers_version": "4.52.0.dev0", "use_cache": true}""",
+    "falcon-norm": """{"architectures": ["FalconH1ForCausalLM"], "hidden_act": "silu",
+        "mamba_d_head": 8, "mamba_expand": 2, "rope_scaling": null, "rope_theta": 10000.0}""",
     "nemotron-experts": """{"architectures": ["NemotronHForCausalLM"], "attention_bias": false,
         "hybrid_override_pattern": "ME*", "layers_block_type": null, "mamba_hidden_act": "silu",
         "mamba_ssm_cache_dtype": "float32", "mlp_hidden_act": "relu2",

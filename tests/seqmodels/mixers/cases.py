@@ -17,6 +17,7 @@ from seqmodels.mixers import (
     LRUConfig,
     Mamba2Config,
     MambaConfig,
+    ParallelConfig,
     RATConfig,
     RetNetConfig,
     RGLRUConfig,
@@ -97,6 +98,22 @@ CASES = {
     ),
 }
 
+CASES["parallel"] = ParallelConfig(
+    (
+        Mamba2Config(state_size=3, head_size=2, groups=2, norm="before_gate"),
+        SlidingWindowConfig(heads=2, kv_heads=1, window=3, init_std=0.5),
+    ),
+    out_scales=(0.5, 2.0),
+)
+CASES["parallel-attention"] = ParallelConfig(
+    (
+        AttentionConfig(heads=2, init_std=0.5),
+        Mamba2Config(
+            state_size=3, head_size=2, num_heads=3, norm=None, part_scales=(0.5, 1.5, 1.0, 2.0, 0.7)
+        ),
+    ),
+    in_scales=(0.5, 1.5),
+)
 CASES["bidirectional"] = BidirectionalConfig(CASES["lru"])
 CASES["bidirectional-tied"] = BidirectionalConfig(CASES["s4"], tied=True)
 
@@ -113,6 +130,7 @@ GROWING = {
     "scout",
     "scout-window",
     "scout-mamba",
+    "parallel-attention",
 }
 
 # mode: (causal, stateful, supports_packing)
@@ -155,4 +173,6 @@ FLAGS = {
     "scout": (True, True, True),
     "scout-window": (True, True, True),
     "scout-mamba": (True, True, True),
+    "parallel": (True, True, True),
+    "parallel-attention": (True, True, True),
 }
