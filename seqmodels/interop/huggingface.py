@@ -6,8 +6,10 @@ Mamba-2 are in mamba_ssm's own format too.
 """
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +17,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from seqmodels.interop import (
     bamba,
@@ -32,8 +35,10 @@ from seqmodels.interop.fields import Fields, json_text, read_json
 from seqmodels.interop.layout import Slot, experts_apart, experts_together, to_theirs
 from seqmodels.interop.mamba_ssm import native_family
 from seqmodels.interop.origin import CONFIG, GENERATION, LoadedLanguageModel, Origin
+from seqmodels.models import param_axes
 from seqmodels.models.backbone import unstack_layers
 from seqmodels.models.language import Dtype, LanguageModel, LanguageModelConfig
+from seqmodels.parallel.parameters import parameter_shardings
 from seqmodels.training.metrics import write_atomically
 
 FAMILIES: dict[str, Family] = {
@@ -59,7 +64,11 @@ StorageDtype = Literal["float32", "bfloat16", "float16"]
 
 
 def load(
-    folder: str | Path, *, dtype: Dtype | None = None, require_head: bool = True
+    folder: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    require_head: bool = True,
+    mesh: Mesh | None = None,
 ) -> tuple[LanguageModel, Params]:
     """A model and its float32 parameters: ``model.apply({"params": params}, tokens)``.
 
@@ -72,6 +81,12 @@ def load(
       dtype: of the model's activations; None for bfloat16 where the checkpoint's embeddings are.
       require_head: False to also load a base model that has no projection onto the vocabulary,
         where that is not the embeddings' table: its ``hidden`` can be called, its logits cannot.
+      mesh: of ``seqmodels.parallel.make_mesh``: each parameter is split over it as a trainer's is,
+        as soon as its tensors are read, so that the host never holds the model. None for the
+        default device.
+
+    Warns:
+      UserWarning: a tensor holds a NaN or an infinite number.
 
     Raises:
       ValueError: a configuration or tensors that are not those of a known model: the message names
@@ -83,13 +98,12 @@ def load(
         slots, origin = _match(checkpoint, values, family, config, require_head)
         if dtype is None:
             dtype = "bfloat16" if checkpoint.dtype(family.embedding) == "BF16" else "float32"
-        flat = {
-            # Widened on the host: devices flush denormal numbers.
-            ours: part
-            for theirs, slot in slots.items()
-            for ours, part in slot.split(checkpoint.tensor(theirs).astype(np.float32)).items()
-        }
-    arrays = {ours: jnp.asarray(part) for ours, part in experts_together(flat).items()}
+        experts = config.backbone.experts
+        parts = experts_together(
+            _parts(checkpoint, slots), 0 if experts is None else experts.experts
+        )
+        place = _placement(config, mesh)
+        arrays = {ours: place(ours, part) for ours, part in parts}
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     return LoadedLanguageModel(dataclasses.replace(config, dtype=dtype), origin), params
 
@@ -197,6 +211,40 @@ def _match(
     return slots, origin
 
 
+def _parts(
+    checkpoint: tensors.Checkpoint, slots: Mapping[str, Slot]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Our paths and parameters in float32, tensor by tensor."""
+    for theirs, slot in slots.items():
+        # Widened on the host: devices flush denormal numbers.
+        tensor = checkpoint.tensor(theirs).astype(np.float32)
+        if not np.isfinite(tensor).all():
+            warnings.warn(
+                f"{checkpoint.folder}: the tensor {theirs} holds NaN or infinite numbers; download "
+                "it again, or ask who trained it",
+                stacklevel=3,
+            )
+        yield from slot.split(tensor).items()
+
+
+def _placement(
+    config: LanguageModelConfig, mesh: Mesh | None
+) -> Callable[[str, np.ndarray], jax.Array]:
+    """``place(path, parameter)``: onto the devices that it belongs to."""
+    if mesh is None:
+        return lambda _, array: jnp.asarray(array)
+    tree = _abstract(config)
+    shardings = flax.traverse_util.flatten_dict(
+        parameter_shardings(param_axes(config, tree), tree, mesh), sep="/"
+    )
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        placed = jax.make_array_from_callback(array.shape, shardings[path], lambda at: array[at])
+        return jax.block_until_ready(placed)  # so that the host may forget its copy
+
+    return place
+
+
 def _origin(folder: Path) -> Origin:
     """That of a folder that need not be loaded."""
     values, family, config = _read_config(folder)
@@ -259,8 +307,11 @@ def _family(fields: Fields) -> Family:
         return native
     name = fields.take("model_type", str)
     if name not in FAMILIES:
+        near = difflib.get_close_matches(name, FAMILIES, n=1)
         raise ValueError(
-            f"{fields.source}: model_type={name!r} is not known; one of {', '.join(FAMILIES)}"
+            f"{fields.source}: model_type={name!r} is not known"
+            + (f", the nearest is {near[0]!r}" if near else "")
+            + f"; one of {', '.join(FAMILIES)}"
         )
     return FAMILIES[name]
 
@@ -322,19 +373,24 @@ def _transformers_family(config: LanguageModelConfig) -> Family:
 @functools.lru_cache(maxsize=8)
 def _slots(family: Family, config: LanguageModelConfig) -> dict[str, Slot]:
     """Names of tensors -> what is in them, in the order of the layers."""
-    stack = dataclasses.replace(config.backbone, scan_layers=False, remat="none")
-    model = LanguageModel(dataclasses.replace(config, backbone=stack))
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     views = {
         # That take no memory.
         ours: np.broadcast_to(np.float32(0), leaf.shape)
-        for ours, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()
+        for ours, leaf in flax.traverse_util.flatten_dict(_abstract(config), sep="/").items()
     }
     views = experts_apart(views) if family.experts_apart else views
     shapes = {ours: to_theirs(ours, view).shape for ours, view in views.items()}
     slots = family.slots(config, shapes)
     return {name: slots[name] for name in sorted(slots, key=tensors.natural)}
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: LanguageModelConfig) -> Params:
+    """The parameters' shapes, each layer's apart."""
+    stack = dataclasses.replace(config.backbone, scan_layers=False, remat="none")
+    model = LanguageModel(dataclasses.replace(config, backbone=stack))
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def _flat(config: LanguageModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,17 +106,24 @@ def experts_apart(flat: Mapping[str, Any]) -> dict[str, Any]:
     return apart
 
 
-def experts_together(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of ``experts_apart``."""
-    together: dict[str, np.ndarray] = {}
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for path, array in flat.items():
+def experts_together(
+    parts: Iterable[tuple[str, np.ndarray]], experts: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of ``experts_apart``, one by one: of experts once the last has come.
+
+    Args:
+      parts: paths and arrays; those of ``expert_{i}`` for ``experts`` numbers, in any order.
+      experts: how many there are in each layer.
+    """
+    waiting: dict[str, dict[int, np.ndarray]] = {}
+    for path, array in parts:
         found = re.fullmatch(r"(.*)/expert_(\d+)/(.*)", path)
         if found is None:
-            together[path] = array
-        else:
-            module, number, leaf = found.groups()
-            parts.setdefault(f"{module}/{leaf}", {})[int(number)] = array
-    return together | {
-        path: np.stack([apart[i] for i in range(len(apart))]) for path, apart in parts.items()
-    }
+            yield path, array
+            continue
+        module, number, leaf = found.groups()
+        whole = f"{module}/{leaf}"
+        apart = waiting.setdefault(whole, {})
+        apart[int(number)] = array
+        if len(apart) == experts:
+            yield whole, np.stack([apart.pop(i) for i in range(experts)])
