@@ -17,7 +17,7 @@ from seqmodels.data.text import VOCABULARY
 from seqmodels.mixers import REGISTRY, MixerConfig, build
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
 from seqmodels.models.language import Dtype
-from seqmodels.ranges import Between, Checked, Size
+from seqmodels.ranges import Between, Checked, Share, Size
 from seqmodels.training.config import TrainConfig
 
 Preset = Literal["tiny", "cpu", "small", "table"]
@@ -87,6 +87,7 @@ class ExperimentConfig(Checked):
       model: the model.
       train: the training; its seed also orders the windows.
       memory: what training keeps.
+      balance: weight of the loss that has a mixture's experts used alike, where ``model`` has some.
     """
 
     mixer: Annotated[str, Fixed]
@@ -96,6 +97,7 @@ class ExperimentConfig(Checked):
     model: LanguageModelConfig
     train: TrainConfig
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    balance: Share = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()

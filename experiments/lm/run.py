@@ -54,6 +54,7 @@ def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
         tile=config.memory.loss_tile,
         chunk=config.memory.chunk,
         share=config.memory.share,
+        balance=config.balance if config.model.backbone.experts is not None else 0.0,
     )
 
 

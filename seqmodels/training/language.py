@@ -25,6 +25,7 @@ def language(
     tile: int | None = 1024,
     chunk: int | None = None,
     share: float | None = None,
+    balance: float = 0.0,
 ) -> Task:
     """Next-token prediction over batches of ``seqmodels.data.text``.
 
@@ -39,6 +40,8 @@ def language(
         ``seqmodels.training.chunks``; the gradient is the same.
       share: None, or the share of the chunks that each step backpropagates through, drawn at
         random: an unbiased gradient.
+      balance: weight of what mixtures of experts sow to be used alike, the mean over layers, in the
+        loss of a step; evaluations leave it out.
 
     Raises:
       ValueError: a mixer that is not causal; with ``packed`` one that takes a document a row; with
@@ -107,7 +110,7 @@ def language(
             state=carry,
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
-            mutable=[] if key is None else ["batch_stats"],
+            mutable=[] if key is None else ["batch_stats", *(["losses"] if balance else [])],
             method="hidden",
         )
 
@@ -119,6 +122,10 @@ def language(
             batch["weights"],
             tile=tile,
         )
+        sown = jax.tree.leaves(updated.get("losses", {}))
+        if sown:
+            mean = jnp.mean(jnp.concatenate([jnp.ravel(part) for part in sown]))
+            sums = sums.replace(loss=sums.loss + balance * mean * sums.weight)  # type: ignore[attr-defined]
         statistics = updated.get("batch_stats", variables.get("batch_stats", {}))
         return sums, statistics, None if carry is None else state
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from seqmodels.data import text
-from seqmodels.mixers import AttentionConfig, HydraConfig, RGLRUConfig, S4Config, S5Config
+from seqmodels.layers.experts import ExpertsConfig
+from seqmodels.mixers import (
+    AttentionConfig,
+    HydraConfig,
+    RGLRUConfig,
+    S4Config,
+    S5Config,
+    Segments,
+)
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig, param_labels
 from seqmodels.parallel.mesh import make_mesh, put_batch
 from seqmodels.training.checkpoint import Checkpoints
@@ -267,3 +275,29 @@ def test_s4_learns_from_rows_of_one_document():
     sums, _, carry = jax.jit(lambda v, b: task.loss(v, b, None, None))(variables, batch)
     assert sums.weight == 12
     assert carry is None
+
+
+def test_the_loss_of_a_step_has_the_balance_of_the_experts():
+    experts = ExpertsConfig(experts=3, chosen=2, hidden=4)
+    stack = BackboneConfig(
+        layout=("s5",) * 2, mixers=(S5,), width=6, norm="rms", mlp_kind="swiglu", experts=experts
+    )
+    model = LanguageModel(LanguageModelConfig(stack, text.VOCABULARY, embedding_std=0.5))
+    plain, balanced = (
+        language(model, lambda params: param_labels(model.config, params), balance=weight)
+        for weight in (0.0, 0.5)
+    )
+    variables, batch = plain.init(jax.random.key(0)), batches_of(12, 2, 1)[0]
+    segments = Segments.from_ids(batch["segment_ids"])
+    _, sown = model.apply(variables, batch["inputs"], segments=segments, mutable=["losses"])
+    expected = np.mean([np.asarray(leaf) for leaf in jax.tree.leaves(sown)])
+    assert expected > 1
+
+    def mean_loss(task, key):
+        sums = jax.jit(lambda: task.loss(variables, batch, key, None)[0])()
+        return float(sums.loss / sums.weight)
+
+    key = jax.random.key(1)
+    difference = mean_loss(balanced, key) - mean_loss(plain, key)
+    np.testing.assert_allclose(difference, 0.5 * expected, **tolerances.EACH_FLOAT32_TOTAL)
+    assert mean_loss(balanced, None) == mean_loss(plain, None)
