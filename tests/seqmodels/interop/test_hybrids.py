@@ -107,9 +107,10 @@ def test_bfloat16_is_as_near_to_float32_as_theirs(hybrid, tmp_path):
     assert 0 < error <= 2 * their_error
 
 
-def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
-    model, params, theirs = hybrid
-    tuned = copy.deepcopy(theirs)
+def their_step(theirs, folder, dtype):
+    """Their loss, and the gradient of every parameter under our names."""
+    tuned = copy.deepcopy(theirs).to(dtype)
+    tuned.set_experts_implementation("eager")  # the fast one is of single precision
     ids = torch.tensor(LONG.astype(np.int64))
     output = tuned(ids, attention_mask=torch.ones(ids.shape), labels=ids)
     output.loss.backward()
@@ -119,17 +120,30 @@ def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
             parameter.copy_(parameter.grad)
         for buffer in tuned.buffers():
             buffer.zero_()
-    tuned.save_pretrained(tmp_path)
-    _, expected = load(tmp_path)
+    tuned.float().save_pretrained(folder)
+    return output.loss.item(), load(folder)[1]
+
+
+def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
+    """Near theirs in double precision, or nearly as near as theirs in single precision are."""
+    model, params, theirs = hybrid
+    expected_loss, expected = their_step(theirs, tmp_path / "double", torch.float64)
+    _, single = their_step(theirs, tmp_path / "single", torch.float32)
 
     def loss(params):
         logits = model.apply({"params": params}, LONG)[0][:, :-1]
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, LONG[:, 1:]))
 
+    def error(found, gradient):
+        return np.sqrt(np.mean((found - gradient) ** 2))
+
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    np.testing.assert_allclose(value, output.loss.item(), **tolerances.EACH_FLOAT32_TOTAL)
-    for (path, found), gradient in zip(
-        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    np.testing.assert_allclose(value, expected_loss, **tolerances.EACH_FLOAT32_TOTAL)
+    trees = zip(*map(jax.tree.leaves, (gradients, expected, single)), strict=True)
+    for (path, _), (found, gradient, other) in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), trees, strict=True
     ):
-        error, scale = (np.sqrt(np.mean(part**2)) for part in (found - gradient, gradient))
-        assert error <= tolerances.FLOAT32_PUBLISHED * scale, jax.tree_util.keystr(path)
+        allowed = tolerances.FLOAT32_PUBLISHED * np.sqrt(np.mean(gradient**2))
+        # Gradients of decays are sums over tokens that cancel.
+        allowed = max(allowed, 3 * error(other, gradient))
+        assert error(found, gradient) <= allowed, jax.tree_util.keystr(path)
