@@ -42,6 +42,7 @@ GROUPS = {
         {
             "train": Command("train a language model on a text"),
             "eval": Command("bits per byte of a text"),
+            "finetune": Command("go on training a published checkpoint"),
             "generate": Command("go on with a prompt"),
             "table": Command("every causal mixer in the same model, compared"),
         },

@@ -116,11 +116,13 @@ class Locations(Checked):
       cache_dir: where prepared data are kept; empty where nothing is prepared.
       data_dir: the raw data, a file or a folder.
       digest: of the data, to notice others.
+      source: the folder of the checkpoint that the run began with, if it did with one.
     """
 
     cache_dir: str
     data_dir: str | None
     digest: str
+    source: str = ""
 
     def write(self, run_dir: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"

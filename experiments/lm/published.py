@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from seqmodels.interop.fields import parsed
 from seqmodels.interop.huggingface import load
 from seqmodels.interop.origin import LoadedLanguageModel
@@ -53,14 +55,14 @@ class Published:
             yield "".join(piece for piece in pieces if piece is not None)
 
 
-def load_published(folder: Path) -> Published:
-    """The model, its parameters and its tokenizer.
+def load_published(folder: Path, mesh: Mesh | None = None) -> Published:
+    """The model, its parameters, split over a mesh if there is one, and its tokenizer.
 
     Raises:
       ValueError: what `load` refuses, no tokenizer.json or one that cannot be read, a tokenizer of
         more tokens than the model has, or the library is not installed.
     """
-    model, params = load(folder)
+    model, params = load(folder, mesh=mesh)
     assert isinstance(model, LoadedLanguageModel)
     tokenizer = _tokenizer(folder)
     size, known = tokenizer.get_vocab_size(), model.config.vocabulary_size

@@ -37,7 +37,7 @@ class Text:
     """Documents end to end.
 
     Attributes:
-      tokens: `(T,)` uint16: of each document a boundary and its bytes; then one more boundary.
+      tokens: `(T,)`: of each document a boundary and its bytes, uint16; then one more boundary.
       starts: `(documents,)` int64, the positions of the documents' boundaries.
     """
 
@@ -162,6 +162,20 @@ def encode(documents: Sequence[bytes]) -> Text:
     for start, document in zip(starts, documents, strict=True):
         tokens[start + 1 : start + 1 + len(document)] = np.frombuffer(document, np.uint8)
     return Text(tokens, starts)
+
+
+def joined(documents: Sequence[Sequence[int]], boundary: int) -> Text:
+    """Documents that are tokens already, of any vocabulary: `boundary` is before and behind each.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if not documents:
+        raise ValueError("documents is empty; a text needs at least one document")
+    parts = [np.array([boundary, *document], np.int32) for document in documents]
+    ends = np.cumsum([len(part) for part in parts])
+    tokens = np.concatenate([*parts, np.array([boundary], np.int32)])
+    return Text(tokens, ends - [len(part) for part in parts])
 
 
 def decode(tokens: Sequence[int]) -> bytes:

@@ -108,6 +108,11 @@ def load(
     return LoadedLanguageModel(dataclasses.replace(config, dtype=dtype), origin), params
 
 
+def read_model(folder: str | Path) -> LanguageModelConfig:
+    """The model of a folder, by its config.json alone; raises as `load` does for that."""
+    return _read_config(Path(folder))[2]
+
+
 def save(
     model: LanguageModel,
     params: Mapping[str, Any],

@@ -126,13 +126,13 @@ def shardings(
 
 def _initializer(
     task: Task, config: TrainConfig
-) -> tuple[Callable[[], TrainState], optax.GradientTransformation]:
+) -> tuple[Callable[..., TrainState], optax.GradientTransformation]:
     init_key, rng = jax.random.split(jax.random.key(config.seed))
     abstract = jax.eval_shape(task.init, init_key)
     optimizer = make_optimizer(config, task.param_labels(abstract["params"]))
 
-    def init() -> TrainState:
-        variables = task.init(init_key)
+    def init(given: Variables | None = None) -> TrainState:
+        variables = task.init(init_key) if given is None else given
         params, average = variables["params"], None
         if config.ema_decay is not None:
             # A copy: one array could not be donated twice.
@@ -162,7 +162,8 @@ def optimizer_of(task: Task, config: TrainConfig) -> optax.GradientTransformatio
 def create_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state before the first step, on the mesh; raises as the optimizer does."""
     init, optimizer = _initializer(task, config)
-    return jax.jit(init, out_shardings=_shardings(task, optimizer, config, mesh))()
+    given = () if task.begin is None else (task.begin(),)
+    return jax.jit(init, out_shardings=_shardings(task, optimizer, config, mesh))(*given)
 
 
 def abstract_state(task: Task, config: TrainConfig, mesh: Mesh) -> TrainState:

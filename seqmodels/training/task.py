@@ -65,6 +65,8 @@ class Task:
         group and weight decay of each parameter.
       param_axes: ``param_axes(params) -> tree like params`` of the logical axes that say how each
         parameter is split over devices; see ``seqmodels.parallel.parameters``.
+      begin: None, or ``begin()``: the variables that training begins with, in place of what
+        ``init`` makes, with its shapes.
       carry: None, or ``carry(rows)``: a tree of arrays ``(rows, ...)``, what the first batch finds.
         Row i of each batch then continues row i of the one before; no gradient flows back.
     """
@@ -73,6 +75,7 @@ class Task:
     loss: Callable[[Variables, Batch, Array | None, Any], tuple[Sums, Any, Any]]
     param_labels: Callable[[Any], Any]
     param_axes: Callable[[Any], Any] = unnamed
+    begin: Callable[[], Variables] | None = None
     carry: Callable[[int], Any] | None = None
 
     def start(self, rows: int) -> Any:

@@ -44,7 +44,7 @@ def test_every_module_that_can_be_run_is_a_command_and_nothing_else_is():
         (["docter"], "(did you mean doctor?)"),
         (["lra", "trian"], "lra command='trian' is not known (did you mean train?)"),
         (["train"], "command='train' is not known; choose one of"),
-        (["lm"], "lm: name one of train, eval, generate, table"),
+        (["lm"], "lm: name one of train, eval, finetune, generate, table"),
         ([], "name a command: doctor"),
         (["lra", "train", "--task", "listop", "--model", "s5"], "(did you mean listops?)"),
         (["lra", "train", "--task", "listops", "--model", "s4dd"], "(did you mean s4d?)"),
