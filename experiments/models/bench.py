@@ -3,6 +3,7 @@
     seqmodels models bench                        everything
     seqmodels models bench --only mamba-block     against transformers'
     seqmodels models bench --only mamba-decode    against transformers'
+    seqmodels models bench --only hybrids         against transformers'
     seqmodels models bench --only s5-layer        with associative_scan
     seqmodels models bench --only token-time      by length of the context
     seqmodels models bench --only memory          longest rows that train in 4 GiB
@@ -21,13 +22,14 @@ from experiments import places, terminal
 from experiments.command_line import run_command
 from experiments.kernels.bench import run, table
 from experiments.kernels.results import Result
-from experiments.models import block, decode, memory, s5, token_time
+from experiments.models import block, decode, hybrids, memory, s5, token_time
 from seqmodels.ranges import Checked, Seed, Size
 
 RESULTS = places.output("models")
 PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
     "mamba-block": block.results,
     "mamba-decode": decode.results,
+    "hybrids": hybrids.results,
     "s5-layer": s5.results,
     "token-time": token_time.results,
     "memory": memory.results,
@@ -38,7 +40,9 @@ PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
 class ModelBenchConfig(Checked):
     """What to measure."""
 
-    only: Literal["mamba-block", "mamba-decode", "s5-layer", "token-time", "memory"] | None = None
+    only: (
+        Literal["mamba-block", "mamba-decode", "hybrids", "s5-layer", "token-time", "memory"] | None
+    ) = None
     """Only this part."""
     repetitions: Size = 3
     """Interleaved repetitions of every timed program; medians are reported."""

@@ -7,10 +7,11 @@ import pytest
 import rich.console
 
 from experiments.kernels.bench import run, table
-from experiments.lm.presets import ModelSize
-from experiments.models import bench, block, decode, memory, s5, token_time
-from seqmodels.mixers import MambaConfig
-from seqmodels.models.published import mamba_language_model
+from experiments.lm.presets import ModelSize, parameters
+from experiments.models import bench, block, decode, hybrids, memory, s5, token_time
+from seqmodels.interop.huggingface import described
+from seqmodels.mixers import AttentionConfig, GatedConvConfig, MambaConfig
+from seqmodels.models.published import hybrid_language_model, mamba_language_model
 
 TINY = mamba_language_model(16, 1, MambaConfig(state_size=4), 40)
 
@@ -41,6 +42,29 @@ def test_decode_rows():
     assert set(rates.ratios) == {"transformers"}
     assert set(far.figures) == {"token at 16 ms", "token at 100000 ms"}
     table([rates, far])
+
+
+@pytest.mark.full
+def test_hybrid_rows():
+    pytest.importorskip("transformers", reason="not run: transformers is not installed")
+    mixers = (GatedConvConfig(), AttentionConfig(heads=2, qk_norm=True, norm_epsilon=1e-5))
+    tiny = hybrid_language_model(
+        ("gated_conv", "attention"), mixers, 16, 8, 40, norm_epsilon=1e-5, tie_embeddings=True
+    )
+    rows = list(hybrids.results(1, 0, models={"tiny": tiny}, prompt=12, new=3))
+    assert [row.case for row in rows] == ["tiny: a prompt of 12", "tiny: 3 tokens one by one"]
+    for row in rows:
+        figures = row.figures
+        assert row.ratios["transformers"] == figures["transformers ms"] / figures["seqmodels ms"]
+    assert rows[1].figures["state bytes at 2048"] > 2048 * 2 * 16 * 4
+    table(rows)
+
+
+def test_hybrids_have_a_hundred_million_parameters():
+    for config in hybrids.MODELS.values():
+        count = parameters(config)
+        assert 0.8e8 < count < 1.25e8, (config.backbone.layout[:2], count)
+        described(config)  # so that transformers can open it
 
 
 @pytest.mark.full
