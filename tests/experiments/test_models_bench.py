@@ -60,6 +60,7 @@ def test_hybrid_rows():
     table(rows)
 
 
+@pytest.mark.full
 def test_hybrids_have_a_hundred_million_parameters():
     for config in hybrids.MODELS.values():
         count = parameters(config)
