@@ -26,7 +26,7 @@ lra: .venv/installed
 test: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/python -m pytest -n 2 --dist worksteal
 
-# All tests, everything compiled with full optimisation: an hour or two. Then every named shape on every
+# All tests, compiled with full optimisation: several hours on two cores. Then every named shape on every
 # chip: what has changed since the committed table is compiled again, and all of it must pass.
 test-all: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/python -m pytest -n 2 --dist worksteal --everything $(TYPED)

@@ -163,7 +163,7 @@ def generate(checkpoint, *more):
     return lm_generate.main(["--checkpoint", str(checkpoint), *more])
 
 
-@pytest.mark.always("attending")
+@pytest.mark.full
 @pytest.mark.parametrize("run", ["carrying", "attending"])
 def test_text_comes_in_pieces_and_is_that_of_generation(run, request, monkeypatch):
     run = request.getfixturevalue(run)

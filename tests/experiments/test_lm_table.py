@@ -109,6 +109,7 @@ def test_the_table_says_how_small_its_budget_is_and_what_is_left_out(made, capsy
     assert "sliding_window" in out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("more", "message"),
     [

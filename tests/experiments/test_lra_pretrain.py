@@ -108,6 +108,7 @@ def tiny(folder):
     return config, load_data(config, cache_dir=str(folder / "cache"), data_dir=None, progress=False)
 
 
+@pytest.mark.full
 def test_labels_are_never_read(trained, tmp_path):
     """Other labels, same bits; and the loss takes a batch that has none."""
     config, data = tiny(trained[0])

@@ -304,6 +304,7 @@ def test_other_versions_are_compared_within_a_tolerance(capsys):
             check.compare(run_of(), run_of(**worse, versions={"jax": "2"}), 3)
 
 
+@pytest.mark.full
 def test_a_model_of_whole_rows_is_evaluated_on_windows(trained, capsys):
     options = ["--checkpoint", str(trained / "run"), "--no-progress"]
     assert lra_eval.main([*options, "--window", "24"]) == 0  # a window as long as the row

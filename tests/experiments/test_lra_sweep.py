@@ -93,6 +93,7 @@ def test_its_command_gives_the_same_experiment(swept):
     assert config.name == NAME
 
 
+@pytest.mark.full
 def test_a_dry_run_lists_the_cells_in_their_order(swept, capsys):
     folder, _ = swept
     more = ("--dry-run", "--cells", "listops:s5:cpu:3", "listops:s5")

@@ -127,6 +127,7 @@ def test_evaluating_what_is_not_a_run(tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_resuming_needs_only_the_run_directory(trained, tmp_path):
     whole = read_jsonl(trained / "run" / "metrics.jsonl")
     run = shutil.copytree(trained / "run", tmp_path / "run")

@@ -49,6 +49,7 @@ def cotangent_of(u):
     return jnp.cos(jnp.arange(u.size, dtype=jnp.float32)).reshape(u.shape)
 
 
+@pytest.mark.always("1-1", "3-300")
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 63), (3, 300), (20, 260)])
 def test_blocks_and_scans_equal_one_token_at_a_time(batch, length):
     args = arguments(batch, length)

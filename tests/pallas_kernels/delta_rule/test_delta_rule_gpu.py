@@ -81,6 +81,7 @@ def test_bfloat16_against_the_oracle():
     testing.assert_close(actual["gradients"], expected["gradients"], tolerances.BFLOAT16_GRADIENTS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", one_of_many(["head", "key"], ["key"]))
 def test_documents_are_isolated_to_the_bit_and_calls_are_repeatable(decay):
     case = Case(length=37, batch=2, decay=decay)

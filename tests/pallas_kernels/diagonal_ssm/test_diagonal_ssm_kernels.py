@@ -60,7 +60,7 @@ def test_bfloat16(backend):
     testing.assert_close(interpreted(case, backend), case.oracle(), testing.BFLOAT16_TOLERANCE)
 
 
-@pytest.mark.always("gpu")
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_documents_are_isolated_to_the_bit(backend):
     case = case_for(backend, width=3, reverse=backend == "gpu")

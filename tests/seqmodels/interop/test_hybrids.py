@@ -80,6 +80,7 @@ def test_long_and_packed_rows_have_their_logits(hybrid):
     assert relative(packed, np.concatenate(apart, axis=1)) <= tolerances.FLOAT32_PUBLISHED
 
 
+@pytest.mark.full
 def test_a_prompt_in_chunks_ends_with_their_logits(hybrid):
     model, params, theirs = hybrid
     expected = their_logits(theirs, LONG)

@@ -34,6 +34,7 @@ def test_a_checkpoint_is_read_as_a_trainer_splits_it(name, tmp_path):
     assert sum(leaf.size for leaf in split) > 0.9 * sum(p.size for p in jax.tree.leaves(params))
 
 
+@pytest.mark.always("mlp")
 @pytest.mark.parametrize(
     "experts", [None, ExpertsConfig(4, 2, 128, shared=64)], ids=["mlp", "experts"]
 )

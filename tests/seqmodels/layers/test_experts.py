@@ -111,6 +111,7 @@ def test_gradients_are_those_of_all_experts(name):
         assert relative(found, expected) <= tolerances.FLOAT32_MIXER_GRADIENTS
 
 
+@pytest.mark.always("4")
 @pytest.mark.parametrize("latent", [4, None])
 def test_sigmoids_choose_within_the_best_groups(latent):
     config = dataclasses.replace(GROUPED, latent=latent)

@@ -31,6 +31,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.always("sinks-False", "rg_lru-True")
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("case", one_of_many(ENDLESS, ["sinks", "rg_lru"]))
 def test_a_stream_has_no_end(case, named):

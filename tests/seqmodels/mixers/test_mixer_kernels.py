@@ -28,7 +28,7 @@ KINDS = {
     "rat": {"linear_scan", "checkpoint_attention"},
 }
 # Every backend and eight devices once each time; the rest in `test-all`.
-ALWAYS = {"tpu": {"lru"}, "gpu": {"rat"}, "devices": {"gla"}}
+ALWAYS = {"tpu": {"lru"}, "gpu": {"lru"}, "devices": {"gla"}}
 # Of the rows of `calls`, tokens that go on with a document, and of which some begin one.
 PART = slice(120, 141)
 

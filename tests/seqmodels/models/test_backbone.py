@@ -53,6 +53,7 @@ def test_period_and_repeats():
     assert (alone.period, alone.repeats) == (3, 0)
 
 
+@pytest.mark.full
 def test_scanned_equals_unrolled_with_state_segments_and_gradients():
     scanned_config = dataclasses.replace(CONFIG, scan_layers=True)
     variables = init(CONFIG)

@@ -221,6 +221,7 @@ def saved(run_dir, step):
     return jax.tree.map(np.asarray, state.replace(rng=0)), position["data"]
 
 
+@pytest.mark.full
 def test_a_broken_run_resumes_bitwise_with_carry_and_average(tmp_path):
     train(tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -277,6 +278,7 @@ def test_s4_learns_from_rows_of_one_document():
     assert carry is None
 
 
+@pytest.mark.full
 def test_the_loss_of_a_step_has_the_balance_of_the_experts():
     experts = ExpertsConfig(experts=3, chosen=2, hidden=4)
     stack = BackboneConfig(
