@@ -18,7 +18,6 @@ changed; --help-fields lists them.
 """
 
 import dataclasses
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from experiments.command_line import changed, run_command
 from experiments.errors import UsageError
 from experiments.lm.presets import TRAIN, DataConfig, MemoryConfig
 from experiments.lm.published import Published, load_published
+from experiments.lm.run import TextData, bits_per_byte, task_of
 from experiments.run import (
     Locations,
     absolute,
@@ -53,12 +53,11 @@ from seqmodels.config import from_dict, to_dict
 from seqmodels.data import text
 from seqmodels.data.text import Text
 from seqmodels.interop.huggingface import load, read_model, save
-from seqmodels.models import LanguageModel, LanguageModelConfig, param_labels
+from seqmodels.models import LanguageModel, LanguageModelConfig
 from seqmodels.parallel.mesh import rows_of_process
 from seqmodels.ranges import Checked, Positive, Seed, Share, Size
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.evaluation import Evaluation, evaluate
-from seqmodels.training.language import language
 from seqmodels.training.loop import Outcome, fit
 from seqmodels.training.run_directory import Run, open_run, read_config
 from seqmodels.training.step import make_eval_step
@@ -152,31 +151,18 @@ class Arguments(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(TextData):
     """The two splits of a text in a checkpoint's tokens.
 
     Attributes:
-      train, validation: the tokens.
       validation_bytes: of the text behind ``validation``.
     """
 
-    train: Text
-    validation: Text
     validation_bytes: int
 
-    @property
-    def packed(self) -> bool:
-        """Whether a row may hold several documents."""
-        return self.train.documents > 1 or self.validation.documents > 1
-
-    @property
-    def digest(self) -> str:
-        """Equal for equal tokens."""
-        return self.train.digest[:32] + self.validation.digest[:32]
-
     def bits_per_byte(self, loss: float) -> float:
-        """Of a mean loss in nats over the validation's tokens."""
-        return loss * self.validation.predictions / self.validation_bytes / math.log(2)
+        """Converts a mean loss in nats over the validation's tokens."""
+        return bits_per_byte(loss, self.validation, self.validation_bytes)
 
 
 def load_tokens(config: DataConfig, path: str, published: Published) -> Tokens:
@@ -198,7 +184,9 @@ def load_tokens(config: DataConfig, path: str, published: Published) -> Tokens:
         ]
         return text.joined(ids, boundary)
 
-    return Tokens(encoded(train), encoded(held_out), sum(map(len, held_out)))
+    one, two = encoded(train), encoded(held_out)
+    digest = one.digest[:32] + two.digest[:32]
+    return Tokens(one, two, digest, validation_bytes=sum(map(len, held_out)))
 
 
 def resolve(arguments: Arguments, fields: Sequence[str]) -> tuple[FinetuneConfig, Path, Locations]:
@@ -241,15 +229,7 @@ def resolve(arguments: Arguments, fields: Sequence[str]) -> tuple[FinetuneConfig
 
 def make_task(config: FinetuneConfig, source: str, mesh: Mesh, *, packed: bool) -> Task:
     """The config's model, whose parameters begin as the checkpoint's; raises as ``language``."""
-    task = language(
-        LanguageModel(config.model),
-        lambda params: param_labels(config.model, params),
-        packed=packed,
-        tile=config.memory.loss_tile,
-        chunk=config.memory.chunk,
-        share=config.memory.share,
-        balance=config.balance if config.model.backbone.experts is not None else 0.0,
-    )
+    task = task_of(config.model, config.memory, config.balance, packed=packed)
     # Read when training begins, so that nobody else keeps them.
     return dataclasses.replace(task, begin=lambda: {"params": load(source, mesh=mesh)[1]})
 

@@ -4,12 +4,12 @@ import dataclasses
 import math
 from pathlib import Path
 
-from experiments.lm.presets import DataConfig, ExperimentConfig
+from experiments.lm.presets import DataConfig, ExperimentConfig, MemoryConfig
 from experiments.run import chosen_step, locate, restore
 from seqmodels.config import from_dict
 from seqmodels.data import text
 from seqmodels.data.text import Text
-from seqmodels.models import LanguageModel, param_labels
+from seqmodels.models import LanguageModel, LanguageModelConfig, param_labels
 from seqmodels.training.language import language
 from seqmodels.training.run_directory import read_config
 from seqmodels.training.task import Task, Variables
@@ -46,21 +46,38 @@ def load_data(config: DataConfig, path: Path | str) -> TextData:
 
 def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
     """The config's model, for training; raises as ``language`` does."""
-    return language(
-        LanguageModel(config.model),
-        lambda params: param_labels(config.model, params),
-        packed=packed or config.carry_state,
-        carry_state=config.carry_state,
-        tile=config.memory.loss_tile,
-        chunk=config.memory.chunk,
-        share=config.memory.share,
-        balance=config.balance if config.model.backbone.experts is not None else 0.0,
+    return task_of(
+        config.model, config.memory, config.balance, packed=packed, carry_state=config.carry_state
     )
 
 
-def bits_per_byte(loss: float, data: Text) -> float:
-    """Converts a mean loss in nats over all tokens of the text; the documents' ends count too."""
-    return loss * data.predictions / data.bytes / math.log(2)
+def task_of(
+    model: LanguageModelConfig,
+    memory: MemoryConfig,
+    balance: float,
+    *,
+    packed: bool,
+    carry_state: bool = False,
+) -> Task:
+    """The task of a model under what a config says of its training; raises as ``language``."""
+    return language(
+        LanguageModel(model),
+        lambda params: param_labels(model, params),
+        packed=packed or carry_state,
+        carry_state=carry_state,
+        tile=memory.loss_tile,
+        chunk=memory.chunk,
+        share=memory.share,
+        balance=balance if model.backbone.experts is not None else 0.0,
+    )
+
+
+def bits_per_byte(loss: float, data: Text, size: int | None = None) -> float:
+    """Converts a mean loss in nats over all tokens of the text; the documents' ends count too.
+
+    ``size``: bytes of the text, for tokens that are no bytes.
+    """
+    return loss * data.predictions / (data.bytes if size is None else size) / math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)

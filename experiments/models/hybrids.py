@@ -91,7 +91,7 @@ def results(
     prompt: int = PROMPT,
     new: int = NEW,
 ) -> Iterator[Result]:
-    """Of each model, the time of a prompt and of the tokens behind a short one."""
+    """Times each model on a prompt, and on the tokens behind a short one."""
     for name, config in models.items():
         yield from _rows(name, config, repetitions, seed, prompt, new)
 

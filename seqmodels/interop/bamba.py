@@ -83,10 +83,8 @@ def _read_mamba2(fields: Fields, width: int, layers: int, epsilon: float) -> Mam
     # How transformers computes the same.
     fields.ignore("mamba_chunk_size")
     heads, expand = fields.take("mamba_n_heads", int, 128), fields.take("mamba_expand", int, 2)
-    size = expand * width // max(heads, 1)
-    if fields.values.get("mamba_d_head", "auto") != "auto":
-        size = fields.take("mamba_d_head", int)
-    fields.ignore("mamba_d_head")
+    size = fields.take_size("mamba_d_head")
+    size = expand * width // max(heads, 1) if size is None else size
     if heads * size != expand * width:
         raise ValueError(
             f"{fields.source}: mamba_n_heads * mamba_d_head = {heads * size} must be mamba_expand "

@@ -90,10 +90,8 @@ def _read_mamba2(fields: Fields, width: int, layers: int, epsilon: float) -> Mam
     if fields.values.get("mamba_d_ssm", 1024) is not None:
         inner = fields.take("mamba_d_ssm", int, 1024)
     fields.ignore("mamba_d_ssm")
-    size = inner // max(heads, 1)
-    if fields.values.get("mamba_d_head", "auto") != "auto":
-        size = fields.take("mamba_d_head", int)
-    fields.ignore("mamba_d_head")
+    size = fields.take_size("mamba_d_head")
+    size = inner // max(heads, 1) if size is None else size
     if heads * size != inner:
         raise ValueError(
             f"{fields.source}: mamba_n_heads * mamba_d_head = {heads * size} must be mamba_d_ssm = "

@@ -73,6 +73,11 @@ class Fields:
             raise ValueError(f"{self.source}: {name}={value!r} is not a {kind.__name__}")
         return value
 
+    def take_size(self, name: str) -> int | None:
+        """The whole number called ``name``; None where it is absent or "auto"."""
+        self.taken.add(name)
+        return None if self.values.get(name, "auto") == "auto" else self.take(name, int)
+
     def require(self, name: str, only: Any, *, same: tuple[Any, ...] = ()) -> None:
         """Refuses any value but ``only``, and what is the ``same``, for a field that may be absent.
 

@@ -9,7 +9,6 @@ from typing import Any
 from seqmodels.interop.attention import read_heads, written_heads
 from seqmodels.interop.families import HEAD, Family
 from seqmodels.interop.fields import Fields
-from seqmodels.interop.mamba import read_rank
 from seqmodels.layers.experts import ExpertsConfig
 from seqmodels.mixers import AttentionConfig, MambaConfig
 from seqmodels.models.language import LanguageModelConfig
@@ -55,7 +54,7 @@ def _read(fields: Fields) -> LanguageModelConfig:
         state_size=fields.take("mamba_d_state", int, 16),
         expand=fields.take("mamba_expand", int, 2),
         conv_size=fields.take("mamba_d_conv", int, 4),
-        dt_rank=read_rank(fields, "mamba_dt_rank"),
+        dt_rank=fields.take_size("mamba_dt_rank"),
         use_bias=fields.take("mamba_proj_bias", bool, False),
         use_conv_bias=fields.take("mamba_conv_bias", bool, True),
         mixer_rms_eps=epsilon,

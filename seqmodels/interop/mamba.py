@@ -67,17 +67,10 @@ def _read_mamba(fields: Fields, epsilon: float | None = None) -> LanguageModelCo
         **_shared(fields),
         state_size=fields.take("state_size", int, 16),
         expand=inner // width,
-        dt_rank=read_rank(fields, "time_step_rank"),
+        dt_rank=fields.take_size("time_step_rank"),
         mixer_rms_eps=epsilon,
     )
     return _model(fields, mixer, width, vocabulary=50_280, tied=True)
-
-
-def read_rank(fields: Fields, name: str) -> int | None:
-    """The rank of the step sizes' projection; "auto" is None."""
-    rank = None if fields.values.get(name, "auto") == "auto" else fields.take(name, int)
-    fields.ignore(name)
-    return rank
 
 
 def _read_falcon(fields: Fields) -> LanguageModelConfig:

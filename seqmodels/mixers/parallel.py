@@ -72,7 +72,7 @@ class ParallelConfig(MixerConfig):
         return {f"{mixer}/{k}": value for mixer, part in parts.items() for k, value in part.items()}
 
     def scales(self) -> list[tuple[float, float]]:
-        """Of inputs and outputs of each mixer."""
+        """What each mixer's inputs and outputs are multiplied by."""
         ones = (1.0,) * len(self.mixers)
         return list(zip(self.in_scales or ones, self.out_scales or ones, strict=True))
 

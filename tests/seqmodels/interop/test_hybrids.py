@@ -126,7 +126,7 @@ def their_step(theirs, folder, dtype):
 
 
 def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
-    """Near theirs in double precision, or nearly as near as theirs in single precision are."""
+    """Near theirs in double precision; of decays, nearly as near as theirs in single precision."""
     model, params, theirs = hybrid
     expected_loss, expected = their_step(theirs, tmp_path / "double", torch.float64)
     _, single = their_step(theirs, tmp_path / "single", torch.float32)
@@ -145,6 +145,6 @@ def test_loss_and_gradients_of_a_step_of_tuning_are_theirs(hybrid, tmp_path):
         jax.tree_util.tree_leaves_with_path(gradients), trees, strict=True
     ):
         allowed = tolerances.FLOAT32_PUBLISHED * np.sqrt(np.mean(gradient**2))
-        # Gradients of decays are sums over tokens that cancel.
-        allowed = max(allowed, 3 * error(other, gradient))
+        if path[-1].key in ("A_log", "dt_bias"):  # sums over tokens that cancel
+            allowed = max(allowed, 3 * error(other, gradient))
         assert error(found, gradient) <= allowed, jax.tree_util.keystr(path)
