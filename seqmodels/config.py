@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from seqmodels import ranges
-from seqmodels.mixers import REGISTRY, MixerConfig
+from seqmodels.mixers import READERS, REGISTRY, MixerConfig
 
 C = TypeVar("C")
 
@@ -67,9 +67,10 @@ def from_dict(kind: type[C], data: Any, *, where: str = "") -> C:
 
 def _mixer_class(kind: type, data: dict[str, Any], label: str) -> Any:
     name = data.pop("mixer", None) or getattr(kind, "mixer", None)
-    if name not in REGISTRY:
-        raise ValueError(f"{label}: mixer={name!r} is not registered; known: {', '.join(REGISTRY)}")
-    found = REGISTRY[name][0]
+    known = REGISTRY | READERS
+    if name not in known:
+        raise ValueError(f"{label}: mixer={name!r} is not registered; known: {', '.join(known)}")
+    found = known[name][0]
     if not issubclass(found, kind):
         raise ValueError(f"{label}: mixer={name!r} is a {found.__name__}, not a {kind.__name__}")
     return found

@@ -16,6 +16,7 @@ from jaxtyping import Array, Complex, Float, Inexact, Int, Shaped
 import pallas_kernels as kernels
 from pallas_kernels.checkpoint_attention import Cache
 from pallas_kernels.common.dispatch import Implementation
+from seqmodels.layers import circular
 from seqmodels.layers.attention import SPLASH_FROM, attend
 from seqmodels.parallel import shards, summaries
 from seqmodels.segments import Segments, index_of, mask_padding
@@ -149,6 +150,36 @@ def long_conv(
         {"kernel": kernel, "kernel_reverse": kernel_reverse},
         u,
     )
+
+
+def circular_mix(
+    x: Float[Array, "b l h"],
+    u: Float[Array, "b l h"],
+    q_taps: Float[Array, "h w"],
+    k_taps: Float[Array, "h w"],
+    *,
+    segments: Segments | None = None,
+) -> Float[Array, "b l h"]:
+    """Orchid's circular convolution of ``u`` with the filter that it makes of ``x``; float32.
+
+    Both are 0 on padding. Where the length is split, channels change places for whole rows.
+    """
+
+    def mix(u: Array, q_taps: Array, k_taps: Array, ids: Array | None) -> Array:
+        x, u = u[..., 0], u[..., 1]
+        lengths = None if ids is None else jnp.sum(ids != 0, axis=1, dtype=jnp.int32)
+        q, k = (circular.short(x, taps, lengths) for taps in (q_taps, k_taps))
+        if ids is not None:
+            q, k = (jnp.where((ids != 0)[..., None], y, jnp.zeros_like(y)) for y in (q, k))
+        h = circular.correlate(k, q, lengths)
+        if lengths is None:
+            return circular.convolve(h / x.shape[1], u, lengths)
+        count = jnp.maximum(lengths, 1).astype(x.dtype)[:, None, None]
+        return circular.convolve(h / count, u, lengths)
+
+    both = jnp.stack([x.astype(jnp.float32), u.astype(jnp.float32)], axis=-1)
+    ids = None if segments is None else segments.ids
+    return shards.channels(mix, {"q_taps": q_taps, "k_taps": k_taps}, both, {"ids": ids})
 
 
 def causal_conv1d(

@@ -70,3 +70,14 @@ def mask_padding(x: Inexact[Array, "b l *d"], segments: Segments | None) -> Any:
         return x
     mask = segments.mask.reshape(*segments.ids.shape, *(1,) * (x.ndim - 2))
     return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def last_token(
+    x: Shaped[Array, "b l *d"], before: Shaped[Array, "b *d"], segments: Segments | None
+) -> Shaped[Array, "b *d"]:
+    """Each row's last real token; ``before``, in ``x``'s dtype, in rows of padding."""
+    if segments is None:
+        return x[:, -1]
+    lengths = segments.lengths.reshape(-1, *(1,) * (x.ndim - 1))
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0), axis=1)[:, 0]
+    return jnp.where(lengths[:, 0] > 0, last, before.astype(x.dtype))

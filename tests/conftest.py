@@ -8,8 +8,8 @@ Most of the suite's time is tracing and compiling small programs. Unless `--ever
 - what calls ops is traced for CPUs alone, as training on one is, except for the tests of the ops
   and those marked `all_platforms`.
 
-With `--everything` the experiments are still traced for the CPU that they run on, and interpreted
-kernels compiled quickly: what a CPU makes of an interpreter runs on no chip.
+With `--everything` what calls ops is still traced for CPUs alone, and interpreted kernels compiled
+quickly: what a CPU makes of an interpreter runs on no chip.
 """
 
 import hypothesis
@@ -90,11 +90,8 @@ def _compilation(request, _module_compilation):
 @pytest.fixture(autouse=True)
 def _traced_for_cpus(request):
     """Above the kernels, nothing that only other platforms run is traced."""
-    tests = request.config.rootpath / "tests"
-    everything = request.config.getoption(_EVERYTHING)
-    below = "seqmodels" if everything else "pallas_kernels"
-    as_users = any(request.path.is_relative_to(tests / part) for part in ("pallas_kernels", below))
-    if as_users or request.node.get_closest_marker("all_platforms"):
+    ops = request.path.is_relative_to(request.config.rootpath / "tests" / "pallas_kernels")
+    if ops or request.node.get_closest_marker("all_platforms"):
         yield
     else:
         with dispatch.only_for("cpu"):

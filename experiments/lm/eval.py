@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from experiments import terminal
 from experiments.command_line import run_command
-from experiments.lm.run import Trained, bits_per_byte, load_trained
+from experiments.lm.run import Trained, bits_per_byte, load_trained, require_next
 from experiments.run import mesh_of, say_padding
 from seqmodels.data import text
 from seqmodels.models import param_labels
@@ -107,6 +107,7 @@ def report(arguments: Arguments) -> None:
       ValueError, OSError, TrainingError: with a message for the user.
     """
     trained = load_trained(arguments.checkpoint, average=arguments.average)
+    require_next(trained, "evaluated byte by byte")
     documents = text.read_documents(arguments.data, trained.config.data.separator)
     result = evaluate_text(trained, text.encode(documents), arguments)
     context = result["context"]

@@ -28,11 +28,12 @@ from jax.sharding import Mesh
 from experiments.command_line import run_command
 from experiments.errors import UsageError
 from experiments.lm.published import load_published
-from experiments.lm.run import Trained, load_trained, make_task
+from experiments.lm.run import Trained, load_trained, make_task, require_next
 from experiments.run import mesh_of, unescaped
 from seqmodels.arguments import SEED, integer
 from seqmodels.data import text
 from seqmodels.generation import Sampling, Stream, decode, feed, start
+from seqmodels.mixers import JRTConfig
 from seqmodels.models.language import LanguageModel
 from seqmodels.ranges import Checked, Seed, Size
 from seqmodels.training.language import growing_mixers
@@ -103,6 +104,8 @@ def continuation(
         or the mesh splits a prompt that goes into a cache, or rows, of which there is one.
     """
     length, seed = integer("length", length, 1), integer("seed", seed, 0, SEED)
+    if trained.config.objective == "mlm":
+        require_next(trained, "continued")
     tokens = [text.BOUNDARY, *prompt]
     growing = growing_mixers(trained.model)
     if growing and max_length is not None and len(tokens) + length > max_length:
@@ -163,7 +166,8 @@ def _read(model: LanguageModel, variables: Any, tokens: list[int], room: int, me
     """The stream after the prompt, read in chunks; few different sizes are compiled."""
     stream = start(model, 1, max_length=room, dtype=model.config.dtype)
     shards = mesh.shape["seq"]
-    chunk = min(CHUNK, 1 << (len(tokens) - 1).bit_length())
+    whole = [mixer.prefix for mixer in model.config.backbone.mixers if isinstance(mixer, JRTConfig)]
+    chunk = min(max([CHUNK, *whole]), 1 << (len(tokens) - 1).bit_length())
     chunk = -(-chunk // shards) * shards
     for at in range(0, len(tokens), chunk):
         part = tokens[at : at + chunk]

@@ -23,6 +23,13 @@ from seqmodels.training.config import TrainConfig
 Preset = Literal["tiny", "cpu", "small", "table"]
 """Names of configs; "table" is that of `seqmodels lm table`."""
 
+Objective = Literal["next", "mlm", "prefix"]
+"""What a model is trained to say: the next token; tokens that are hidden; or the next token behind
+a prefix that it reads whole (JRT)."""
+
+MASK = VOCABULARY
+"""The token that stands for a hidden one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Checked):
@@ -87,7 +94,10 @@ class ExperimentConfig(Checked):
       model: the model.
       train: the training; its seed also orders the windows.
       memory: what training keeps.
-      balance: weight of the loss that has a mixture's experts used alike, where ``model`` has some.
+      balance: weight of the loss that has a mixture's experts or memories used alike, where
+        ``model`` has some.
+      objective: what is predicted.
+      masked: share of the tokens that are hidden, of those of the prefix in "prefix".
     """
 
     mixer: Annotated[str, Fixed]
@@ -98,20 +108,28 @@ class ExperimentConfig(Checked):
     train: TrainConfig
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     balance: Share = 0.01
+    objective: Objective = "next"
+    masked: Between = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()
         layout = self.model.backbone.layout
         if set(layout) != {self.mixer}:
             raise ValueError(f"mixer={self.mixer!r} is not what layout={layout} consists of")
-        if not all(mixer.causal for mixer in self.model.backbone.mixers):
+        causal = all(mixer.causal for mixer in self.model.backbone.mixers)
+        if self.objective == "next" and not causal:
             raise ValueError(f"mixer={self.mixer!r} must be causal: set bidirectional to False")
-        if self.model.vocabulary_size < VOCABULARY:
+        tokens = VOCABULARY + (self.objective != "next")
+        if self.model.vocabulary_size < tokens:
             raise ValueError(
                 f"model.vocabulary_size={self.model.vocabulary_size} is too small: tokens are "
-                f"bytes and a boundary, {VOCABULARY}"
+                f"bytes, a boundary and, unless objective='next', a mask, {tokens}"
             )
-
+        if self.objective != "next" and (self.carry_state or self.memory.chunk is not None):
+            raise ValueError(
+                f"objective={self.objective!r} sees both sides of a token and needs whole rows: "
+                "take carry_state=False and memory.chunk=None"
+            )
         if self.carry_state and self.data.decompose is not None:
             raise ValueError(
                 f"data.decompose={self.data.decompose!r} shuffles pieces of documents, of which no "
@@ -120,20 +138,24 @@ class ExperimentConfig(Checked):
 
     @property
     def name(self) -> str:
-        """``<mixer>-<preset>[-carry][-<curriculum>]-seed<k>``: of the run directory and result."""
-        how = "-carry" if self.carry_state else ""
+        """``<mixer>-<preset>[-<objective>][-carry][-<curriculum>]-seed<k>``: of the run directory
+        and of the result."""
+        how = "" if self.objective == "next" else f"-{self.objective}"
+        how += "-carry" if self.carry_state else ""
         how += f"-{self.data.decompose}" if self.data.decompose else ""
         return f"{self.mixer}-{self.preset}{how}-seed{self.train.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """Blocks, width of the residual stream, width of the MLP, channels of a head."""
+    """Blocks, width of the residual stream, width of the MLP, channels of a head, tokens that
+    filters look back."""
 
     layers: int
     width: int
     mlp: int
     head: int
+    length: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +178,7 @@ TRAIN = TrainConfig(
 PRESETS = {
     # For a look at how everything works; learns next to nothing.
     "tiny": Recipe(
-        ModelSize(layers=1, width=16, mlp=32, head=8),
+        ModelSize(layers=1, width=16, mlp=32, head=8, length=32),
         DataConfig(length=32),
         dataclasses.replace(
             TRAIN,
@@ -184,7 +206,7 @@ PRESETS = {
     ),
     # About 100 million parameters; for an accelerator.
     "small": Recipe(
-        ModelSize(layers=12, width=768, mlp=2304, head=64),
+        ModelSize(layers=12, width=768, mlp=2304, head=64, length=2048),
         DataConfig(length=2048),
         dataclasses.replace(
             TRAIN,
@@ -205,33 +227,40 @@ SSM_RATE = 1e-3
 """Peak learning rate of parameters that mixers label "ssm"."""
 
 
-def experiment(mixer: str, preset: str, seed: int = 0) -> ExperimentConfig:
+def experiment(
+    mixer: str, preset: str, seed: int = 0, objective: Objective = "next"
+) -> ExperimentConfig:
     """The experiment of a preset.
 
     Raises:
-      UsageError: an unknown name (the message has the nearest known one), or a bidirectional mixer.
+      UsageError: an unknown name (the message has the nearest known one), or a mixer that sees what
+        is to be predicted.
       ValueError: the seed is out of range.
     """
     check_name("preset", preset, PRESETS)
     recipe = PRESETS[preset]
+    model = language_model(mixer, recipe.size, objective)
     return ExperimentConfig(
         mixer=mixer,
         preset=typing.cast(Preset, preset),
         data=recipe.data,
         carry_state=False,
-        model=dataclasses.replace(language_model(mixer, recipe.size), dtype=recipe.dtype),
+        model=dataclasses.replace(model, dtype=recipe.dtype),
         train=dataclasses.replace(
-            recipe.train, group_learning_rates=group_rates(mixer, recipe.size), seed=seed
+            recipe.train, group_learning_rates=group_rates(mixer, recipe.size, objective), seed=seed
         ),
+        objective=objective,
     )
 
 
-def language_model(mixer: str, size: ModelSize) -> LanguageModelConfig:
+def language_model(
+    mixer: str, size: ModelSize, objective: Objective = "next"
+) -> LanguageModelConfig:
     """The model of one mixer; raises as ``mixer_config``."""
     return LanguageModelConfig(
         backbone=BackboneConfig(
             layout=(mixer,) * size.layers,
-            mixers=(mixer_config(mixer, size),),
+            mixers=(mixer_config(mixer, size, objective),),
             width=size.width,
             norm="rms",
             final_norm=True,
@@ -239,15 +268,17 @@ def language_model(mixer: str, size: ModelSize) -> LanguageModelConfig:
             decay_vectors=False,
             scan_layers=True,
         ),
-        vocabulary_size=VOCABULARY,
+        vocabulary_size=VOCABULARY + (objective != "next"),
     )
 
 
-def mixer_config(name: str, size: ModelSize) -> MixerConfig:
+def mixer_config(name: str, size: ModelSize, objective: Objective = "next") -> MixerConfig:
     """A mixer's config for models of this size: heads and states that suit its width.
 
+    For "mlm" it sees both sides where it can.
+
     Raises:
-      UsageError: an unknown name, or a mixer that has no causal mode.
+      UsageError: an unknown name, or a mixer that sees what is to be predicted.
     """
     check_name("mixer", name, MIXERS)
     kind = REGISTRY[name][0]
@@ -259,10 +290,13 @@ def mixer_config(name: str, size: ModelSize) -> MixerConfig:
         # The default 0.02 is meant for a width of about 2048.
         "init_std": size.width**-0.5,
         "layers": size.layers,
-        "bidirectional": False,
+        "length": size.length,
+        "bidirectional": objective == "mlm",
     }
     special: dict[str, dict[str, Any]] = {
         "attention": {"head_size": None},
+        "gam": {"slots": 2 * size.width},
+        "jrt": {"prefix": max(size.length // 2, 1)},
         "sliding_window": {"head_size": None, "window": 64},
         "scout": {"head_size": None, "interval": 8},
         "rat": {"chunk": 8, "groups": heads},
@@ -271,6 +305,7 @@ def mixer_config(name: str, size: ModelSize) -> MixerConfig:
         "hgrn2": {"layers": 1},
         "lightning": {"layers": 1},
         "mamba2": {"state_size": 64},
+        "mamba3": {"state_size": 64},
         "parallel": {"mixers": _side_by_side(size)} if name == "parallel" else {},
         "s4d": {"state_size": 32},
         "s5": {"state_size": size.width},
@@ -281,10 +316,14 @@ def mixer_config(name: str, size: ModelSize) -> MixerConfig:
         config = kind(**{**wanted, **special.get(name, {})})
     except ValueError as error:
         raise UsageError(f"mixer={name!r} has no preset of width {size.width}: {error}") from error
-    if not config.causal:
+    served = {"next": config.causal, "mlm": True, "prefix": name == "jrt"}
+    if not served[objective]:
+        others = ", ".join(other for other in MIXERS if other != name)
         raise UsageError(
-            f"mixer={name!r} is bidirectional and sees the tokens that a language model predicts; "
-            f"choose one of {', '.join(other for other in MIXERS if other != name)}"
+            f"mixer={name!r} reads no prefix; objective='prefix' is for jrt"
+            if objective == "prefix"
+            else f"mixer={name!r} sees the tokens that a language model predicts; choose one of "
+            f"{others}, or another objective"
         )
     return config
 
@@ -294,9 +333,9 @@ def _side_by_side(size: ModelSize) -> tuple[MixerConfig, ...]:
     return tuple(mixer_config(name, size) for name in ("mamba2", "attention"))
 
 
-def group_rates(mixer: str, size: ModelSize) -> dict[str, float]:
+def group_rates(mixer: str, size: ModelSize, objective: Objective = "next") -> dict[str, float]:
     """A lower rate for the state-space parameters of mixers that label them, as S4 and S5 do."""
-    labels = mixer_config(mixer, size).param_labels().values()
+    labels = mixer_config(mixer, size, objective).param_labels().values()
     return {"ssm": SSM_RATE} if any(label.group == "ssm" for label in labels) else {}
 
 

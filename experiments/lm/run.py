@@ -4,13 +4,14 @@ import dataclasses
 import math
 from pathlib import Path
 
-from experiments.lm.presets import DataConfig, ExperimentConfig, MemoryConfig
+from experiments.lm.presets import MASK, DataConfig, ExperimentConfig, MemoryConfig
 from experiments.run import chosen_step, locate, restore
 from seqmodels.config import from_dict
 from seqmodels.data import text
 from seqmodels.data.text import Text
 from seqmodels.models import LanguageModel, LanguageModelConfig, param_labels
 from seqmodels.training.language import language
+from seqmodels.training.masked import masked_language, prefix_language
 from seqmodels.training.run_directory import read_config
 from seqmodels.training.task import Task, Variables
 
@@ -45,9 +46,23 @@ def load_data(config: DataConfig, path: Path | str) -> TextData:
 
 
 def make_task(config: ExperimentConfig, *, packed: bool) -> Task:
-    """The config's model, for training; raises as ``language`` does."""
-    return task_of(
-        config.model, config.memory, config.balance, packed=packed, carry_state=config.carry_state
+    """The config's model, for training; raises as the task of its objective does."""
+    if config.objective == "next":
+        return task_of(
+            config.model,
+            config.memory,
+            config.balance,
+            packed=packed,
+            carry_state=config.carry_state,
+        )
+    kind = masked_language if config.objective == "mlm" else prefix_language
+    return kind(
+        LanguageModel(config.model),
+        lambda params: param_labels(config.model, params),
+        mask_token=MASK,
+        share=config.masked,
+        packed=packed,
+        tile=config.memory.loss_tile,
     )
 
 
@@ -68,7 +83,7 @@ def task_of(
         tile=memory.loss_tile,
         chunk=memory.chunk,
         share=memory.share,
-        balance=balance if model.backbone.experts is not None else 0.0,
+        balance=balance,
     )
 
 
@@ -118,3 +133,13 @@ def load_trained(checkpoint: Path, *, average: bool = True) -> Trained:
     state = restore(task, config.train, config_dict, run_dir / "checkpoints", step)
     variables = state.averaged if average else state.variables
     return Trained(config, step, LanguageModel(config.model), variables)
+
+
+def require_next(trained: Trained, what: str) -> None:
+    """Raises ValueError unless the model was trained to say the next byte of any text."""
+    if trained.config.objective != "next":
+        raise ValueError(
+            f"a model of objective={trained.config.objective!r} cannot be {what}: it was not "
+            "trained to say the next one after any beginning; its validation figures are in its "
+            "result"
+        )

@@ -110,7 +110,7 @@ def size_of(mixer: str) -> ModelSize:
     """
 
     def count(width: int, mlp: int) -> int:
-        size = ModelSize(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
+        size = ModelSize(LAYERS, width, mlp, head=width // 4)
         return presets.parameters(presets.language_model(mixer, size))
 
     # Nearly all parameters are in matrices; what is left is for the MLP's width to even out.

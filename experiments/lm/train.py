@@ -2,6 +2,7 @@
 
     seqmodels lm train --data book.txt --mixer mamba2 --preset cpu
     seqmodels lm train --data book.txt --mixer gla --carry-state --ema-decay 0.999
+    seqmodels lm train --data book.txt --mixer hydra --objective mlm
     seqmodels lm train --resume --run-dir runs/lm/mamba2-cpu-seed0
 
 --data is a file, or a folder whose *.txt files are one document each; the last tenth of the bytes
@@ -33,7 +34,7 @@ from experiments import terminal
 from experiments.allocator import keep_freed_memory
 from experiments.command_line import as_options, changed, run_command
 from experiments.errors import UsageError
-from experiments.lm.presets import ExperimentConfig, experiment
+from experiments.lm.presets import ExperimentConfig, Objective, experiment
 from experiments.lm.run import TextData, bits_per_byte, load_data, make_task
 from experiments.run import (
     Locations,
@@ -76,6 +77,9 @@ class Arguments(Checked):
     separator: str | None = None
     """What stands between the documents of a file, e.g. "<|endoftext|>"; default: one document.
     \\n, \\t, \\r and \\\\ are understood, as in --stop of `seqmodels lm generate`."""
+    objective: Objective | None = None
+    """next, the next byte; mlm, bytes that are hidden (masked language model); or prefix, the next
+    byte behind a half of the row that jrt reads whole; default next."""
     carry_state: bool = False
     """Carry the states from batch to batch: truncated backpropagation through time."""
     ema_decay: Between | None = None
@@ -137,6 +141,7 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
         run_dir = arguments.run_dir
         config = from_dict(ExperimentConfig, read_config(run_dir), where="config")
         saved = {"mixer": config.mixer, "preset": config.preset, "seed": config.train.seed}
+        saved |= {"objective": config.objective}
         require_names(arguments, saved, run_dir)
         return changed(config, options, prog=PROG), run_dir
     if arguments.mixer is None or arguments.data is None:
@@ -145,7 +150,8 @@ def resolve(arguments: Arguments, fields: Sequence[str] = ()) -> tuple[Experimen
             "a run to --resume needs its --run-dir. See --help"
         )
     preset = "cpu" if arguments.preset is None else arguments.preset
-    config = experiment(arguments.mixer, preset, arguments.seed or 0)
+    objective = arguments.objective or "next"
+    config = experiment(arguments.mixer, preset, arguments.seed or 0, objective)
     config = changed(config, options, prog=PROG)
     return config, arguments.run_dir or Path("runs/lm") / config.name
 
@@ -183,6 +189,11 @@ def _tell(result: Mapping[str, Any], config: ExperimentConfig, run_dir: Path, pa
         terminal.say(
             f"validation: {result['bits_per_byte']:.4f} bits per byte, at step "
             f"{result['test_step']} of {result['steps']}"
+        )
+    elif result["validation_loss"] is not None:
+        terminal.say(
+            f"validation: {result['validation_accuracy']:.4f} of the predicted bytes correct, loss "
+            f"{result['validation_loss']:.4f}, at step {result['test_step']} of {result['steps']}"
         )
     write_result(result, run_dir, path)
     terminal.say(f"result: {path}")
@@ -262,11 +273,14 @@ def make_result(
     """What is published of a run: no path of the machine it ran on."""
     progress, how = outcome.progress, history(run.directory)
     best = validation(how["curve"], outcome.chosen_step)  # none if time ended the run before one
-    bits = bits_per_byte(best["loss"], data.validation) if best else None
+    bits = None  # of all bytes: other objectives predict some
+    if best and config.objective == "next":
+        bits = bits_per_byte(best["loss"], data.validation)
     return {
         "mixer": config.mixer,
         "preset": config.preset,
         "seed": config.train.seed,
+        "objective": config.objective,
         "carry_state": config.carry_state,
         "bits_per_byte": bits,
         "validation_loss": best.get("loss"),

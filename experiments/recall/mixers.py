@@ -14,8 +14,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> registered mixer, fields that differ from it."""
 
-CAUSAL = tuple(name for name in REGISTRY if name not in ("bidirectional", "hydra", "parallel"))
-"""One mixer at a time."""
+_OTHERS = ("bidirectional", "hydra", "jrt", "orchid", "parallel")
+CAUSAL = tuple(name for name in REGISTRY if name not in _OTHERS)
+"""One causal mixer at a time."""
 
 NAMES = (*CAUSAL, *VARIANTS)
 
@@ -26,7 +27,8 @@ def mixer_config(name: str, size: ModelSize, state: int) -> MixerConfig:
     Matrix mixers have heads of ``state`` keys and values; Mamba, twice as wide inside, half as many
     states a channel; S4 and S4D as many real ones; S5 and LRU, whose states are the layer's, four
     times as many complex ones; a sliding window as many tokens. Attention, RAT, SCOUT and RG-LRU
-    have the same state whatever it says.
+    have the same state whatever it says, and so do Based, whose features are 16 a head, GAM and the
+    long convolutions, which keep their inputs.
 
     Raises:
       UsageError: an unknown name (the message has the nearest known one), or a size that it cannot
@@ -39,6 +41,7 @@ def mixer_config(name: str, size: ModelSize, state: int) -> MixerConfig:
         "gla": {"expand_k": 1.0},
         "mamba": {"state_size": halves},
         "mamba2": {"state_size": halves, "head_size": 16},
+        "mamba3": {"state_size": halves, "head_size": 16},
         "s4": {"state_size": state},
         "s4d": {"state_size": state},
         "s5": {"state_size": 4 * state},

@@ -88,9 +88,12 @@ class Stage:
 ONE_OF_EACH = ("attention", "mamba2", "gated_deltanet")
 RECURRENT = ("gla", "mamba2", "deltanet", "gated_deltanet")
 TRACKING = (*RECURRENT, "attention", "mamba", "s4d", "kda", *VARIANTS)
+NOT_RUN = ("based", "gam", "hyena", "mamba3", "mom", "monarch", "sgconv")
+"""Mixers that the committed grid does not have yet."""
+RUN = tuple(mixer for mixer in CAUSAL if mixer not in NOT_RUN)
 COMMITTED = (
-    Stage(("mqar",), CAUSAL, (8, 32)),
-    Stage(("selective-copy",), CAUSAL, (16,)),
+    Stage(("mqar",), RUN, (8, 32)),
+    Stage(("selective-copy",), RUN, (16,)),
     Stage(("parity", "s5-swaps"), TRACKING, (16,)),
     Stage(("a5-2steps",), ("deltanet", "deltanet-negative", "mamba"), (16,)),
     Stage(("disjointness-long-first",), RECURRENT, (16,)),

@@ -8,8 +8,9 @@ Normalization for Transformers", 2020.
 import dataclasses
 from typing import Any, ClassVar
 
+import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from seqmodels import ops
 from seqmodels.mixers.base import RecurrentState, Segments, index_of
@@ -35,6 +36,7 @@ class AttentionConfig(SoftmaxConfig):
     """
 
     mixer: ClassVar[str] = "attention"
+    writes: ClassVar[str | None] = "keys"
 
     bidirectional: bool = False
 
@@ -45,6 +47,44 @@ class AttentionConfig(SoftmaxConfig):
     @property
     def stateful(self) -> bool:
         return not self.bidirectional
+
+
+@flax.struct.dataclass
+class Keys:
+    """What queries of some tokens attend to.
+
+    Attributes:
+      k, v: ``(B, S, G, K)``, the tokens' own and what a cache holds.
+      positions: ``(B, L)`` int32, of the queries.
+      q_segments, k_segments: documents of both, as ``seqmodels.ops.attention`` has them.
+      capacity: of the cache; tokens at this position and behind come out as NaN.
+      causal: whether queries see keys of their own row up to themselves only.
+    """
+
+    k: Any
+    v: Any
+    positions: Any
+    q_segments: Any
+    k_segments: Any
+    capacity: int | None = flax.struct.field(pytree_node=False)
+    causal: bool = flax.struct.field(pytree_node=False)
+
+    def attend(self, q: Float[Array, "b l h k"]) -> Float[Array, "b l h k"]:
+        """Softmax attention of queries, rotated as the keys are."""
+        return ops.attention(
+            q,
+            self.k,
+            self.v,
+            causal=self.causal,
+            q_segments=self.q_segments,
+            k_segments=self.k_segments,
+        )
+
+    def overflow(self, y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """NaN for tokens behind what the cache has room for."""
+        if self.capacity is None:
+            return y
+        return overflow(y, (self.positions < 0) | (self.positions >= self.capacity))
 
 
 class Attention(SoftmaxMixer[AttentionConfig]):
@@ -60,15 +100,27 @@ class Attention(SoftmaxMixer[AttentionConfig]):
         segments: Segments | None,
         state: RecurrentState,
         after: RecurrentState,
-    ) -> tuple[Float[Array, "b l d"], Any]:
+    ) -> tuple[Float[Array, "b l d"], Any, Keys]:
         positions = state.positions(segments, x.shape[1])
         q, k, v = self.tokens(x, positions)
-        segment_index = index_of(segments)
+        kept = None
         if state.state is None:
-            o = ops.attention(
-                q, k, v, causal=self.causal, q_segments=segment_index, k_segments=segment_index
-            )
-            return self.output_projection(o, x), None
+            index = index_of(segments)
+            keys = Keys(k, v, positions, index, index, None, self.causal)
+        else:
+            keys, kept = self._cached(x, k, v, positions, segments, state)
+        return keys.overflow(self.output_projection(keys.attend(q), x)), kept, keys
+
+    def _cached(
+        self,
+        x: Float[Array, "b l d"],
+        k: Float[Array, "b l g k"],
+        v: Float[Array, "b l g k"],
+        positions: Int[Array, "b l"],
+        segments: Segments | None,
+        state: RecurrentState,
+    ) -> tuple[Keys, dict[str, Array]]:
+        """The keys with those of the cache, and the cache with those of these tokens."""
         before = held(state, segments)
         segment_index = all_segments(x, segments)
         chosen = segment_index == 1 if segments is None else last_document(segments)
@@ -83,18 +135,14 @@ class Attention(SoftmaxMixer[AttentionConfig]):
             seen = jnp.where(slots <= before[:, None], jnp.int32(1), -1)
             past_k, past_v = (kept[name].astype(x.dtype) for name in ("k", "v"))
             ones = jnp.ones_like(segment_index)
-            o = ops.attention(q, past_k, past_v, causal=False, q_segments=ones, k_segments=seen)
-        else:
-            seen = jnp.where(slots < before[:, None], jnp.int32(1), -1)
-            all_k, all_v = (
-                jnp.concatenate([state.state[name].astype(x.dtype), new], axis=1)
-                for name, new in (("k", k), ("v", v))
-            )
-            keys = jnp.concatenate([seen, segment_index], axis=1)
-            o = ops.attention(q, all_k, all_v, q_segments=segment_index, k_segments=keys)
-        return overflow(
-            self.output_projection(o, x), (positions < 0) | (positions >= capacity)
-        ), kept
+            return Keys(past_k, past_v, positions, ones, seen, capacity, causal=False), kept
+        seen = jnp.where(slots < before[:, None], jnp.int32(1), -1)
+        all_k, all_v = (
+            jnp.concatenate([state.state[name].astype(x.dtype), new], axis=1)
+            for name, new in (("k", k), ("v", v))
+        )
+        index = jnp.concatenate([seen, segment_index], axis=1)
+        return Keys(all_k, all_v, positions, segment_index, index, capacity, causal=True), kept
 
     def empty(self, batch_size: int, max_length: int | None, dtype: Any) -> Any:
         shape = (batch_size, self.require_length(max_length), self.config.groups, self.head_size)

@@ -16,6 +16,7 @@ from seqmodels.layers.positions import further
 from seqmodels.ranges import Checked
 from seqmodels.segments import Segments as Segments
 from seqmodels.segments import index_of as index_of
+from seqmodels.segments import last_token as last_token
 from seqmodels.segments import mask_padding as mask_padding
 
 State = Any
@@ -132,9 +133,17 @@ Implementation = Literal["reference", "xla", "tpu", "gpu"]
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig(Checked):
-    """Base of the mixers' configs; ``mixer`` is the registered name."""
+    """Base of the mixers' configs.
+
+    Attributes:
+      mixer: the registered name.
+      reads, writes: what it takes of an earlier block of the same backbone, and gives to later ones
+        that read it, see ``seqmodels.mixers.shared``; None for nothing.
+    """
 
     mixer: ClassVar[str]
+    reads: ClassVar[str | None] = None
+    writes: ClassVar[str | None] = None
 
     @property
     def causal(self) -> bool:

@@ -1,6 +1,7 @@
-"""A short convolution between two gates: the local layer of LFM2's hybrids.
+"""A short convolution between gates: the local layer of LFM2's hybrids, and of Based's.
 
-Liquid AI, "LFM2 Technical Report", 2025 (arXiv:2511.23404), section 2.
+Liquid AI, "LFM2 Technical Report", 2025 (arXiv:2511.23404), section 2; Arora et al., "Zoology:
+Measuring and Improving Recall in Efficient Language Models", 2023 (arXiv:2312.04927), for BaseConv.
 """
 
 import dataclasses
@@ -23,19 +24,29 @@ class GatedConvConfig(MixerConfig):
     Attributes:
       conv_size: taps W: the token and the ``W - 1`` before it.
       use_bias: biases in the projections and in the convolution.
+      expand: channels E of the convolution as a multiple of the width.
+      input_gate: whether there is a gate B before the convolution.
+      activation: whether silu follows it.
     """
 
     mixer: ClassVar[str] = "gated_conv"
 
     conv_size: Size = 3
     use_bias: bool = False
+    expand: Size = 1
+    input_gate: bool = True
+    activation: bool = False
+
+
+BASE_CONV = GatedConvConfig(expand=2, input_gate=False, activation=True)
+"""The convolution between the other layers of Based and JRT-RNN."""
 
 
 class GatedConv(Mixer[GatedConvConfig]):
-    """``[B, C, x] = in_proj(u)``, ``y = out_proj(C * conv(B * x))``, within each document.
+    """``[B, C, x] = in_proj(u)``, ``y = out_proj(C * act(conv(B * x)))``, within each document.
 
     Parameters, names as in the published checkpoints: ``in_proj``, ``conv`` and ``out_proj``, each
-    with a ``kernel`` (inputs first; ``(W, D)`` of the convolution) and maybe a ``bias``.
+    with a ``kernel`` (inputs first; ``(W, E)`` of the convolution) and maybe a ``bias``.
     """
 
     @nn.compact
@@ -52,16 +63,23 @@ class GatedConv(Mixer[GatedConvConfig]):
         if state is None:
             state = self.initial_state(x.shape[0], dtype=x.dtype)
         entering = state.reset_at_document_start(segments)
-        parts = dense(x, 3 * self.width, "in_proj", use_bias=config.use_bias)
-        before, after, inner = jnp.split(parts, 3, axis=-1)
-        conv = ShortConv(config.conv_size, config.use_bias, activation=None, name="conv")
-        inner, window = conv(before * inner, entering, segments=segments)
+        count = 3 if config.input_gate else 2
+        parts = dense(x, count * self._inner, "in_proj", use_bias=config.use_bias)
+        *before, after, inner = jnp.split(parts, count, axis=-1)
+        inner = before[0] * inner if before else inner
+        activation = "silu" if config.activation else None
+        conv = ShortConv(config.conv_size, config.use_bias, activation=activation, name="conv")
+        inner, window = conv(inner, entering, segments=segments)
         y = dense(after * inner, self.width, "out_proj", use_bias=config.use_bias)
         return mask_padding(y, segments), state.update(window, segments, x.shape[1])
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> RecurrentState:
-        """Zeros: ``state`` is the window of ``B * x``, ``(B, W - 1, D)`` in ``dtype``."""
-        window = start_window(batch_size, self.config.conv_size, self.width, dtype)
+        """Zeros: ``state`` is the window of ``B * x``, ``(B, W - 1, E)`` in ``dtype``."""
+        window = start_window(batch_size, self.config.conv_size, self._inner, dtype)
         return RecurrentState.start(window, batch_size)
+
+    @property
+    def _inner(self) -> int:
+        return self.config.expand * self.width

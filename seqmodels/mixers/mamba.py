@@ -62,6 +62,7 @@ class MambaConfig(MixerConfig):
     """
 
     mixer: ClassVar[str] = "mamba"
+    writes: ClassVar[str | None] = "memory"
 
     state_size: Size = 16
     expand: Size = 2
@@ -137,7 +138,10 @@ class Mamba(Mixer[MambaConfig]):
         segments: Segments | None = None,
         state: RecurrentState | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "b l d"], RecurrentState]:
+        share: bool = False,
+    ) -> tuple[Any, ...]:
+        """As ``Mixer`` has it; with ``share`` also what is read of the state, ``(B, L, E)``, before
+        its gate."""
         self.check(x, segments, state)
         config = self.config
         if state is None:
@@ -150,7 +154,6 @@ class Mamba(Mixer[MambaConfig]):
         if config.blocks is not None:
             recurrence = self._blocks(config.blocks)
             y, final_state = recurrence(inner, entering["recurrent_state"], segments)
-            y = y * jax.nn.silu(gate)
         else:
             parameters, (dt, b, c) = self._selection(inner)
             y, final_state = ops.selective_scan(
@@ -158,17 +161,21 @@ class Mamba(Mixer[MambaConfig]):
                 dt,
                 B=b,
                 C=c,
-                gate=gate,
+                gate=None if share else gate,
                 dt_softplus=True,
                 initial_state=entering["recurrent_state"],
                 segments=segments,
                 implementation=config.implementation,
                 **parameters,
             )
+        memory = y
+        if share or config.blocks is not None:
+            y = y * jax.nn.silu(gate)
         init = uniform_fan_in(config.layers)
         y = dense(y, self.width, "out_proj", use_bias=config.use_bias, kernel_init=init)
         state = state.update({"conv": window, "recurrent_state": final_state}, segments, x.shape[1])
-        return mask_padding(y, segments), state
+        y = mask_padding(y, segments)
+        return (y, state, memory) if share else (y, state)
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16

@@ -82,8 +82,9 @@ class CachingMixer(Mixer[Config]):
         segments: Segments | None,
         state: RecurrentState,
         after: RecurrentState,
-    ) -> tuple[Float[Array, "b l d"], Any]:
-        """Outputs, anything on padding, and ``state`` after the last real token.
+    ) -> tuple[Any, ...]:
+        """Outputs, anything on padding, ``state`` after the last real token, and what the mixer
+        gives to later blocks, if its config ``writes``.
 
         ``after`` is the state then but for ``state``. ``state.state`` is None where no token has
         been seen; ``state`` is to be None then too if it grows.
@@ -102,7 +103,9 @@ class CachingMixer(Mixer[Config]):
         segments: Segments | None = None,
         state: RecurrentState | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "b l d"], RecurrentState | None]:
+        share: bool = False,
+    ) -> tuple[Any, ...]:
+        """As ``Mixer`` has it; with ``share`` also what later blocks read."""
         self.check(x, segments, state)
         if state is None:
             state = RecurrentState.start(None, x.shape[0])
@@ -112,9 +115,10 @@ class CachingMixer(Mixer[Config]):
                 "no cache; begin with initial_state(batch_size, max_length=...)"
             )
         after = state.update(None, segments, x.shape[1])
-        y, kept = self.mix(x, segments, state, after)
+        y, kept, *given = self.mix(x, segments, state, after)
         y = mask_padding(y, segments)
-        return y, dataclasses.replace(after, state=kept) if self.stateful else None
+        after = dataclasses.replace(after, state=kept) if self.stateful else None
+        return (y, after, *given) if share else (y, after)
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
@@ -174,12 +178,20 @@ class SoftmaxMixer(CachingMixer[Config]):
             )
         )
         if config.qk_norm:
-            norm = ZeroCenteredRMSNorm if config.zero_centered_norm else GatedNorm
-            q = norm(config.norm_epsilon, name="q_norm")(q)
-            k = norm(config.norm_epsilon, name="k_norm")(k)
-        if config.score_scale is not None:
-            q = q * (config.score_scale * size**0.5)
+            q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
+        q = self.scores_scaled(q)
         return self.rotate(q, positions), self.rotate(k, positions), v
+
+    def normed(self, x: Float[Array, "b l h k"], name: str) -> Float[Array, "b l h k"]:
+        """Each head over its root mean square, with a scale."""
+        config = self.config
+        norm = ZeroCenteredRMSNorm if config.zero_centered_norm else GatedNorm
+        return norm(config.norm_epsilon, name=name)(x)
+
+    def scores_scaled(self, q: Float[Array, "b l h k"]) -> Float[Array, "b l h k"]:
+        """Queries such that scores over ``sqrt(K)`` are those over the scale asked for."""
+        scale = self.config.score_scale
+        return q if scale is None else q * (scale * self.head_size**0.5)
 
     def rotate(self, x: Float[Array, "b l h k"], positions: Int[Array, "b l"]) -> Array:
         """The rotary embedding, if the configuration wants one."""

@@ -15,6 +15,7 @@ from seqmodels.arguments import segment_order
 from seqmodels.layers.dropout import Dropout
 from seqmodels.layers.experts import GATED, Experts, ExpertsConfig, activated
 from seqmodels.layers.gates import Gate, GateKind
+from seqmodels.layers.monarch import BlockDense
 from seqmodels.layers.norms import Norm, NormKind
 from seqmodels.layers.projections import scaled
 from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
@@ -35,7 +36,10 @@ class BackboneConfig(Checked):
 
     Attributes:
       layout: names of the mixers from the first block to the last, e.g. ``("s5",) * 8``.
-      mixers: one config for each name in ``layout``.
+      mixers: one config for each name in ``layout``. One that reads what an earlier block gives
+        ("gmu", "cross_attention") reads the nearest before it that gives such; blocks are not
+        scanned over then.
+      names: the names of ``mixers`` in ``layout``; () for those that they are registered by.
       single: each block has one branch, not two: its mixer or, where ``layout`` says "mlp" or
         "experts", that (Nemotron-H).
       width: channels of the residual stream.
@@ -53,6 +57,7 @@ class BackboneConfig(Checked):
         positive in place of gelu; with a third matrix "swiglu"
         ``W_2 (silu(W_g x) * W_1 x)`` and "geglu", the same with gelu; gelu in the tanh form.
       mlp_bias: biases in the MLP.
+      mlp_blocks: the MLP's matrices are block-diagonal, of so many blocks (M2-BERT).
       mlp_scales: what the activation's inputs and the outputs are multiplied by (Falcon-H1).
       experts: None, or a mixture of experts of ``mlp_kind`` in the MLP's place.
       dense_blocks: numbers of the blocks that have the MLP all the same.
@@ -68,6 +73,7 @@ class BackboneConfig(Checked):
     layout: tuple[str, ...]
     mixers: tuple[MixerConfig, ...]
     width: Size
+    names: tuple[str, ...] = ()
     single: bool = False
     norm: NormKind = "layer"
     norm_epsilon: Positive | None = None
@@ -80,6 +86,7 @@ class BackboneConfig(Checked):
     mlp: Size | None = None
     mlp_kind: MLPKind = "gelu"
     mlp_bias: bool = True
+    mlp_blocks: Size = 1
     mlp_scales: tuple[Positive, Positive] = (1.0, 1.0)
     experts: ExpertsConfig | None = None
     dense_blocks: tuple[Count, ...] = ()
@@ -91,14 +98,26 @@ class BackboneConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [config.mixer for config in self.mixers]
+        names = list(self.names or (config.mixer for config in self.mixers))
+        if len(names) != len(self.mixers):
+            raise ValueError(
+                f"BackboneConfig: names={self.names} must have one for each of {len(self.mixers)} "
+                "mixers, or none"
+            )
         mixed = set(self.layout) - set(SINGLE if self.single else ())
         if not self.layout or mixed != set(names) or len(names) != len(set(names)):
             raise ValueError(
                 f"BackboneConfig: layout={self.layout} must name every config in mixers exactly, "
-                f"one config a name; mixers has {names}"
+                f"one config a name; they are {names}; several configs of one mixer need names"
             )
         self._check_experts()
+        for layer in range(len(self.layout)):
+            self.source(layer)
+        if self.mlp is not None and (self.mlp % self.mlp_blocks or self.width % self.mlp_blocks):
+            raise ValueError(
+                f"BackboneConfig: mlp_blocks={self.mlp_blocks} must divide width={self.width} and "
+                f"mlp={self.mlp}"
+            )
         if self.mlp_tile is not None and self.mlp is None:
             raise ValueError(
                 f"BackboneConfig: mlp_tile={self.mlp_tile} needs an MLP; set mlp, or mlp_tile=None"
@@ -154,9 +173,34 @@ class BackboneConfig(Checked):
 
     def mixer(self, layer: int) -> MixerConfig | None:
         """The mixer's config of block ``layer``, told its depth; None for a block without one."""
-        name = self.layout[layer]
-        found = [config for config in self.mixers if config.mixer == name]
-        return found[0].at(layer, len(self.layout)) if found else None
+        names = self.names or tuple(config.mixer for config in self.mixers)
+        found = dict(zip(names, self.mixers, strict=True)).get(self.layout[layer])
+        return None if found is None else found.at(layer, len(self.layout))
+
+    def source(self, layer: int) -> int | None:
+        """The block whose memory or keys block ``layer`` reads; None for one that reads nothing.
+
+        Raises:
+          ValueError: no block before it gives them.
+        """
+        mixer = self.mixer(layer)
+        if mixer is None or mixer.reads is None:
+            return None
+        for earlier in reversed(range(layer)):
+            found = self.mixer(earlier)
+            if found is not None and found.writes == mixer.reads:
+                return earlier
+        raise ValueError(
+            f"BackboneConfig: block {layer}, {self.layout[layer]!r}, reads the {mixer.reads} of an "
+            "earlier block, and none gives them; put mamba before gmu, attention before "
+            "cross_attention"
+        )
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """The blocks that others read."""
+        found = (self.source(layer) for layer in range(len(self.layout)))
+        return frozenset(layer for layer in found if layer is not None)
 
     def each_mixer(self) -> list[MixerConfig]:
         """``mixer`` of the blocks that have one, in order."""
@@ -180,7 +224,7 @@ class BackboneConfig(Checked):
     def repeats(self) -> int:
         """Whole periods that are scanned over; 0 where all blocks are unrolled."""
         repeats = len(self.layout) // self.period
-        return repeats if self.scan_layers and repeats > 1 else 0
+        return repeats if self.scan_layers and repeats > 1 and not self.sources else 0
 
 
 RESIDUAL = "residual"
@@ -190,7 +234,8 @@ RESIDUAL = "residual"
 class Block(nn.Module):
     """Norm, mixer, gate, residual; norm, MLP or experts, residual; one of both or both.
 
-    Branches have ``dtype``.
+    Branches have ``dtype``. Beside outputs and state it returns what later blocks read, if
+    ``shares``; ``shared`` is what an earlier one has given.
     """
 
     config: BackboneConfig
@@ -198,24 +243,34 @@ class Block(nn.Module):
     second: Literal["mlp", "experts"] | None
     deterministic: bool
     dtype: Any
+    shares: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], segments: Segments | None, state: State
-    ) -> tuple[Float[Array, "b l d"], State]:
+        self,
+        x: Float[Array, "b l d"],
+        segments: Segments | None,
+        state: State,
+        shared: Any = None,
+    ) -> tuple[Float[Array, "b l d"], State, Any]:
         config = self.config
+        given = None
 
-        def mix(y: Array) -> tuple[Array, State]:
+        def mix(y: Array) -> tuple[Array, tuple[State, Any]]:
             assert self.mixer is not None
-            y, after = build(self.mixer, config.width, name="mixer")(
-                y, segments=segments, state=state, deterministic=self.deterministic
+            options: dict[str, Any] = {"share": True} if self.shares else {}
+            options |= {} if self.mixer.reads is None else {"shared": shared}
+            y, after, *given = build(self.mixer, config.width, name="mixer")(
+                y, segments=segments, state=state, deterministic=self.deterministic, **options
             )
             if config.gate is not None:
                 y = Gate(config.gate, config.dropout, self.deterministic, name="gate")(y)
-            return y, after
+            return y, (after, given[0] if given else None)
 
         def hidden_layer(block: nn.Module, y: Array) -> Array:
             def dense(y: Array, features: int, name: str) -> Array:
+                if config.mlp_blocks > 1:
+                    return BlockDense(features, config.mlp_blocks, config.mlp_bias, name=name)(y)
                 return nn.Dense(features, config.mlp_bias, name=name, dtype=y.dtype)(y)
 
             first, last = config.mlp_scales
@@ -247,24 +302,24 @@ class Block(nn.Module):
 
         x = checkpoint_name(x, RESIDUAL)
         if self.mixer is not None:
-            x, state = self._residual(x, segments, "norm", mix)
+            x, (state, given) = self._residual(x, segments, "norm", mix)
         if self.second is not None:
             branch = mlp if self.second == "mlp" else experts
             x, _ = self._residual(x, segments, "mlp_norm", branch)
-        return x, state
+        return x, state, given
 
     def _residual(
         self, x: Array, segments: Segments | None, name: str, branch: Any
-    ) -> tuple[Array, State]:
+    ) -> tuple[Array, Any]:
         norm = make_norm(self.config, name)
         mask = None if segments is None else segments.mask
         y = norm(x, mask, deterministic=self.deterministic) if self.config.prenorm else x
-        y, state = branch(y.astype(self.dtype))
+        y, more = branch(y.astype(self.dtype))
         y = scaled(y, self.config.residual_scale)
         x = split_tokens(x + y.astype(x.dtype))
         if not self.config.prenorm:
             x = norm(x, mask, deterministic=self.deterministic)
-        return x, state
+        return x, more
 
 
 class Period(nn.Module):
@@ -281,7 +336,7 @@ class Period(nn.Module):
         after = []
         for layer in range(self.config.period):
             block = make_block(self.config, layer, self.deterministic, self.dtype)
-            x, state = block(x, segments, states[layer])
+            x, state, _ = block(x, segments, states[layer])
             after.append(state)
         return x, tuple(after)
 
@@ -332,8 +387,11 @@ class Backbone(nn.Module):
                 config, deterministic, dtype, name="period"
             )(x, _interleaved_stack(states[:scanned], config.period), segments)
             after += _interleaved_unstack(parts, config.repeats)
+        given: dict[int | None, Any] = {}
         for layer in range(scanned, layers):
-            x, part = make_block(config, layer, deterministic, dtype)(x, segments, states[layer])
+            block = make_block(config, layer, deterministic, dtype)
+            shared = given.get(config.source(layer))
+            x, part, given[layer] = block(x, segments, states[layer], shared)
             after.append(part)
         if config.final_norm:
             mask = None if segments is None else segments.mask
@@ -343,7 +401,7 @@ class Backbone(nn.Module):
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
     ) -> tuple[State, ...]:
-        """One state for each block, before the first token; None for one without a mixer."""
+        """One state for each block, before the first token; None for one that carries none."""
 
         def start(mixer: MixerConfig | None) -> State:
             if mixer is None:
@@ -369,8 +427,8 @@ def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: A
     kind: Any = Block
     if config.remat != "none":
         kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
-    mixer, second = config.mixer(layer), config.second(layer)
-    return kind(config, mixer, second, deterministic, dtype, name=f"block_{layer}")
+    mixer, second, shares = config.mixer(layer), config.second(layer), layer in config.sources
+    return kind(config, mixer, second, deterministic, dtype, shares, name=f"block_{layer}")
 
 
 def make_norm(config: BackboneConfig, name: str) -> Norm:
@@ -418,6 +476,8 @@ def param_axes(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
             mixer = config.mixer(int(keys[at - 1].removeprefix("block_")))
             assert mixer is not None
             names = mixer.param_axes().get("/".join(keys[at + 1 :]), names)
+        elif config.mlp_blocks > 1 and keys[-2].startswith("mlp_") and keys[-1] == "kernel":
+            names = PartitionSpec("mlp")  # blocks, each by itself
         return PartitionSpec("layers", *names) if "period" in keys else names
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -9,10 +9,12 @@ from seqmodels.mixers import (
     Mamba2Config,
     MambaConfig,
     MixerConfig,
+    MonarchConfig,
     RGLRUConfig,
     SlidingWindowConfig,
     mamba,
     mamba2,
+    monarch,
     rg_lru,
 )
 from seqmodels.models.backbone import BackboneConfig
@@ -148,6 +150,27 @@ def single_branch_language_model(
     return LanguageModelConfig(backbone, vocabulary_size, tie_embeddings=False)
 
 
+def m2_bert(
+    width: int, layers: int, mixer: MonarchConfig, vocabulary_size: int
+) -> LanguageModelConfig:
+    """M2-BERT: Monarch mixers and block-diagonal gated MLPs, a norm after each; it sees both sides.
+
+    Train it by ``seqmodels.training.masked``.
+    """
+    backbone = BackboneConfig(
+        layout=(mixer.mixer,) * layers,
+        mixers=(mixer,),
+        width=width,
+        norm="layer",
+        norm_epsilon=1e-12,
+        prenorm=False,
+        mlp=4 * width,
+        mlp_kind="geglu",
+        mlp_blocks=4,
+    )
+    return LanguageModelConfig(backbone, vocabulary_size)
+
+
 def gemma_embedding_scale(width: int) -> float:
     """``sqrt(width)``, rounded to bfloat16 as Gemma's models have it."""
     return float(jnp.bfloat16(width**0.5))
@@ -188,3 +211,9 @@ PUBLISHED: dict[str, LanguageModelConfig] = {
 """Names as published: state-spaces/mamba-*, state-spaces/mamba2-*, mistralai's Codestral Mamba,
 tiiuae/falcon-mamba-7b, google/recurrentgemma-*; the window is that of transformers' version, in
 which a token sees itself and 2047 others."""
+
+ENCODERS: dict[str, LanguageModelConfig] = {
+    "m2-bert-80m": m2_bert(*monarch.M2_BERT_80M, 30_528),
+    "m2-bert-110m": m2_bert(*monarch.M2_BERT_110M, 30_528),
+}
+"""Models that see both sides, by their published numbers of parameters."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from seqmodels.parallel.mesh import MESH_AXES, current_mesh
 
@@ -67,7 +67,10 @@ def layer_axes(path: Sequence[str]) -> PartitionSpec:
 
 
 def partition(
-    axes: PartitionSpec, shape: Sequence[int], mesh: Mesh, over: Sequence[str] = MESH_AXES
+    axes: PartitionSpec,
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    over: Sequence[str] = MESH_AXES,
 ) -> PartitionSpec:
     """Which axes of ``mesh`` split each axis of a parameter.
 

@@ -535,8 +535,8 @@ def _mapped(
     )(*planes)
 
 
-def _split(spec: PartitionSpec, axis: int | None) -> PartitionSpec:
-    """``spec`` of an array whose ``axis`` the model axis splits too; None for no axis."""
+def _split(spec: Any, axis: int | None) -> Any:
+    """``spec`` of an array whose ``axis`` the model axis splits too; as it is for no axis."""
     if axis is None:
         return spec
     return PartitionSpec(*spec, *(None,) * (axis - len(spec)), "model")

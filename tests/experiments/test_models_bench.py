@@ -94,7 +94,7 @@ def test_token_time_rows():
 def test_memory_rows():
     stack = dataclasses.replace(memory.MODEL.backbone, layout=("gla",) * 2, width=16, mlp=16)
     model = dataclasses.replace(memory.MODEL, vocabulary_size=512, backbone=stack)
-    options = {"model": model, "budget": 2**25, "lengths": (1024, 2048)}
+    options = {"model": model, "budget": 2**25, "lengths": (2048, 4096)}
     plain, chunks = memory.results(1, 0, names=("nothing", "loss_tile, chunk"), **options)
     assert plain.ratios == {"nothing": 1.0}
     assert chunks.ratios["nothing"] > 2

@@ -4,19 +4,27 @@ from typing import Any
 
 from seqmodels.mixers import (
     AttentionConfig,
+    BasedConfig,
     BidirectionalConfig,
     ConvConfig,
     DeltaNetConfig,
+    GAMConfig,
     GatedConvConfig,
     GatedDeltaNetConfig,
     GLAConfig,
     HGRN2Config,
     HydraConfig,
+    HyenaConfig,
+    JRTConfig,
     KDAConfig,
     LightningConfig,
     LRUConfig,
     Mamba2Config,
+    Mamba3Config,
     MambaConfig,
+    MoMConfig,
+    MonarchConfig,
+    OrchidConfig,
     ParallelConfig,
     RATConfig,
     RetNetConfig,
@@ -25,6 +33,7 @@ from seqmodels.mixers import (
     S4DConfig,
     S5Config,
     SCOUTConfig,
+    SGConvConfig,
     SlidingWindowConfig,
 )
 
@@ -98,6 +107,22 @@ CASES = {
     ),
 }
 
+# Filters shorter and longer than a third of a row.
+CASES |= {
+    "based": BasedConfig(heads=2, feature_size=3, **_MATRIX),
+    "jrt": JRTConfig(heads=2, feature_size=3, prefix=90, **_MATRIX),
+    "gam": GAMConfig(slots=5),
+    "mamba3": Mamba3Config(state_size=6, head_size=4, groups=2),
+    "mamba3-rank": Mamba3Config(state_size=4, head_size=8, rank=2),
+    "mom": MoMConfig(heads=2, head_size=8, memories=3, **_MATRIX),
+    "mom-gla": MoMConfig(heads=2, head_size=8, rule="gla", shared=False, **_MATRIX),
+    "sgconv": SGConvConfig(length=100, scale_size=8),
+    "sgconv-bidirectional": SGConvConfig(length=60, scale_size=8, bidirectional=True),
+    "hyena": HyenaConfig(length=50, embedding=5, hidden=8, order=3),
+    "monarch": MonarchConfig(length=100, hidden=8, bidirectional=False, width_blocks=4),
+    "monarch-bidirectional": MonarchConfig(length=250, hidden=8),
+    "orchid": OrchidConfig(),
+}
 CASES["parallel"] = ParallelConfig(
     (
         Mamba2Config(state_size=3, head_size=2, groups=2, norm="before_gate"),
@@ -119,6 +144,9 @@ CASES["bidirectional-tied"] = BidirectionalConfig(CASES["s4"], tied=True)
 
 # One of each kind, which the contract's tests always run.
 KINDS = {"s5", "s4", "mamba", "gla", "hydra", "rat"}
+
+# The prefix of a document is read in one call: pieces of rows are another function of the tokens.
+READ_WHOLE = {"jrt"}
 
 # States of these hold a cache that grows: they begin with initial_state(.., max_length=..).
 GROWING = {
@@ -175,4 +203,17 @@ FLAGS = {
     "scout-mamba": (True, True, True),
     "parallel": (True, True, True),
     "parallel-attention": (True, True, True),
+    "based": (True, True, True),
+    "jrt": (False, True, True),
+    "gam": (True, True, True),
+    "mamba3": (True, True, True),
+    "mamba3-rank": (True, True, True),
+    "mom": (True, True, True),
+    "mom-gla": (True, True, True),
+    "sgconv": (True, True, False),
+    "sgconv-bidirectional": (False, False, False),
+    "hyena": (True, True, False),
+    "monarch": (True, True, False),
+    "monarch-bidirectional": (False, False, False),
+    "orchid": (False, False, False),
 }

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from seqmodels.mixers import Segments
+from seqmodels.mixers.gated_conv import BASE_CONV
 from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig
-from seqmodels.models.layouts import PATTERNS, layout
+from seqmodels.models.layouts import PATTERNS, layout, masformer, sambay
 from tests import tolerances
 from tests.seqmodels.mixers.cases import CASES
 from tests.tiers import one_of_many
@@ -19,9 +20,16 @@ LENGTH = 11
 TOKENS = np.random.default_rng(0).integers(0, 13, (2, LENGTH))
 # Two documents a row, and padding.
 IDS = np.array([[1] * 4 + [2] * 5 + [0] * 2, [3] * 11], np.int32)
-MIXERS = {name: CASES[name] for name in ("rg_lru", "mamba", "sliding_window", "attention", "rat")}
-MIXERS["scout"] = CASES["scout-mamba"]
-STACKS = {"mamba": 2, "griffin": 5, "samba": 4, "jamba": 5, "rat_sliding_window": 2, "scout": 2}
+MIXERS = {
+    name: CASES[name]
+    for name in ("rg_lru", "mamba", "sliding_window", "attention", "rat", "based", "jrt")
+}
+MIXERS |= {"scout": CASES["scout-mamba"], "gated_conv": BASE_CONV}
+STACKS = {
+    "mamba": 2, "griffin": 5, "samba": 4, "jamba": 5, "rat_sliding_window": 2, "scout": 2,
+    "based": 3, "jrt": 3,
+}  # fmt: skip
+STREAMING = [pattern for pattern in STACKS if pattern != "jrt"]
 
 
 @functools.cache
@@ -58,12 +66,22 @@ def test_every_pattern_has_a_stack():
     assert layout("jamba", 32).count("attention") == 4
     assert layout("jamba", 32)[4::8] == ("attention",) * 4
     assert layout("mamba2", 3) == ("mamba2",) * 3
-    with pytest.raises(ValueError, match="layers=0 must be positive"):
-        layout("samba", 0)
+    assert sambay(8) == (
+        "mamba", "sliding_window", "mamba", "sliding_window", "mamba", "attention", "gmu",
+        "cross_attention",
+    )  # fmt: skip
+    assert masformer(4, 1) == ("attention", *("sliding_window",) * 3)
+    for call, message in (
+        (lambda: layout("samba", 0), "layers=0 must be positive"),
+        (lambda: sambay(6), "layers=6 must be a positive multiple of 4"),
+        (lambda: masformer(4, 5), "full=5 must be at least 0 and at most layers=4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("pattern", one_of_many(STACKS, always=["griffin"]))
+@pytest.mark.parametrize("pattern", one_of_many(STREAMING, always=["griffin"]))
 def test_whole_is_chunked_prefill_is_token_by_token(pattern):
     model, _, run = setup(pattern)
     whole, last = run(TOKENS, None, start(model))

@@ -8,7 +8,7 @@ import pytest
 
 from seqmodels.interop.huggingface import described
 from seqmodels.models import LanguageModel
-from seqmodels.models.published import PUBLISHED, gemma_embedding_scale
+from seqmodels.models.published import ENCODERS, PUBLISHED, gemma_embedding_scale
 from tests.pytorch import torch, transformers
 
 CERTAIN = {"mamba-130m": 129_135_360, "mamba-2.8b": 2_768_345_600}
@@ -28,6 +28,14 @@ def test_parameter_counts(name):
         )
     assert count == sum(parameter.numel() for parameter in theirs.parameters())
     assert count == CERTAIN.get(name, count)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("m2-bert-80m", 80), ("m2-bert-110m", 110)])
+def test_encoders_are_about_as_large_as_their_names_say(name, millions):
+    model = LanguageModel(ENCODERS[name])
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    count = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert abs(count / (millions * 1e6) - 1) < 0.04
 
 
 def test_gemma_rounds_its_scale():

@@ -1,0 +1,386 @@
+"""Mixture of memories: a router, several matrix states of which a token takes a few, a shared one.
+
+Du et al., "MoM: Linear Sequence Modeling with Mixture-of-Memories", 2025 (arXiv:2502.13685),
+section 3.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from seqmodels import ops
+from seqmodels.layers.experts import load_balance
+from seqmodels.layers.heads import l2_normalise, log_of_uniform, split_heads, step_bias
+from seqmodels.layers.short_conv import ShortConv, start_window
+from seqmodels.mixers.base import (
+    NO_DECAY_LABEL,
+    ParamLabel,
+    RecurrentState,
+    Segments,
+    index_of,
+)
+from seqmodels.mixers.matrix import QKV, DeltaConfig, MatrixMixer, Sizes, pieces
+from seqmodels.mixers.published import Published
+from seqmodels.ranges import Positive, Size
+
+
+@dataclasses.dataclass(frozen=True)
+class MoMConfig(DeltaConfig):
+    """Configuration of a mixture of memories; the defaults are those of the 340M model.
+
+    Attributes:
+      memories: M.
+      chosen: k, the memories of each token; of a single one the router learns by balance alone.
+      shared: one more memory, which every token takes.
+      rule: how a memory is written: "gated_delta" as by Gated DeltaNet, "gla" by a decay for each
+        key and outer products.
+      capacity: None, or the most tokens of a row that a memory takes in one call, as a multiple of
+        the mean ``k / M``; those behind skip it. For rows of one document.
+      heads, head_size: H and K.
+      expand_v: V as a multiple of K.
+      gate_temperature: with "gla" the log decay is ``logsigmoid(W x) / gate_temperature``.
+    """
+
+    mixer: ClassVar[str] = "mom"
+
+    memories: Size = 4
+    chosen: Size = 2
+    shared: bool = True
+    rule: Literal["gated_delta", "gla"] = "gated_delta"
+    capacity: Positive | None = None
+    heads: Size = 4
+    head_size: Size = 256
+    expand_v: Positive = 1.0
+    gate_temperature: Positive = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chosen > self.memories:
+            raise ValueError(
+                f"MoMConfig: chosen={self.chosen} must be at most memories={self.memories}"
+            )
+
+    @property
+    def supports_packing(self) -> bool:
+        return self.capacity is None  # what a document's tokens take would be missing in the next
+
+    @property
+    def banks(self) -> dict[str, int]:
+        """Memories by kind."""
+        return {"routed": self.memories} | ({"shared": 1} if self.shared else {})
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Projections that each memory has of its own."""
+        return ("k_proj", "v_proj", *(("b_proj", "a_proj") if self.delta else ("gk_proj",)))
+
+    @property
+    def delta(self) -> bool:
+        return self.rule == "gated_delta"
+
+    def param_labels(self) -> dict[str, ParamLabel]:
+        return dict.fromkeys(("A_log", "dt_bias"), NO_DECAY_LABEL) if self.delta else {}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        names = [f"{bank}_{name}" for bank in self.banks for name in self.written]
+        return dict.fromkeys(names, PartitionSpec(None, "embed", "inner"))
+
+
+MOM_340M = Published(width=1024, layers=24, config=MoMConfig())
+"""4 memories, 2 of them a token, and a shared one."""
+
+
+class Routes(NamedTuple):
+    """Where the tokens of each memory stand.
+
+    Attributes:
+      weights, chosen: ``(B, L, k)``, the shares of a token's memories, 0 behind their capacity.
+      order: ``(B, M, C)``, the tokens of a memory's rows: of each document those that take it in
+        front, in order.
+      takes: ``(B, M, C)``, which of these do.
+      place: ``(B, L, M)``, where in ``order`` a token stands that takes the memory.
+    """
+
+    weights: Float[Array, "b l k"]
+    chosen: Int[Array, "b l k"]
+    order: Int[Array, "b m c"]
+    takes: Bool[Array, "b m c"]
+    place: Int[Array, "b l m"]
+
+
+class MoM(MatrixMixer[MoMConfig]):
+    """``o_t = sum_{m in top k} w_m o_t^(m) + o_t^(shared)``, a gated norm, a map.
+
+    ``w = softmax(W_r x)`` over M memories, of the k largest, normalised. Memory m is a layer of its
+    own over the tokens that take it: keys, values, ``β`` and the decay have projections of its own,
+    short convolutions see its last tokens only, others leave it as it is. Queries, the
+    convolutions' kernels, ``A_log`` and ``dt_bias`` are shared. In each row a memory's tokens stand
+    in front of the others of their document, which costs M + 1 passes and no token is dropped,
+    unless there is a ``capacity``.
+
+    Sows ``("losses", "load_balance")``, see ``seqmodels.layers.experts``.
+
+    Parameters: ``router``, ``q_proj``, ``g_proj``, ``o_proj``; ``routed_k_proj`` ``(M, D, H K)``
+    and so on for ``v_proj``, ``b_proj``, ``a_proj`` (or ``gk_proj``), ``shared_k_proj``
+    ``(1, D, H K)`` likewise; ``q_conv``, ``k_conv``, ``v_conv``, ``A_log``, ``dt_bias``,
+    ``o_norm``. ``state`` is by kind of memory a dict of ``"recurrent_state"`` ``(B, M, H, K, V)``
+    and the convolutions' windows ``(B, M, W - 1, channels)``.
+    """
+
+    @property
+    def sizes(self) -> Sizes:
+        config = self.config
+        value = self.per_head(
+            config.expand_v * config.head_size * config.heads, config.heads, "values"
+        )
+        return Sizes(config.heads, config.heads, config.head_size, value)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Channels of queries, keys and values."""
+        sizes = self.sizes
+        keys = sizes.heads * sizes.key
+        return {"q": keys, "k": keys, "v": sizes.heads * sizes.value}
+
+    def initial_state(
+        self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
+    ) -> RecurrentState:
+        """Zeros; ``dtype`` is that of convolutions' windows, ``max_length`` is unused."""
+        sizes, split = self.sizes, pieces(self.sizes.value)
+        shape = (sizes.heads * split, sizes.key, sizes.value // split)
+        start = {}
+        for bank, memories in self.config.banks.items():
+            state = {"recurrent_state": jnp.zeros((batch_size, memories, *shape), jnp.float32)}
+            for name, width in self.channels.items():
+                window = start_window(batch_size * memories, self.config.conv_size, width, dtype)
+                state[f"{name}_window"] = window.reshape(batch_size, memories, -1, width)
+            start[bank] = state
+        return RecurrentState.start(start, batch_size)
+
+    def mix(
+        self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
+    ) -> tuple[Float[Array, "b l d"], dict[str, Any]]:
+        ops.require_whole_rows("mom", x.shape[1])
+        config, sizes = self.config, self.sizes
+        entering = state.reset_at_document_start(segments)
+        common = self._common()
+        q = self.project(x, self.channels["q"], "q_proj")
+        routes = self._route(x, segments)
+        y, after = self._memories("routed", common, x, q, routes, entering, segments)
+        o, kept = collected(y, routes), {"routed": after}
+        if config.shared:
+            y, kept["shared"] = self._memories("shared", common, x, q, None, entering, segments)
+            o = o + y[:, 0]
+        gate = self.project(x, self.channels["v"], "g_proj")
+        return self.output_projection(split_heads(o, sizes.value), gate), kept
+
+    def _common(self) -> "Common":
+        config, heads = self.config, self.sizes.heads
+        convs = {
+            name: ShortConv(config.conv_size, use_bias=False, name=f"{name}_conv")
+            for name in self.channels
+        }
+        if not config.delta:
+            return Common(convs)
+        # Not from 0: a head that starts there has no gradient to leave it.
+        rate = jnp.exp(self.param("A_log", log_of_uniform(1e-4, 16.0), (heads,)))
+        return Common(convs, rate, self.param("dt_bias", step_bias(), (heads,)))
+
+    def _route(self, x: Float[Array, "b l d"], segments: Segments | None) -> Routes:
+        config, length = self.config, x.shape[1]
+        logits = self.project(x.astype(jnp.float32), config.memories, "router")
+        shares = jax.nn.softmax(logits)
+        top, chosen = jax.lax.top_k(shares, config.chosen)
+        mask = None if segments is None else segments.mask
+        self.sow("losses", "load_balance", load_balance(shares, chosen, mask))
+
+        takes = jnp.any(jax.nn.one_hot(chosen, config.memories, dtype=bool), axis=2)
+        takes = jnp.moveaxis(takes, 2, 1)
+        key = jnp.where(takes, 0, jnp.int32(1))
+        if segments is not None:
+            takes = takes & segments.mask[:, None]
+            document = jnp.where(segments.mask, segments.index, length + 1)
+            key = key + 2 * document[:, None]
+        order = jnp.argsort(key, axis=2, stable=True)
+        place = jnp.moveaxis(jnp.argsort(order, axis=2), 1, 2)
+        size = length
+        if config.capacity is not None:
+            size = min(
+                length, math.ceil(config.capacity * config.chosen / config.memories * length)
+            )
+        order = order[:, :, :size]
+        weights = top / jnp.sum(top, axis=2, keepdims=True)
+        fits = jnp.take_along_axis(place, chosen, axis=2) < size
+        return Routes(
+            jnp.where(fits, weights, jnp.zeros_like(weights)),
+            chosen,
+            order,
+            jnp.take_along_axis(takes, order, axis=2),
+            jnp.minimum(place, size - 1),
+        )
+
+    def _memories(
+        self,
+        bank: str,
+        common: "Common",
+        x: Float[Array, "b l d"],
+        q: Float[Array, "b l n"],
+        routes: Routes | None,
+        entering: dict[str, Any],
+        segments: Segments | None,
+    ) -> tuple[Float[Array, "b m c v"], dict[str, Array]]:
+        """Outputs of each memory of a kind, and its state; all memories are rows of one batch."""
+        memories, sizes = self.config.banks[bank], self.sizes
+        state = {name: folded(part) for name, part in entering[bank].items()}
+        if routes is None:
+            x, q, takes = x[:, None], q[:, None], None
+        else:
+            x, q = gathered(x, routes.order), gathered(q, routes.order)
+            takes = folded(routes.takes)
+        rows = None if segments is None else of_memories(segments, memories, x.shape[2])
+        parts = {
+            "q": q,
+            **{name[0]: self._projected(bank, name, x) for name in self.config.written},
+        }
+        parts = {name: folded(part) for name, part in parts.items()}
+        after = {}
+        for name, conv in common.convs.items():
+            window = state[f"{name}_window"]
+            after[f"{name}_window"] = recent(parts[name], window, takes, rows)
+            parts[name], _ = conv(parts[name], window, segments=rows)
+        tokens = QKV(
+            split_heads(parts["q"], sizes.key),
+            split_heads(parts["k"], sizes.key),
+            split_heads(parts["v"], sizes.value),
+        )
+        run = self._delta if self.config.delta else self._gla
+        o, after["recurrent_state"] = run(common, tokens, parts, takes, state, rows)
+        o = o.reshape(-1, memories, *o.shape[1:2], self.channels["v"])
+        return o, {name: unfolded(part, memories) for name, part in after.items()}
+
+    def _projected(self, bank: str, name: str, x: Float[Array, "b m c d"]) -> Array:
+        """``x`` of each memory by a matrix of its own; of gates in float32."""
+        config, sizes = self.config, self.sizes
+        keys = sizes.heads * sizes.key
+        features = {
+            "k_proj": keys,
+            "v_proj": sizes.heads * sizes.value,
+            "b_proj": sizes.heads,
+            "a_proj": sizes.heads,
+            "gk_proj": keys,
+        }[name]
+        shape = (config.banks[bank], self.width, features)
+        init = nn.initializers.normal(config.init_std)
+        kernel = self.param(f"{bank}_{name}", init, shape, jnp.float32)
+        x = x if name in ("k_proj", "v_proj") else x.astype(jnp.float32)
+        return jnp.einsum("bmcd,mdf->bmcf", x, kernel.astype(x.dtype))
+
+    def _delta(
+        self,
+        common: "Common",
+        tokens: QKV,
+        parts: dict[str, Array],
+        takes: Bool[Array, "r c"] | None,
+        state: dict[str, Array],
+        rows: Segments | None,
+    ) -> tuple[Array, Array]:
+        """The gated delta rule; what does not take the memory leaves it as it is."""
+        tokens = tokens._replace(q=l2_normalise(tokens.q), k=l2_normalise(tokens.k))
+        beta = jax.nn.sigmoid(parts["b"]) * (2.0 if self.config.negative_eigenvalues else 1.0)
+        step = jax.nn.softplus(parts["a"] + jnp.broadcast_to(common.bias, parts["a"].shape))
+        decay = -jnp.broadcast_to(common.rate, step.shape) * step
+        beta, decay = (only(part, takes) for part in (beta, decay))
+        return self.delta_rule(tokens, beta, decay, state["recurrent_state"], rows)
+
+    def _gla(
+        self,
+        common: "Common",
+        tokens: QKV,
+        parts: dict[str, Array],
+        takes: Bool[Array, "r c"] | None,
+        state: dict[str, Array],
+        rows: Segments | None,
+    ) -> tuple[Array, Array]:
+        """A decay for each key, and outer products, of the tokens that take the memory."""
+        decay = jax.nn.log_sigmoid(parts["g"]) / self.config.gate_temperature
+        decay = only(split_heads(decay, self.sizes.key), takes)
+        tokens = tokens._replace(k=only(tokens.k, takes))
+        return self.linear_attention(tokens, decay, state["recurrent_state"], rows)
+
+
+class Common(NamedTuple):
+    """What all memories of a layer use."""
+
+    convs: dict[str, ShortConv]
+    rate: Any = None
+    bias: Any = None
+
+
+def folded(x: Float[Array, "b m *c"]) -> Float[Array, "r *c"]:
+    """Memories as rows of a batch."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def unfolded(x: Float[Array, "r *c"], memories: int) -> Float[Array, "b m *c"]:
+    """The inverse of ``folded``."""
+    return x.reshape(-1, memories, *x.shape[1:])
+
+
+def gathered(x: Float[Array, "b l d"], order: Int[Array, "b m c"]) -> Float[Array, "b m c d"]:
+    """The tokens of each memory's rows."""
+    rows = jnp.take_along_axis(x, order.reshape(len(x), -1)[..., None], axis=1)
+    return rows.reshape(*order.shape, -1)
+
+
+def collected(y: Float[Array, "b m c v"], routes: Routes) -> Float[Array, "b l v"]:
+    """Each token's outputs of its memories, weighed and summed."""
+    size = y.shape[2]
+    place = routes.chosen * size + jnp.take_along_axis(routes.place, routes.chosen, axis=2)
+    flat = y.reshape(len(y), -1, y.shape[3])
+    rows = jnp.take_along_axis(flat, place.reshape(len(y), -1)[..., None], axis=1)
+    rows = rows.reshape(*place.shape, -1).astype(jnp.float32)
+    return jnp.sum(rows * routes.weights[..., None], axis=2).astype(y.dtype)
+
+
+def only(x: Float[Array, "r c *n"], takes: Bool[Array, "r c"] | None) -> Float[Array, "r c *n"]:
+    """``x`` with zeros where a token does not take the memory."""
+    if takes is None:
+        return x
+    return jnp.where(takes.reshape(*takes.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+
+
+def of_memories(segments: Segments, memories: int, size: int) -> Segments:
+    """The documents of the memories' rows: tokens change places only within one."""
+    ids, index, positions = (
+        jnp.repeat(part[:, :size], memories, axis=0)
+        for part in (segments.ids, segments.index, segments.positions)
+    )
+    return Segments(ids, index, positions, segments.single)
+
+
+def recent(
+    x: Float[Array, "r c n"],
+    window: Float[Array, "r w n"],
+    takes: Bool[Array, "r c"] | None,
+    segments: Segments | None,
+) -> Float[Array, "r w n"]:
+    """The window after a memory's rows: the last tokens of the last document that take it."""
+    takes = jnp.ones(x.shape[:2], bool) if takes is None else takes
+    size, start = window.shape[1], jnp.zeros((len(x), 1), jnp.int32)
+    index = index_of(segments)
+    if index is not None:
+        last = jnp.max(index, axis=1, keepdims=True)
+        start = jnp.sum((index > 0) & (index < last), axis=1, keepdims=True, dtype=jnp.int32)
+        takes = takes & (index == last) & (index > 0)
+    count = jnp.sum(takes, axis=1, keepdims=True, dtype=jnp.int32)
+    here = jnp.arange(size, dtype=jnp.int32)[None]
+    line = jnp.concatenate([window.astype(x.dtype), x], axis=1)
+    kept = jnp.take_along_axis(line, (start + count + here)[..., None], axis=1)
+    own = (count + here >= size) | (start == 0)
+    return jnp.where(own[..., None], kept, jnp.zeros_like(kept))

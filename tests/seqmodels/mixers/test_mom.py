@@ -1,0 +1,110 @@
+"""MoM against one recurrence a memory, over the tokens that take it; routing, capacity, losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.tools import testing
+from seqmodels.mixers import MoMConfig, Segments, build
+from seqmodels.mixers.mom import MOM_340M
+from tests import tolerances
+from tests.seqmodels.mixers import matrix_oracle, oracles
+from tests.seqmodels.mixers.matrix_oracle import heads, output_projection, unit
+
+WIDTH, LENGTH = 6, 13
+SIZES = {"heads": 2, "head_size": 2, "memories": 3, "init_std": 0.7}
+
+
+def memory(p, bank, m, x, q, config):
+    """Outputs of one memory over the tokens ``x``, which all take it."""
+
+    def convolved(part, name):
+        return oracles.silu(oracles.causal_conv(part, p[f"{name}_conv/kernel"], 0.0))
+
+    q = convolved(q, "q")
+    k, v = (convolved(x @ p[f"{bank}_{name}_proj"][m], name) for name in "kv")
+    q, k, v = (heads(part, 2) for part in (q, k, v))
+    if config.rule == "gla":
+        decay = heads(oracles.sigmoid(x @ p[f"{bank}_gk_proj"][m]) ** (1 / 16), 2)
+        return matrix_oracle.attention(q, k, v, decay, config.head_size**-0.5)
+    beta = oracles.sigmoid(x @ p[f"{bank}_b_proj"][m])
+    step = oracles.softplus(x @ p[f"{bank}_a_proj"][m] + p["dt_bias"])
+    decay = np.exp(-np.exp(p["A_log"]) * step)[..., None]
+    return matrix_oracle.delta_rule(unit(q), unit(k), v, beta, decay)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MoMConfig(**SIZES, chosen=2, expand_v=1.5),
+        MoMConfig(**SIZES, chosen=1, rule="gla", shared=False),
+        MoMConfig(**SIZES, chosen=2, capacity=0.8, conv_size=2),
+    ],
+)
+def test_equations(config):
+    p, inputs, outputs = oracles.initialised(config, WIDTH, LENGTH)
+    room = LENGTH
+    if config.capacity is not None:
+        room = int(np.ceil(config.capacity * config.chosen / config.memories * LENGTH))
+    dropped = 0
+    for x, y in zip(inputs, outputs, strict=True):
+        shares = np.exp(x @ p["router/kernel"])
+        taken = np.argsort(-shares, axis=1)[:, : config.chosen]
+        q = x @ p["q_proj/kernel"]
+        o = memory(p, "shared", 0, x, q, config) if config.shared else 0.0
+        o = o + np.zeros((LENGTH, 2, int(config.head_size * config.expand_v)))
+        for m in range(config.memories):
+            tokens = np.flatnonzero((taken == m).any(axis=1))
+            tokens, behind = tokens[:room], tokens[room:]
+            dropped += len(behind)
+            weights = shares[tokens, m] / np.take_along_axis(shares, taken, 1)[tokens].sum(axis=1)
+            parts = memory(p, "routed", m, x[tokens], q[tokens], config)
+            o[tokens] += weights[:, None, None] * parts
+        gate = heads(x @ p["g_proj/kernel"], 2)
+        oracles.assert_close(y, output_projection(o, p, oracles.silu(gate)))
+    assert (dropped > 0) == (config.capacity is not None)
+
+
+def test_gradients_reach_the_router_and_every_memory():
+    mixer = build(MoMConfig(**SIZES), WIDTH)
+    x = jax.random.normal(jax.random.key(1), (2, LENGTH, WIDTH))
+    params = mixer.init(jax.random.key(0), x)["params"]
+    gradients = jax.grad(lambda p: jnp.sum(jnp.sin(mixer.apply({"params": p}, x)[0])))(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        parts = gradient if path[0].key.startswith(("routed", "shared")) else gradient[None]
+        assert all(np.any(part != 0) for part in parts), path
+
+
+def test_the_loss_of_balance_is_that_of_experts():
+    """k where all memories are taken alike; more where one is favoured; padding does not count."""
+    mixer = build(MoMConfig(**SIZES, chosen=1), WIDTH)
+    x = jax.random.normal(jax.random.key(1), (1, LENGTH, WIDTH))
+    variables = mixer.init(jax.random.key(0), x)
+    segments = Segments.from_ids(jnp.asarray([[1] * 8 + [0] * 5]))
+
+    def loss(params, x, segments=None):
+        _, sown = mixer.apply({"params": params}, x, segments=segments, mutable=["losses"])
+        return sown["losses"]["load_balance"][0]
+
+    params = variables["params"]
+    shares = jax.nn.softmax(x @ params["router"]["kernel"])[0]
+    used = np.bincount(np.argmax(shares, axis=1), minlength=3) / LENGTH
+    expected = 3 * np.sum(used * np.mean(shares, axis=0))
+    testing.assert_close(loss(params, x), jnp.asarray(expected), tolerances.FLOAT32)
+    one, two = (loss(params, x.at[:, 8:].set(part), segments) for part in (0.0, 9.0))
+    assert one == two
+    assert np.any(jax.grad(lambda p: loss(p, x))(params)["router"]["kernel"] != 0)
+
+
+def test_published_size_and_refusals():
+    # q, g and o; k and v of five memories.
+    maps, gates = (3 + 2 * 5) * 1024**2, 5 * 2 * 4 * 1024
+    rest = 4 * 1024 + 3 * 4 * 1024 + 2 * 4 + 256
+    assert matrix_oracle.count(MOM_340M) == maps + gates + rest
+    with pytest.raises(ValueError, match="chosen=5 must be at most memories=4"):
+        MoMConfig(chosen=5)
+    mixer, x = build(MoMConfig(**SIZES, capacity=1.0), WIDTH), jnp.ones((1, 4, WIDTH))
+    segments = Segments.from_ids(jnp.asarray([[1, 1, 2, 2]]))
+    with pytest.raises(ValueError, match="several documents a row are not supported"):
+        mixer.init(jax.random.key(0), x, segments=segments)
