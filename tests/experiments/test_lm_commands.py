@@ -303,7 +303,7 @@ def test_a_cache_that_is_too_small_is_named(attending, carrying, capsys):
     ("arguments", "message"),
     [
         (["--mixer", "s6"], "choose one of attention,"),
-        (["--mixer", "hydra"], "mixer='hydra' is bidirectional"),
+        (["--mixer", "hydra"], "mixer='hydra' sees the tokens"),
         (["--mixer", "s5", "--preset", "x"], "choose one of tiny, cpu, small"),
         ([], "needs --data and --mixer"),
         (["--mixer", "s5", "--set", "train.x=1"], "--train.x=1"),
@@ -392,3 +392,33 @@ def test_documents_in_pieces_of_many_lengths(folder, tmp_path, capsys):
     assert "take carry_state=False" in capsys.readouterr().err
     assert train(folder, "odd", "s5", *options, "--data.length", "48") == 2
     assert "length=48 must be a power of two" in capsys.readouterr().err
+
+
+def test_bytes_that_are_hidden_and_bytes_behind_a_prefix(folder, capsys):
+    """--objective: other models, other losses; what says no next byte is not asked for it."""
+    hidden, behind = folder / "hidden", folder / "behind"
+    assert train(folder, "hidden", "monarch", "--objective", "mlm") == 0
+    assert "of the predicted bytes correct" in capsys.readouterr().out
+    result = result_of(hidden)
+    assert (result["objective"], result["bits_per_byte"]) == ("mlm", None)
+    assert result["config"]["model"]["backbone"]["mixers"][0]["bidirectional"]
+    assert (folder / "results" / "monarch-tiny-mlm-seed0.json").exists()
+    assert evaluate(hidden, folder / "story.txt") == 1
+    assert "a model of objective='mlm' cannot be evaluated byte by byte" in capsys.readouterr().err
+    assert generate(hidden) == 1
+    assert "cannot be continued" in capsys.readouterr().err
+    assert lm_train.main(["--resume", "--run-dir", str(hidden), "--objective", "next"]) == 2
+    assert "has mlm" in capsys.readouterr().err
+
+    assert train(folder, "behind", "jrt", "--objective", "prefix") == 0
+    assert result_of(behind)["config"]["model"]["backbone"]["mixers"][0]["prefix"] == 16
+    assert generate(behind, "--prompt", "the end of", "--length", "4") == 0
+    capsys.readouterr()
+    for mixer, objective, message in (
+        ("jrt", "next", "mixer='jrt' sees the tokens that a language model predicts"),
+        ("gla", "prefix", "mixer='gla' reads no prefix"),
+    ):
+        assert train(folder, f"refused-{mixer}", mixer, "--objective", objective) == 2
+        assert message in capsys.readouterr().err
+    assert train(folder, "refused", "s5", "--objective", "mlm", "--carry-state") == 2
+    assert "objective='mlm' sees both sides" in capsys.readouterr().err
