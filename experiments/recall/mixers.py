@@ -41,7 +41,7 @@ def mixer_config(name: str, size: ModelSize, state: int) -> MixerConfig:
         "gla": {"expand_k": 1.0},
         "mamba": {"state_size": halves},
         "mamba2": {"state_size": halves, "head_size": 16},
-        "mamba3": {"state_size": halves, "head_size": 16},
+        "mamba3": {"state_size": max(halves, 4), "head_size": 16},
         "s4": {"state_size": state},
         "s4d": {"state_size": state},
         "s5": {"state_size": 4 * state},

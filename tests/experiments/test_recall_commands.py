@@ -162,7 +162,7 @@ def test_memory_grows_with_the_batch_and_falls_with_micro_batches():
     ("arguments", "message"),
     [
         (["--tasks", "mqra"], "task='mqra' is not known (did you mean mqar?)"),
-        (["--mixers", "mamba3"], "mixer='mamba3' is not known (did you mean mamba?)"),
+        (["--mixers", "mamba4"], "mixer='mamba4' is not known (did you mean mamba?)"),
         (["--mixers", "hydra"], "mixer='hydra' is not known"),
         (["--preset", "gpu"], "preset='gpu' is not known (did you mean cpu?)"),
         (["--data.pairs", "99"], "MQARConfig: length=16 must be even and at least 4 * pairs = 396"),

@@ -69,8 +69,14 @@ def test_equations(config):
 def test_gradients_reach_the_router_and_every_memory():
     mixer = build(MoMConfig(**SIZES), WIDTH)
     x = jax.random.normal(jax.random.key(1), (2, LENGTH, WIDTH))
-    params = mixer.init(jax.random.key(0), x)["params"]
-    gradients = jax.grad(lambda p: jnp.sum(jnp.sin(mixer.apply({"params": p}, x)[0])))(params)
+    params = jax.jit(mixer.init)(jax.random.key(0), x)["params"]
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(params):
+        return jnp.sum(jnp.sin(mixer.apply({"params": params}, x)[0]))
+
+    gradients = gradient_of(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         parts = gradient if path[0].key.startswith(("routed", "shared")) else gradient[None]
         assert all(np.any(part != 0) for part in parts), path
@@ -80,9 +86,10 @@ def test_the_loss_of_balance_is_that_of_experts():
     """k where all memories are taken alike; more where one is favoured; padding does not count."""
     mixer = build(MoMConfig(**SIZES, chosen=1), WIDTH)
     x = jax.random.normal(jax.random.key(1), (1, LENGTH, WIDTH))
-    variables = mixer.init(jax.random.key(0), x)
+    variables = jax.jit(mixer.init)(jax.random.key(0), x)
     segments = Segments.from_ids(jnp.asarray([[1] * 8 + [0] * 5]))
 
+    @jax.jit
     def loss(params, x, segments=None):
         _, sown = mixer.apply({"params": params}, x, segments=segments, mutable=["losses"])
         return sown["losses"]["load_balance"][0]
