@@ -4,6 +4,7 @@
     seqmodels models bench --only mamba-block     against transformers'
     seqmodels models bench --only mamba-decode    against transformers'
     seqmodels models bench --only hybrids         against transformers'
+    seqmodels models bench --only mixers          every mixer at one size
     seqmodels models bench --only s5-layer        with associative_scan
     seqmodels models bench --only token-time      by length of the context
     seqmodels models bench --only memory          longest rows that train in 4 GiB
@@ -22,7 +23,7 @@ from experiments import places, terminal
 from experiments.command_line import run_command
 from experiments.kernels.bench import run, table
 from experiments.kernels.results import Result
-from experiments.models import block, decode, hybrids, memory, s5, token_time
+from experiments.models import block, decode, hybrids, memory, mixers, s5, token_time
 from seqmodels.ranges import Checked, Seed, Size
 
 RESULTS = places.output("models")
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[[int, int], Iterator[Result]]] = {
     "mamba-block": block.results,
     "mamba-decode": decode.results,
     "hybrids": hybrids.results,
+    "mixers": mixers.results,
     "s5-layer": s5.results,
     "token-time": token_time.results,
     "memory": memory.results,
@@ -41,7 +43,10 @@ class ModelBenchConfig(Checked):
     """What to measure."""
 
     only: (
-        Literal["mamba-block", "mamba-decode", "hybrids", "s5-layer", "token-time", "memory"] | None
+        Literal[
+            "mamba-block", "mamba-decode", "hybrids", "mixers", "s5-layer", "token-time", "memory"
+        ]
+        | None
     ) = None
     """Only this part."""
     repetitions: Size = 3

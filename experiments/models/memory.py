@@ -20,8 +20,10 @@ from seqmodels.models import BackboneConfig, LanguageModel, LanguageModelConfig,
 from seqmodels.parallel import make_mesh, token_sharding
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.language import language
+from seqmodels.training.masked import masked_language
 from seqmodels.training.state import abstract_state, optimizer_of
 from seqmodels.training.step import make_train_step
+from seqmodels.training.task import Task
 
 BUDGET = 4 * 2**30
 LENGTHS = (4096, 8192)
@@ -98,19 +100,16 @@ def fitting(needs: Any, budget: int, fixed: float, a_token: float) -> int:
 
 
 @functools.cache
-def step_bytes(model: LanguageModelConfig, memory: MemoryConfig, length: int) -> int:
-    """Bytes of a training step of one row: state, batch and what it needs in between."""
-    task = language(
-        LanguageModel(model),
-        functools.partial(param_labels, model),
-        packed=False,
-        tile=memory.loss_tile,
-        chunk=memory.chunk,
-    )
-    config, mesh = TrainConfig(batch_size=1), make_mesh(devices=jax.devices()[:1])
+def step_bytes(model: LanguageModelConfig, memory: MemoryConfig, length: int, rows: int = 1) -> int:
+    """Bytes of a training step: state, batch and what it needs in between.
+
+    The loss is over next tokens, or over hidden ones if the model sees both sides.
+    """
+    task = task_of(model, memory)
+    config, mesh = TrainConfig(batch_size=rows), make_mesh(devices=jax.devices()[:1])
     where = token_sharding(mesh)
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=where)
-    weights = jax.ShapeDtypeStruct((1, length), jnp.float32, sharding=where)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
+    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=where)
     step: Any = make_train_step(task, optimizer_of(task, config), mesh)
     lowered = step.lower(
         abstract_state(task, config, mesh),
@@ -120,3 +119,12 @@ def step_bytes(model: LanguageModelConfig, memory: MemoryConfig, length: int) ->
     # They are not run: machine code need not be fast.
     analysis = lowered.compile(compiler_options=testing.QUICK).memory_analysis()
     return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def task_of(model: LanguageModelConfig, memory: MemoryConfig) -> Task:
+    """The model's task on rows of one document."""
+    module, labels = LanguageModel(model), functools.partial(param_labels, model)
+    if all(config.causal for config in model.backbone.mixers):
+        return language(module, labels, packed=False, tile=memory.loss_tile, chunk=memory.chunk)
+    mask = model.vocabulary_size - 1
+    return masked_language(module, labels, mask_token=mask, packed=False, tile=memory.loss_tile)

@@ -8,7 +8,7 @@ import rich.console
 
 from experiments.kernels.bench import run, table
 from experiments.lm.presets import ModelSize, parameters
-from experiments.models import bench, block, decode, hybrids, memory, s5, token_time
+from experiments.models import bench, block, decode, hybrids, memory, mixers, s5, token_time
 from seqmodels.interop.huggingface import described
 from seqmodels.mixers import AttentionConfig, GatedConvConfig, MambaConfig
 from seqmodels.models.published import hybrid_language_model, mamba_language_model
@@ -88,6 +88,19 @@ def test_token_time_rows():
     sizes = [growing.figures[f"state bytes at {c}"] for c in token_time.CACHED]
     assert sizes == sorted(set(sizes))
     table([fixed, growing])
+
+
+@pytest.mark.full
+def test_mixer_rows():
+    size = ModelSize(layers=2, width=8, mlp=8, head=4, length=16)
+    options = {"names": ("attention", "mom", "orchid"), "size": size, "shape": (2, 16)}
+    rows = list(mixers.results(1, 0, **options))
+    assert [row.case for row in rows] == ["attention", "mom", "orchid"]
+    for row in rows:
+        assert row.figures["bytes of a step"] > row.figures["parameters of a layer"] > 0
+        assert set(row.ratios) == {"attention, forward", "attention, forward+backward"}
+    assert rows[2].figures["state bytes"] == 0
+    table(rows)
 
 
 @pytest.mark.full
