@@ -3,6 +3,7 @@
     seqmodels lm finetune --from mamba-130m-hf --data notes.txt --steps 200
     seqmodels lm finetune --from mamba-130m-hf --data notes/ --train.learning-rate 1e-5 \\
         --data.length 1024 --model.backbone.remat full
+    seqmodels lm finetune --from mamba-130m-hf --data notes.txt --lora 8 --lora.layers in_proj
     seqmodels lm finetune --resume --run-dir runs/lm/mamba-130m-hf-finetune-seed0
     seqmodels lm generate --from runs/lm/mamba-130m-hf-finetune-seed0/published
 
@@ -11,7 +12,8 @@
 folder whose *.txt files are one document each; the last tenth of the bytes is for validation.
 Documents stand apart by the token that begins a text, or else the one that ends it.
 
-All parameters are trained. The run directory holds config, metrics (metrics.jsonl, TensorBoard) and
+All parameters are trained, or with --lora two narrow matrices beside each dense layer's, which at
+the end are added to it. The run directory holds config, metrics (metrics.jsonl, TensorBoard) and
 checkpoints; at the end the parameters of the best validation go to its folder published/, as
 transformers reads them, and the tokenizer's files with them. Any field of the config can be
 changed; --help-fields lists them.
@@ -59,6 +61,7 @@ from seqmodels.ranges import Checked, Positive, Seed, Share, Size
 from seqmodels.training.config import TrainConfig
 from seqmodels.training.evaluation import Evaluation, evaluate
 from seqmodels.training.loop import Outcome, fit
+from seqmodels.training.lora import ADAPTERS, BASE, LoRAConfig, adapted, merged
 from seqmodels.training.run_directory import Run, open_run, read_config
 from seqmodels.training.step import make_eval_step
 from seqmodels.training.task import Task
@@ -83,6 +86,7 @@ class FinetuneConfig(Checked):
       train: the training; its seed also orders the windows.
       memory: what training keeps.
       balance: weight of the loss that has a mixture's experts used alike, where ``model`` has some.
+      lora: None to train all parameters; or narrow matrices beside those of dense layers.
     """
 
     source: Annotated[str, Fixed]
@@ -91,6 +95,7 @@ class FinetuneConfig(Checked):
     train: TrainConfig
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     balance: Share = 0.01
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,8 +106,9 @@ class FinetuneConfig(Checked):
 
     @property
     def name(self) -> str:
-        """``<source>-finetune-seed<k>``: of the run directory and the result."""
-        return f"{self.source}-finetune-seed{self.train.seed}"
+        """``<source>-<finetune or lora>-seed<k>``: of the run directory and the result."""
+        how = "finetune" if self.lora is None else "lora"
+        return f"{self.source}-{how}-seed{self.train.seed}"
 
 
 RECIPE = dataclasses.replace(
@@ -138,6 +144,9 @@ class Arguments(Checked):
     """Number of steps, instead of 200; the schedule follows."""
     max_minutes: Positive | None = None
     """Stop after this much training time, with a checkpoint, and write what there is."""
+    lora: Size | None = None
+    """Train matrices of this rank beside those of dense layers, and nothing else (LoRA), at ten
+    times the learning rate; --lora.alpha and --lora.layers are then fields of the config."""
     mesh: str | None = None
     """Devices by axis, e.g. data=2,model=2,seq=4; default: all devices are data."""
     resume: bool = False
@@ -210,7 +219,9 @@ def resolve(arguments: Arguments, fields: Sequence[str]) -> tuple[FinetuneConfig
         if arguments.run_dir is None:
             raise UsageError("--resume needs the --run-dir of the run to continue")
         config = from_dict(FinetuneConfig, read_config(arguments.run_dir), where="config")
-        require_names(arguments, {"seed": config.train.seed}, arguments.run_dir)
+        rank = None if config.lora is None else config.lora.rank
+        saved_names = {"seed": config.train.seed, "lora": rank}
+        require_names(arguments, saved_names, arguments.run_dir)
         saved = Locations.read(arguments.run_dir)
         found = dataclasses.replace(
             saved, data_dir=found.data_dir or saved.data_dir, source=found.source or saved.source
@@ -222,16 +233,26 @@ def resolve(arguments: Arguments, fields: Sequence[str]) -> tuple[FinetuneConfig
             "to --resume needs its --run-dir. See --help"
         )
     model = dataclasses.replace(read_model(found.source), dtype="float32")
-    config = FinetuneConfig(Path(found.source).name, DataConfig(length=512), model, RECIPE)
+    recipe, lora = RECIPE, None
+    if arguments.lora is not None:
+        recipe, lora = dataclasses.replace(RECIPE, learning_rate=2e-4), LoRAConfig(arguments.lora)
+    name = Path(found.source).name
+    config = FinetuneConfig(name, DataConfig(length=512), model, recipe, lora=lora)
     config = changed(config, options, prog=PROG)
     return config, arguments.run_dir or Path("runs/lm") / config.name, found
 
 
 def make_task(config: FinetuneConfig, source: str, mesh: Mesh, *, packed: bool) -> Task:
     """The config's model, whose parameters begin as the checkpoint's; raises as ``language``."""
-    task = task_of(config.model, config.memory, config.balance, packed=packed)
+    task = plain_task(config, packed=packed)
     # Read when training begins, so that nobody else keeps them.
-    return dataclasses.replace(task, begin=lambda: {"params": load(source, mesh=mesh)[1]})
+    task = dataclasses.replace(task, begin=lambda: {"params": load(source, mesh=mesh)[1]})
+    return task if config.lora is None else adapted(task, config.lora, config.train.seed)
+
+
+def plain_task(config: FinetuneConfig, *, packed: bool) -> Task:
+    """The task of the checkpoint's own parameters."""
+    return task_of(config.model, config.memory, config.balance, packed=packed)
 
 
 def finetune(arguments: Arguments, fields: Sequence[str] = ()) -> None:
@@ -255,7 +276,8 @@ def finetune(arguments: Arguments, fields: Sequence[str] = ()) -> None:
     terminal.say(f"{config.name}: {run_dir}")
     keep_freed_memory()
     task = make_task(config, found.source, mesh, packed=data.packed)
-    before = _validate(task, data, config, published.variables, mesh)
+    plain = plain_task(config, packed=data.packed)
+    before = _validate(plain, data, config, published.variables, mesh)
     terminal.say(f"before: {data.bits_per_byte(before.loss):.4f} bits per byte")
     own = rows_of_process(mesh, config.train.batch_size)
     cut: dict[str, Any] = {"length": config.data.length, "batch_size": config.train.batch_size}
@@ -321,7 +343,10 @@ def write_checkpoint(
     )
     part = run.directory / f"{OUTPUT}.part"
     shutil.rmtree(part, ignore_errors=True)
-    save(published.model, state.averaged["params"], part)
+    params = state.averaged["params"]
+    if config.lora is not None:
+        params = merged(params[BASE], params[ADAPTERS], config.lora)
+    save(published.model, params, part)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, part / name)

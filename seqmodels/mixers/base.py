@@ -31,11 +31,13 @@ class ParamLabel:
       group: name of the learning-rate group; "main" follows the global rate, "ssm" has its own.
       weight_decay: whether decoupled weight decay applies.
       float32: whether the parameter stays in float32 when the others are stored in bfloat16.
+      trainable: whether training changes it at all.
     """
 
     group: str = "main"
     weight_decay: bool = True
     float32: bool = False
+    trainable: bool = True
 
 
 SSM_LABEL = ParamLabel(group="ssm", weight_decay=False, float32=True)

@@ -103,13 +103,21 @@ def make_optimizer(config: TrainConfig, param_labels: Any) -> optax.GradientTran
 
     Raises:
       ValueError: see ``group_rates``.
+
+    Nothing is kept of parameters that are not ``trainable``, and they do not change.
     """
-    groups, decays = (
+    groups, decays, trained = (
         jax.tree.map(
             attrgetter(name), param_labels, is_leaf=lambda leaf: isinstance(leaf, ParamLabel)
         )
-        for name in ("group", "weight_decay")
+        for name in ("group", "weight_decay", "trainable")
     )
+    frozen = not all(jax.tree.leaves(trained))
+    if frozen:
+        groups, decays = (
+            jax.tree.map(lambda leaf, keep: leaf if keep else optax.MaskedNode(), tree, trained)
+            for tree in (groups, decays)
+        )
     rates = group_rates(config, groups)
     parts = [
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
@@ -118,4 +126,6 @@ def make_optimizer(config: TrainConfig, param_labels: Any) -> optax.GradientTran
     ]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    return optax.chain(*parts)
+    if not frozen:
+        return optax.chain(*parts)
+    return optax.multi_transform({True: optax.chain(*parts), False: optax.set_to_zero()}, trained)

@@ -113,15 +113,21 @@ def shardings(
         batch_stats=whole,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda _, sharding: sharding,
+            lambda leaf, sharding: leaf if _is_nothing(leaf) else sharding,
             opt_state,
             params,
             transform_non_params=lambda _: whole,
+            is_leaf=_is_nothing,
         ),
         rng=whole,
         average=Average(params, whole) if average else None,
         carry=batch_sharding(mesh),
     )
+
+
+def _is_nothing(leaf: Any) -> bool:
+    """What the optimizer keeps of a parameter that is not trained."""
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def _initializer(

@@ -76,6 +76,25 @@ def test_the_loss_falls_and_the_checkpoint_is_of_the_same_kind(files, run, capsy
     assert capsys.readouterr().out.startswith("w1")
 
 
+def test_narrow_matrices_are_trained_and_added(files, run, tmp_path):
+    """--lora: only the layers named move, by matrices of the rank; the base is the run's own."""
+    options = ("--lora", "2", "--lora.layers", "in_proj", "--train.learning-rate", "0.05")
+    assert tuned(files, tmp_path, *options) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["bits_per_byte"] < 0.95 * result["bits_per_byte_before"]
+    assert (tmp_path / "results" / "tiny-lora-seed0.json").exists()
+    (_, params), (_, untuned) = load(tmp_path / "run" / "published"), load(files / "tiny")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        before = untuned
+        for entry in path:
+            before = before[entry.key]
+        moved = np.asarray(leaf) - np.asarray(before)
+        if [entry.key for entry in path][-2:] == ["in_proj", "kernel"]:
+            assert np.linalg.matrix_rank(moved, tol=1e-4 * np.abs(moved).max()) == 2
+        else:
+            assert not moved.any()
+
+
 @pytest.mark.full
 def test_a_stopped_run_goes_on_to_the_same_bits(files, run, tmp_path):
     assert tuned(files, tmp_path, "--max-minutes", "1e-9") == 0
