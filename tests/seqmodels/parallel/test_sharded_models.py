@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.tools import testing
+from seqmodels.mixers import build
 from seqmodels.models import (
     Backbone,
     BackboneConfig,
@@ -33,14 +34,9 @@ LENGTH, VOCABULARY, WIDTH = 24, 11, 8
 ROWS = [(24,), (12, 12), (7, 10, 7), (3, 5, 1)]
 
 
-def served(name):
-    config = CASES[name]
-    return config.causal
-
-
-SERVED = [name for name in CASES if served(name)]
-WHOLE_ROWS = {"s4d-weighted"}  # what they refuse to split
-BOTH_WAYS = [name for name in CASES if not served(name) and name not in WHOLE_ROWS]
+WHOLE_ROWS = {"s4d-weighted", "mom", "mom-gla"}  # what refuses rows that are split
+SERVED = [name for name in CASES if CASES[name].causal and name not in WHOLE_ROWS]
+BOTH_WAYS = [name for name in CASES if not CASES[name].causal and name not in WHOLE_ROWS]
 
 
 @functools.cache
@@ -102,6 +98,15 @@ def test_a_split_length_changes_nothing(name, shards):
     expected, expected_gradients = run(name)
     np.testing.assert_allclose(loss, expected, **tolerances.EACH_FLOAT32_LOSS)
     testing.assert_close(gradients, expected_gradients, tolerances.FLOAT32_SPLIT_GRADIENTS)
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE_ROWS))
+def test_what_needs_whole_rows_says_so(name):
+    mixer, x = build(CASES[name], WIDTH), jnp.zeros((2, LENGTH, WIDTH))
+    mesh = make_mesh(1, seq=2, devices=jax.devices()[:2])
+    init = on_mesh(lambda key, x: mixer.init(key, x), mesh)
+    with pytest.raises(ValueError, match=r"needs? whole rows.* seq"):
+        jax.eval_shape(init, jax.random.key(0), x)
 
 
 @pytest.mark.full
