@@ -5,7 +5,7 @@ Measuring and Improving Recall in Efficient Language Models", 2023 (arXiv:2312.0
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class GatedConv(Mixer[GatedConvConfig]):
         parts = dense(x, count * self._inner, "in_proj", use_bias=config.use_bias)
         *before, after, inner = jnp.split(parts, count, axis=-1)
         inner = before[0] * inner if before else inner
-        activation = "silu" if config.activation else None
+        activation: Literal["silu"] | None = "silu" if config.activation else None
         conv = ShortConv(config.conv_size, config.use_bias, activation=activation, name="conv")
         inner, window = conv(inner, entering, segments=segments)
         y = dense(after * inner, self.width, "out_proj", use_bias=config.use_bias)

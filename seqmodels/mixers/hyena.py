@@ -132,7 +132,7 @@ class Hyena(Mixer[HyenaConfig]):
         count = taps(config.length, x.shape[1], entering["windows"][0])
         filters = jnp.split(config.implicit(longs * width, "filter")(count), longs)
         bias = self.param("bias", nn.initializers.normal(1.0), (longs, width), jnp.float32)
-        windows = []
+        windows: list[Array] = []
         for i in reversed(range(longs)):
             v = mask_padding(v * gates[i + 1], segments)
             wide, window = streamed(

@@ -22,7 +22,7 @@ from seqmodels.mixers.base import (
     State,
     mask_padding,
 )
-from seqmodels.mixers.softmax import SoftmaxConfig, SoftmaxMixer
+from seqmodels.mixers.softmax import Heads, SoftmaxConfig
 
 Config = TypeVar("Config", bound=MixerConfig)
 
@@ -73,7 +73,7 @@ class CrossAttentionConfig(SoftmaxConfig):
     reads: ClassVar[str | None] = "keys"
 
 
-class CrossAttention(SoftmaxMixer[CrossAttentionConfig]):
+class CrossAttention(Heads[CrossAttentionConfig]):
     """``W_o softmax(q_t k_s^T / sqrt(K)) v_s``, keys and values an earlier layer's, and its cache.
 
     Parameters: ``q_proj``, ``o_proj``, and those of the options. No state of its own.

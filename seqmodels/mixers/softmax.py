@@ -117,8 +117,8 @@ class CachingMixer(Mixer[Config]):
         after = state.update(None, segments, x.shape[1])
         y, kept, *given = self.mix(x, segments, state, after)
         y = mask_padding(y, segments)
-        after = dataclasses.replace(after, state=kept) if self.stateful else None
-        return (y, after, *given) if share else (y, after)
+        left = dataclasses.replace(after, state=kept) if self.stateful else None
+        return (y, left, *given) if share else (y, left)
 
     def initial_state(
         self, batch_size: int, *, max_length: int | None = None, dtype: Any = jnp.bfloat16
@@ -142,8 +142,8 @@ class CachingMixer(Mixer[Config]):
         return max_length
 
 
-class SoftmaxMixer(CachingMixer[Config]):
-    """A caching mixer with ``SoftmaxConfig``: projections to heads and back."""
+class Heads(Mixer[Config]):
+    """A mixer with ``SoftmaxConfig``: projections to heads and back."""
 
     @property
     def head_size(self) -> int:
@@ -209,6 +209,10 @@ class SoftmaxMixer(CachingMixer[Config]):
         if self.config.output_gate:
             y = y * jax.nn.sigmoid(self.project(x, y.shape[-1], "g_proj"))
         return self.project(y, self.width, "o_proj", self.config.use_out_bias)
+
+
+class SoftmaxMixer(Heads[Config], CachingMixer[Config]):
+    """A mixer of heads that caches keys and values."""
 
 
 def all_segments(x: Array, segments: Segments | None) -> Int[Array, "b l"]:

@@ -260,12 +260,13 @@ class Block(nn.Module):
             assert self.mixer is not None
             options: dict[str, Any] = {"share": True} if self.shares else {}
             options |= {} if self.mixer.reads is None else {"shared": shared}
-            y, after, *given = build(self.mixer, config.width, name="mixer")(
+            result: tuple[Any, ...] = build(self.mixer, config.width, name="mixer")(
                 y, segments=segments, state=state, deterministic=self.deterministic, **options
             )
+            y, after = result[:2]
             if config.gate is not None:
                 y = Gate(config.gate, config.dropout, self.deterministic, name="gate")(y)
-            return y, (after, given[0] if given else None)
+            return y, (after, result[2] if self.shares else None)
 
         def hidden_layer(block: nn.Module, y: Array) -> Array:
             def dense(y: Array, features: int, name: str) -> Array:

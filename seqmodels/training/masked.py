@@ -62,7 +62,8 @@ def masked_language(
         dropout, hiding = jax.random.split(jax.random.key(0) if key is None else key)
         real = jnp.asarray(batch["weights"]) > 0
         seen, hidden = hide(inputs, real, hiding, share, mask_token)
-        x, statistics = _run(model, variables, batch, seen, packed, key, dropout)
+        dropped = None if key is None else dropout
+        x, statistics = _run(model, variables, batch, seen, packed, dropped)
         weights = jnp.where(hidden, batch["weights"], 0.0)
         return _sums(model, variables, x, inputs, weights, tile), statistics, carry
 
@@ -106,12 +107,12 @@ def prefix_language(
         sums = functools.partial(_sums, model, variables, tile=tile)
         behind = jnp.where(early, 0.0, counted)
         if key is None:
-            x, statistics = _run(model, variables, batch, inputs, packed, None, None)
+            x, statistics = _run(model, variables, batch, inputs, packed, None)
             return sums(x, batch["targets"], behind), statistics, carry
         dropout, hiding = jax.random.split(key)
         hidden = early & (counted > 0) & jax.random.bernoulli(hiding, share, inputs.shape)
         seen = jnp.where(hidden, mask_token, inputs)
-        x, statistics = _run(model, variables, batch, seen, packed, key, dropout)
+        x, statistics = _run(model, variables, batch, seen, packed, dropout)
         following = sums(x, batch["targets"], behind)
         masked = sums(x, inputs, jnp.where(hidden, counted, 0.0))
         more = PREFIX_WEIGHT * masked.loss / jnp.maximum(masked.weight, 1.0)
@@ -174,18 +175,17 @@ def _run(
     batch: Batch,
     seen: Int[Array, "b l"],
     packed: bool,
-    key: Array | None,
     dropout: Array | None,
 ) -> tuple[Float[Array, "b l d"], Any]:
-    """Hidden vectors of what is seen, and the running statistics after it."""
+    """Hidden vectors of what is seen, and the running statistics after it; None to evaluate."""
     segments = Segments.from_ids(batch["segment_ids"]) if packed else None
     (x, _), updated = model.apply(
         variables,
         seen,
         segments=segments,
-        deterministic=key is None,
-        rngs=None if key is None else {"dropout": dropout},
-        mutable=[] if key is None else ["batch_stats"],
+        deterministic=dropout is None,
+        rngs=None if dropout is None else {"dropout": dropout},
+        mutable=[] if dropout is None else ["batch_stats"],
         method="hidden",
     )
     return x, updated.get("batch_stats", variables.get("batch_stats", {}))
