@@ -135,8 +135,8 @@ def _weight_gradient(x, g, limit, first):
 
         here = rows(g, t)
         part = None if limit is None else rows(limit, t)
-        inputs = (rows(x, t - d).astype(g.dtype) for d in range(start + 1))
-        return [here * tile.zero_beyond(x, part, d) for d, x in enumerate(inputs)] + [here]
+        seen = [rows(x, t - d).astype(g.dtype) for d in range(start + 1)]
+        return [here * tile.zero_beyond(u, part, d) for d, u in enumerate(seen)] + [here]
 
     def add(i, totals):
         return [a + b for a, b in zip(totals, products(start + i * size, size), strict=True)]

@@ -215,7 +215,7 @@ class Mamba3(Mixer[Mamba3Config]):
         phase, last = ops.linear_scan(
             jnp.ones(flat.shape[-1], jnp.float32),
             flat,
-            initial_state=entering.reshape(len(entering), -1),
+            initial_state=entering.reshape(entering.shape[0], -1),
             segments=segments,
         )
         last = last - 2 * jnp.pi * jax.lax.stop_gradient(jnp.round(last / (2 * jnp.pi)))

@@ -334,7 +334,7 @@ def unfolded(x: Float[Array, "r *c"], memories: int) -> Float[Array, "b m *c"]:
 
 def gathered(x: Float[Array, "b l d"], order: Int[Array, "b m c"]) -> Float[Array, "b m c d"]:
     """The tokens of each memory's rows."""
-    rows = jnp.take_along_axis(x, order.reshape(len(x), -1)[..., None], axis=1)
+    rows = jnp.take_along_axis(x, order.reshape(x.shape[0], -1)[..., None], axis=1)
     return rows.reshape(*order.shape, -1)
 
 
@@ -342,8 +342,8 @@ def collected(y: Float[Array, "b m c v"], routes: Routes) -> Float[Array, "b l v
     """Each token's outputs of its memories, weighed and summed."""
     size = y.shape[2]
     place = routes.chosen * size + jnp.take_along_axis(routes.place, routes.chosen, axis=2)
-    flat = y.reshape(len(y), -1, y.shape[3])
-    rows = jnp.take_along_axis(flat, place.reshape(len(y), -1)[..., None], axis=1)
+    flat = y.reshape(y.shape[0], -1, y.shape[3])
+    rows = jnp.take_along_axis(flat, place.reshape(y.shape[0], -1)[..., None], axis=1)
     rows = rows.reshape(*place.shape, -1).astype(jnp.float32)
     return jnp.sum(rows * routes.weights[..., None], axis=2).astype(y.dtype)
 
@@ -372,7 +372,7 @@ def recent(
 ) -> Float[Array, "r w n"]:
     """The window after a memory's rows: the last tokens of the last document that take it."""
     takes = jnp.ones(x.shape[:2], bool) if takes is None else takes
-    size, start = window.shape[1], jnp.zeros((len(x), 1), jnp.int32)
+    size, start = window.shape[1], jnp.zeros((x.shape[0], 1), jnp.int32)
     index = index_of(segments)
     if index is not None:
         last = jnp.max(index, axis=1, keepdims=True)

@@ -11,13 +11,15 @@ from jax import export
 
 from experiments.lm import presets
 from pallas_kernels.common import dispatch
+from pallas_kernels.tools import testing
 from seqmodels.mixers import REGISTRY
 from seqmodels.models import LanguageModel
+from tests import tolerances
 from tests.pallas_kernels.export_checks import symbols_as_sizes
 from tests.tiers import one_of_many
 
 PAGE = Path(__file__).parents[3] / "docs" / "export.md"
-CAUSAL = [name for name in REGISTRY if name not in ("bidirectional", "hydra")]
+CAUSAL = [name for name in REGISTRY if name not in ("bidirectional", "hydra", "jrt", "orchid")]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,7 @@ def test_the_page(tmp_path, monkeypatch):
     assert_same_bits((said["logits"], said["states"]), (logits, states))
 
 
+@pytest.mark.all_platforms
 @pytest.mark.parametrize("mixer", one_of_many(CAUSAL, ["attention"]))
 def test_any_number_of_rows_on_two_platforms(mixer):
     model = LanguageModel(presets.language_model(mixer, presets.SIZES["tiny"]))
@@ -57,4 +60,7 @@ def test_any_number_of_rows_on_two_platforms(mixer):
     with dispatch.preferring("xla"):
         exported = export.export(jax.jit(model.apply), platforms=["cpu", "tpu"])
         exported = exported(variables, any_rows)
-    assert_same_bits(exported.call(variables, tokens), run(variables, tokens))
+    # Two programs, of which XLA fuses each in its own way: equal up to rounding.
+    testing.assert_close(
+        exported.call(variables, tokens), run(variables, tokens), tolerances.FLOAT32
+    )
