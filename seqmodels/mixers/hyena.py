@@ -34,24 +34,24 @@ class FilterConfig(MixerConfig):
     Attributes:
       length: taps of the filters: what is further away is not seen.
       conv_size: taps of the short convolution before them.
-      embedding: channels of the distance, an odd number.
-      hidden, layers: width and number of the hidden layers that make the filters.
-      frequency: initial factor of their sines.
+      filter_embedding: channels of the distance, an odd number.
+      filter_width, filter_layers: of the hidden layers that make the filters.
+      filter_frequency: initial factor of their sines.
     """
 
     length: Size = 2048
     conv_size: Size = 3
-    embedding: Size = 33
-    hidden: Size = 64
-    layers: Size = 3
-    frequency: Positive = 14.0
+    filter_embedding: Size = 33
+    filter_width: Size = 64
+    filter_layers: Size = 3
+    filter_frequency: Positive = 14.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.embedding % 2 == 0 or self.embedding < 3:
+        if self.filter_embedding % 2 == 0 or self.filter_embedding < 3:
             raise ValueError(
-                f"{type(self).__name__}: embedding={self.embedding} must be an odd number of at "
-                "least 3: the distance, cosines and as many sines"
+                f"{type(self).__name__}: filter_embedding={self.filter_embedding} must be an odd "
+                "number of at least 3: the distance, cosines and as many sines"
             )
 
     @property
@@ -60,17 +60,19 @@ class FilterConfig(MixerConfig):
 
     def filter_labels(self, name: str) -> dict[str, ParamLabel]:
         """Labels of a filter's parameters: no weight decay, as in the published code."""
-        return {f"{name}/{leaf}": NO_DECAY_LABEL for leaf in ImplicitFilter.names(self.layers)}
+        return {
+            f"{name}/{leaf}": NO_DECAY_LABEL for leaf in ImplicitFilter.names(self.filter_layers)
+        }
 
     def implicit(self, filters: int, name: str) -> ImplicitFilter:
         """The module of so many filters; a child of the calling module."""
         return ImplicitFilter(
             filters,
             self.length,
-            self.embedding,
-            self.hidden,
-            self.layers,
-            self.frequency,
+            self.filter_embedding,
+            self.filter_width,
+            self.filter_layers,
+            self.filter_frequency,
             name=name,
         )
 

@@ -44,8 +44,8 @@ class MonarchConfig(FilterConfig):
     mixer: ClassVar[str] = "monarch"
 
     length: Size = 128
-    embedding: Size = 5
-    hidden: Size = 128
+    filter_embedding: Size = 5
+    filter_width: Size = 128
     bidirectional: bool = True
     residual: bool = True
     width_blocks: Size | None = None

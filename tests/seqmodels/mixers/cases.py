@@ -118,9 +118,9 @@ CASES |= {
     "mom-gla": MoMConfig(heads=2, head_size=8, rule="gla", shared=False, **_MATRIX),
     "sgconv": SGConvConfig(length=100, scale_size=8),
     "sgconv-bidirectional": SGConvConfig(length=60, scale_size=8, bidirectional=True),
-    "hyena": HyenaConfig(length=50, embedding=5, hidden=8, order=3),
-    "monarch": MonarchConfig(length=100, hidden=8, bidirectional=False, width_blocks=4),
-    "monarch-bidirectional": MonarchConfig(length=250, hidden=8),
+    "hyena": HyenaConfig(length=50, filter_embedding=5, filter_width=8, order=3),
+    "monarch": MonarchConfig(length=100, filter_width=8, bidirectional=False, width_blocks=4),
+    "monarch-bidirectional": MonarchConfig(length=250, filter_width=8),
     "orchid": OrchidConfig(),
 }
 CASES["parallel"] = ParallelConfig(

@@ -75,7 +75,7 @@ def test_the_filter_of_sgconv_begins_with_norm_one_that_no_gradient_changes():
 
 def implicit(p, name, config, filters):
     """The taps of an implicit filter, distance by distance."""
-    count = (config.embedding - 1) // 2
+    count = (config.filter_embedding - 1) // 2
     frequencies = np.linspace(1e-4, count - 1, count)
     decays = np.linspace(np.log(0.01) / 1.5, np.log(0.01) / 0.3, filters)
     taps = []
@@ -83,16 +83,19 @@ def implicit(p, name, config, filters):
         t = j / (config.length - 1)
         angle = 2 * np.pi * j / config.length * frequencies
         z = np.concatenate([[t], np.cos(angle), -np.sin(angle)])
-        for layer in range(config.layers):
+        for layer in range(config.filter_layers):
             z = z @ p[f"{name}/dense_{layer}/kernel"] + p[f"{name}/dense_{layer}/bias"]
             z = np.sin(p[f"{name}/frequency"] * z)
-        taps.append(z @ p[f"{name}/dense_{config.layers}/kernel"] * np.exp(t * decays))
+        taps.append(z @ p[f"{name}/dense_{config.filter_layers}/kernel"] * np.exp(t * decays))
     return np.stack(taps, axis=1)
 
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_hyena(order):
-    config = HyenaConfig(length=10, embedding=5, hidden=6, layers=2, order=order, frequency=2.0)
+    config = HyenaConfig(
+        length=10, filter_embedding=5, filter_width=6, filter_layers=2, order=order,
+        filter_frequency=2.0,
+    )  # fmt: skip
     p, inputs, outputs = oracles.initialised(config, WIDTH, LENGTH)
     filters = np.split(implicit(p, "filter", config, (order - 1) * WIDTH), order - 1)
     for x, y in zip(inputs, outputs, strict=True):
@@ -108,7 +111,13 @@ def test_hyena(order):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_monarch(bidirectional):
-    config = MonarchConfig(length=9, hidden=6, layers=1, frequency=2.0, bidirectional=bidirectional)
+    config = MonarchConfig(
+        length=9,
+        filter_width=6,
+        filter_layers=1,
+        filter_frequency=2.0,
+        bidirectional=bidirectional,
+    )
     p, inputs, outputs = oracles.initialised(config, WIDTH, LENGTH)
     ways = 1 + bidirectional
     matrices = {
@@ -198,7 +207,7 @@ def test_published_size():
 
 def test_bad_configs_are_refused():
     for build_config, message in (
-        (lambda: HyenaConfig(embedding=4), "embedding=4 must be an odd number"),
+        (lambda: HyenaConfig(filter_embedding=4), "filter_embedding=4 must be an odd number"),
         (lambda: HyenaConfig(order=1), "order=1 must be at least 2"),
         (lambda: OrchidConfig(conv_size=4), "conv_size=4 must be odd"),
     ):

@@ -66,7 +66,9 @@ def test_the_shares_of_what_is_hidden():
 
 
 def test_the_loss_of_a_masked_model_is_over_what_is_hidden():
-    model = model_of(HydraConfig(state_size=2, head_size=4), MonarchConfig(length=8, hidden=4))
+    model = model_of(
+        HydraConfig(state_size=2, head_size=4), MonarchConfig(length=8, filter_width=4)
+    )
     task = task_of(masked_language, model, share=0.4, packed=False)
     variables, batch = task.init(jax.random.key(0)), batch_of()
     sums, _, _ = task.loss(variables, batch, None, None)
