@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels.layers.long_filter import ImplicitFilter, streamed, taps
@@ -64,6 +65,12 @@ class FilterConfig(MixerConfig):
             f"{name}/{leaf}": NO_DECAY_LABEL for leaf in ImplicitFilter.names(self.filter_layers)
         }
 
+    def filter_axes(self, name: str) -> dict[str, PartitionSpec]:
+        """Logical axes of a filter's matrices: hidden layers, then the channels."""
+        last = self.filter_layers
+        hidden = {f"{name}/dense_{i}/kernel": PartitionSpec(None, "mlp") for i in range(last)}
+        return hidden | {f"{name}/dense_{last}/kernel": PartitionSpec("mlp", "inner")}
+
     def implicit(self, filters: int, name: str) -> ImplicitFilter:
         """The module of so many filters; a child of the calling module."""
         return ImplicitFilter(
@@ -96,6 +103,9 @@ class HyenaConfig(FilterConfig):
 
     def param_labels(self) -> dict[str, ParamLabel]:
         return {**self.filter_labels("filter"), "bias": NO_DECAY_LABEL}
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return {**self.filter_axes("filter"), "bias": PartitionSpec(None, "inner")}
 
 
 HYENA_153M = Published(width=864, layers=18, config=HyenaConfig())

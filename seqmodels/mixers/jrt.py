@@ -8,6 +8,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from seqmodels import ops
@@ -15,6 +16,7 @@ from seqmodels.mixers.base import RecurrentState, Segments
 from seqmodels.mixers.based import TaylorConfig, TaylorMixer
 from seqmodels.mixers.matrix import QKV
 from seqmodels.mixers.published import Published
+from seqmodels.parallel.parameters import INTO
 from seqmodels.ranges import Size
 
 
@@ -33,6 +35,9 @@ class JRTConfig(TaylorConfig):
     @property
     def causal(self) -> bool:
         return False  # every token of the prefix sees all of it
+
+    def param_axes(self) -> dict[str, PartitionSpec]:
+        return dict.fromkeys(("k_encoder_proj/kernel", "v_encoder_proj/kernel"), INTO)
 
 
 JRT_RNN_360M = Published(width=1024, layers=5, config=JRTConfig())

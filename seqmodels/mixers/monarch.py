@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from seqmodels import ops
 from seqmodels.layers.long_filter import streamed, taps
-from seqmodels.layers.monarch import MonarchDense
+from seqmodels.layers.monarch import BLOCKS, MonarchDense
 from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import (
@@ -70,10 +70,14 @@ class MonarchConfig(FilterConfig):
         return labels
 
     def param_axes(self) -> dict[str, PartitionSpec]:
-        if self.width_blocks is None:
-            return {}
-        names = (f"{layer}/{part}/kernel" for layer in ("in_proj", "out_proj") for part in SIDES)
-        return dict.fromkeys(names, PartitionSpec("inner"))
+        axes = {}
+        for name in self.convolutions:
+            axes |= self.filter_axes(name)
+        if self.width_blocks is not None:
+            layers = ("in_proj", "out_proj")
+            names = (f"{layer}/{part}/kernel" for layer in layers for part in SIDES)
+            axes |= dict.fromkeys(names, BLOCKS)
+        return axes
 
 
 SIDES = ("left", "right")

@@ -15,7 +15,7 @@ from seqmodels.arguments import segment_order
 from seqmodels.layers.dropout import Dropout
 from seqmodels.layers.experts import GATED, Experts, ExpertsConfig, activated
 from seqmodels.layers.gates import Gate, GateKind
-from seqmodels.layers.monarch import BlockDense
+from seqmodels.layers.monarch import BLOCKS, BlockDense
 from seqmodels.layers.norms import Norm, NormKind
 from seqmodels.layers.projections import scaled
 from seqmodels.mixers import MixerConfig, ParamLabel, Segments, State, build
@@ -478,7 +478,7 @@ def param_axes(config: BackboneConfig, params: Mapping[str, Any]) -> Any:
             assert mixer is not None
             names = mixer.param_axes().get("/".join(keys[at + 1 :]), names)
         elif config.mlp_blocks > 1 and keys[-2].startswith("mlp_") and keys[-1] == "kernel":
-            names = PartitionSpec("mlp")  # blocks, each by itself
+            names = BLOCKS
         return PartitionSpec("layers", *names) if "period" in keys else names
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -107,6 +107,8 @@ CASES = {
     ),
 }
 
+# Sines of 14 times their argument, in three layers, amplify rounding a thousand times.
+_FILTER: dict[str, Any] = {"filter_width": 8, "filter_frequency": 1.0}
 # Filters shorter and longer than a third of a row.
 CASES |= {
     "based": BasedConfig(heads=2, feature_size=3, **_MATRIX),
@@ -118,9 +120,9 @@ CASES |= {
     "mom-gla": MoMConfig(heads=2, head_size=8, rule="gla", shared=False, **_MATRIX),
     "sgconv": SGConvConfig(length=100, scale_size=8),
     "sgconv-bidirectional": SGConvConfig(length=60, scale_size=8, bidirectional=True),
-    "hyena": HyenaConfig(length=50, filter_embedding=5, filter_width=8, order=3),
-    "monarch": MonarchConfig(length=100, filter_width=8, bidirectional=False, width_blocks=4),
-    "monarch-bidirectional": MonarchConfig(length=250, filter_width=8),
+    "hyena": HyenaConfig(length=50, filter_embedding=5, order=3, **_FILTER),
+    "monarch": MonarchConfig(length=100, bidirectional=False, width_blocks=4, **_FILTER),
+    "monarch-bidirectional": MonarchConfig(length=250, **_FILTER),
     "orchid": OrchidConfig(),
 }
 CASES["parallel"] = ParallelConfig(

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.tools import testing
 from seqmodels.config import from_dict, to_dict
+from seqmodels.layers.monarch import BLOCKS
 from seqmodels.mixers import (
     AttentionConfig,
     CrossAttentionConfig,
@@ -179,7 +180,7 @@ def test_a_block_diagonal_mlp_is_a_dense_one_with_zeros():
     z, _ = Backbone(dense).apply({"params": {"block_0": params}}, x)
     testing.assert_close(y, z, tolerances.FLOAT32)
     axes = param_axes(config, variables["params"])["block_0"]
-    assert axes["mlp_in"]["kernel"] == jax.P("mlp")
+    assert axes["mlp_in"]["kernel"] == BLOCKS
     labels = param_labels(config, variables["params"])["block_0"]
     assert labels["mlp_in"]["kernel"].weight_decay
     with pytest.raises(ValueError, match="mlp_blocks=5 must divide width=8 and mlp=12"):
