@@ -4,6 +4,7 @@ What cannot run says so where the reader sees it: "```python no-run: reason".
 """
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import re
@@ -21,6 +22,7 @@ from experiments.recall import presets as recall_presets
 from seqmodels import mixers
 from seqmodels.config import to_dict
 from seqmodels.training.checkpoint import flatten
+from seqmodels.training.lora import LoRAConfig
 from tests.tiers import one_of_many
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +40,7 @@ CONFIGS = (
     recall_presets.experiment("mqar", "s5", "tiny"),
 )
 FIELDS = {name for config in CONFIGS for name in flatten(to_dict(config))}
+FIELDS |= {f"lora.{field.name}" for field in dataclasses.fields(LoRAConfig)}
 
 
 def blocks(page, *languages):
