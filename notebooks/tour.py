@@ -226,10 +226,10 @@ for name in names:
 contexts = 2 ** np.arange(6, 18)
 sizes = {}
 for name, (kind, _) in REGISTRY.items():
-    if name not in ("bidirectional", "hydra"):
-        fields = kind.__dataclass_fields__
-        settings = {"heads": 4, "head_size": 64, "max_positions": 2**17}
-        config = kind(**{k: v for k, v in settings.items() if k in fields})
+    fields = kind.__dataclass_fields__
+    settings = {"heads": 4, "head_size": 64, "max_positions": 2**17}
+    config = kind(**{k: v for k, v in settings.items() if k in fields})
+    if config.stateful:
         sizes[name] = [build(config, 256).state_bytes(int(length)) for length in contexts]
 
 growing = {name: values for name, values in sizes.items() if values[0] < values[-1]}

@@ -70,7 +70,7 @@ class MonarchConfig(FilterConfig):
         return labels
 
     def param_axes(self) -> dict[str, PartitionSpec]:
-        axes = {}
+        axes: dict[str, PartitionSpec] = {}
         for name in self.convolutions:
             axes |= self.filter_axes(name)
         if self.width_blocks is not None:
