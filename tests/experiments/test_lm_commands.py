@@ -394,9 +394,9 @@ def test_documents_in_pieces_of_many_lengths(folder, tmp_path, capsys):
     assert "length=48 must be a power of two" in capsys.readouterr().err
 
 
-def test_bytes_that_are_hidden_and_bytes_behind_a_prefix(folder, capsys):
-    """--objective: other models, other losses; what says no next byte is not asked for it."""
-    hidden, behind = folder / "hidden", folder / "behind"
+def test_bytes_that_are_hidden(folder, capsys):
+    """--objective mlm: what says no next byte is not asked for it."""
+    hidden = folder / "hidden"
     assert train(folder, "hidden", "monarch", "--objective", "mlm") == 0
     assert "of the predicted bytes correct" in capsys.readouterr().out
     result = result_of(hidden)
@@ -409,16 +409,22 @@ def test_bytes_that_are_hidden_and_bytes_behind_a_prefix(folder, capsys):
     assert "cannot be continued" in capsys.readouterr().err
     assert lm_train.main(["--resume", "--run-dir", str(hidden), "--objective", "next"]) == 2
     assert "has mlm" in capsys.readouterr().err
+    assert train(folder, "refused", "s5", "--objective", "mlm", "--carry-state") == 2
+    assert "objective='mlm' sees both sides" in capsys.readouterr().err
 
+
+@pytest.mark.full
+def test_bytes_behind_a_prefix(folder, capsys):
+    behind = folder / "behind"
     assert train(folder, "behind", "jrt", "--objective", "prefix") == 0
     assert result_of(behind)["config"]["model"]["backbone"]["mixers"][0]["prefix"] == 16
     assert generate(behind, "--prompt", "the end of", "--length", "4") == 0
-    capsys.readouterr()
+
+
+def test_objectives_that_a_mixer_cannot_have(folder, capsys):
     for mixer, objective, message in (
         ("jrt", "next", "mixer='jrt' sees the tokens that a language model predicts"),
         ("gla", "prefix", "mixer='gla' reads no prefix"),
     ):
         assert train(folder, f"refused-{mixer}", mixer, "--objective", objective) == 2
         assert message in capsys.readouterr().err
-    assert train(folder, "refused", "s5", "--objective", "mlm", "--carry-state") == 2
-    assert "objective='mlm' sees both sides" in capsys.readouterr().err

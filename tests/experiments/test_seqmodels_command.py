@@ -50,7 +50,7 @@ def test_every_module_that_can_be_run_is_a_command_and_nothing_else_is():
         (["lra", "train", "--task", "listops", "--model", "s4dd"], "(did you mean s4d?)"),
         (["lra", "train", "--task", "text", "--model", "s5", "--preset", "cpu-our"], "cpu-hour?"),
         (["lra", "data", "--task", "pathfindr"], "(did you mean pathfinder?)"),
-        (["lm", "train", "--data", "x", "--mixer", "mamba3"], "(did you mean mamba?)"),
+        (["lm", "train", "--data", "x", "--mixer", "mamba4"], "(did you mean mamba?)"),
         (["lm", "train", "--data", "x", "--mixer", "s5", "--preset", "smal"], "mean small?"),
         (["recall", "train", "--task", "mqra", "--mixer", "gla"], "(did you mean mqar?)"),
         (["kernels", "aot", "--family", "delta_rul"], "(did you mean delta_rule?)"),

@@ -185,14 +185,14 @@ def test_orchid():
 def test_orchid_turns_with_its_row():
     mixer = build(OrchidConfig(), WIDTH)
     x = jax.random.normal(jax.random.key(1), (2, LENGTH, WIDTH))
-    variables = mixer.init(jax.random.key(0), x)
-    y, _ = mixer.apply(variables, x)
+    variables, run = jax.jit(mixer.init)(jax.random.key(0), x), jax.jit(mixer.apply)
+    y, _ = run(variables, x)
     for steps in (1, 5):
-        z, _ = mixer.apply(variables, jnp.roll(x, steps, axis=1))
+        z, _ = run(variables, jnp.roll(x, steps, axis=1))
         testing.assert_close(z, jnp.roll(y, steps, axis=1), tolerances.FLOAT32)
     ids = jnp.asarray([[1] * 9 + [0] * 4, [1] * LENGTH])
-    padded, _ = mixer.apply(variables, x, segments=Segments.from_ids(ids, single=True))
-    alone, _ = mixer.apply(variables, x[:1, :9])
+    padded, _ = run(variables, x, segments=Segments.from_ids(ids, single=True))
+    alone, _ = run(variables, x[:1, :9])
     testing.assert_close(padded[:1, :9], alone, tolerances.FLOAT32)
     testing.assert_close(padded[1], y[1], tolerances.FLOAT32)
 

@@ -70,59 +70,63 @@ def test_jrt(prefix):
 def layer(prefix):
     mixer = build(JRTConfig(**SIZES, prefix=prefix), WIDTH)
     x = jax.random.normal(jax.random.key(1), (2, 24, WIDTH))
-    return mixer, mixer.init(jax.random.key(0), x), x
+    return jax.jit(mixer.apply), jax.jit(mixer.init)(jax.random.key(0), x), x
 
 
 def test_a_prefix_sees_itself_and_nothing_behind_it():
-    mixer, variables, x = layer(8)
-    y, _ = mixer.apply(variables, x)
+    run, variables, x = layer(8)
+    y, _ = run(variables, x)
     for at, first in ((5, 0), (8, 8), (13, 13)):
-        z, _ = mixer.apply(variables, x.at[:, at].add(1.0))
+        z, _ = run(variables, x.at[:, at].add(1.0))
         changed = np.any(np.asarray(y != z), axis=(0, 2))
         assert np.flatnonzero(changed)[0] == first
 
 
 def test_packed_prompts_are_separate_ones_with_gradients():
-    mixer, variables, x = layer(5)
+    run, variables, x = layer(5)
     ids = jnp.asarray([[1] * 9 + [2] * 3 + [3] * 8 + [0] * 4, [4] * 24])
 
     def packed(variables, x):
-        return mixer.apply(variables, x, segments=Segments.from_ids(ids))[0]
+        return run(variables, x, segments=Segments.from_ids(ids))[0]
 
     def apart(variables, x):
         rows = [x[:1, :9], x[:1, 9:12], x[:1, 12:20], x[1:]]
-        parts = [mixer.apply(variables, row)[0] for row in rows]
+        parts = [run(variables, row)[0] for row in rows]
         first = jnp.concatenate([*parts[:3], jnp.zeros_like(x[:1, :4])], axis=1)
         return jnp.concatenate([first, parts[3]])
 
-    def loss(way):
-        return lambda *args: jnp.sum(jnp.sin(way(*args)))
+    def both(way):
+        def loss(*args):
+            y = way(*args)
+            return jnp.sum(jnp.sin(y)), y
 
-    testing.assert_close(packed(variables, x), apart(variables, x), tolerances.FLOAT32)
-    one, two = (jax.grad(loss(way), (0, 1))(variables, x) for way in (packed, apart))
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, x)
+
+    (one, y), (two, z) = both(packed), both(apart)
+    testing.assert_close(y, z, tolerances.FLOAT32)
     testing.assert_close(one, two, tolerances.FLOAT32_MIXER_GRADIENTS)
     single = Segments.from_ids(jnp.asarray([[1] * 20 + [0] * 4, [4] * 24]), single=True)
     several = dataclasses.replace(single, single=False)
-    one, two = (mixer.apply(variables, x, segments=segments) for segments in (single, several))
+    one, two = (run(variables, x, segments=segments) for segments in (single, several))
     testing.assert_close(one, two, tolerances.FLOAT32)
 
 
 def test_a_prompt_is_read_whole_and_decoded_behind():
     """Pieces that begin with the prefix give what the whole does; packed rows end in its state."""
-    mixer, variables, x = layer(6)
-    y, state = mixer.apply(variables, x)
+    run, variables, x = layer(6)
+    y, state = run(variables, x)
     ids = jnp.asarray([[7] * 5 + [1] * 7, [1] * 12])
     moved = jnp.concatenate([x[:, -5:], x[:, :7]], axis=1).at[1].set(x[1, :12])
     for start in (
-        mixer.apply(variables, x[:, :7])[1],
-        mixer.apply(variables, moved, segments=Segments.from_ids(ids))[1],
+        run(variables, x[:, :7])[1],
+        run(variables, moved, segments=Segments.from_ids(ids))[1],
     ):
         cut = np.asarray(start.position)
         assert cut[0] == 7
         parts, after = [], start
         for t in range(7, 24):
             piece = jnp.stack([x[0, t], x[1, min(t + cut[1] - 7, 23)]])[:, None]
-            part, after = mixer.apply(variables, piece, state=after)
+            part, after = run(variables, piece, state=after)
             parts.append(part[0])
         testing.assert_close(jnp.concatenate(parts), y[0, 7:], tolerances.FLOAT32)
         testing.assert_close(

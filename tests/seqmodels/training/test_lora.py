@@ -49,7 +49,7 @@ def test_the_adapted_model_begins_as_the_plain_one_and_adds_products():
     params = variables["params"]
     jax.tree.map(np.testing.assert_array_equal, params[BASE], one.init(jax.random.key(0))["params"])
     sums, expected = (
-        t.loss(v, batch(), None, None)[0]
+        jax.jit(t.loss)(v, batch(), None, None)[0]
         for t, v in ((task, variables), (one, {"params": params[BASE]}))
     )
     testing.assert_close(sums, expected, 0.0)
@@ -66,6 +66,7 @@ def test_the_adapted_model_begins_as_the_plain_one_and_adds_products():
     assert whole["backbone"]["block_1"]["mlp_out"] == params[BASE]["backbone"]["block_1"]["mlp_out"]
 
 
+@pytest.mark.full("sizes1")
 @pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "model": 2}])
 def test_training_moves_the_adapters_alone_and_keeps_nothing_of_the_base(sizes):
     task = adapted(plain(), CONFIG)

@@ -48,7 +48,7 @@ def task_of(kind, model, **options):
 
 
 def losses_of(model, variables, seen, wanted, segments=None):
-    logits, _ = model.apply(variables, seen, segments=segments)
+    logits, _ = jax.jit(model.apply)(variables, seen, segments=segments)
     return optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
 
 
@@ -71,8 +71,9 @@ def test_the_loss_of_a_masked_model_is_over_what_is_hidden():
     )
     task = task_of(masked_language, model, share=0.4, packed=False)
     variables, batch = task.init(jax.random.key(0)), batch_of()
-    sums, _, _ = task.loss(variables, batch, None, None)
-    again, _, _ = task.loss(variables, batch, None, None)
+    loss = jax.jit(task.loss)
+    sums, _, _ = loss(variables, batch, None, None)
+    again, _, _ = loss(variables, batch, None, None)
     testing.assert_close(sums, again, 0.0)  # the same places each time
     real = jnp.asarray(batch["weights"]) > 0
     key = jax.random.split(jax.random.key(0))[1]
@@ -80,7 +81,7 @@ def test_the_loss_of_a_masked_model_is_over_what_is_hidden():
     losses = losses_of(model, variables, seen, batch["inputs"])
     testing.assert_close(sums.loss, jnp.sum(losses[hidden]), tolerances.FLOAT32_TERMS)
     assert sums.weight == np.sum(hidden)
-    other, _, _ = task.loss(variables, batch, jax.random.key(3), None)
+    other, _, _ = loss(variables, batch, jax.random.key(3), None)
     assert other.weight != sums.weight
 
 
@@ -92,14 +93,14 @@ def test_the_loss_behind_a_prefix_and_in_it():
     early = np.asarray(segments.positions) < JRT.prefix
     counted = batch["weights"] > 0
 
-    evaluated, _, _ = task.loss(variables, batch, None, None)
+    evaluated, _, _ = jax.jit(task.loss)(variables, batch, None, None)
     losses = losses_of(model, variables, batch["inputs"], batch["targets"], segments)
     behind = counted & ~early
     testing.assert_close(evaluated.loss, jnp.sum(losses[behind]), tolerances.FLOAT32_TERMS)
     assert evaluated.weight == np.sum(behind)
 
     key = jax.random.key(5)
-    sums, _, _ = task.loss(variables, batch, key, None)
+    sums, _, _ = jax.jit(task.loss)(variables, batch, key, None)
     drawn = jax.random.bernoulli(jax.random.split(key)[1], 0.5, early.shape)
     hidden = early & counted & np.asarray(drawn)
     seen = jnp.where(hidden, MASK, batch["inputs"])
@@ -116,7 +117,8 @@ def test_no_target_leaks_into_what_is_seen_before_it():
     batch = batch_of()
     other = batch["inputs"].copy()
     other[:, 10:] = (other[:, 10:] + 1) % LETTERS
-    one, two = (model.apply(variables, x)[0] for x in (batch["inputs"], other))
+    run = jax.jit(model.apply)
+    one, two = (run(variables, x)[0] for x in (batch["inputs"], other))
     np.testing.assert_array_equal(one[:, :10], two[:, :10])
     assert np.any(one[:, 10:] != two[:, 10:])
 
