@@ -130,7 +130,8 @@ CONFIG = TrainConfig(batch_size=4, steps=4, learning_rate=1e-2, adam_eps=1e-3)
 AMPLIFYING = {"gla", "retnet", "lightning", "kda", "attention-gated"}
 # A model axis of 2 does not divide their heads.
 ODD = {
-    "sliding_window-sinks", "rat-chunks-of-one", "scout-mamba", "scout-window", "parallel-attention",
+    "sliding_window-sinks", "rat-chunks-of-one", "scout-mamba", "scout-window",
+    "parallel-attention",
 }  # fmt: skip
 HEADS = [name for name in SERVED if name not in ODD]
 
