@@ -50,7 +50,7 @@ def convolve(
 
 
 def _points(length: int, lengths: Array | None) -> int:
-    """Of the transform: of rows that close where the array ends, their length."""
+    """Size of the transform: rows that close where the array ends need no zeros behind them."""
     return length if lengths is None else 2 * length
 
 

@@ -177,6 +177,28 @@ class MixerConfig(Checked):
         return {}
 
 
+@dataclasses.dataclass(frozen=True)
+class BothSidesConfig(MixerConfig):
+    """Base of the configs of mixers that see the whole row always, and carry no state."""
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def stateful(self) -> bool:
+        return False
+
+
+def require_odd(config: MixerConfig, conv_size: int) -> None:
+    """Raises ValueError unless a convolution around the token has an odd number of taps."""
+    if conv_size % 2 == 0:
+        raise ValueError(
+            f"{type(config).__name__}: conv_size={conv_size} must be odd: the convolution looks as "
+            "far ahead as back"
+        )
+
+
 Config = TypeVar("Config", bound=MixerConfig)
 
 

@@ -9,12 +9,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from seqmodels import ops
-from seqmodels.mixers.base import Mixer, MixerConfig, ParamLabel, Segments, State
+from seqmodels.mixers.base import (
+    BothSidesConfig,
+    Mixer,
+    MixerConfig,
+    ParamLabel,
+    Segments,
+    State,
+)
 from seqmodels.mixers.mamba import MambaConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BidirectionalConfig(MixerConfig):
+class BidirectionalConfig(BothSidesConfig):
     """Configuration of a layer that sees both sides of a token.
 
     Attributes:
@@ -34,14 +41,6 @@ class BidirectionalConfig(MixerConfig):
                 f"BidirectionalConfig: local={self.local} sees both sides already; take it alone, "
                 "or set bidirectional=False in it"
             )
-
-    @property
-    def causal(self) -> bool:
-        return False
-
-    @property
-    def stateful(self) -> bool:
-        return False
 
     @property
     def supports_packing(self) -> bool:

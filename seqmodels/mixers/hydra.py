@@ -14,14 +14,22 @@ from jaxtyping import Array, Float
 from seqmodels.layers.heads import GatedNorm, merge_heads, split_heads, step_bias
 from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import ShortConv
-from seqmodels.mixers.base import Mixer, RecurrentState, Segments, State, mask_padding
+from seqmodels.mixers.base import (
+    BothSidesConfig,
+    Mixer,
+    RecurrentState,
+    Segments,
+    State,
+    mask_padding,
+    require_odd,
+)
 from seqmodels.mixers.published import Published
 from seqmodels.mixers.ssd import SSDConfig, ssd, steps
 from seqmodels.ranges import Size
 
 
 @dataclasses.dataclass(frozen=True)
-class HydraConfig(SSDConfig):
+class HydraConfig(BothSidesConfig, SSDConfig):
     """Configuration of a Hydra layer: ``SSDConfig``'s fields; ``conv_size`` is odd."""
 
     mixer: ClassVar[str] = "hydra"
@@ -31,19 +39,7 @@ class HydraConfig(SSDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.conv_size % 2 == 0:
-            raise ValueError(
-                f"HydraConfig: conv_size={self.conv_size} must be odd: the convolution looks as "
-                "far ahead as back"
-            )
-
-    @property
-    def causal(self) -> bool:
-        return False
-
-    @property
-    def stateful(self) -> bool:
-        return False
+        require_odd(self, self.conv_size)
 
     @property
     def supports_packing(self) -> bool:

@@ -41,11 +41,11 @@ class JRTConfig(TaylorConfig):
 
 
 JRT_RNN_360M = Published(width=1024, layers=5, config=JRTConfig())
-"""Of 26 layers; the others are "sliding_window" and "gated_conv", see
+"""5 of 26 layers; the others are "sliding_window" and "gated_conv", see
 ``seqmodels.models.layouts``."""
 
 JRT_RNN_1_3B = Published(width=1792, layers=7, config=JRTConfig())
-"""Of 36 layers."""
+"""7 of 36 layers."""
 
 
 class JRT(TaylorMixer[JRTConfig]):

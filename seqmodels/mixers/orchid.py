@@ -17,18 +17,19 @@ from seqmodels.layers.projections import dense
 from seqmodels.layers.short_conv import uniform
 from seqmodels.mixers.base import (
     NO_DECAY_LABEL,
+    BothSidesConfig,
     Mixer,
-    MixerConfig,
     ParamLabel,
     Segments,
     State,
     mask_padding,
+    require_odd,
 )
 from seqmodels.ranges import Size
 
 
 @dataclasses.dataclass(frozen=True)
-class OrchidConfig(MixerConfig):
+class OrchidConfig(BothSidesConfig):
     """Configuration of an Orchid layer.
 
     Attributes:
@@ -41,19 +42,7 @@ class OrchidConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.conv_size % 2 == 0:
-            raise ValueError(
-                f"OrchidConfig: conv_size={self.conv_size} must be odd: the convolutions look as "
-                "far ahead as back"
-            )
-
-    @property
-    def causal(self) -> bool:
-        return False
-
-    @property
-    def stateful(self) -> bool:
-        return False
+        require_odd(self, self.conv_size)
 
     @property
     def supports_packing(self) -> bool:

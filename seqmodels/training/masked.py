@@ -20,10 +20,10 @@ from seqmodels.training.language import check_packs
 from seqmodels.training.task import Batch, Sums, Task, Variables, initializer
 
 MASKED, RANDOM = 0.8, 0.1
-"""Of the chosen tokens, the share that the mask stands for, and that of random tokens."""
+"""Shares of the chosen tokens: those that the mask stands for, and those replaced at random."""
 
 PREFIX_WEIGHT = 0.25
-"""Of the masked tokens of the prefix in the loss, beside the next tokens behind it."""
+"""Weight in the loss of the prefix's masked tokens, beside the next tokens behind it."""
 
 
 def masked_language(
@@ -162,7 +162,7 @@ def prefix_of(model: LanguageModel) -> int:
 
 
 def positions_of(batch: Batch, packed: bool) -> Int[Array, "b l"]:
-    """Of each token, from the start of its document."""
+    """Positions of tokens, from the start of each document."""
     if packed:
         return Segments.from_ids(batch["segment_ids"]).positions
     rows, length = batch["inputs"].shape
