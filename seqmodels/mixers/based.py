@@ -53,7 +53,7 @@ class TaylorMixer(MatrixMixer[Config]):
     @property
     def sizes(self) -> Sizes:
         config = self.config
-        value = self.per_head(self.width, config.heads, "values")
+        value = self.per_head(float(self.width), config.heads, "values")
         if value >= WIDEST:
             raise ValueError(
                 f"{config.mixer} mixer: heads={config.heads} of {value} channels each (width "

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from seqmodels import ops
 from seqmodels.layers.experts import load_balance
@@ -322,12 +322,12 @@ class Common(NamedTuple):
     bias: Any = None
 
 
-def folded(x: Float[Array, "b m *c"]) -> Float[Array, "r *c"]:
+def folded(x: Shaped[Array, "b m *c"]) -> Shaped[Array, "r *c"]:
     """Memories as rows of a batch."""
     return x.reshape(-1, *x.shape[2:])
 
 
-def unfolded(x: Float[Array, "r *c"], memories: int) -> Float[Array, "b m *c"]:
+def unfolded(x: Shaped[Array, "r *c"], memories: int) -> Shaped[Array, "b m *c"]:
     """The inverse of ``folded``."""
     return x.reshape(-1, memories, *x.shape[1:])
 

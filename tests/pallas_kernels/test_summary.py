@@ -30,12 +30,16 @@ CUTS = (7, 13)
 
 def normal(*shape):
     rng = np.random.default_rng(sum(shape))
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
 
 
 def decays(*shape):
     """Log decays that leave something of a state after a row."""
-    return -jax.nn.softplus(normal(*shape)) / 8
+    return -np.log1p(np.exp(normal(*shape))) / 8
 
 
 def tokens(*shape):
@@ -43,18 +47,18 @@ def tokens(*shape):
 
 
 KEYS = tokens(1, 4)
-KEYS = KEYS / jnp.linalg.norm(KEYS, axis=-1, keepdims=True)
-BETA = jax.nn.sigmoid(tokens(2))
+KEYS = KEYS / np.linalg.norm(KEYS, axis=-1, keepdims=True)
+BETA = sigmoid(tokens(2))
 STATE = normal(BATCH, 2, 4, 3)
 SCALE = MatrixConfig(0.5)
-COMPLEX = (-jnp.abs(normal(3, 2)) / 4 + 1j * normal(2, 3).T).astype(jnp.complex64)
+COMPLEX = (-np.abs(normal(3, 2)) / 4 + 1j * normal(2, 3).T).astype(np.complex64)
 
 # By name: op, config, arrays by token, arrays without time, where in the order these stand, state.
 CASES = {
     "linear_scan": (
         linear_scan.OP,
         scan_tile.Config(False),
-        {0: jax.nn.sigmoid(tokens(5)), 1: tokens(5)},
+        {0: sigmoid(tokens(5)), 1: tokens(5)},
         {},
         normal(BATCH, 5),
     ),
@@ -62,7 +66,7 @@ CASES = {
         linear_scan.OP,
         scan_tile.Config(False),
         {1: tokens(5)},
-        {0: jax.nn.sigmoid(normal(5))},
+        {0: sigmoid(normal(5))},
         normal(BATCH, 5),
     ),
     "selective_scan": (
@@ -77,7 +81,7 @@ CASES = {
         diagonal_tile.Config(False),
         {0: tokens(3)},
         {1: COMPLEX, 2: COMPLEX},
-        COMPLEX[None] * jnp.ones((BATCH, 1, 1), jnp.complex64),
+        np.repeat(COMPLEX[None], BATCH, axis=0),
     ),
     "linear_attention, none": (
         linear_attention.OP,

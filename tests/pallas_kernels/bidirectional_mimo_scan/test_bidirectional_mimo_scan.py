@@ -12,6 +12,7 @@ from pallas_kernels.bidirectional_mimo_scan import blocks, xla
 from pallas_kernels.tools import testing
 from seqmodels import ops
 from seqmodels.segments import Segments
+from tests.arrays import ones
 from tests.tiers import one_of_many
 
 WIDTH, STATES = 3, 4
@@ -106,12 +107,12 @@ def test_a_cpu_takes_blocks_where_states_are_many(monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"u": jnp.ones((2, 3))}, r"u must be \(B, L, H\)"),
-        ({"u": jnp.ones((1, 5, 3), "bfloat16")}, "u must be float32 or float64, got bfloat16"),
-        ({"decay": jnp.ones(4)}, "decay must be complex64 since u is float32, got float32"),
-        ({"input_projection": jnp.ones((3, 4))}, r"input_projection must be .* = \(3, 8\)"),
-        ({"output_projection": jnp.ones((8, 3))}, r"output_projection must be .* = \(16, 3\)"),
-        ({"segment_ids": jnp.ones((1, 4), jnp.int32)}, r"segment_ids must be .* = \(1, 5\)"),
+        ({"u": ones((2, 3))}, r"u must be \(B, L, H\)"),
+        ({"u": ones((1, 5, 3), "bfloat16")}, "u must be float32 or float64, got bfloat16"),
+        ({"decay": ones(4)}, "decay must be complex64 since u is float32, got float32"),
+        ({"input_projection": ones((3, 4))}, r"input_projection must be .* = \(3, 8\)"),
+        ({"output_projection": ones((8, 3))}, r"output_projection must be .* = \(16, 3\)"),
+        ({"segment_ids": ones((1, 4), jnp.int32)}, r"segment_ids must be .* = \(1, 5\)"),
     ],
 )
 def test_bad_input_is_named(changed, message):

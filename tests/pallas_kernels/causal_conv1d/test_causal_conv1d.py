@@ -14,6 +14,7 @@ import pallas_kernels
 from pallas_kernels import causal_conv1d
 from pallas_kernels.tools import testing
 from tests import tolerances
+from tests.arrays import ones
 from tests.pallas_kernels.causal_conv1d.cases import Case, assert_isolated
 from tests.tiers import compiled_as_users
 
@@ -268,31 +269,30 @@ def _both(conv_size):
     return [jax.jit(functools.partial(run, name)) for name in ("xla", "reference")]
 
 
-ONES = functools.partial(jnp.ones, dtype=jnp.float32)
 BAD = [
-    ("x rank", {"x": ONES((5, 3))}, r"x must be \(B, L, D\), got shape \(5, 3\)"),
-    ("x empty", {"x": ONES((2, 0, 3))}, "x must not be empty"),
-    ("x dtype", {"x": jnp.ones((2, 5, 3), jnp.int32)}, "x must be float32 .* got int32"),
-    ("weight rank", {"weight": ONES((3,))}, r"weight must be \(W, D\)"),
-    ("weight width", {"weight": ONES((4, 2))}, r"weight must be \(W, D\) = \('any', 3\)"),
-    ("weight empty", {"weight": ONES((0, 3))}, "weight must have at least one tap"),
-    ("weight dtype", {"weight": jnp.ones((4, 3), jnp.int32)}, "weight must be .* x is float32"),
-    ("bias", {"bias": ONES((4,))}, r"bias must be \(D,\) = \(3,\)"),
-    ("bias dtype", {"bias": jnp.ones((3,), jnp.int32)}, "bias must be float32 or bfloat16"),
+    ("x rank", {"x": ones((5, 3))}, r"x must be \(B, L, D\), got shape \(5, 3\)"),
+    ("x empty", {"x": ones((2, 0, 3))}, "x must not be empty"),
+    ("x dtype", {"x": ones((2, 5, 3), jnp.int32)}, "x must be float32 .* got int32"),
+    ("weight rank", {"weight": ones((3,))}, r"weight must be \(W, D\)"),
+    ("weight width", {"weight": ones((4, 2))}, r"weight must be \(W, D\) = \('any', 3\)"),
+    ("weight empty", {"weight": ones((0, 3))}, "weight must have at least one tap"),
+    ("weight dtype", {"weight": ones((4, 3), jnp.int32)}, "weight must be .* x is float32"),
+    ("bias", {"bias": ones((4,))}, r"bias must be \(D,\) = \(3,\)"),
+    ("bias dtype", {"bias": ones((3,), jnp.int32)}, "bias must be float32 or bfloat16"),
     ("activation", {"activation": "swish"}, "activation must be None or 'silu', got 'swish'"),
     (
         "state",
-        {"initial_state": ONES((2, 4, 3))},
+        {"initial_state": ones((2, 4, 3))},
         r"initial_state must be \(B, W-1, D\) = \(2, 3, 3\)",
     ),
     (
         "state dtype",
-        {"initial_state": jnp.ones((2, 3, 3), jnp.bfloat16)},
+        {"initial_state": ones((2, 3, 3), jnp.bfloat16)},
         "initial_state must be float32 since x is float32, got bfloat16",
     ),
-    ("ids shape", {"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
-    ("ids dtype", {"segment_ids": ONES((2, 5))}, "segment_ids must be int32"),
-    ("ids value", {"segment_ids": -jnp.ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
+    ("ids shape", {"segment_ids": ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
+    ("ids dtype", {"segment_ids": ones((2, 5))}, "segment_ids must be int32"),
+    ("ids value", {"segment_ids": -ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
     ("name", {"implementation": "cuda"}, "choose among reference, xla, tpu, gpu"),
 ]
 

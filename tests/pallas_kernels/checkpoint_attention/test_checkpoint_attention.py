@@ -16,6 +16,7 @@ from pallas_kernels.checkpoint_attention import Cache, merge, slots, tile, xla
 from pallas_kernels.checkpoint_attention.slots import Config
 from pallas_kernels.tools import testing
 from tests import tolerances
+from tests.arrays import ones, zeros
 from tests.pallas_kernels.checkpoint_attention.cases import Case, assert_isolated
 from tests.tiers import compiled_as_users, one_of_many
 
@@ -472,46 +473,46 @@ def test_blocks_that_no_token_sees_are_left_out():
 
 
 GOOD = {
-    "q": jnp.ones((2, 5, 4, 3)),
-    "k": jnp.ones((2, 5, 2, 3)),
-    "v": jnp.ones((2, 5, 2, 6)),
+    "q": ones((2, 5, 4, 3)),
+    "k": ones((2, 5, 2, 3)),
+    "v": ones((2, 5, 2, 6)),
     "interval": 2,
 }
 PAST = {
-    "past_k": jnp.ones((2, 7, 2, 3)),
-    "past_v": jnp.ones((2, 7, 2, 6)),
-    "offset": jnp.asarray([14, 15], jnp.int32),
+    "past_k": ones((2, 7, 2, 3)),
+    "past_v": ones((2, 7, 2, 6)),
+    "offset": np.asarray([14, 15], jnp.int32),
 }
 BAD = [
-    ("q rank", {"q": jnp.ones((2, 5, 4))}, r"q must be \(B, L, H, K\), got shape \(2, 5, 4\)"),
-    ("k length", {"k": jnp.ones((2, 4, 2, 3))}, r"k must be \(B, L, G, K\)"),
-    ("k width", {"k": jnp.ones((2, 5, 2, 4))}, r"k must be .* got shape \(2, 5, 2, 4\)"),
-    ("v groups", {"v": jnp.ones((2, 5, 1, 6))}, r"v must be \(B, L, G, V\)"),
-    ("groups", {"q": jnp.ones((2, 5, 3, 3))}, "G must divide H, got k with G = 2 and q with H = 3"),
-    ("wide", {"v": jnp.ones((2, 5, 2, 257))}, "up to 256, got K = 3 and V = 257"),
-    ("empty", {"v": jnp.ones((2, 5, 2, 0))}, "v must not be empty"),
-    ("dtype", {"q": jnp.ones((2, 5, 4, 3), jnp.int32)}, "q must be float32 .* got int32"),
-    ("mixed", {"k": jnp.ones((2, 5, 2, 3), jnp.bfloat16)}, "k must be float32 since q is float32"),
+    ("q rank", {"q": ones((2, 5, 4))}, r"q must be \(B, L, H, K\), got shape \(2, 5, 4\)"),
+    ("k length", {"k": ones((2, 4, 2, 3))}, r"k must be \(B, L, G, K\)"),
+    ("k width", {"k": ones((2, 5, 2, 4))}, r"k must be .* got shape \(2, 5, 2, 4\)"),
+    ("v groups", {"v": ones((2, 5, 1, 6))}, r"v must be \(B, L, G, V\)"),
+    ("groups", {"q": ones((2, 5, 3, 3))}, "G must divide H, got k with G = 2 and q with H = 3"),
+    ("wide", {"v": ones((2, 5, 2, 257))}, "up to 256, got K = 3 and V = 257"),
+    ("empty", {"v": ones((2, 5, 2, 0))}, "v must not be empty"),
+    ("dtype", {"q": ones((2, 5, 4, 3), jnp.int32)}, "q must be float32 .* got int32"),
+    ("mixed", {"k": ones((2, 5, 2, 3), jnp.bfloat16)}, "k must be float32 since q is float32"),
     ("interval", {"interval": 0}, "interval must be an integer, at least 1, got 0"),
     ("interval kind", {"interval": 2.0}, "interval must be an integer, at least 1, got 2.0"),
     ("k alone", {"v": None}, "k needs v, got v=None"),
     ("v alone", {"k": None}, "v needs k, got k=None"),
     ("nothing", {"k": None, "v": None}, "only with past_k and past_v"),
     ("past alone", PAST | {"past_v": None}, "past_k needs past_v, got past_v=None"),
-    ("past width", PAST | {"past_k": jnp.ones((2, 7, 2, 4))}, r"past_k must be \(B, P, G, K\)"),
-    ("past v", PAST | {"past_v": jnp.ones((2, 7, 2, 5))}, r"past_v must be .* as v has them"),
-    ("past groups", PAST | {"past_k": jnp.ones((2, 7, 1, 3)), "past_v": jnp.ones((2, 7, 1, 6))},
+    ("past width", PAST | {"past_k": ones((2, 7, 2, 4))}, r"past_k must be \(B, P, G, K\)"),
+    ("past v", PAST | {"past_v": ones((2, 7, 2, 5))}, r"past_v must be .* as v has them"),
+    ("past groups", PAST | {"past_k": ones((2, 7, 1, 3)), "past_v": ones((2, 7, 1, 6))},
      r"past_k must be .* as k has them"),
-    ("past dtype", PAST | {"past_k": jnp.ones((2, 7, 2, 3), jnp.bfloat16)}, "past_k must be float"),
+    ("past dtype", PAST | {"past_k": ones((2, 7, 2, 3), jnp.bfloat16)}, "past_k must be float"),
     ("past where", PAST | {"offset": None}, "past_k needs offset"),
     ("offset alone", PAST | {"k": None, "v": None}, "offset has no meaning where k and v are None"),
-    ("offset shape", {"offset": jnp.zeros(3, jnp.int32)}, r"offset must be \(B,\) = \(2,\)"),
-    ("offset dtype", {"offset": jnp.zeros(2)}, "offset must be int32, got float32"),
-    ("offset value", {"offset": jnp.asarray([0, -1], jnp.int32)}, r"at least 0, got \[0, -1\]"),
-    ("length alone", {"past_length": jnp.zeros(2, jnp.int32)}, "past_length needs past_k"),
-    ("length value", PAST | {"past_length": jnp.asarray([7, 8], jnp.int32)}, "at most P = 7"),
-    ("ids shape", {"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
-    ("ids value", {"segment_ids": -jnp.ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
+    ("offset shape", {"offset": zeros(3, jnp.int32)}, r"offset must be \(B,\) = \(2,\)"),
+    ("offset dtype", {"offset": zeros(2)}, "offset must be int32, got float32"),
+    ("offset value", {"offset": np.asarray([0, -1], jnp.int32)}, r"at least 0, got \[0, -1\]"),
+    ("length alone", {"past_length": zeros(2, jnp.int32)}, "past_length needs past_k"),
+    ("length value", PAST | {"past_length": np.asarray([7, 8], jnp.int32)}, "at most P = 7"),
+    ("ids shape", {"segment_ids": ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
+    ("ids value", {"segment_ids": -ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
     ("name", {"implementation": "cuda"}, "choose among reference, xla"),
 ]  # fmt: skip
 
@@ -525,9 +526,9 @@ def test_bad_arguments_are_named(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"k": jnp.ones((2, 5, 1, 4))}, r"k must be \(B, L, G, width\)"),
-        ({"v": jnp.ones((2, 5, 1, 3), jnp.bfloat16)}, "v must be float32 since the cache"),
-        ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
+        ({"k": ones((2, 5, 1, 4))}, r"k must be \(B, L, G, width\)"),
+        ({"v": ones((2, 5, 1, 3), jnp.bfloat16)}, "v must be float32 since the cache"),
+        ({"segment_ids": ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
     ],
 )
 def test_bad_arguments_of_the_cache_are_named(changed, message):

@@ -45,10 +45,9 @@ def inputs(decay, dtype="float64", size=(SIZE, KEYS, VALUES), seed=0):
 
 
 def documents(segment_index, entering=1):
-    segment_index = jnp.asarray(segment_index, jnp.int32)
-    return masks.segment_masks(
-        segment_index[:, None], segment_index[None], jnp.full((1, 1), entering, jnp.int32)
-    )
+    segment_index = np.asarray(segment_index, np.int32)
+    entering = np.full((1, 1), entering, np.int32)
+    return jax.jit(masks.segment_masks)(segment_index[:, None], segment_index[None], entering)
 
 
 SOME = documents([1] * 5 + [2] * 4 + [3] * 5 + [0] * 2)

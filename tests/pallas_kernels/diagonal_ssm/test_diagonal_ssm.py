@@ -15,6 +15,7 @@ from pallas_kernels import diagonal_ssm
 from pallas_kernels.diagonal_ssm import chunked
 from pallas_kernels.tools import testing
 from tests import tolerances
+from tests.arrays import ones
 from tests.pallas_kernels.diagonal_ssm.cases import Case, assert_isolated
 from tests.tiers import compiled_as_users, one_of_many
 
@@ -320,33 +321,33 @@ def test_second_order_and_forward_mode_through_the_reference():
 BAD = [
     ("u rank", {"u": jnp.ones((5, 3))}, r"u must be \(B, L, H\), got shape \(5, 3\)"),
     ("u empty", {"u": jnp.ones((2, 0, 3))}, "u must not be empty"),
-    ("u dtype", {"u": jnp.ones((2, 5, 3), jnp.int32)}, "u must be float32 .* got int32"),
-    ("log_a", {"log_a": jnp.ones((2, 4), jnp.complex64)}, r"log_a must be \(H, N\) = \(3, 'any'\)"),
-    ("no state", {"log_a": jnp.ones((3, 0), jnp.complex64)}, "log_a must have at least one state"),
-    ("log_a dtype", {"log_a": -jnp.ones((3, 4))}, "log_a must be complex64 since u is float32"),
-    ("growing", {"log_a": jnp.ones((3, 4), jnp.complex64)}, "log_a's real part must be at most 0"),
-    ("c", {"c": jnp.ones((3, 5), jnp.complex64)}, r"c must be \(H, N\) = \(3, 4\)"),
-    ("c dtype", {"c": jnp.ones((3, 4))}, "c must be complex64 since u is float32, got float32"),
+    ("u dtype", {"u": ones((2, 5, 3), jnp.int32)}, "u must be float32 .* got int32"),
+    ("log_a", {"log_a": ones((2, 4), jnp.complex64)}, r"log_a must be \(H, N\) = \(3, 'any'\)"),
+    ("no state", {"log_a": ones((3, 0), jnp.complex64)}, "log_a must have at least one state"),
+    ("log_a dtype", {"log_a": -ones((3, 4))}, "log_a must be complex64 since u is float32"),
+    ("growing", {"log_a": ones((3, 4), jnp.complex64)}, "log_a's real part must be at most 0"),
+    ("c", {"c": ones((3, 5), jnp.complex64)}, r"c must be \(H, N\) = \(3, 4\)"),
+    ("c dtype", {"c": ones((3, 4))}, "c must be complex64 since u is float32, got float32"),
     (
         "state",
-        {"initial_state": jnp.ones((2, 3), jnp.complex64)},
+        {"initial_state": ones((2, 3), jnp.complex64)},
         r"initial_state must be \(B, H, N\) = \(2, 3, 4\)",
     ),
     (
         "state dtype",
-        {"initial_state": jnp.ones((2, 3, 4))},
+        {"initial_state": ones((2, 3, 4))},
         "initial_state must be complex64, got float32",
     ),
-    ("ids shape", {"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
-    ("ids dtype", {"segment_ids": jnp.ones((2, 5))}, "segment_ids must be int32"),
-    ("ids value", {"segment_ids": -jnp.ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
+    ("ids shape", {"segment_ids": ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
+    ("ids dtype", {"segment_ids": ones((2, 5))}, "segment_ids must be int32"),
+    ("ids value", {"segment_ids": -ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
     ("method", {"method": "dft"}, "method='dft'; choose among fft, chunked, scan"),
     ("name", {"implementation": "cuda"}, "choose among reference, xla, tpu, gpu"),
 ]
 GOOD = {
-    "u": jnp.ones((2, 5, 3)),
-    "log_a": -jnp.ones((3, 4), jnp.complex64),
-    "c": jnp.ones((3, 4), jnp.complex64),
+    "u": ones((2, 5, 3)),
+    "log_a": -ones((3, 4), jnp.complex64),
+    "c": ones((3, 4), jnp.complex64),
 }
 
 

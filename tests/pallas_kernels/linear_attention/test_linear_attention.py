@@ -17,6 +17,7 @@ from pallas_kernels.linear_attention.shapes import Shape
 from pallas_kernels.matrix_state.config import Config
 from pallas_kernels.tools import testing
 from tests import tolerances
+from tests.arrays import ones, zeros
 from tests.pallas_kernels.linear_attention.cases import Case, assert_isolated
 from tests.tiers import compiled_as_users
 
@@ -296,29 +297,29 @@ def test_training_in_bfloat16_stays_finite_and_learns():
 
 
 GOOD = {
-    "q": jnp.ones((2, 5, 2, 3)),
-    "k": jnp.ones((2, 5, 2, 3)),
-    "v": jnp.ones((2, 5, 4, 6)),
-    "log_decay": jnp.zeros((2, 5, 4)),
+    "q": ones((2, 5, 2, 3)),
+    "k": ones((2, 5, 2, 3)),
+    "v": ones((2, 5, 4, 6)),
+    "log_decay": zeros((2, 5, 4)),
 }
 BAD = [
-    ("v rank", {"v": jnp.ones((2, 5, 4))}, r"v must be \(B, L, H, V\), got shape \(2, 5, 4\)"),
-    ("q length", {"q": jnp.ones((2, 4, 2, 3))}, r"q must be \(B, L, G, K\)"),
-    ("k like q", {"k": jnp.ones((2, 5, 1, 3))}, r"k must be .* got shape \(2, 5, 1, 3\)"),
-    ("groups", {"q": jnp.ones((2, 5, 3, 3)), "k": jnp.ones((2, 5, 3, 3))}, "G must divide H"),
-    ("wide", {"v": jnp.ones((2, 5, 4, 257))}, "up to 256, got K = 3 and V = 257"),
-    ("empty", {"v": jnp.ones((2, 5, 4, 0))}, "v must not be empty"),
-    ("dtype", {"v": jnp.ones((2, 5, 4, 6), jnp.int32)}, "v must be float32 .* got int32"),
-    ("mixed", {"q": jnp.ones((2, 5, 2, 3), jnp.bfloat16)}, "q must be float32 since v is float32"),
-    ("decay rank", {"log_decay": jnp.zeros((2, 5))}, r"log_decay must be \(H,\), \(B, L, H\) or"),
-    ("decay shape", {"log_decay": jnp.zeros((2, 5, 2))}, r"log_decay must be \(B, L, H\)"),
-    ("decay dtype", {"log_decay": jnp.zeros(4, jnp.int32)}, "log_decay must be float32 or bfloat"),
+    ("v rank", {"v": ones((2, 5, 4))}, r"v must be \(B, L, H, V\), got shape \(2, 5, 4\)"),
+    ("q length", {"q": ones((2, 4, 2, 3))}, r"q must be \(B, L, G, K\)"),
+    ("k like q", {"k": ones((2, 5, 1, 3))}, r"k must be .* got shape \(2, 5, 1, 3\)"),
+    ("groups", {"q": ones((2, 5, 3, 3)), "k": ones((2, 5, 3, 3))}, "G must divide H"),
+    ("wide", {"v": ones((2, 5, 4, 257))}, "up to 256, got K = 3 and V = 257"),
+    ("empty", {"v": ones((2, 5, 4, 0))}, "v must not be empty"),
+    ("dtype", {"v": ones((2, 5, 4, 6), jnp.int32)}, "v must be float32 .* got int32"),
+    ("mixed", {"q": ones((2, 5, 2, 3), jnp.bfloat16)}, "q must be float32 since v is float32"),
+    ("decay rank", {"log_decay": zeros((2, 5))}, r"log_decay must be \(H,\), \(B, L, H\) or"),
+    ("decay shape", {"log_decay": zeros((2, 5, 2))}, r"log_decay must be \(B, L, H\)"),
+    ("decay dtype", {"log_decay": zeros(4, jnp.int32)}, "log_decay must be float32 or bfloat"),
     ("decay sign", {"log_decay": np.full(4, 0.5, np.float32)}, "must be at most 0, got 0.5"),
     ("decay sign, jax", {"log_decay": jnp.full(4, 0.5)}, "must be at most 0, got 0.5"),
-    ("state", {"initial_state": jnp.ones((2, 4, 6, 3))}, r"initial_state must be \(B, H, K, V\)"),
+    ("state", {"initial_state": ones((2, 4, 6, 3))}, r"initial_state must be \(B, H, K, V\)"),
     (
         "state dtype",
-        {"initial_state": jnp.ones((2, 4, 3, 6), jnp.bfloat16)},
+        {"initial_state": ones((2, 4, 3, 6), jnp.bfloat16)},
         "initial_state must be float32 since v is float32, got bfloat16",
     ),
     ("ids shape", {"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),

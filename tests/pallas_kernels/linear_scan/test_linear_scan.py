@@ -12,6 +12,7 @@ import pallas_kernels
 from pallas_kernels import linear_scan
 from pallas_kernels.tools import testing
 from tests import tolerances
+from tests.arrays import ones
 from tests.pallas_kernels.linear_scan.cases import (
     COMPLEX,
     REAL,
@@ -181,21 +182,21 @@ def test_second_order_and_forward_mode_through_the_reference():
 
 
 BAD = [
-    ("a", {"a": jnp.ones((2, 4, 3))}, r"a must be \(B, L, D\) or \(D,\) = \(2, 5, 3\)"),
-    ("a width", {"a": jnp.ones((4,))}, r"a must be \(D,\) = \(3,\)"),
-    ("b rank", {"b": jnp.ones((5, 3))}, r"b must be \(B, L, D\), got shape \(5, 3\)"),
-    ("b empty", {"b": jnp.ones((2, 0, 3))}, "b must not be empty"),
-    ("b dtype", {"b": jnp.ones((2, 5, 3), jnp.int32)}, "b must be float32 .* got int32"),
-    ("mixed", {"a": jnp.ones((2, 5, 3), jnp.complex64)}, "a must be float32 .* since b is float32"),
-    ("state", {"initial_state": jnp.ones((3, 3))}, r"initial_state must be \(B, D\) = \(2, 3\)"),
+    ("a", {"a": ones((2, 4, 3))}, r"a must be \(B, L, D\) or \(D,\) = \(2, 5, 3\)"),
+    ("a width", {"a": ones((4,))}, r"a must be \(D,\) = \(3,\)"),
+    ("b rank", {"b": ones((5, 3))}, r"b must be \(B, L, D\), got shape \(5, 3\)"),
+    ("b empty", {"b": ones((2, 0, 3))}, "b must not be empty"),
+    ("b dtype", {"b": ones((2, 5, 3), jnp.int32)}, "b must be float32 .* got int32"),
+    ("mixed", {"a": ones((2, 5, 3), jnp.complex64)}, "a must be float32 .* since b is float32"),
+    ("state", {"initial_state": ones((3, 3))}, r"initial_state must be \(B, D\) = \(2, 3\)"),
     (
         "state dtype",
-        {"initial_state": jnp.ones((2, 3), jnp.bfloat16)},
+        {"initial_state": ones((2, 3), jnp.bfloat16)},
         "initial_state must be float32, got bfloat16",
     ),
-    ("ids shape", {"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
-    ("ids dtype", {"segment_ids": jnp.ones((2, 5))}, "segment_ids must be int32"),
-    ("ids value", {"segment_ids": -jnp.ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
+    ("ids shape", {"segment_ids": ones((2, 4), jnp.int32)}, r"segment_ids must be \(B, L\)"),
+    ("ids dtype", {"segment_ids": ones((2, 5))}, "segment_ids must be int32"),
+    ("ids value", {"segment_ids": -ones((2, 5), jnp.int32)}, "segment_ids must be >= 0"),
     ("name", {"implementation": "cuda"}, "choose among reference, xla, tpu, gpu"),
 ]
 

@@ -16,6 +16,7 @@ from pallas_kernels.long_conv.shapes import SHAPES, Shape, case, named
 from pallas_kernels.tools import aot, testing
 from pallas_kernels.tools.programs import program
 from tests import tolerances
+from tests.arrays import ones
 from tests.tiers import compiled_as_users, one_of_many
 
 METHODS = ("fft", "blocked")
@@ -215,19 +216,19 @@ def test_the_reference_has_second_derivatives_and_forward_mode():
 
 
 BAD = [
-    ({"u": jnp.ones((2, 5))}, r"u must be \(B, L, H\), got shape \(2, 5\)"),
-    ({"u": jnp.ones((2, 0, 3))}, "u must not be empty"),
-    ({"u": jnp.ones((2, 5, 3), jnp.float16)}, "u must be float32 or bfloat16 or float64"),
-    ({"kernel": jnp.ones((5, 3))}, r"kernel must be \(H, any\) = \(3, 'any'\)"),
-    ({"kernel": jnp.ones((3, 0))}, "kernel must have at least one tap"),
-    ({"kernel": jnp.ones((3, 4), jnp.int32)}, "kernel must be float32 or bfloat16 since u is"),
-    ({"kernel_reverse": jnp.ones((4, 5))}, r"kernel_reverse must be \(H, any\)"),
-    ({"kernel_reverse": jnp.ones((3, 0))}, "kernel_reverse must have at least one tap"),
-    ({"kernel_reverse": jnp.ones((3, 2), jnp.float16)}, "kernel_reverse must be float32 or"),
+    ({"u": ones((2, 5))}, r"u must be \(B, L, H\), got shape \(2, 5\)"),
+    ({"u": ones((2, 0, 3))}, "u must not be empty"),
+    ({"u": ones((2, 5, 3), jnp.float16)}, "u must be float32 or bfloat16 or float64"),
+    ({"kernel": ones((5, 3))}, r"kernel must be \(H, any\) = \(3, 'any'\)"),
+    ({"kernel": ones((3, 0))}, "kernel must have at least one tap"),
+    ({"kernel": ones((3, 4), jnp.int32)}, "kernel must be float32 or bfloat16 since u is"),
+    ({"kernel_reverse": ones((4, 5))}, r"kernel_reverse must be \(H, any\)"),
+    ({"kernel_reverse": ones((3, 0))}, "kernel_reverse must have at least one tap"),
+    ({"kernel_reverse": ones((3, 2), jnp.float16)}, "kernel_reverse must be float32 or"),
     ({"method": "direct"}, "method='direct'; choose among fft, blocked"),
     ({"implementation": "cuda"}, "choose among reference, xla"),
 ]
-GOOD = {"u": jnp.ones((2, 5, 3)), "kernel": jnp.ones((3, 4))}
+GOOD = {"u": ones((2, 5, 3)), "kernel": ones((3, 4))}
 
 
 @pytest.mark.parametrize(("changed", "message"), BAD)

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import long_conv, s4_kernel
 from pallas_kernels.tools import testing
 from seqmodels.mixers import hippo
+from tests.arrays import ones
 
 
 def legs(size, steps, directions=1, seed=0):
@@ -149,11 +150,11 @@ def test_the_spectrum_is_that_of_the_recurrence_in_double_precision(length):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dt": jnp.ones((2, 1))}, r"dt must be \(H,\), got shape \(2, 1\)"),
-        ({"eigenvalues": jnp.ones((3, 4), "complex64")}, r"eigenvalues must be .* = \(2, 'any'\)"),
-        ({"p": jnp.ones((2, 3), "complex64")}, r"p must be .* = \(2, 4\), got shape \(2, 3\)"),
-        ({"c": jnp.ones((2, 4), "complex64")}, r"c must be \(R, H, N/2\)"),
-        ({"b": jnp.ones((2, 4))}, "b must be complex64 since dt is float32, got float32"),
+        ({"dt": ones((2, 1))}, r"dt must be \(H,\), got shape \(2, 1\)"),
+        ({"eigenvalues": ones((3, 4), "complex64")}, r"eigenvalues must be .* = \(2, 'any'\)"),
+        ({"p": ones((2, 3), "complex64")}, r"p must be .* = \(2, 4\), got shape \(2, 3\)"),
+        ({"c": ones((2, 4), "complex64")}, r"c must be \(R, H, N/2\)"),
+        ({"b": ones((2, 4))}, "b must be complex64 since dt is float32, got float32"),
         ({"length": 0}, "length=0 must be a whole number of at least 1"),
     ],
 )

@@ -13,6 +13,7 @@ from seqmodels.layers.splash import splash
 from seqmodels.mixers import Segments
 from seqmodels.parallel import batch_sharding, make_mesh, on_mesh
 from tests import tolerances
+from tests.arrays import ones
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +234,7 @@ def test_on_a_mesh(options):
         (((1, 3, 2, 2), (1, 3, 2, 2)), {"window": 0}, "window=0 must be positive"),
         (((1, 3, 2, 2), (1, 3, 2, 2)), {"window": 2, "causal": False}, "causal=True"),
         (((1, 3, 2, 2), (1, 3, 2, 2)), {"sinks": 2}, "sinks=2 needs a window"),
-        (((1, 3, 2, 2), (1, 3, 2, 2)), {"q_segments": jnp.ones((1, 3), jnp.int32)}, "go together"),
+        (((1, 3, 2, 2), (1, 3, 2, 2)), {"q_segments": ones((1, 3), jnp.int32)}, "go together"),
     ],
 )
 def test_bad_arguments_are_refused(shapes, options, message):

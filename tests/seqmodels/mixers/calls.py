@@ -32,6 +32,7 @@ DOCUMENTS = (
 ALONE = (((1, 0, 190),), ((4, 0, LENGTH),), ())
 # What comes before: row 0 of `DOCUMENTS` goes on with its document, row 1 begins another.
 BEFORE = tuple(((name, 0, LENGTH),) for name in (1, 8, 5))
+SHORT = np.zeros((1, 2, WIDTH), np.float32)
 
 
 def ids_of(documents):
@@ -55,7 +56,13 @@ def documents_of(case):
 
 @functools.cache
 def parameters(case):
-    return jax.jit(mixer_of(case).init)(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))["params"]
+    return jax.jit(mixer_of(case).init)(jax.random.key(0), SHORT)["params"]
+
+
+@functools.cache
+def abstract_parameters(case):
+    """Their shapes, for calls that compute nothing."""
+    return jax.eval_shape(mixer_of(case).init, jax.random.key(0), SHORT)["params"]
 
 
 def inputs(seed=1, dtype="float32"):

@@ -14,15 +14,13 @@ def initialised(config, width, length, seed=0):
     Parameters are moved from their initial values, of which some are 0 or all alike.
     """
     mixer = build(config, width)
-    x = jax.random.normal(jax.random.key(seed + 1), (2, length, width))
+    rng = np.random.default_rng(seed + 1)
+    x = rng.standard_normal((2, length, width)).astype(np.float32)
     variables = jax.jit(mixer.init)(jax.random.key(seed), x)
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(seed + 2), len(leaves))
-    moved = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    variables = jax.tree.unflatten(tree, moved)
+    variables = jax.tree.map(
+        lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32),
+        jax.device_get(variables),
+    )
     y, _ = jax.jit(mixer.apply)(variables, x)
     return by_path(variables["params"]), np.asarray(x, np.float64), np.asarray(y)
 

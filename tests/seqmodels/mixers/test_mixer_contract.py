@@ -56,10 +56,15 @@ def _strict_promotion():
         yield
 
 
+CACHED = (
+    calls.program, calls.parameters, calls.abstract_parameters, calls.entered, calls.whole
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget():
     yield
-    for kept in (calls.program, calls.parameters, calls.entered, calls.whole):
+    for kept in CACHED:
         kept.cache_clear()
 
 
@@ -352,7 +357,7 @@ def test_states_can_be_donated(case):
 def traced(case, x, ids=None, state=None, **options):
     """What a call returns, without its numbers."""
     call = functools.partial(calls.forward, case, **options)
-    return jax.eval_shape(call, calls.parameters(case), x, ids, state)
+    return jax.eval_shape(call, calls.abstract_parameters(case), x, ids, state)
 
 
 @pytest.mark.parametrize("case", each(CASES))
