@@ -38,13 +38,13 @@ class Case:
             x = rng.standard_normal(shape)
             if np.dtype(dtype).kind == "c":
                 x = (x + 1j * rng.standard_normal(shape)) / 2
-            return jnp.asarray(x, dtype)
+            return jnp.asarray(x.astype(dtype))
 
         shape = (width, states)
         log_a = -rng.uniform(*decay, shape) + 1j * rng.uniform(-np.pi, np.pi, shape)
         self.args = (
             normal(batch, length, width),
-            jnp.asarray(log_a, wide),
+            jnp.asarray(log_a.astype(wide)),
             normal(*shape, dtype=wide),
             normal(batch, *shape, dtype=wide),
         )

@@ -111,30 +111,19 @@ def test_bfloat16_against_the_float32_oracle(method):
 def test_packed_equals_one_document_a_row(method, reverse):
     case = Case(length=75, packed=True, reverse=reverse, batch=1)
     ids = np.asarray(case.ids[0])
-    u, log_a, c, initial = case.args
-    y, final = diagonal_ssm(
-        u,
-        log_a,
-        c,
-        initial_state=initial,
-        segment_ids=case.ids,
-        reverse=reverse,
-        method=method,
-        implementation="xla",
+    u, log_a, c, initial = jax.device_get(case.args)
+    run = functools.partial(diagonal_ssm, reverse=reverse, method=method, implementation="xla")
+    y, final = jax.device_get(
+        jax.jit(run)(u, log_a, c, initial_state=initial, segment_ids=case.ids)
     )
+    by_itself = functools.partial(diagonal_ssm, reverse=reverse, implementation="reference")
     real = int((ids != 0).sum())
     borders = [0, *(np.flatnonzero(np.diff(ids[:real])) + 1), real]
     documents = [slice(*pair) for pair in itertools.pairwise(borders)]
     first = documents[-1] if reverse else documents[0]
     for document in documents:
-        alone, after = diagonal_ssm(
-            u[:, document],
-            log_a,
-            c,
-            reverse=reverse,
-            implementation="reference",
-            initial_state=initial if document == first else None,
-        )
+        entering = initial if document == first else None
+        alone, after = jax.jit(by_itself)(u[:, document], log_a, c, initial_state=entering)
         testing.assert_close(y[:, document], alone, testing.FLOAT32_TOLERANCE)
         if document == (documents[0] if reverse else documents[-1]):
             testing.assert_close(final, after, testing.FLOAT32_TOLERANCE)
@@ -186,9 +175,9 @@ def test_whole_equals_split_equals_step_by_step(method, cuts):
 def test_reverse_is_flip_run_flip(method):
     u, log_a, c, initial = Case(length=41).args
     run = functools.partial(diagonal_ssm, method=method, initial_state=initial)
-    y, final = run(u, log_a, c, reverse=True)
-    flipped, last = run(u[:, ::-1], log_a, c)
-    testing.assert_close(y, flipped[:, ::-1], testing.FLOAT32_TOLERANCE)
+    y, final = jax.jit(functools.partial(run, reverse=True))(u, log_a, c)
+    flipped, last = jax.jit(run)(np.flip(u, 1), log_a, c)
+    testing.assert_close(y, np.flip(flipped, 1), testing.FLOAT32_TOLERANCE)
     testing.assert_close(final, last, testing.FLOAT32_TOLERANCE)
 
 
@@ -425,7 +414,7 @@ def test_checked_finds_bad_values_under_jit():
 
 def test_documents_of_a_chunk():
     segment_index = jnp.array([[1, 1, 2, 2, 2, 3, 3, 0, 0]], jnp.int32)
-    cut = chunked.documents(segment_index, 3)
+    cut = jax.jit(chunked.documents, static_argnums=1)(segment_index, 3)
     np.testing.assert_array_equal(cut.place, [[[0, 0, 1], [0, 0, 1], [0, -1, -1]]])
     np.testing.assert_array_equal(cut.first, [[[1, 1, 0], [1, 1, 0], [1, 0, 0]]])
     np.testing.assert_array_equal(cut.last, [[[0, 0, 1], [0, 0, 1], [1, 0, 0]]])

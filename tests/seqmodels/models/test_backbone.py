@@ -176,16 +176,14 @@ def test_mlp_kinds(mlp_kind, mlp_bias):
         CONFIG, layout=("s5",), mixers=(S5_SMALL,), norm="rms", gate=None, final_norm=False,
         mlp_kind=mlp_kind, mlp_bias=mlp_bias,
     )  # fmt: skip
-    params = init(config)["params"]["block_0"]
+    params = jax.device_get(init(config)["params"]["block_0"])
     names = {name for name in params if name.startswith("mlp_") and name != "mlp_norm"}
     assert names == {"mlp_in", "mlp_out"} | ({"mlp_gate"} if mlp_kind != "gelu" else set())
     assert all(("bias" in params[name]) == mlp_bias for name in names)
-    params = {name: jax.tree.map(lambda p: p + 0.1, part) for name, part in params.items()}
+    params = jax.tree.map(lambda p: p + np.float32(0.1), params)
     # The mixer sees nothing and gives nothing, so that the block is its MLP.
-    params["norm"] = jax.tree.map(jnp.zeros_like, params["norm"])
+    params["norm"] = jax.tree.map(np.zeros_like, params["norm"])
     y = jax.jit(Backbone(config).apply)({"params": {"block_0": params}}, X)[0]
-
-    params = jax.device_get(params)
 
     def linear(x, name):
         return x @ params[name]["kernel"] + params[name].get("bias", 0.0)
@@ -306,26 +304,28 @@ def test_blocks_of_one_branch():
     )  # fmt: skip
     assert (config.period, config.repeats) == (2, 2)
     unrolled = dataclasses.replace(config, scan_layers=False)
-    params = init(unrolled)["params"]
+    params = jax.device_get(init(unrolled)["params"])
     assert {*params["block_1"]} == {"mlp_norm", "mlp_in", "mlp_out"}
     assert {*params["block_2"]} == {"norm", "mixer"}
     start = Backbone(unrolled).initial_state(2)
     assert [state is None for state in start] == [False, True] * 2
-    y, state = Backbone(unrolled).apply({"params": params}, X, segments=SEGMENTS, state=start)
-    again, scanned = Backbone(config).apply(
+    y, state = jax.jit(Backbone(unrolled).apply)(
+        {"params": params}, X, segments=SEGMENTS, state=start
+    )
+    again, scanned = jax.jit(Backbone(config).apply)(
         {"params": stack_layers(config, params)}, X, segments=SEGMENTS, state=start
     )
     assert jax.tree.structure(state) == jax.tree.structure(scanned) == jax.tree.structure(start)
     np.testing.assert_allclose(y, again, **tolerances.EACH_FLOAT32_MODEL)
-    one = jax.tree.map(jnp.zeros_like, params["block_1"]["mlp_out"])
+    one = jax.tree.map(np.zeros_like, params["block_1"]["mlp_out"])
     same = {**params, "block_1": {**params["block_1"], "mlp_out": one}}
     same["block_3"] = {**params["block_3"], "mlp_out": one}
     alone = dataclasses.replace(config, layout=("s5",) * 2, single=False, mlp=None)
     mixers = {"block_0": params["block_0"], "block_1": params["block_2"]}
     alone = dataclasses.replace(alone, scan_layers=False)
     np.testing.assert_array_equal(
-        Backbone(unrolled).apply({"params": same}, X)[0],
-        Backbone(alone).apply({"params": mixers}, X)[0],
+        jax.jit(Backbone(unrolled).apply)({"params": same}, X)[0],
+        jax.jit(Backbone(alone).apply)({"params": mixers}, X)[0],
     )
     with pytest.raises(ValueError, match="must name every config in mixers"):
         dataclasses.replace(config, single=False)

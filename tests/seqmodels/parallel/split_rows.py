@@ -28,8 +28,8 @@ def documents():
     for row, ends in enumerate(_ENDS):
         for number, (first, last) in enumerate(zip((0, *ends), ends, strict=False)):
             ids[row, first:last] = number + 1
-    runs = segment_ops.index(jnp.asarray(ids))
-    return ids, np.asarray(runs), np.asarray(segment_ops.positions(runs))
+    runs = jax.jit(segment_ops.index)(ids)
+    return ids, np.asarray(runs), np.asarray(jax.jit(segment_ops.positions)(runs))
 
 
 def mesh(shards, rows=1, model=1):
