@@ -48,7 +48,7 @@ def test_eight_devices_equal_one(packed):
     gradient = jax.value_and_grad(loss, (0, 1, 2))
     split = jax.jit(on_mesh(gradient, mesh), in_shardings=shardings(mesh))
     actual = split(*args)
-    testing.assert_close(actual, gradient(*args), testing.FLOAT32_TOLERANCE)
+    testing.assert_close(actual, jax.jit(gradient)(*args), testing.FLOAT32_TOLERANCE)
     assert actual[1][1].sharding.is_equivalent_to(batch_sharding(mesh), 3)
 
 

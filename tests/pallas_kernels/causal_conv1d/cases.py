@@ -31,7 +31,7 @@ class Case:
         rng = np.random.default_rng(seed)
 
         def normal(*shape, dtype=dtype):
-            return jnp.asarray(rng.standard_normal(shape), dtype)
+            return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
         weights = "float32" if dtype == "bfloat16" else dtype
         window = (batch, conv_size - 1, width)

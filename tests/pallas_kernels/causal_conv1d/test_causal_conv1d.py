@@ -299,13 +299,13 @@ BAD = [
 
 @pytest.mark.parametrize(("changed", "message"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
 def test_bad_arguments_are_named(changed, message):
-    good = {"x": ONES((2, 5, 3)), "weight": ONES((4, 3))}
+    good = {"x": ones((2, 5, 3)), "weight": ones((4, 3))}
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**(good | changed))
 
 
 def test_checked_finds_bad_ids_under_jit():
-    x, weight = ONES((2, 5, 3)), ONES((4, 3))
+    x, weight = ones((2, 5, 3)), ones((4, 3))
     run = jax.jit(pallas_kernels.checked(causal_conv1d))
     error, (y, _) = run(x, weight, segment_ids=jnp.ones((2, 5), jnp.int32))
     error.throw()

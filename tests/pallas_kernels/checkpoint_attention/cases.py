@@ -40,7 +40,7 @@ class Case:
         rng = np.random.default_rng(seed)
 
         def normal(*shape, dtype=dtype):
-            return jnp.asarray(rng.standard_normal(shape), dtype)
+            return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
         rows = (batch, length)
         self.args = {"q": normal(*rows, heads, key_size), "k": None, "v": None}

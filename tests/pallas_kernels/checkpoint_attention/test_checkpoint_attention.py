@@ -146,7 +146,8 @@ def test_padding_and_tokens_without_keys_have_an_lse_of_minus_infinity():
     assert np.isfinite(lse[1]).all()
     ids = jnp.asarray([[1, 1, 1, 0, 0, 0], [2, 2, 2, 2, 2, 2]], jnp.int32)
     args = Case(length=6).args
-    _, lse = checkpoint_attention(**args, interval=4, segment_ids=ids, return_lse=True)
+    run = functools.partial(checkpoint_attention, interval=4, return_lse=True)
+    _, lse = jax.jit(run)(**args, segment_ids=ids)
     np.testing.assert_array_equal(np.isneginf(lse[:, :, 0]), ids == 0)
 
 
@@ -440,11 +441,11 @@ def test_blocks_in_any_order_make_the_softmax():
 def test_slots_of_packed_rows_in_numpy():
     rng = np.random.default_rng(1)
     ids, interval, offset, held = testing.random_ids(rng, 3, 60), 3, [5, 0, 7], [1, 0, 2]
-    k = jnp.asarray(rng.standard_normal((3, 60, 1, 2)), jnp.float32)
-    past = jnp.asarray(rng.standard_normal((3, 2, 1, 2)), jnp.float32)
-    segment_index = pallas_kernels.common.segments.index(jnp.asarray(ids))
-    counts = (jnp.asarray(x, jnp.int32) for x in (held, offset))
-    got = slots.slots(Config(1.0, interval), k, k, k, past, past, *counts, segment_index)
+    k = rng.standard_normal((3, 60, 1, 2)).astype(np.float32)
+    past = rng.standard_normal((3, 2, 1, 2)).astype(np.float32)
+    segment_index = jax.jit(pallas_kernels.common.segments.index)(ids)
+    run = jax.jit(functools.partial(slots.slots, Config(1.0, interval)))
+    got = run(k, k, k, past, past, np.int32(held), np.int32(offset), segment_index)
     for b in range(3):
         position, run, before = offset[b] - 1, 1, [past[b, i] for i in range(held[b])]
         for t in range(60):

@@ -39,14 +39,16 @@ class Case:
         keys, values = size
 
         def normal(*shape, dtype=dtype):
-            return jnp.asarray(rng.standard_normal(shape), dtype)
+            return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
         tokens = (batch, length)
         self.args = {
             "q": normal(*tokens, groups, keys),
-            "k": jnp.asarray(normalised(rng.standard_normal((*tokens, groups, keys))), dtype),
+            "k": jnp.asarray(
+                normalised(rng.standard_normal((*tokens, groups, keys))).astype(dtype)
+            ),
             "v": normal(*tokens, heads, values),
-            "beta": jnp.asarray(rng.uniform(0, 1, (*tokens, heads)), dtype),
+            "beta": jnp.asarray(rng.uniform(0, 1, (*tokens, heads)).astype(dtype)),
         }
         if decay is not None:
             shape = (*tokens, heads, keys) if decay == "key" else (*tokens, heads)

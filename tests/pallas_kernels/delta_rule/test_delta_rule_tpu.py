@@ -187,6 +187,12 @@ def test_mutants_are_caught(mutant, monkeypatch):
 # The inverse.
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def inverse(lower, block):
+    blocks = tpu_inverse.diagonal(lower, block)[None]
+    return tpu_inverse.merged(tpu_inverse.substituted(blocks, False)[0], lower, False)
+
+
 @pytest.mark.parametrize("size", [8, 16, 64])
 @pytest.mark.parametrize("kind", ["random", "ones"])
 def test_inverse(kind, size):
@@ -196,8 +202,7 @@ def test_inverse(kind, size):
     expected = np.linalg.inv(np.eye(size) + lower)
     lower = jnp.asarray(lower, jnp.float32)
     for block in (8, 16):
-        blocks = tpu_inverse.diagonal(lower, min(block, size))[None]
-        actual = tpu_inverse.merged(tpu_inverse.substituted(blocks, False)[0], lower, False)
+        actual = inverse(lower, min(block, size))
         testing.assert_close(actual, expected, testing.FLOAT32_TOLERANCE)
 
 

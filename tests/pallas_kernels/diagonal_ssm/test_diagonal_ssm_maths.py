@@ -74,7 +74,7 @@ def test_matrices_of_a_chunk(steps):
     rng = np.random.default_rng(1)
     log_a = -rng.uniform(0.1, 1, (2, 3)) + 1j * rng.uniform(-3, 3, (2, 3))
     c = rng.standard_normal((2, 3)) + 1j * rng.standard_normal((2, 3))
-    chunk = tile.chunk(jnp.asarray(log_a, jnp.complex64), jnp.asarray(c, jnp.complex64), steps)
+    chunk = jax.jit(tile.chunk, static_argnums=2)(*np.complex64([log_a, c]), steps)
     u, state = rng.standard_normal((2, steps)), rng.standard_normal((2, 6))
     y = np.einsum("ht,hts->hs", u, chunk.toeplitz) + np.einsum("hn,hnt->ht", state, chunk.read)
     left = np.einsum("ht,htn->hn", u, chunk.write)

@@ -32,7 +32,7 @@ class Case:
         rng = np.random.default_rng(seed)
 
         def normal(*shape, dtype=dtype):
-            return jnp.asarray(rng.standard_normal(shape), dtype)
+            return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
         wide = "float32" if dtype == "bfloat16" else dtype
         rows = (batch, length)

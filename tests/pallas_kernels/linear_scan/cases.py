@@ -35,7 +35,7 @@ class Case:
             x = rng.standard_normal(shape)
             if np.dtype(dtype).kind == "c":
                 x = (x + 1j * rng.standard_normal(shape)) / 2
-            return jnp.asarray(x, dtype)
+            return jnp.asarray(x.astype(dtype))
 
         state = "float32" if dtype == "bfloat16" else dtype
         self.args = (

@@ -93,7 +93,8 @@ def test_any_length_and_two_directions(length):
     step, values, p, b, c = legs(8, [0.02, 0.3], directions=2)
     systems = [discrete(step[h], values[h], p[h], b[h]) for h in range(2)]
     cut = np.stack([[truncated(c[r, h], systems[h][0], length) for h in range(2)] for r in (0, 1)])
-    kernel = s4_kernel(step, values, p, b, jnp.asarray(cut, jnp.complex64), length=length)
+    run = jax.jit(functools.partial(s4_kernel, length=length))
+    kernel = run(step, values, p, b, np.complex64(cut))
     powers = [[np.linalg.matrix_power(a, t) @ b for t in range(length)] for a, b in systems]
     wanted = np.einsum(
         "rhn,hln->rhl", [[row(c[r, h]) for h in range(2)] for r in (0, 1)], np.array(powers)

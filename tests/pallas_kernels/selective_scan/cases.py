@@ -37,7 +37,7 @@ class Case:
         wide = "float64" if dtype == "float64" else "float32"
 
         def normal(*shape, dtype=dtype):
-            return jnp.asarray(rng.standard_normal(shape), dtype)
+            return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
         dt = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), (batch, length, width)))
         bias = rng.uniform(-0.5, 0.5, width)
@@ -46,13 +46,13 @@ class Case:
         A = -np.arange(1, states + 1) * np.ones((width, 1))
         self.args = {
             "x": normal(batch, length, width),
-            "dt": jnp.asarray(dt, dtype),
-            "A": jnp.asarray(A, wide),
+            "dt": jnp.asarray(dt.astype(dtype)),
+            "A": jnp.asarray(A.astype(wide)),
             "B": normal(batch, length, states),
             "C": normal(batch, length, states),
             "D": normal(width, dtype=wide) if full else None,
             "gate": normal(batch, length, width) if full else None,
-            "dt_bias": jnp.asarray(bias, wide) if full else None,
+            "dt_bias": jnp.asarray(bias.astype(wide)) if full else None,
             "initial_state": normal(batch, width, states, dtype=wide),
         }
         self.cotangents = (

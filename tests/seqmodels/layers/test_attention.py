@@ -58,12 +58,9 @@ def by_queries(
 
 
 def tensors(length, past=0, heads=4, groups=2, size=6, batch=2, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
     shapes = [(length, heads), (past + length, groups), (past + length, groups)]
-    return [
-        jax.random.normal(key, (batch, n, h, size))
-        for key, (n, h) in zip(keys, shapes, strict=True)
-    ]
+    return [rng.standard_normal((batch, n, h, size)).astype(np.float32) for n, h in shapes]
 
 
 def packed(length, past=0):
@@ -72,7 +69,7 @@ def packed(length, past=0):
     ends[:, :past] = False
     ids = 1 + np.cumsum(ends, axis=1)
     ids[0, -7:] = 0
-    segments = Segments.from_ids(jnp.asarray(ids, jnp.int32))
+    segments = jax.jit(Segments.from_ids)(ids.astype(np.int32))
     segment_index, positions = np.array(segments.index), np.array(segments.positions)
     if past:
         segment_index[1, : past // 2] = -1

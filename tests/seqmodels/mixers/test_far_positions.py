@@ -1,6 +1,7 @@
 """Streams of any length: what a mixer answers does not depend on how far the document has come."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,9 @@ ENDLESS = {
 @pytest.mark.parametrize("case", one_of_many(ENDLESS, ["sinks", "rg_lru"]))
 def test_a_stream_has_no_end(case, named):
     mixer = build(ENDLESS[case], WIDTH)
-    x = jax.random.normal(jax.random.key(1), (1, SEEN + MORE, WIDTH))
-    variables = mixer.init(jax.random.key(0), x[:, :1])
-    segments = Segments.from_ids(np.full((1, MORE), 1, np.int32)) if named else None
+    x = np.random.default_rng(1).standard_normal((1, SEEN + MORE, WIDTH)).astype(np.float32)
+    variables = jax.jit(mixer.init)(jax.random.key(0), x[:, :1])
+    segments = jax.jit(Segments.from_ids)(np.full((1, MORE), 1, np.int32)) if named else None
 
     @jax.jit
     def after(state, position):
@@ -66,12 +67,12 @@ def test_a_stream_has_no_end(case, named):
 )
 def test_a_cache_stays_full(config):
     mixer = build(config(heads=2), WIDTH)
-    x = jax.random.normal(jax.random.key(1), (1, 4, WIDTH))
-    variables = mixer.init(jax.random.key(0), x[:, :1])
+    x = np.random.default_rng(1).standard_normal((1, 4, WIDTH)).astype(np.float32)
+    variables = jax.jit(mixer.init)(jax.random.key(0), x[:, :1])
     state = mixer.initial_state(1, max_length=20, dtype=jnp.float32)
     for position in (2**31 - 2, -2):
         far = dataclasses.replace(state, position=jnp.asarray([position], jnp.int32))
-        y, after = mixer.apply(variables, x, state=far)
+        y, after = jax.jit(mixer.apply)(variables, x, state=far)
         assert np.isnan(y).all()
         assert after.position[0] < 0
     with pytest.raises(ValueError, match=r"max_length=2147483648 must be below 2\*\*31"):
@@ -82,7 +83,7 @@ def test_a_cache_of_checkpoints_counts_as_far_as_it_can():
     cache = Cache.empty(2, 6, 1, 2, 2, interval=3, dtype=jnp.float32)
     cache = cache._replace(position=jnp.asarray([2**31 - 3, 2], jnp.int32))
     k = jnp.ones((2, 5, 1, 2))
-    after = cache.extend(k, k, interval=3)
+    after = jax.jit(functools.partial(cache.extend, interval=3))(k, k)
     np.testing.assert_array_equal(after.position, [2**31 - 1, 7])
     np.testing.assert_array_equal(after.k[:, :, 0, 0], [[0, 0], [1, 1]])
     past = after.past(3)

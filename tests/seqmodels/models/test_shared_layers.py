@@ -77,14 +77,14 @@ def test_queries_of_the_same_weights_find_what_the_attention_found(cached):
     attention = build(AttentionConfig(**options), WIDTH)
     cross = build(CrossAttentionConfig(**options), WIDTH)
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
-    ids = jnp.asarray([[1] * 5 + [2] * 5 + [0] * 4, [3] * LENGTH])
+    ids = np.int32([[1] * 5 + [2] * 5 + [0] * 4, [3] * LENGTH])
     params = jax.jit(attention.init)(jax.random.key(1), x)["params"]
     find = jax.jit(functools.partial(attention.apply, share=True))
     find_again = jax.jit(cross.apply)
     own = {name: params[name] for name in ("q_proj", "q_norm", "o_proj")}
     state = attention.initial_state(2, max_length=20, dtype=jnp.float32) if cached else None
     for part in (slice(0, 4), slice(4, 5), slice(5, None)):
-        segments = Segments.from_ids(ids[:, part])
+        segments = jax.jit(Segments.from_ids)(ids[:, part])
         y, state, keys = find({"params": params}, x[:, part], segments=segments, state=state)
         z, nothing = find_again({"params": own}, x[:, part], segments=segments, shared=keys)
         testing.assert_close(z, y, tolerances.FLOAT32)

@@ -75,7 +75,7 @@ def loss_and_gradients(name, params, rows):
 def run(name, mesh=None):
     model = model_of(name)
     with jax.default_device(jax.devices()[0]):
-        variables = model.init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))
+        variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))
     function = functools.partial(loss_and_gradients, name)
     if mesh is None:
         return jax.jit(function)(variables["params"], batch())
