@@ -221,7 +221,7 @@ class Mamba3(Mixer[Mamba3Config]):
         last = last - 2 * jnp.pi * jax.lax.stop_gradient(jnp.round(last / (2 * jnp.pi)))
         return phase.reshape(turns.shape), last.reshape(entering.shape)
 
-    def _keys(self, x: Float[Array, "b l n"], name: str) -> Float[Array, "b l r h n"]:
+    def _keys(self, x: Float[Array, "b l rn"], name: str) -> Float[Array, "b l r h n"]:
         """B or C of each head: normed, and a bias."""
         config, heads = self.config, self.config.heads(self.width)
         x = x.reshape(*x.shape[:2], config.groups, config.rank, config.state_size)
