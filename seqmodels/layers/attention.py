@@ -1,7 +1,8 @@
 """Softmax attention of packed rows: full, or in a sliding window with sinks.
 
 On a TPU it is JAX's splash attention; elsewhere `jax.nn.dot_product_attention`, block by block, so
-that a window of W keys costs O(L W) time and the scores never stand in memory all at once.
+that a window of W keys costs O(L W) time and the scores never stand in memory all at once. A CPU
+takes long rows without a window head by head.
 """
 
 from __future__ import annotations
@@ -21,6 +22,17 @@ _SCORES = 2**24
 
 SPLASH_FROM = 128
 """Queries from which on a TPU takes splash."""
+
+_QUERIES = 256
+"""Queries of a block of all heads of a group, where one head is taken after the other."""
+
+_PARTS = 8
+"""Parts of a causal row whose keys end with them; each is a program of its own."""
+
+BY_HEAD_FROM = 256
+"""Queries from which on a CPU takes one head after the other."""
+
+_BY_HEAD = "head by head"
 
 _LEAST_BLOCK = 64
 """Queries of the smallest block; a narrower window leaves too little work for one product."""
@@ -127,16 +139,22 @@ def _portable(rule: _Rule, q, k, v, q_segments, k_segments, k_positions):
         reason["band"] = "there is no window"
     elif length <= 2 * block:
         reason["band"] = f"{length} queries are no more than two blocks of {block}"
+    if symbolic.is_symbol(batch):
+        reason[_BY_HEAD] = "the batch is a symbol"
+    elif length < BY_HEAD_FROM:
+        reason[_BY_HEAD] = f"{length} queries are fewer than {BY_HEAD_FROM}"
     return dispatch.choose(
         "attend portable",
         {
             "all pairs": functools.partial(_blocks_of_queries, rule, rows=min(rows, length)),
             "band": functools.partial(_band, rule, block=block),
+            _BY_HEAD: functools.partial(_by_head, rule),
         },
         *(q, q_segments, keys),
         default="all pairs",
         everywhere="band",
         unsupported=reason,
+        **({"cpu": _BY_HEAD} if rule.window is None else {}),
     )
 
 
@@ -151,6 +169,74 @@ def _blocks_of_queries(rule: _Rule, q, segments, keys: _Keys, rows: int):
 
     parts = jax.tree.map(lambda x: _split(x, rows), (q, index, segments))
     return _join(jax.lax.map(jax.checkpoint(one), parts), length)
+
+
+def _by_head(rule: _Rule, q, segments, keys: _Keys):
+    """Every query against the keys up to it, one head at a time: as much as a CPU's caches hold."""
+    past = keys.order.shape[1] - q.shape[1]
+    if not past or segments is None:
+        return _heads(rule, q, segments, keys)
+
+    def own(q, segments, keys):
+        return _heads(rule, q, segments, jax.tree.map(lambda x: x[:, past:], keys))
+
+    # An empty cache, whose keys have a number below those of all queries.
+    unseen = jnp.max(keys.segments[:, :past]) < jnp.min(segments)
+    return jax.lax.cond(unseen, own, functools.partial(_heads, rule), q, segments, keys)
+
+
+def _heads(rule: _Rule, q, segments, keys: _Keys):
+    """``_by_head`` with every key: a row of the batch, and a group of heads, after the other."""
+    wide = q.dtype if q.dtype == jnp.float64 else jnp.float32
+    scaled = (q.astype(wide) * rule.scale).reshape(*q.shape[:2], keys.k.shape[2], -1, q.shape[3])
+    k, v = (jnp.swapaxes(x.astype(wide), 1, 2) for x in (keys.k, keys.v))
+
+    def row(one):
+        q, segments, of_keys, k, v = one
+
+        def group(heads):
+            q, k, v = heads
+            return _group(rule, q, segments, _Keys(k, v, keys.order[0], of_keys, None))
+
+        return jax.lax.map(group, (q, k, v))
+
+    o = jax.lax.map(row, (jnp.swapaxes(scaled, 1, 2), segments, keys.segments, k, v))
+    return jnp.swapaxes(o, 1, 2).reshape(q.shape).astype(q.dtype)
+
+
+def _group(rule: _Rule, q, segments, keys: _Keys):
+    """The heads ``(L, R, K)`` of a group, of one row, with ``keys.k (S, K)``."""
+    length, heads, _ = q.shape
+    past = keys.order.shape[0] - length
+    rows = max(_LEAST_BLOCK, _QUERIES // heads)
+    index = keys.order[past:] if rule.causal else None
+    # Few parts, each with the keys up to its end, leave out almost half of the pairs.
+    part = rows * -(-length // (rows * _PARTS)) if rule.causal else length
+    parts = []
+    for begin in range(0, length, part):
+        end = min(begin + part, length)
+        first = jax.tree.map(lambda x, end=end: x[: past + end], keys) if rule.causal else keys
+        queries = jax.tree.map(lambda x, a=begin, b=end: x[None, a:b], (q, index, segments))
+        blocks = jax.tree.map(lambda x: _split(x, rows)[:, 0], queries)
+        o = jax.lax.map(jax.checkpoint(functools.partial(_block, rule, first)), blocks)
+        parts.append(_join(o[:, None], end - begin)[0])
+    return jnp.concatenate(parts)
+
+
+def _block(rule: _Rule, keys: _Keys, queries):
+    """``(T, R, K)`` of some queries of a group."""
+    q, index, segments = queries
+    seen = None if index is None else index[:, None] >= keys.order[None]
+    if segments is not None:
+        same = segments[:, None] == keys.segments[None]
+        seen = same if seen is None else seen & same
+    scores = jnp.einsum("trk,sk->trs", q, keys.k)
+    if seen is not None:
+        scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min / 2)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("trs,sk->trk", weights, keys.v) / total
 
 
 def _band(rule: _Rule, q, segments, keys: _Keys, block: int):

@@ -13,8 +13,8 @@ from seqmodels.layers.gates import Gate
 from seqmodels.layers.norms import BatchNorm, Norm
 from tests import tolerances
 
-X = np.random.default_rng(0).normal(1.0, 2.0, (3, 5, 4)).astype(np.float32)
-MASK = np.arange(5)[None] < np.array([[5], [2], [0]])
+X = jnp.asarray(np.random.default_rng(0).normal(1.0, 2.0, (3, 5, 4)).astype(np.float32))
+MASK = jnp.asarray(np.arange(5)[None] < np.array([[5], [2], [0]]))
 
 
 def trained(norm, x, mask, stats=None):

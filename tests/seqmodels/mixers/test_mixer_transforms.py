@@ -14,7 +14,7 @@ from tests.tiers import one_of_many
 
 # One configuration of each mixer, the first.
 FIRST = list({config.mixer: case for case, config in reversed(CASES.items())}.values())[::-1]
-X = np.random.default_rng(1).standard_normal((2, 3, 9, 4)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 9, 4)).astype(np.float32))
 
 
 def setup(case):
