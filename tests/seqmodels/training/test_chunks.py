@@ -41,8 +41,11 @@ def loss_of(model, **options):
         sums, _, _ = task.loss({"params": params}, rows, jax.random.key(3), None)
         return sums.loss / sums.weight
 
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
-    return jax.value_and_grad(mean), params
+    return jax.value_and_grad(mean)
+
+
+def parameters(model):
+    return jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
 
 
 @pytest.mark.full
@@ -56,8 +59,8 @@ def test_chunks_give_the_gradient_of_whole_rows(name, chunk):
     packed = CASES[name].supports_packing
     if not packed:
         chunk = 8  # without segments nothing tells padding from tokens; and with a state
-    whole, params = loss_of(model, packed=packed)
-    pieces, _ = loss_of(model, packed=packed, chunk=chunk)
+    params = parameters(model)
+    whole, pieces = (loss_of(model, packed=packed, chunk=c) for c in (None, chunk))
     expected, actual = (jax.jit(run)(params, batch()) for run in (whole, pieces))
     testing.assert_close(actual, expected, tolerances.FLOAT32_SPLIT_GRADIENTS)
 
@@ -66,8 +69,8 @@ def test_chunks_give_the_gradient_of_whole_rows(name, chunk):
 @pytest.mark.parametrize("name", ["gla", "mamba", "rg_lru"])
 def test_chunks_are_split_over_a_mesh_as_rows_are(name):
     model = model_of(CASES[name], layers=2, mlp=12)
-    whole, params = loss_of(model)
-    pieces, _ = loss_of(model, chunk=8)
+    params = parameters(model)
+    whole, pieces = (loss_of(model, chunk=chunk) for chunk in (None, 8))
     mesh = make_mesh(2, 2, 2)
     actual = jax.jit(on_mesh(pieces, mesh))(
         jax.device_put(params, replicated(mesh)), put_batch(batch(), mesh)
@@ -121,7 +124,7 @@ def test_the_gradient_through_some_chunks_is_unbiased():
 def test_a_step_draws_its_chunks():
     model = model_of(CASES["lru"])
     draws = language(model, lambda params: params, chunk=8, share=0.5)
-    variables = {"params": loss_of(model)[1]}
+    variables = {"params": parameters(model)}
 
     @jax.jit
     def run(key):
@@ -139,7 +142,7 @@ def test_memory_of_chunks_hardly_grows_with_the_length():
     model = model_of(GLAConfig(heads=2), layers=2, scan_layers=True)
 
     def bytes_of(length, **options):
-        run, params = loss_of(model, packed=False, **options)
+        run, params = loss_of(model, packed=False, **options), parameters(model)
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
         weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
         rows = {"inputs": tokens, "targets": tokens, "weights": weights}
