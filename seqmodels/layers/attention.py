@@ -2,7 +2,7 @@
 
 On a TPU it is JAX's splash attention; elsewhere `jax.nn.dot_product_attention`, block by block, so
 that a window of W keys costs O(L W) time and the scores never stand in memory all at once. A CPU
-takes long rows without a window head by head.
+takes long rows head by head, unless a window is much shorter.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _portable(rule: _Rule, q, k, v, q_segments, k_segments, k_positions):
         default="all pairs",
         everywhere="band",
         unsupported=reason,
-        **({"cpu": _BY_HEAD} if rule.window is None else {}),
+        **({"cpu": _BY_HEAD} if "band" in reason else {}),
     )
 
 
@@ -192,15 +192,16 @@ def _heads(rule: _Rule, q, segments, keys: _Keys):
     k, v = (jnp.swapaxes(x.astype(wide), 1, 2) for x in (keys.k, keys.v))
 
     def row(one):
-        q, segments, of_keys, k, v = one
+        q, segments, of_keys, positions, k, v = one
 
         def group(heads):
             q, k, v = heads
-            return _group(rule, q, segments, _Keys(k, v, keys.order[0], of_keys, None))
+            return _group(rule, q, segments, _Keys(k, v, keys.order[0], of_keys, positions))
 
         return jax.lax.map(group, (q, k, v))
 
-    o = jax.lax.map(row, (jnp.swapaxes(scaled, 1, 2), segments, keys.segments, k, v))
+    q_ = jnp.swapaxes(scaled, 1, 2)
+    o = jax.lax.map(row, (q_, segments, keys.segments, keys.positions, k, v))
     return jnp.swapaxes(o, 1, 2).reshape(q.shape).astype(q.dtype)
 
 
@@ -226,13 +227,10 @@ def _group(rule: _Rule, q, segments, keys: _Keys):
 def _block(rule: _Rule, keys: _Keys, queries):
     """``(T, R, K)`` of some queries of a group."""
     q, index, segments = queries
-    seen = None if index is None else index[:, None] >= keys.order[None]
-    if segments is not None:
-        same = segments[:, None] == keys.segments[None]
-        seen = same if seen is None else seen & same
+    seen = _mask(rule, *jax.tree.map(lambda x: x[None], (index, segments, keys)))
     scores = jnp.einsum("trk,sk->trs", q, keys.k)
     if seen is not None:
-        scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min / 2)
+        scores = jnp.where(seen[0, :, None], scores, jnp.finfo(scores.dtype).min / 2)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -307,6 +305,20 @@ def _sinks(count: int, keys: _Keys, first):
 
 def _visible(rule: _Rule, q, index, segments, keys: _Keys):
     """Attention ``(B, T, H, K)`` of some queries to some keys."""
+    mask = _mask(rule, index, segments, keys)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))[:, None]
+
+    def attention(q_, k, v):
+        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32
+            o = jax.nn.dot_product_attention(q_, k, v, mask=mask, scale=rule.scale)
+        return o.astype(q.dtype)
+
+    return products.widened_on_cpu(attention, q, keys.k, keys.v)
+
+
+def _mask(rule: _Rule, index, segments, keys: _Keys):
+    """Which keys each query sees, ``(B, T, S)``, or None if all."""
     mask = None
     if rule.causal:
         distance = index[:, :, None] - keys.order[:, None]
@@ -319,15 +331,7 @@ def _visible(rule: _Rule, q, index, segments, keys: _Keys):
     if segments is not None:
         same = segments[:, :, None] == keys.segments[:, None]
         mask = same if mask is None else mask & same
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))[:, None]
-
-    def attention(q_, k, v):
-        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32
-            o = jax.nn.dot_product_attention(q_, k, v, mask=mask, scale=rule.scale)
-        return o.astype(q.dtype)
-
-    return products.widened_on_cpu(attention, q, keys.k, keys.v)
+    return mask
 
 
 def _split(x, size: int, fill: int = 0):

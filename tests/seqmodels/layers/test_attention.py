@@ -129,7 +129,7 @@ def test_head_by_head(heads, past, unseen, monkeypatch):
 
 def test_head_by_head_without_documents():
     q, k, v = tensors(attention.BY_HEAD_FROM + 9, heads=2)
-    for options in ({}, {"causal": False}):
+    for options in ({}, {"causal": False}, {"window": 200}):
         close(
             jax.jit(lambda *args, o=options: attend(*args, **o))(q, k, v),
             by_queries(q, k, v, **options),
