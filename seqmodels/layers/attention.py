@@ -154,7 +154,7 @@ def _portable(rule: _Rule, q, k, v, q_segments, k_segments, k_positions):
         default="all pairs",
         everywhere="band",
         unsupported=reason,
-        **({"cpu": _BY_HEAD} if "band" in reason else {}),
+        **({"cpu": _BY_HEAD} if "band" in reason and _BY_HEAD not in reason else {}),
     )
 
 
