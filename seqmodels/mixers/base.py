@@ -280,6 +280,16 @@ class Mixer(nn.Module, Generic[Config]):
                     f"{x.shape[0]} rows; take initial_state({x.shape[0]})"
                 )
 
+    def enter(
+        self, x: Array, segments: Segments | None, state: State
+    ) -> tuple[RecurrentState, Any]:
+        """Checks a call; its state, by default that before the first token, and the state's arrays,
+        zeroed in rows that begin another document."""
+        self.check(x, segments, state)
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype)
+        return state, state.reset_at_document_start(segments)
+
     def require_stateful(self, argument: str) -> None:
         """Refuses ``argument`` where the configuration carries no state."""
         if not self.stateful:

@@ -42,10 +42,7 @@ class Conv(Mixer[ConvConfig]):
         state: RecurrentState | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], RecurrentState]:
-        self.check(x, segments, state)
-        if state is None:
-            state = self.initial_state(x.shape[0], dtype=x.dtype)
-        entering = state.reset_at_document_start(segments)
+        state, entering = self.enter(x, segments, state)
         conv = ShortConv(self.config.conv_size, activation=None, name="conv")
         y, window = conv(x, entering, segments=segments)
         return y, state.update(window, segments, x.shape[1])

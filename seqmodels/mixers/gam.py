@@ -62,11 +62,8 @@ class GAM(Mixer[GAMConfig]):
         state: RecurrentState | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], RecurrentState]:
-        self.check(x, segments, state)
+        state, entering = self.enter(x, segments, state)
         config = self.config
-        if state is None:
-            state = self.initial_state(x.shape[0], dtype=x.dtype)
-        entering = state.reset_at_document_start(segments)
         conv = ShortConv(config.conv_size, activation=None, name="conv")
         near, window = conv(x, entering, segments=segments)
         gates = jax.nn.sigmoid(dense(x, 2 * self.width, "gate_proj", use_bias=True))

@@ -58,11 +58,8 @@ class GatedConv(Mixer[GatedConvConfig]):
         state: RecurrentState | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], RecurrentState]:
-        self.check(x, segments, state)
+        state, entering = self.enter(x, segments, state)
         config = self.config
-        if state is None:
-            state = self.initial_state(x.shape[0], dtype=x.dtype)
-        entering = state.reset_at_document_start(segments)
         count = 3 if config.input_gate else 2
         parts = dense(x, count * self._inner, "in_proj", use_bias=config.use_bias)
         *before, after, inner = jnp.split(parts, count, axis=-1)

@@ -142,11 +142,8 @@ class Mamba(Mixer[MambaConfig]):
     ) -> tuple[Any, ...]:
         """As ``Mixer`` has it; with ``share`` also what is read of the state, ``(B, L, E)``, before
         its gate."""
-        self.check(x, segments, state)
+        state, entering = self.enter(x, segments, state)
         config = self.config
-        if state is None:
-            state = self.initial_state(x.shape[0], dtype=x.dtype)
-        entering = state.reset_at_document_start(segments)
         both = dense(x, 2 * self.inner, "in_proj", use_bias=config.use_bias)
         inner, gate = jnp.split(both, 2, axis=-1)
         conv = ShortConv(config.conv_size, config.use_conv_bias, name="conv1d")

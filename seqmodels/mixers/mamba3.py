@@ -145,11 +145,8 @@ class Mamba3(Mixer[Mamba3Config]):
         state: RecurrentState | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], RecurrentState]:
-        self.check(x, segments, state)
+        state, entering = self.enter(x, segments, state)
         config = self.config
-        if state is None:
-            state = self.initial_state(x.shape[0], dtype=x.dtype)
-        entering = state.reset_at_document_start(segments)
         heads = config.heads(self.width)
         inner, shared = heads * config.head_size, config.groups * config.rank * config.state_size
         sizes = (inner, inner, shared, shared, heads, heads, heads, config.angles)

@@ -97,11 +97,8 @@ class RGLRU(Mixer[RGLRUConfig]):
         state: RecurrentState | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "b l d"], RecurrentState]:
-        self.check(x, segments, state)
+        state, entering = self.enter(x, segments, state)
         config, length = self.config, x.shape[1]
-        if state is None:
-            state = self.initial_state(x.shape[0], dtype=x.dtype)
-        entering = state.reset_at_document_start(segments)
         lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         gate = dense(x, self.inner, "linear_y", use_bias=True, kernel_init=lecun)
         inner = dense(x, self.inner, "linear_x", use_bias=True, kernel_init=lecun)
