@@ -255,7 +255,7 @@ class Mamba3(Mixer[Mamba3Config]):
         einsum = functools.partial(jnp.einsum, precision="highest")
         scores = einsum("blrhn,blshn->blrsh", *(part.astype(jnp.float32) for part in (q, k)))
         # What is seen of the token's own writes, and what is to be.
-        order = jnp.tril(jnp.ones((self.config.rank,) * 2))[None, None, :, :, None]
+        order = jnp.tril(jnp.ones((self.config.rank,) * 2, jnp.float32))[None, None, :, :, None]
         excess = order * weight[:, :, None, None] - rule.now[:, :, None, None]
         wide = v.astype(jnp.float32)
         y = o.astype(jnp.float32) - einsum("blrsh,blshp->blrhp", scores * excess, wide)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -130,11 +131,19 @@ class SGConv(Mixer[SGConvConfig]):
 
 def stretched(pieces: Float[Array, "r n h k"], decay: float) -> Float[Array, "r h taps"]:
     """The scales, stretched and weakened, one behind the other: ``K 2^(n - 1)`` taps."""
-    scales, size = pieces.shape[1], pieces.shape[3]
+    scales = pieces.shape[1]
     parts = []
     for scale in range(scales):
-        piece = pieces[:, scale]
-        shape = (*piece.shape[:2], size * 2 ** max(0, scale - 1))
-        wide = jax.image.resize(piece, shape, "linear")
+        wide = _interpolated(pieces[:, scale], 2 ** max(0, scale - 1))
         parts.append(wide * decay ** (scales - 1 - scale))
     return jnp.concatenate(parts, axis=-1)
+
+
+def _interpolated(piece: Float[Array, "r h k"], times: int) -> Float[Array, "r h n"]:
+    """``times`` as many points, linearly in between, the ends held."""
+    last = piece.shape[-1] - 1
+    place = np.clip((np.arange(piece.shape[-1] * times) + 0.5) / times - 0.5, 0, last)
+    before = place.astype(np.int32)
+    share = (place - before).astype(np.float32)[None, None]
+    after = np.minimum(before + 1, last)
+    return piece[..., before] * (1 - share) + piece[..., after] * share

@@ -74,7 +74,7 @@ CASES = {
     ),
     "attention-gated": AttentionConfig(
         heads=2,
-        head_size=4,
+        head_size=8,
         qk_norm=True,
         zero_centered_norm=True,
         output_gate=True,

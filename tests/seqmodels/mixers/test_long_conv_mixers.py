@@ -62,8 +62,7 @@ def stretch(row):
 
 def test_the_filter_of_sgconv_begins_with_norm_one_that_no_gradient_changes():
     mixer = build(SGConvConfig(length=16, scale_size=4), WIDTH)
-    impulse = np.zeros((1, 16, WIDTH), np.float32)
-    impulse[0, 0] = 1.0
+    impulse = jnp.zeros((1, 16, WIDTH)).at[0, 0].set(1.0)
     params = jax.jit(mixer.init)(jax.random.key(0), impulse)["params"]
     filters = jax.jit(mixer.apply)({"params": params | {"D": jnp.zeros(WIDTH)}}, impulse)[0][0]
     np.testing.assert_allclose(

@@ -127,7 +127,7 @@ def steps(name, mesh, config, **options):
 CONFIG = TrainConfig(batch_size=4, steps=4, learning_rate=1e-2, adam_eps=1e-3)
 
 # The norms of their heads of a few channels amplify rounding, and two layers do so twice.
-AMPLIFYING = {"gla", "retnet", "lightning", "kda", "attention-gated"}
+AMPLIFYING = {"gla", "retnet", "lightning", "kda", "attention-gated", "mamba3-rank"}
 # A model axis of 2 does not divide their heads.
 ODD = {
     "sliding_window-sinks", "rat-chunks-of-one", "scout-mamba", "scout-window",
