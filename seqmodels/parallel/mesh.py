@@ -196,7 +196,7 @@ def token_sharding(mesh: Mesh, axis: int = 1) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data", *(None,) * (axis - 1), "seq"))
 
 
-def rows_of_process(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+def rows_of_process(mesh: Any, batch_size: int, process: int | None = None) -> np.ndarray:
     """Which rows of a batch a process reads: those that its devices hold a part of.
 
     Processes whose devices split the length of the same rows read the same rows.

@@ -17,7 +17,7 @@ SIZES = {"heads": 2, "head_size": 2, "memories": 3, "init_std": 0.7}
 
 
 def normal(*shape):
-    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(1).standard_normal(shape).astype(np.float32))
 
 
 def memory(p, bank, m, x, q, config):
@@ -105,7 +105,7 @@ def test_the_loss_of_balance_is_that_of_experts():
     testing.assert_close(actual, np.float32(expected), tolerances.FLOAT32)
     assert np.any(gradient["router"]["kernel"] != 0)
     ids, padded = np.array([[1] * 8 + [0] * 5], np.int32), jax.jit(loss)
-    behind = (np.where(ids[..., None], x, np.float32(part)) for part in (0, 9))
+    behind = (jnp.where(ids[..., None] != 0, x, part) for part in (0.0, 9.0))
     one, two = (padded(params, part, ids) for part in behind)
     assert one == two
 

@@ -289,7 +289,8 @@ def test_the_loss_of_a_step_has_the_balance_of_the_experts():
         language(model, lambda params: param_labels(model.config, params), balance=weight)
         for weight in (0.0, 0.5)
     )
-    variables, batch = plain.init(jax.random.key(0)), batches_of(12, 2, 1)[0]
+    variables = plain.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, batches_of(12, 2, 1)[0])
     segments = Segments.from_ids(batch["segment_ids"])
     _, sown = model.apply(variables, batch["inputs"], segments=segments, mutable=["losses"])
     expected = np.mean([np.asarray(leaf) for leaf in jax.tree.leaves(sown)])

@@ -45,7 +45,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 def examples():
     lengths = np.random.default_rng(0).integers(1, 9, 40)
-    return Examples.from_sequences([np.full(n, n) for n in lengths], np.arange(40) % 3)
+    return Examples.from_sequences([np.full(n, n) for n in lengths], [i % 3 for i in range(40)])
 
 
 TEXT = text.encode([bytes(range(200)), b"two", bytes(range(99))])
