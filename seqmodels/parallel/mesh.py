@@ -225,7 +225,7 @@ def rows_of_process(mesh: Any, batch_size: int, process: int | None = None) -> n
     return (blocks[:, None] * size + np.arange(size)).reshape(-1)
 
 
-def _data_blocks(mesh: Mesh, process: int) -> np.ndarray:
+def _data_blocks(mesh: Any, process: int) -> np.ndarray:
     """Places on the data axis of the devices of a process, increasing."""
     mine = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
     return np.flatnonzero(mine.any(axis=(1, 2)))

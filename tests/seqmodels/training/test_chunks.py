@@ -82,7 +82,7 @@ def test_chunks_are_split_over_a_mesh_as_rows_are(name):
 def recurrence(params, drawn, share, chunk=2):
     """The loss of a recurrence that is not linear, over rows of four chunks."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((3, 8)).astype(np.float32)
+    x = jnp.asarray(rng.standard_normal((3, 8)).astype(np.float32))
     state = {"h": rng.standard_normal((3, 2)).astype(np.float32), "n": np.zeros(3, np.int32)}
 
     def run(state, rows):
