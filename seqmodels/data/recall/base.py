@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NoReturn, Self
+from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class RecallConfig(Checked):
         alone; answer t reads inputs up to t. Shares no code with ``example``."""
         raise NotImplementedError
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "RecallConfig":
         """The same task, for a test, at so many times the length; all else is as it was.
 
         Raises:

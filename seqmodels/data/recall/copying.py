@@ -5,7 +5,7 @@ Jelassi et al., "Repeat After Me: Transformers are Better than State Space Model
 """
 
 import dataclasses
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class CopyingConfig(RecallConfig):
             answers[start + t] = ord(letter)
         return answers
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "CopyingConfig":
         """Strings of exactly so many times the longest one."""
         size = self.longest * multiple
         return dataclasses.replace(self, shortest=size, longest=size)

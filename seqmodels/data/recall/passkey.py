@@ -6,7 +6,7 @@ Mohtashami & Jaggi, "Landmark Attention", 2023 (arXiv:2305.16300); in the form o
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
@@ -73,5 +73,5 @@ class PasskeyConfig(RecallConfig):
         answers[asked : asked + self.digits] = inputs[begin : begin + self.digits]
         return answers
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "PasskeyConfig":
         return dataclasses.replace(self, length=self.length * multiple)

@@ -7,7 +7,7 @@ are told apart by the automaton itself, which the authors' code does not do.
 
 import dataclasses
 import hashlib
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -132,7 +132,7 @@ class RegBenchConfig(RecallConfig):
             answers.append(ord(next(earlier, chr(0))[len(now) :][:1] or chr(0)))
         return np.array(answers)
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "RegBenchConfig":
         """So many times the strings."""
         return dataclasses.replace(self, length=self.length * multiple)
 

@@ -4,7 +4,7 @@ Hsieh et al., "RULER", 2024 (arXiv:2404.06654), section 3, with tokens in place 
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
@@ -90,5 +90,5 @@ class TracingConfig(RecallConfig):
         answers[-len(chain) :] = chain
         return answers
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "TracingConfig":
         return dataclasses.replace(self, length=self.length * multiple)
