@@ -5,7 +5,7 @@ Arora et al., "Just read twice: closing the recall gap for recurrent language mo
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
@@ -62,5 +62,5 @@ class DisjointnessConfig(RecallConfig):
         (common,) = set(words[1:middle]) & set(words[middle + 1 : end])
         return np.full(len(words), common)
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "DisjointnessConfig":
         return dataclasses.replace(self, first=self.first * multiple, second=self.second * multiple)

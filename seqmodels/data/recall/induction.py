@@ -6,7 +6,7 @@ Olsson et al., "In-context Learning and Induction Heads", 2022; Fu et al., "Hung
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
@@ -64,5 +64,5 @@ class InductionConfig(RecallConfig):
             answers[t] = inputs[first + 1 + t - last]
         return answers
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "InductionConfig":
         return dataclasses.replace(self, length=self.length * multiple)

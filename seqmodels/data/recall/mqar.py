@@ -5,7 +5,7 @@ Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Mod
 """
 
 import dataclasses
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -80,5 +80,5 @@ class MQARConfig(RecallConfig):
         known = dict(zip(inputs[0::2][: self.pairs], inputs[1::2][: self.pairs], strict=True))
         return np.array([known.get(token, 0) for token in inputs])
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "MQARConfig":
         return dataclasses.replace(self, length=self.length * multiple)

@@ -5,7 +5,7 @@ Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language
 """
 
 import dataclasses
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -124,5 +124,5 @@ class NeedlesConfig(RecallConfig):
                 answers[t + 3 : t + 3 + len(found)] = found
         return answers
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "NeedlesConfig":
         return dataclasses.replace(self, length=self.length * multiple)

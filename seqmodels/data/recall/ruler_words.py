@@ -5,7 +5,7 @@ words stand is drawn anew for every row, which the authors' code does not do.
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class CommonWordsConfig(RecallConfig):
         answers[end:] = sorted(word for word, times in counts.items() if times == self.often)
         return answers
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "CommonWordsConfig":
         """More other words; the common ones come as often as before."""
         return dataclasses.replace(self, length=self.length * multiple)
 
@@ -149,5 +149,5 @@ class FrequentWordsConfig(RecallConfig):
         answers[end : end + 3] = ranked[:3]
         return answers
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "FrequentWordsConfig":
         return dataclasses.replace(self, length=self.length * multiple)

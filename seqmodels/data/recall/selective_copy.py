@@ -5,7 +5,7 @@ is the form whose tokens stand at known places.
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
@@ -74,5 +74,5 @@ class SelectiveCopyConfig(RecallConfig):
             answers.append(seen[said - 1] if 0 < said <= len(seen) else 0)
         return np.array(answers)
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "SelectiveCopyConfig":
         return dataclasses.replace(self, length=self.length * multiple)

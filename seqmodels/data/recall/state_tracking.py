@@ -8,7 +8,7 @@ Grazzi et al., "Unlocking State-Tracking in Linear RNNs Through Negative Eigenva
 import dataclasses
 import functools
 import itertools
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -114,6 +114,6 @@ class StateTrackingConfig(RecallConfig):
             answers.append(members.index(tuple(items)))
         return np.array(answers)
 
-    def longer(self, multiple: int) -> Self:
+    def longer(self, multiple: int) -> "StateTrackingConfig":
         """So many times the elements, of which the last ``length`` are counted."""
         return dataclasses.replace(self, length=self.length * multiple, counted=self.length)
