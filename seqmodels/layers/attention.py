@@ -27,7 +27,7 @@ _QUERIES = 256
 """Queries of a block of all heads of a group, where one head is taken after the other."""
 
 _PARTS = 8
-"""Parts of a causal row whose keys end with them; each is a program of its own."""
+"""Parts of a causal row, each against the keys up to its end; a program has each of them."""
 
 BY_HEAD_FROM = 256
 """Queries from which on a CPU takes one head after the other."""

@@ -202,7 +202,7 @@ def rows_of_process(mesh: Any, batch_size: int, process: int | None = None) -> n
     Processes whose devices split the length of the same rows read the same rows.
 
     Args:
-      mesh: a mesh of ``make_mesh``.
+      mesh: a mesh of ``make_mesh``, or what has its ``shape`` and ``devices``.
       batch_size: rows of the whole batch.
       process: default this one.
 
