@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 from experiments import command_line, pages
@@ -62,6 +63,8 @@ def runnable(page):
     ),
 )
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    # No types are checked where readers run them: a symbolic dimension is an int only to jax.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     monkeypatch.setattr(mixers, "REGISTRY", dict(mixers.REGISTRY))
     module = types.ModuleType("a_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)

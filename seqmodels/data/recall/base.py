@@ -86,9 +86,9 @@ def generator(seed: int, split: Split, index: int) -> np.random.Generator:
 
 
 def completion(
-    context: Sequence[int] | np.ndarray,
-    question: Sequence[int] | np.ndarray,
-    answer: Sequence[int] | np.ndarray,
+    context: Sequence[int | np.integer] | np.ndarray,
+    question: Sequence[int | np.integer] | np.ndarray,
+    answer: Sequence[int | np.integer] | np.ndarray,
     length: int | None = None,
     padding: int = 0,
 ) -> Example:

@@ -170,7 +170,7 @@ def test_configs_survive_json(name):
 )  # fmt: skip
 def test_what_cannot_be_is_refused(kind, fields, message):
     with pytest.raises(ValueError, match=message):
-        kind(**fields)
+        from_dict(kind, fields)
 
 
 def test_mqar_asks_for_each_pair_once_and_never_says_the_value():
