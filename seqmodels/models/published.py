@@ -6,12 +6,14 @@ import jax.numpy as jnp
 
 from seqmodels.layers.experts import ExpertsConfig
 from seqmodels.mixers import (
+    HyenaConfig,
     Mamba2Config,
     MambaConfig,
     MixerConfig,
     MonarchConfig,
     RGLRUConfig,
     SlidingWindowConfig,
+    hyena,
     mamba,
     mamba2,
     monarch,
@@ -171,6 +173,23 @@ def m2_bert(
     return LanguageModelConfig(backbone, vocabulary_size)
 
 
+def hyena_language_model(
+    width: int, layers: int, mixer: HyenaConfig, vocabulary_size: int
+) -> LanguageModelConfig:
+    """Hyena: norm, operator, residual, then an MLP twice as wide; no positions."""
+    backbone = BackboneConfig(
+        layout=(mixer.mixer,) * layers,
+        mixers=(mixer,),
+        width=width,
+        norm="layer",
+        float32_residual=True,
+        final_norm=True,
+        mlp=2 * width,
+        mlp_bias=True,
+    )
+    return LanguageModelConfig(backbone, vocabulary_size)
+
+
 def gemma_embedding_scale(width: int) -> float:
     """``sqrt(width)``, rounded to bfloat16 as Gemma's models have it."""
     return float(jnp.bfloat16(width**0.5))
@@ -212,8 +231,10 @@ PUBLISHED: dict[str, LanguageModelConfig] = {
 tiiuae/falcon-mamba-7b, google/recurrentgemma-*; the window is that of transformers' version, in
 which a token sees itself and 2047 others."""
 
-ENCODERS: dict[str, LanguageModelConfig] = {
+BY_SIZE: dict[str, LanguageModelConfig] = {
+    "hyena-153m": hyena_language_model(*hyena.HYENA_153M, 50_264),
     "m2-bert-80m": m2_bert(*monarch.M2_BERT_80M, 30_528),
     "m2-bert-110m": m2_bert(*monarch.M2_BERT_110M, 30_528),
 }
-"""Models that see both sides, by their published numbers of parameters."""
+"""Models that transformers does not have, by their published numbers of parameters. M2-BERT sees
+both sides."""
