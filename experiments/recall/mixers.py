@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.errors import UsageError, check_name
 from experiments.lm import presets
-from experiments.lm.presets import ModelSize
+from experiments.lm.presets import ModelSize, Objective
 from seqmodels.mixers import REGISTRY, MixerConfig
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -18,21 +18,22 @@ _OTHERS = ("bidirectional", "hydra", "jrt", "orchid", "parallel")
 CAUSAL = tuple(name for name in REGISTRY if name not in _OTHERS)
 """One causal mixer at a time."""
 
-NAMES = (*CAUSAL, *VARIANTS)
+NAMES = (*CAUSAL, "jrt", *VARIANTS)
 
 
-def mixer_config(name: str, size: ModelSize, state: int) -> MixerConfig:
+def mixer_config(name: str, size: ModelSize, state: int, context: int) -> MixerConfig:
     """A mixer whose layer has about ``state`` numbers of state for each channel of the width.
 
     Matrix mixers have heads of ``state`` keys and values; Mamba, twice as wide inside, half as many
     states a channel; S4 and S4D as many real ones; S5 and LRU, whose states are the layer's, four
     times as many complex ones; a sliding window as many tokens. Attention, RAT, SCOUT and RG-LRU
     have the same state whatever it says, and so do Based, whose features are 16 a head, GAM and the
-    long convolutions, which keep their inputs.
+    long convolutions, which keep their inputs. JRT's encoder reads the ``context``, the tokens
+    before the questions; in longer rows as many.
 
     Raises:
-      UsageError: an unknown name (the message has the nearest known one), or a size that it cannot
-        have.
+      UsageError: an unknown name (the message has the nearest known one), a size that it cannot
+        have, or JRT without a context.
     """
     check_name("mixer", name, NAMES)
     registered, fields = VARIANTS.get(name, (name, {}))
@@ -49,7 +50,15 @@ def mixer_config(name: str, size: ModelSize, state: int) -> MixerConfig:
         "sliding_window": {"window": state},
     }
     heads = size.head if registered in ("attention", "sliding_window", "rat", "scout") else state
-    config = presets.mixer_config(registered, dataclasses.replace(size, head=heads))
+    objective: Objective = "next"
+    if registered == "jrt":
+        if context == 0:
+            raise UsageError(
+                "mixer='jrt' reads what comes before the questions, and this task asks while it "
+                "goes on; take 'based', or a task such as mqar, copy or disjointness"
+            )
+        objective, special["jrt"] = "prefix", {"prefix": context}
+    config = presets.mixer_config(registered, dataclasses.replace(size, head=heads), objective)
     try:
         return dataclasses.replace(config, **special.get(registered, {}), **fields)
     except ValueError as error:

@@ -13,6 +13,7 @@ from experiments.lm.presets import SSM_RATE, ModelSize
 from experiments.recall.experiment import ExperimentConfig, Preset
 from experiments.recall.mixers import mixer_config
 from seqmodels.data.recall import TASKS, TaskConfig
+from seqmodels.data.recall.base import generator
 from seqmodels.models import BackboneConfig, LanguageModelConfig
 from seqmodels.training.config import TrainConfig
 
@@ -158,8 +159,9 @@ def experiment(
     check_name("preset", preset, tuple(PRESETS))
     recipe = PRESETS[preset]
     size = recipe.size if size is None else size
-    config = mixer_config(mixer, recipe.model, size)
     data = dataclasses.replace(TASKS[task], **recipe.data.get(task, {}))
+    context = data.example(generator(seed, "train", 0)).context
+    config = mixer_config(mixer, recipe.model, size, context)
     grouped = any(label.group == "ssm" for label in config.param_labels().values())
     return ExperimentConfig(
         task=task,

@@ -184,7 +184,7 @@ def test_every_task_and_mixer_is_an_experiment(preset):
     for mixer in NAMES:
         config = experiment("mqar", mixer, preset)
         assert from_dict(ExperimentConfig, to_dict(config)) == config
-        assert all(part.causal for part in config.model.backbone.mixers)
+        assert all(part.causal or mixer == "jrt" for part in config.model.backbone.mixers)
     parity = experiment("parity", "s5", preset)
     other = dataclasses.replace(parity.data, group="s3")
     with pytest.raises(ValueError, match="task='parity' does not have data"):
@@ -204,8 +204,9 @@ def test_every_task_trains(task, tmp_path):
 @pytest.mark.parametrize("mixer", one_of_many(NAMES, []))
 @pytest.mark.parametrize("size", [4, 8])
 def test_every_mixer_trains(mixer, size, tmp_path):
+    task = "mqar" if mixer == "jrt" else "parity"
     assert recall_train.main(
-        ["--task", "parity", "--mixer", mixer, "--size", str(size), "--preset", "tiny",
+        ["--task", task, "--mixer", mixer, "--size", str(size), "--preset", "tiny",
          "--no-progress", "--run-dir", str(tmp_path / "run"), "--results-dir", str(tmp_path),
          "--multiples", "1", *FAST]
     ) == 0  # fmt: skip
@@ -347,6 +348,14 @@ def test_an_unknown_mixer_has_no_preset():
     with pytest.raises(UsageError, match=r"did you mean gated_deltanet\?"):
         experiment("mqar", "gated-deltanet", "tiny")
     assert {"bidirectional", "hydra", "jrt", "orchid"}.isdisjoint(CAUSAL)
+
+
+def test_jrt_reads_the_context_and_nothing_behind_it():
+    config = experiment("mqar", "jrt", "tiny")
+    (mixer,) = config.model.backbone.mixers
+    assert mixer.prefix == 2 * config.data.pairs
+    with pytest.raises(UsageError, match="this task asks while it goes on; take 'based'"):
+        experiment("induction", "jrt", "tiny")
 
 
 @pytest.fixture(scope="module")
