@@ -8,6 +8,8 @@ from tyro.conf import Fixed
 
 from experiments.recall.mixers import VARIANTS
 from seqmodels.data.recall import TASKS, TaskConfig
+from seqmodels.data.recall.base import generator
+from seqmodels.mixers import JRTConfig
 from seqmodels.models import LanguageModelConfig
 from seqmodels.ranges import Checked, Size
 from seqmodels.training.config import TrainConfig
@@ -16,6 +18,11 @@ Preset = Literal["tiny", "cpu", "paper"]
 
 # Fields of the data that tell tasks with the same kind of data apart.
 _FIXED = ("kind", "group", "steps", "selective", "haystack")
+
+
+def context(data: TaskConfig) -> int:
+    """Tokens of a row before its questions; 0 where a task asks while it goes on."""
+    return data.example(generator(0, "train", 0)).context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +64,11 @@ class ExperimentConfig(Checked):
         layout = self.model.backbone.layout
         if set(layout) != {VARIANTS.get(self.mixer, (self.mixer,))[0]}:
             raise ValueError(f"mixer={self.mixer!r} is not what layout={layout} consists of")
-        if not all(mixer.causal for mixer in self.model.backbone.mixers):
-            raise ValueError(f"mixer={self.mixer!r} must be causal: set bidirectional to False")
+        for mixer in self.model.backbone.mixers:
+            if isinstance(mixer, JRTConfig):
+                self._check_prefix(mixer.prefix)
+            elif not mixer.causal:
+                raise ValueError(f"mixer={self.mixer!r} must be causal: set bidirectional to False")
         if self.model.vocabulary_size < self.data.vocabulary_size:
             raise ValueError(
                 f"model.vocabulary_size={self.model.vocabulary_size} is too small for "
@@ -66,6 +76,15 @@ class ExperimentConfig(Checked):
             )
         if 1 not in self.multiples:
             raise ValueError(f"multiples={self.multiples} must have 1, the trained length")
+
+    def _check_prefix(self, prefix: int) -> None:
+        """What the encoder reads must not hold answers, which stand behind the context."""
+        given = self.repeats * context(self.data)
+        if prefix > given:
+            raise ValueError(
+                f"mixer={self.mixer!r}: prefix={prefix} must be at most the {given} tokens that "
+                f"task={self.task!r} has before its questions"
+            )
 
     @property
     def name(self) -> str:

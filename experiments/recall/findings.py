@@ -22,6 +22,7 @@ TIME_INVARIANT = ("lru", "s4", "s4d", "s5")
 DIAGONAL = ("lru", "mamba", "rg_lru", "s4d", "s5")
 NOT_SOLVABLE = ("a5", "a5-2steps", "s5", "s5-swaps")
 """Tasks of groups that no diagonal model of a fixed depth tracks: A5, and S5, which contains it."""
+FIXED_FILTERS = ("conv", "gated_conv", "hyena", "monarch", "sgconv")
 SELECTIVE = ("gla", "mamba", "mamba2")
 NEGATIVE = ("deltanet-negative", "gated_deltanet-negative", "kda-negative")
 
@@ -184,6 +185,60 @@ def reading_twice_helps(results: Results) -> tuple[Verdict, str]:
     return _verdict(statistics.median(gains) >= GAP), "; ".join(evidence)
 
 
+def _gains(
+    results: Results, tasks: Sequence[str], mixer: str, other: str, multiple: int = 1
+) -> tuple[list[float], str]:
+    """By how much a mixer is ahead of another on each task, at each size that both have."""
+    gains, evidence = [], []
+    for task in tasks:
+        sizes = {r["size"]: r for r in select(results, task, (other,))}
+        for result in select(results, task, (mixer,)):
+            rival = sizes.get(result["size"])
+            if rival is not None:
+                gains.append(accuracy(result, multiple) - accuracy(rival, multiple))
+                pair = f"{named(result, multiple)} against {named(rival, multiple)}"
+                evidence.append(f"{pair} on {task}")
+    return gains, "; ".join(evidence)
+
+
+def prefix_helps(results: Results) -> tuple[Verdict, str]:
+    """JRT against Based, which is its decoder alone."""
+    gains, evidence = _gains(results, ("disjointness-long-first", "mqar"), "jrt", "based")
+    if not gains:
+        return "not run", "needs jrt and based on disjointness-long-first or mqar"
+    return _verdict(statistics.mean(gains) >= GAP), evidence
+
+
+def memories_help(results: Results) -> tuple[Verdict, str]:
+    """MoM against the rule that its memories follow."""
+    gains, evidence = _gains(results, ("mqar",), "mom", "gated_deltanet")
+    if not gains:
+        return "not run", "needs mqar with mom and gated_deltanet of one size"
+    seen = statistics.mean(gains) >= GAP and min(gains) > -GAP
+    return _verdict(seen), evidence
+
+
+def rotation_tracks_parity(results: Results) -> tuple[Verdict, str]:
+    """Mamba-3 against Mamba-2 at four times the length."""
+    gains, evidence = _gains(results, ("parity",), "mamba3", "mamba2", 4)
+    if not gains:
+        return "not run", "needs parity with mamba3 and mamba2 of one size"
+    return _verdict(max(gains) >= GAP), f"at 4 x the length {evidence}"
+
+
+def fixed_filters_do_not_recall(results: Results) -> tuple[Verdict, str]:
+    """Where attention recalls."""
+    found = select(results, "mqar", FIXED_FILTERS)
+    attention = select(results, "mqar", ("attention",))
+    if not found or not attention:
+        return "not run", "needs mqar with attention and a convolution"
+    pair = best(attention), best(found)
+    evidence = f"{named(pair[0])}; the best of {len(found)}: {named(pair[1])}"
+    if accuracy(pair[0]) < SOLVED:
+        return "not told", evidence
+    return _verdict(accuracy(pair[0]) - accuracy(pair[1]) >= GAP), evidence
+
+
 def mitigations_help(evaluations: Results) -> tuple[Verdict, str]:
     """Some mitigation keeps half of the accuracy up to a longer length than the model as it is."""
     evidence, moved = [], []
@@ -250,6 +305,26 @@ FINDINGS = (
         "Reading the lists twice helps when the long one comes first",
         "Arora et al. 2024, 2407.05483",
         reading_twice_helps,
+    ),
+    Finding(
+        "An encoder over the context recalls more than the causal decoder alone",
+        "Arora et al. 2024, 2407.05483",
+        prefix_helps,
+    ),
+    Finding(
+        "Several memories recall more than one of them",
+        "Du et al. 2025, 2502.13685",
+        memories_help,
+    ),
+    Finding(
+        "Complex rotations track parity, where decays alone do not",
+        "Lahoti et al. 2026, 2603.15569",
+        rotation_tracks_parity,
+    ),
+    Finding(
+        "Gated convolutions with fixed filters recall less than attention",
+        "Arora et al. 2023, 2312.04927",
+        fixed_filters_do_not_recall,
     ),
 )
 OF_EVALUATIONS = (

@@ -10,10 +10,9 @@ from typing import Any
 
 from experiments.errors import check_name
 from experiments.lm.presets import SSM_RATE, ModelSize
-from experiments.recall.experiment import ExperimentConfig, Preset
+from experiments.recall.experiment import ExperimentConfig, Preset, context
 from experiments.recall.mixers import mixer_config
 from seqmodels.data.recall import TASKS, TaskConfig
-from seqmodels.data.recall.base import generator
 from seqmodels.models import BackboneConfig, LanguageModelConfig
 from seqmodels.training.config import TrainConfig
 
@@ -160,8 +159,7 @@ def experiment(
     recipe = PRESETS[preset]
     size = recipe.size if size is None else size
     data = dataclasses.replace(TASKS[task], **recipe.data.get(task, {}))
-    context = data.example(generator(seed, "train", 0)).context
-    config = mixer_config(mixer, recipe.model, size, context)
+    config = mixer_config(mixer, recipe.model, size, context(data))
     grouped = any(label.group == "ssm" for label in config.param_labels().values())
     return ExperimentConfig(
         task=task,

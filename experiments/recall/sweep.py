@@ -87,7 +87,7 @@ class Stage:
 
 ONE_OF_EACH = ("attention", "mamba2", "gated_deltanet")
 RECURRENT = ("gla", "mamba2", "deltanet", "gated_deltanet")
-TRACKING = (*RECURRENT, "attention", "mamba", "s4d", "kda", *VARIANTS)
+TRACKING = (*RECURRENT, "attention", "mamba", "mamba3", "s4d", "kda", *VARIANTS)
 COMMITTED = (
     Stage(("mqar",), (*CAUSAL, "jrt"), (8, 32)),
     Stage(("selective-copy",), (*CAUSAL, "jrt"), (16,)),

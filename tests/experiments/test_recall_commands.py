@@ -271,6 +271,12 @@ def test_known_results_are_seen_not_seen_or_not_run():
         fake("selective-copy", "s4d", accuracies=(0.3,)),
         fake("disjointness-long-first", "gla", accuracies=(0.3,)),
         fake("disjointness-long-first", "gla", accuracies=(0.6,), repeats=2),
+        fake("disjointness-long-first", "based", accuracies=(0.3,)),
+        fake("disjointness-long-first", "jrt", accuracies=(0.5,)),
+        fake("mqar", "mom", 8, 2000, (0.95,)),
+        fake("parity", "mamba2", accuracies=(1.0, 0.6, 0.5)),
+        fake("parity", "mamba3", accuracies=(1.0, 1.0, 0.9)),
+        fake("mqar", "hyena", accuracies=(0.2,)),
     ]
     helped = evaluated(
         as_trained=(1.0, 0.6, 0.1), norm_4=(0.9, 0.8, 0.6), window_64=(0.2, 0.1, 0.1)
@@ -289,9 +295,15 @@ def test_known_results_are_seen_not_seen_or_not_run():
         fake("selective-copy", "s4d", accuracies=(0.3,)),
         fake("disjointness-long-first", "gla", accuracies=(0.3,)),
         fake("disjointness-long-first", "gla", accuracies=(0.3,), repeats=2),
+        fake("mqar", "based", accuracies=(0.3,)),
+        fake("mqar", "jrt", accuracies=(0.35,)),
+        fake("mqar", "mom", 8, 2000, (0.55,)),
+        fake("parity", "mamba2", accuracies=(1.0, 0.6, 0.5)),
+        fake("parity", "mamba3", accuracies=(1.0, 0.6, 0.5)),
+        fake("mqar", "hyena", accuracies=(0.45,)),
     ]
     useless = evaluated(as_trained=(1.0, 0.6, 0.1), norm_4=(1.0, 0.6, 0.1))
-    assert {each.verdict for each in check(turned, [useless])} == {"not seen"}
+    assert {each.verdict for each in check(turned, [useless])} == {"not seen", "not told"}
     assert {each.verdict for each in check([])} == {"not run"}
 
 
@@ -354,8 +366,12 @@ def test_jrt_reads_the_context_and_nothing_behind_it():
     config = experiment("mqar", "jrt", "tiny")
     (mixer,) = config.model.backbone.mixers
     assert mixer.prefix == 2 * config.data.pairs
+    wide = dataclasses.replace(mixer, prefix=mixer.prefix + 1)
+    backbone = dataclasses.replace(config.model.backbone, mixers=(wide,))
+    with pytest.raises(ValueError, match="prefix=5 must be at most the 4 tokens"):
+        dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
     with pytest.raises(UsageError, match="this task asks while it goes on; take 'based'"):
-        experiment("induction", "jrt", "tiny")
+        experiment("parity", "jrt", "tiny")
 
 
 @pytest.fixture(scope="module")
