@@ -120,8 +120,28 @@ def _measured(case: dict[str, Any]) -> str:
     if case["kind"] == STATIC:
         us = figures.get("us", figures.get("static_us"))
         return f"{us:,.0f} us, estimated"
-    first = next((name for name in figures if name.endswith(" ms")), None)
-    return "" if first is None else f"{first.removesuffix(' ms')}: {figures[first]:,.2f} ms"
+    first = [f"{n.removesuffix(' ms')}: {figures[n]:,.2f} ms" for n in figures if n.endswith(" ms")]
+    sizes = {n: figures.get(f"{n} bytes") for n in ("state", "temporary")}
+    memory = [f"{name}: {size / 1e6:,.1f} MB" for name, size in sizes.items() if size is not None]
+    return "; ".join([*first[:1], *memory])
+
+
+def mixer_speeds() -> str:
+    """Every mixer's layer at one size, and the memory of a model's training step."""
+    rows = []
+    for case in read("models/mixers-cpu.json")["cases"]:
+        figures, ratios = case["figures"], case["ratios"]
+        times = [f"{figures[f'{what} ms']:,.0f}" for what in ("forward", "forward+backward")]
+        attention = [f"{ratio:.2f} x" for ratio in ratios.values()]
+        sizes = [f"{figures[what] / 1e6:,.2f}" for what in ("parameters of a layer", "state bytes")]
+        step = f"{figures['bytes of a step'] / 1e9:.1f}"
+        link = f"[`{case['case']}`](mixers/{_page_of(case['case'])}#{case['case']})"
+        rows.append([link, *times, *attention, *sizes, step])
+    titles = [
+        "mixer", "forward, ms", "with backward, ms", "x attention", "with backward",
+        "parameters, M", "state, MB", "training step, GB",
+    ]  # fmt: skip
+    return markdown(titles, rows, numbers=7)
 
 
 def _ratio(case: dict[str, Any], of: str) -> str:
@@ -276,6 +296,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "support": support,
     "shapes": shapes,
     "benchmarks": benchmarks,
+    "mixer speeds": mixer_speeds,
     "machine": machine,
     "mixers": mixer_table,
     "state": state,

@@ -164,6 +164,6 @@ def _memory(model: LanguageModel, params: Any) -> dict[str, int]:
     analysis = compiled.memory_analysis()
     bytes_of_state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return {
-        "state bytes at 2048": bytes_of_state,
+        "state bytes": bytes_of_state,
         "temporary bytes": getattr(analysis, "temp_size_in_bytes", 0),
     }

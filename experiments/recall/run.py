@@ -18,6 +18,7 @@ from seqmodels.data import recall
 from seqmodels.data.recall import TaskConfig
 from seqmodels.models import LanguageModel, LanguageModelConfig, param_labels
 from seqmodels.training.language import language
+from seqmodels.training.masked import prefix_language
 from seqmodels.training.run_directory import read_config
 from seqmodels.training.task import Batch, Task, Variables
 
@@ -28,11 +29,16 @@ FEWEST = 32
 
 def make_task(config: ExperimentConfig) -> Task:
     """The config's model, for training; rows are one document each."""
-    return language(
-        LanguageModel(config.model),
-        lambda params: param_labels(config.model, params),
-        packed=False,
-    )
+    model = LanguageModel(config.model)
+
+    def labels(params: Any) -> Any:
+        return param_labels(config.model, params)
+
+    if config.mixer == "jrt":
+        # Questions alone are trained, as for everyone: nothing of the context is masked.
+        last = config.model.vocabulary_size - 1
+        return prefix_language(model, labels, mask_token=last, share=0.0, packed=False)
+    return language(model, labels, packed=False)
 
 
 def predictor(config: LanguageModelConfig) -> Predict:

@@ -141,7 +141,7 @@ class Experts(nn.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         if config.scores == "sigmoid":
             shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
-        self.sow("losses", "load_balance", load_balance(shares, chosen, mask))
+        sow_load_balance(self, shares, chosen, mask)
         return weights if config.scale == 1.0 else weights * config.scale, chosen
 
     def _routed(
@@ -219,6 +219,17 @@ def routed(
     out = jax.lax.ragged_dot(hidden, kernels["w_out"], sizes)
     apart = out[jnp.argsort(order)].reshape(*chosen.shape, -1)
     return jnp.sum(apart * weights[..., None], axis=1)
+
+
+def sow_load_balance(
+    module: nn.Module,
+    shares: Float[Array, "b l e"],
+    chosen: Int[Array, "b l k"],
+    mask: Bool[Array, "b l"] | None,
+) -> None:
+    """Sows ``("losses", "load_balance")``, but not while the module is made: it is no variable."""
+    if not module.is_initializing():
+        module.sow("losses", "load_balance", load_balance(shares, chosen, mask))
 
 
 def load_balance(

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from seqmodels import ops
-from seqmodels.layers.experts import load_balance
+from seqmodels.layers.experts import sow_load_balance
 from seqmodels.layers.heads import l2_normalise, log_of_uniform, split_heads, step_bias
 from seqmodels.layers.short_conv import ShortConv, start_window
 from seqmodels.mixers.base import (
@@ -198,7 +198,7 @@ class MoM(MatrixMixer[MoMConfig]):
         shares = jax.nn.softmax(logits)
         top, chosen = jax.lax.top_k(shares, config.chosen)
         mask = None if segments is None else segments.mask
-        self.sow("losses", "load_balance", load_balance(shares, chosen, mask))
+        sow_load_balance(self, shares, chosen, mask)
 
         takes = jnp.any(jax.nn.one_hot(chosen, config.memories, dtype=bool), axis=2)
         takes = jnp.moveaxis(takes, 2, 1)
