@@ -15,7 +15,7 @@ LRA_RUN := runs/lra/listops-s5-cpu-seed0
 # Every shape and type in a signature is checked at each call; it takes a fifth of the time.
 TYPED := --jaxtyping-packages=seqmodels,beartype.beartype
 
-.PHONY: lra test test-all test-newest check notebooks docs bench clean
+.PHONY: lra test test-all test-newest check notebooks docs bench gpu clean
 
 lra: .venv/installed
 	.venv/bin/python -m experiments.lra.train --task listops --model s5 --preset cpu \
@@ -60,6 +60,10 @@ docs: notebooks
 
 bench: .venv-test/installed-$(EXTRAS)
 	.venv-test/bin/python -m experiments.kernels.bench
+
+# On a machine with a GPU, by the Python that has JAX for it: make gpu PYTHON=python3
+gpu:
+	$(PYTHON) -m experiments.gpu
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

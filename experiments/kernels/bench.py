@@ -151,7 +151,9 @@ def _figure(row: Result) -> str:
     return "\n".join(_named(name, value) for name, value in figures.items())
 
 
-def _named(name: str, value: float) -> str:
+def _named(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return f"{name}: {value}"
     short = name.removesuffix(" ms")
     shown = f"{value:,.0f}" if value == round(value) else f"{value:,.2f}"
     return f"{short}: {shown}" + ("" if short == name else " ms")

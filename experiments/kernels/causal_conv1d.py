@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import causal_conv1d as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians
+from experiments.kernels.values import arguments
 from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d.shapes import Shape, named
 from pallas_kernels.tools.programs import program
@@ -38,20 +37,11 @@ def describe(shape: Shape) -> str:
     return f"({shape.batch}, {shape.length}, {shape.width}) {', '.join(kind)}"
 
 
-def inputs(shape: Shape, mode: str = "forward+backward", seed: int = 0) -> tuple[jax.Array, ...]:
-    """Normal values for the operands of the program, its cotangent included."""
-    rng = np.random.default_rng(seed)
-    _, operands = program(causal_conv1d, shape, mode)
-    if shape.segmented:
-        raise ValueError(f"shape={shape.name!r} is packed: the baselines know no segments")
-    return tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands)
-
-
 def timed(shape: Shape, repetitions: int, *, targets: Any = None) -> Result:
     """Forward and backward here and now, against the baselines."""
     convs = {"causal_conv1d": causal_conv1d, **baselines.CONVS}
     programs = {name: program(c, shape, "forward+backward")[0] for name, c in convs.items()}
-    figures = medians(programs, inputs(shape), repetitions)
+    figures = medians(programs, arguments(causal_conv1d, shape), repetitions)
     ours = figures["causal_conv1d"]
     return Result(
         case="forward+backward",

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import checkpoint_attention as baselines
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import check_equal, milliseconds
+from experiments.kernels.values import arguments
 from pallas_kernels import checkpoint_attention
 from pallas_kernels.checkpoint_attention import shapes
 from pallas_kernels.checkpoint_attention.shapes import Shape, named
@@ -42,20 +42,13 @@ def describe(shape: Shape) -> str:
     return f"{sizes} {', '.join(kind)}"
 
 
-def arguments(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Normal ones, of `program(op, shape, "forward+backward")` for a shape of floats."""
-    rng = np.random.default_rng(seed)
-    _, operands = program(checkpoint_attention, shape, BOTH)
-    return tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in operands)
-
-
 def timed(shape: Shape, repetitions: int) -> Result:
     """Forward and backward here and now, all gradients, against causal softmax attention.
 
     Where all scores of a row do not fit the memory the baseline works in blocks of queries, all of
     the same cost; it takes minutes, so a quarter of them is timed, once.
     """
-    args = arguments(shape)
+    args = arguments(checkpoint_attention, shape)
     op = jax.jit(program(checkpoint_attention, shape, BOTH)[0])
     row = Result(BOTH, jax.devices()[0].device_kind, results.TIMED, describe(shape))
     fits = 4 * shape.batch * shape.heads * shape.length**2 <= MOST_SCORES

@@ -1,18 +1,18 @@
 """What is measured of the delta rule, and what it has to reach."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.against_scans import against_scans
 from experiments.kernels.baselines import delta_rule as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
+from experiments.kernels.values import arguments
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule.shapes import Shape, named
 from pallas_kernels.tools.programs import MODES, program
@@ -34,36 +34,13 @@ def describe(shape: Shape) -> str:
     return f"({shape.batch}, {shape.length}), {shape.heads} heads{groups}, {', '.join(kind)}"
 
 
-def inputs(operands: Mapping[str, Any], seed: int = 0) -> tuple[jax.Array, ...]:
-    """Values by name: keys of norm 1, beta in (0, 1), decays that forget in 10 to 1000 tokens."""
-    rng = np.random.default_rng(seed)
-
-    def value(name: str, struct: Any) -> jax.Array:
-        x = rng.standard_normal(struct.shape)
-        if name == "k":
-            x /= np.linalg.norm(x, axis=-1, keepdims=True)
-        elif name == "beta":
-            x = 1 / (1 + np.exp(-x))
-        elif name == "log_decay":
-            x = -np.exp(rng.uniform(np.log(1e-3), np.log(0.1), struct.shape))
-        elif name == "segment_ids":
-            x = np.broadcast_to(1 + np.arange(struct.shape[1]) // 1000, struct.shape)
-        return jnp.asarray(x, struct.dtype)
-
-    return tuple(value(name, struct) for name, struct in operands.items())
-
-
-def arguments(shape: Shape) -> tuple[jax.Array, ...]:
-    """Those of `program(op, shape, "forward+backward")`: the operands, and a cotangent."""
-    operands = shape.operands()
-    return inputs(operands | {"cotangent": operands["v"]})
-
-
 def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
     """Forward and backward here and now, all gradients, against the recurrence."""
     ops = {"delta_rule": delta_rule, **baselines.SCANS}
     programs = {name: program(op, shape, BOTH)[0] for name, op in ops.items()}
-    return against_scans(programs, arguments(shape), repetitions, describe(shape), targets)
+    return against_scans(
+        programs, arguments(delta_rule, shape), repetitions, describe(shape), targets
+    )
 
 
 def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
@@ -73,7 +50,7 @@ def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
         lengths,
         repetitions,
         program=lambda chosen: program(delta_rule, chosen, BOTH)[0],
-        arguments=arguments,
+        arguments=functools.partial(arguments, delta_rule),
         description=describe(shape),
     )
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import diagonal_ssm as baselines
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians, milliseconds
+from experiments.kernels.values import arguments
 from pallas_kernels import diagonal_ssm
 from pallas_kernels.diagonal_ssm.shapes import Shape, named
 from pallas_kernels.tools.programs import program
@@ -32,25 +31,6 @@ def describe(shape: Shape) -> str:
     return f"({shape.batch}, {shape.length}, {shape.width}) {kind}"
 
 
-def inputs(operands: Any, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Values for `(u, log_a, ...)`: memories of 10 to 1,000 steps and any phase, normal inputs, and
-    documents of 300 tokens."""
-    rng = np.random.default_rng(seed)
-
-    def normal(struct: jax.ShapeDtypeStruct) -> jax.Array:
-        x = rng.standard_normal(struct.shape)
-        if jnp.issubdtype(struct.dtype, jnp.complexfloating):
-            x = x + 1j * rng.standard_normal(struct.shape)
-        if struct.dtype == jnp.int32:
-            x = np.broadcast_to(np.arange(struct.shape[1]) // 300 + 1, struct.shape)
-        return jnp.asarray(x, struct.dtype)
-
-    u, log_a, *others = operands
-    real = -(10 ** rng.uniform(-3, -1, log_a.shape))
-    log_a = jnp.asarray(real + 1j * rng.uniform(-np.pi, np.pi, log_a.shape), log_a.dtype)
-    return normal(u), log_a, *map(normal, others)
-
-
 def models(shape: Shape) -> dict[str, Callable[..., Any]]:
     """Ours by method, and the baselines that take the same arguments."""
     names = ("chunked", "scan") if shape.segmented else METHODS
@@ -63,9 +43,7 @@ def models(shape: Shape) -> dict[str, Callable[..., Any]]:
 def timed(shape: Shape, mode: str, repetitions: int, *, only: Any = None) -> Iterator[Result]:
     """Every method and baseline here and now, in time and in memory."""
     named_models = {k: v for k, v in models(shape).items() if only is None or k in only}
-    args = inputs(shape.operands().values())
-    if mode == "forward+backward":
-        args = (*args, inputs(shape.operands().values(), seed=1)[0])
+    args = arguments(diagonal_ssm, shape, mode)
     chosen = {name: program(model, shape, mode)[0] for name, model in named_models.items()}
     figures = medians(chosen, args, repetitions)
     row = Result(mode, jax.devices()[0].device_kind, results.TIMED, describe(shape))
@@ -101,9 +79,7 @@ def flat(mode: str, repetitions: int, width: int = 16, states: int = 32) -> Resu
     for length in (1024, 4096, 16384, 65536):
         shape = Shape("flat", "S4D", TOKENS // length, length, width, states)
         fn = jax.jit(program(diagonal_ssm, shape, mode)[0])
-        args = inputs(shape.operands().values())
-        if mode == "forward+backward":
-            args = (*args, inputs(shape.operands().values(), seed=1)[0])
+        args = arguments(diagonal_ssm, shape, mode)
         runs[f"L={length}"] = functools.partial(fn, *args)
     figures = milliseconds(runs, (), repetitions)
     first = figures["L=1024"]
@@ -166,9 +142,7 @@ def gpu_timed(shape: Shape, repetitions: int) -> Iterator[Result]:
     rows = {"kernel": diagonal_ssm, **models(shape)}
     wanted = {"kernel", "chunked", "fft", "vandermonde fft"}
     for mode in BOTH:
-        args = inputs(shape.operands().values())
-        if mode == "forward+backward":
-            args = (*args, inputs(shape.operands().values(), seed=1)[0])
+        args = arguments(diagonal_ssm, shape, mode)
         programs = {k: program(v, shape, mode)[0] for k, v in rows.items() if k in wanted}
         figures = medians(programs, args, repetitions)
         ours = figures["kernel"]

@@ -1,18 +1,18 @@
 """What is measured of linear attention, and what it has to reach."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.against_scans import against_scans
 from experiments.kernels.baselines import linear_attention as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
+from experiments.kernels.values import arguments
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention.shapes import Shape, named
 from pallas_kernels.tools.programs import MODES, program
@@ -32,25 +32,13 @@ def describe(shape: Shape) -> str:
     return f"{sizes} {', '.join(kind)}"
 
 
-def arguments(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Those of `program(op, shape, "forward+backward")` for a shape of floats: log decays of 0 to
-    -0.5, all else normal."""
-    rng = np.random.default_rng(seed)
-    _, operands = program(linear_attention, shape, BOTH)
-
-    def value(place: int, struct: Any) -> jax.Array:
-        x = rng.standard_normal(struct.shape)
-        decays = shape.decay is not None and place == 3
-        return jnp.asarray(-rng.uniform(0, 0.5, struct.shape) if decays else x, struct.dtype)
-
-    return tuple(value(place, struct) for place, struct in enumerate(operands))
-
-
 def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
     """Forward and backward here and now, all gradients, against the step-by-step scan."""
     ops = {"linear_attention": linear_attention, **baselines.SCANS}
     programs = {name: program(op, shape, BOTH)[0] for name, op in ops.items()}
-    return against_scans(programs, arguments(shape), repetitions, describe(shape), targets)
+    return against_scans(
+        programs, arguments(linear_attention, shape), repetitions, describe(shape), targets
+    )
 
 
 def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
@@ -60,7 +48,7 @@ def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
         lengths,
         repetitions,
         program=lambda chosen: program(linear_attention, chosen, BOTH)[0],
-        arguments=arguments,
+        arguments=functools.partial(arguments, linear_attention),
         description=describe(shape),
     )
 

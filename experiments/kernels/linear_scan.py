@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.kernels import results
 from experiments.kernels.baselines import linear_scan as baselines
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians
+from experiments.kernels.values import arguments
 from pallas_kernels import linear_scan
 from pallas_kernels.linear_scan.shapes import Shape, named
 from pallas_kernels.tools.programs import program
@@ -34,23 +33,6 @@ def describe(shape: Shape) -> str:
     return f"({shape.batch}, {shape.length}, {shape.width}) {', '.join(kind)}"
 
 
-def inputs(operands: Any, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Values for `(a, b, ...)`: decays of modulus 0.9 to 0.999 and any phase, normal inputs."""
-    rng = np.random.default_rng(seed)
-
-    def normal(struct: jax.ShapeDtypeStruct) -> jax.Array:
-        x = rng.standard_normal(struct.shape)
-        if jnp.issubdtype(struct.dtype, jnp.complexfloating):
-            x = x + 1j * rng.standard_normal(struct.shape)
-        return jnp.asarray(x, struct.dtype)
-
-    a, *others = operands
-    decay = rng.uniform(0.9, 0.999, a.shape)
-    if jnp.issubdtype(a.dtype, jnp.complexfloating):
-        decay = decay * np.exp(1j * rng.uniform(-np.pi, np.pi, a.shape))
-    return jnp.asarray(decay, a.dtype), *map(normal, others)
-
-
 def without_state(scan: Callable[..., Any]) -> Callable[..., Any]:
     """`(a, b, cotangent) -> (h, (da, db))`, for what takes no initial state."""
 
@@ -64,8 +46,7 @@ def without_state(scan: Callable[..., Any]) -> Callable[..., Any]:
 def timed(shape: Shape, repetitions: int, *, with_state: bool = False, targets: Any = None):
     """Forward and backward here and now, against the baselines that take the same arguments."""
     scans = {"linear_scan": linear_scan, **baselines.SCANS}
-    a, b, state = inputs(shape.operands().values())
-    cotangent = inputs((b, b), seed=1)[1]
+    a, b, state, cotangent = arguments(linear_scan, shape)
     if with_state:
         del scans["associative_scan"]  # as published it takes none
         programs = {name: program(s, shape, "forward+backward")[0] for name, s in scans.items()}

@@ -12,6 +12,7 @@ from experiments.kernels import results
 from experiments.kernels.baselines import long_conv as baselines
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import medians
+from experiments.kernels.values import arguments
 from pallas_kernels import long_conv, s4_kernel
 from pallas_kernels.long_conv.api import METHODS
 from pallas_kernels.long_conv.shapes import Shape, named
@@ -32,26 +33,12 @@ def describe(shape: Shape) -> str:
     return f"({shape.batch}, {shape.length}, {shape.width}) {kernel_size}, {shape.dtype}"
 
 
-def inputs(shape: Shape, mode: str, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Normal values for the operands of the program, its cotangent included; filters fall off."""
-    rng = np.random.default_rng(seed)
-    _, operands = program(long_conv, shape, mode)
-
-    def normal(struct: jax.ShapeDtypeStruct) -> jax.Array:
-        x = rng.standard_normal(struct.shape)
-        if len(struct.shape) == 2:
-            x = x * np.exp(-np.arange(struct.shape[1]) / 200.0)
-        return jnp.asarray(x, struct.dtype)
-
-    return tuple(map(normal, operands))
-
-
 def timed(shape: Shape, mode: str, repetitions: int) -> Result:
     """Both methods here and now, against the baselines."""
     convs: dict[str, Any] = {name: functools.partial(long_conv, method=name) for name in METHODS}
     convs |= baselines.CONVS
     programs = {name: program(c, shape, mode)[0] for name, c in convs.items()}
-    figures = medians(programs, inputs(shape, mode), repetitions)
+    figures = medians(programs, arguments(long_conv, shape, mode), repetitions)
     best = min(figures[name] for name in METHODS)
     return Result(
         case=mode,

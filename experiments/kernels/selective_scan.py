@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernels import results
@@ -14,6 +13,7 @@ from experiments.kernels.baselines import selective_scan as baselines
 from experiments.kernels.equal_tokens import equal_tokens
 from experiments.kernels.results import Result, Target
 from experiments.kernels.timing import check_equal, medians, milliseconds
+from experiments.kernels.values import arguments
 from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan.shapes import Shape, case, named
 from pallas_kernels.tools.programs import MODES, program
@@ -36,33 +36,11 @@ def describe(shape: Shape) -> str:
     return f"({shape.batch}, {shape.length}, {shape.width}) {', '.join(kind)}"
 
 
-def inputs(operands: Mapping[str, Any], seed: int = 0) -> tuple[jax.Array, ...]:
-    """Values by name, as Mamba begins: A from -1 to -N, dt from 1e-3 to 0.1, the others normal."""
-    rng = np.random.default_rng(seed)
-
-    def value(name: str, struct: Any) -> jax.Array:
-        if name == "dt":
-            z = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), struct.shape))
-        elif name == "A":
-            z = -np.arange(1, struct.shape[1] + 1) * np.ones(struct.shape)
-        else:
-            z = rng.standard_normal(struct.shape)
-        return jnp.asarray(z, struct.dtype)
-
-    return tuple(value(name, struct) for name, struct in operands.items())
-
-
-def arguments(shape: Shape) -> tuple[jax.Array, ...]:
-    """Those of `program(scan, shape, "forward+backward")`: the operands, and a cotangent."""
-    operands = shape.operands()
-    return inputs(operands | {"cotangent": operands["x"]})
-
-
 def timed(shape: Shape, repetitions: int, targets: Any = None) -> Result:
     """Forward and backward here and now, all gradients, against the baselines; and their memory."""
     scans = {"selective_scan": selective_scan, **baselines.SCANS}
     programs = {name: program(scan, shape, BOTH)[0] for name, scan in scans.items()}
-    args = arguments(shape)
+    args = arguments(selective_scan, shape)
     figures = medians(programs, args, repetitions)
     ours = figures["selective_scan"]
     scan = min(value for name, value in figures.items() if name.startswith("scan"))
@@ -95,7 +73,7 @@ def flat(shape: Shape, lengths: tuple[int, ...], repetitions: int) -> Result:
         lengths,
         repetitions,
         program=lambda chosen: program(selective_scan, chosen, BOTH)[0],
-        arguments=arguments,
+        arguments=functools.partial(arguments, selective_scan),
         description=describe(shape),
     )
 
@@ -108,7 +86,7 @@ def against_torch(shape: Shape, repetitions: int) -> Result:
         kind=results.TIMED,
         shape=describe(shape),
     )
-    args = arguments(shape)
+    args = arguments(selective_scan, shape)
     try:
         loop = baselines.torch_loop(tuple(map(np.asarray, args)))
     except ImportError:

@@ -13,6 +13,7 @@ from experiments.kernels import bench, results, s5_step, timing
 from experiments.kernels import linear_scan as cases
 from experiments.kernels.baselines import linear_scan as baselines
 from experiments.kernels.results import Result, Target
+from experiments.kernels.values import arguments
 from pallas_kernels import linear_scan
 from pallas_kernels.linear_scan.shapes import Shape
 from pallas_kernels.tools import aot
@@ -29,7 +30,7 @@ TINY = Shape("tiny", "a test", 2, 6, 4, "complex64")
 @pytest.mark.parametrize("name", baselines.SCANS)
 def test_baselines_compute_what_the_op_computes(name, constant, reverse):
     shape = dataclasses.replace(TINY, constant=constant)
-    a, b, state = cases.inputs(shape.operands().values())
+    a, b, state = arguments(linear_scan, shape, "forward")
     baseline = jax.jit(baselines.SCANS[name], static_argnames="reverse")
     for initial in (None, state):
         expected = linear_scan(a, b, initial_state=initial, reverse=reverse)
@@ -40,7 +41,7 @@ def test_baselines_compute_what_the_op_computes(name, constant, reverse):
 
 @pytest.mark.parametrize("name", baselines.SCANS)
 def test_baselines_refuse_segments(name):
-    a, b, _ = cases.inputs(TINY.operands().values())
+    a, b, _ = arguments(linear_scan, TINY, "forward")
     with pytest.raises(NotImplementedError, match="no segments"):
         baselines.SCANS[name](a, b, segment_ids=jnp.ones((2, 6), jnp.int32))
 
