@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +9,12 @@ from pallas_kernels.common import compat
 from pallas_kernels.common.backend import Backend
 from pallas_kernels.linear_scan.tile import Config
 
-_dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+
+def _dot(x: jax.Array, projection: jax.Array) -> jax.Array:
+    """`x projection` over rows and tokens as one axis: a CPU then differentiates without a copy of
+    `x`, transposed, for each product."""
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), projection, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def between_products(scan: Backend) -> Backend:
