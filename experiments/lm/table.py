@@ -7,7 +7,8 @@
 Every causal mixer gets four blocks of mixer and MLP, as wide as makes about a million parameters
 (the width is chosen so that the MLP is about twice as wide; the MLP's width then takes up the
 rest), and the same batches. The budget is small on purpose: the table says what a mixer learns
-first, not what it can learn. Mixers without a causal mode are left out, and said to be.
+first, not what it can learn. JRT reads the first half of each row whole and predicts the second:
+its bits per byte are of that half. Mixers without a causal mode are left out, and said to be.
 
 The table goes to --results-dir as mixers.json and mixers.png after every row; rows that are there
 are kept, and a killed row goes on from its checkpoint. Tokens per second are the median over the
@@ -33,7 +34,7 @@ from experiments import terminal
 from experiments.command_line import run_command
 from experiments.errors import UsageError
 from experiments.lm import presets
-from experiments.lm.presets import ExperimentConfig, ModelSize
+from experiments.lm.presets import ExperimentConfig, ModelSize, Objective
 from experiments.lm.run import TextData, load_data, make_task
 from experiments.lm.train import train_and_evaluate
 from experiments.run import Locations, absolute, check_record, read_object
@@ -51,6 +52,8 @@ PARAMETERS = 1_000_000
 LAYERS = 4
 CONTEXTS = (256, 65_536)
 """Tokens at which the states are measured."""
+OBJECTIVES: dict[str, Objective] = {"jrt": "prefix"}
+"""Of mixers that do not predict every byte."""
 
 # What a table that is there must have to be read.
 TABLE: dict[str, Any] = {
@@ -111,7 +114,7 @@ def size_of(mixer: str) -> ModelSize:
 
     def count(width: int, mlp: int) -> int:
         size = ModelSize(LAYERS, width, mlp, head=width // 4)
-        return presets.parameters(presets.language_model(mixer, size))
+        return presets.parameters(presets.language_model(mixer, size, objective_of(mixer)))
 
     # Nearly all parameters are in matrices; what is left is for the MLP's width to even out.
     probe = 128
@@ -122,18 +125,26 @@ def size_of(mixer: str) -> ModelSize:
     return ModelSize(layers=LAYERS, width=width, mlp=mlp, head=width // 4)
 
 
+def objective_of(mixer: str) -> Objective:
+    """What a mixer is trained for."""
+    return OBJECTIVES.get(mixer, "next")
+
+
 def config_of(mixer: str, arguments: Arguments) -> ExperimentConfig:
     """The experiment of one row; raises as ``size_of``."""
-    size = size_of(mixer)
+    size, objective = size_of(mixer), objective_of(mixer)
+    if objective == "prefix":  # half of a row
+        size = dataclasses.replace(size, length=arguments.length)
     return ExperimentConfig(
         mixer=mixer,
         preset="table",
+        objective=objective,
         data=presets.DataConfig(length=arguments.length, validation=arguments.validation),
         carry_state=False,
-        model=presets.language_model(mixer, size),
+        model=presets.language_model(mixer, size, objective),
         train=dataclasses.replace(
             presets.TRAIN,
-            group_learning_rates=presets.group_rates(mixer, size),
+            group_learning_rates=presets.group_rates(mixer, size, objective),
             learning_rate=arguments.learning_rate,
             steps=arguments.steps,
             warmup_steps=arguments.steps // 10,
@@ -223,6 +234,7 @@ def train_rows(arguments: Arguments, table: dict[str, Any], data: TextData, path
                 raise
             table["left_out"][mixer] = str(error).split(";", 1)[0]
             continue
+        table["left_out"].pop(mixer, None)
         print(f"{mixer}: {config.model.backbone.width} wide", file=sys.stderr)
         table["rows"][mixer] = make_row(config, data, arguments, locations)
         write(table, path)
@@ -332,7 +344,7 @@ def run(arguments: Arguments) -> None:
         if arguments.data is None:
             raise UsageError("--data is needed, e.g. --data book.txt; or --print-only")
         for mixer in arguments.mixers:
-            presets.mixer_config(mixer, presets.SIZES["cpu"])
+            presets.mixer_config(mixer, presets.SIZES["cpu"], objective_of(mixer))
         config = presets.DataConfig(length=arguments.length, validation=arguments.validation)
         data = load_data(config, arguments.data)
         digest = hashlib.sha256(arguments.data.expanduser().read_bytes()).hexdigest()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from seqmodels.layers.grouped import grouped_dot
 from seqmodels.layers.projections import dense, uniform_fan_in
 from seqmodels.ranges import Checked, Positive, Size
 
@@ -92,7 +93,7 @@ class Experts(nn.Module):
 
     Shares are ``softmax(W_r x)`` in float32 (Shazeer et al., "Outrageously Large Neural Networks",
     2017) unless the config says otherwise. Tokens are sorted by expert and multiplied group by
-    group (`jax.lax.ragged_dot`). Kinds that are not gated have no ``W_gate``.
+    group (``grouped_dot``). Kinds that are not gated have no ``W_gate``.
 
     Sows ``("losses", "load_balance")``: ``E sum_e f_e p_e`` with the tokens that chose e, a token's
     k choices counted apart, and e's mean share (Fedus et al., "Switch Transformers", 2021, eq. 4);
@@ -213,10 +214,10 @@ def routed(
     rows = x[order // chosen.shape[1]]
 
     def project(name: str) -> Array:
-        return jax.lax.ragged_dot(rows, kernels[name], sizes)
+        return grouped_dot(rows, kernels[name], sizes)
 
     hidden = activated(project, "w_gate", "w_in", kind)
-    out = jax.lax.ragged_dot(hidden, kernels["w_out"], sizes)
+    out = grouped_dot(hidden, kernels["w_out"], sizes)
     apart = out[jnp.argsort(order)].reshape(*chosen.shape, -1)
     return jnp.sum(apart * weights[..., None], axis=1)
 

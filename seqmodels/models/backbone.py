@@ -336,7 +336,7 @@ class Period(nn.Module):
     ) -> tuple[Array, tuple[State, ...]]:
         after = []
         for layer in range(self.config.period):
-            block = make_block(self.config, layer, self.deterministic, self.dtype)
+            block = make_block(self.config, layer, self.deterministic, self.dtype, scanned=True)
             x, state, _ = block(x, segments, states[layer])
             after.append(state)
         return x, tuple(after)
@@ -413,8 +413,13 @@ class Backbone(nn.Module):
         return tuple(start(self.config.mixer(layer)) for layer in range(len(self.config.layout)))
 
 
-def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: Any) -> nn.Module:
-    """Block ``layer`` under the config's remat policy."""
+def make_block(
+    config: BackboneConfig, layer: int, deterministic: bool, dtype: Any, *, scanned: bool = False
+) -> nn.Module:
+    """Block ``layer`` under the config's remat policy.
+
+    Outside of a loop XLA would see that what is computed again was there before, and keep it.
+    """
     policies = {
         "dots": jax.checkpoint_policies.dots_saveable,
         "full": None,
@@ -427,7 +432,7 @@ def make_block(config: BackboneConfig, layer: int, deterministic: bool, dtype: A
     }
     kind: Any = Block
     if config.remat != "none":
-        kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
+        kind = nn.remat(Block, policy=policies[config.remat], prevent_cse=not scanned)
     mixer, second, shares = config.mixer(layer), config.second(layer), layer in config.sources
     return kind(config, mixer, second, deterministic, dtype, shares, name=f"block_{layer}")
 

@@ -12,8 +12,8 @@ from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import REGISTRY
 from tests.tiers import one_of_many
 
-BIDIRECTIONAL = {"bidirectional", "hydra", "jrt", "orchid"}
-CAUSAL = [name for name in REGISTRY if name not in BIDIRECTIONAL]
+BIDIRECTIONAL = {"bidirectional", "hydra", "orchid"}
+CAUSAL = [name for name in REGISTRY if name not in BIDIRECTIONAL | {"jrt"}]
 LETTERS = "the quick brown fox jumps over the lazy dog. " * 60
 
 
@@ -23,10 +23,12 @@ def _one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: first)
 
 
-@pytest.mark.parametrize("mixer", one_of_many(CAUSAL, ["mamba", "gated_deltanet", "scout"]))
+@pytest.mark.parametrize(
+    "mixer", one_of_many([*CAUSAL, "jrt"], ["mamba", "gated_deltanet", "scout"])
+)
 def test_every_causal_mixer_has_the_same_number_of_parameters(mixer):
     size = table.size_of(mixer)
-    count = presets.parameters(presets.language_model(mixer, size))
+    count = presets.parameters(presets.language_model(mixer, size, table.objective_of(mixer)))
     assert abs(count / table.PARAMETERS - 1) < 0.03
     assert 1 < size.mlp / size.width < 3
 
@@ -38,9 +40,15 @@ def test_every_mixer_is_a_causal_preset_or_is_refused(preset):
         assert from_dict(ExperimentConfig, to_dict(config)) == config
         assert all(part.causal for part in config.model.backbone.mixers)
         assert (config.train.seed, config.train.select) == (3, "loss")
-    for mixer in BIDIRECTIONAL:
+    for mixer in BIDIRECTIONAL | {"jrt"}:
         with pytest.raises(UsageError, match=f"mixer='{mixer}' sees the tokens that"):
             experiment(mixer, preset)
+
+
+def test_jrt_predicts_the_second_half_of_a_row():
+    config = table.config_of("jrt", table.Arguments(length=64))
+    (mixer,) = config.model.backbone.mixers
+    assert (config.objective, mixer.prefix) == ("prefix", 32)
 
 
 def test_state_bytes_of_states_and_of_caches():

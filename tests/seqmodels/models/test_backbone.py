@@ -134,6 +134,18 @@ def test_tiles_of_an_mlp_change_no_gradient(scan_layers):
     testing.assert_close(gradient(2), gradient(None), tolerances.FLOAT32_MIXER_GRADIENTS)
 
 
+@pytest.mark.parametrize(
+    ("layout", "merged"), [(("s5", "s4d") * 2, False), (("s5", "s4d", "s4d"), True)]
+)
+def test_what_is_computed_again_outside_of_a_loop_is_not_merged_with_what_was(layout, merged):
+    """Layouts that repeat nothing are unrolled, whatever ``scan_layers`` says."""
+    config = dataclasses.replace(CONFIG, layout=layout, scan_layers=True, remat="full")
+    params = init(config)
+    program = str(jax.make_jaxpr(Backbone(config).apply)(params, X))
+    assert f"prevent_cse={merged}" in program
+    assert f"prevent_cse={not merged}" not in program
+
+
 @pytest.mark.full
 def test_the_residual_stream_waits_in_the_hosts_memory():
     needs_compiler("v5e")
