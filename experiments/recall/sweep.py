@@ -47,7 +47,7 @@ class Arguments(Checked):
     """Arguments of the command line."""
 
     grid: Literal["committed"] | None = None
-    """"committed": the grid that is meant for experiments/results/recall, some 100 runs, instead of
+    """"committed": the grid that is meant for experiments/results/recall, some 120 runs, instead of
     --tasks, --mixers and --sizes."""
     tasks: tuple[str, ...] = ("mqar",)
     """Names of tasks, see `seqmodels recall train`."""
