@@ -418,7 +418,8 @@ def make_block(
 ) -> nn.Module:
     """Block ``layer`` under the config's remat policy.
 
-    Outside of a loop XLA would see that what is computed again was there before, and keep it.
+    Outside of a loop XLA would see that what is computed again was there before, and keep it; on
+    CPUs it does so all the same.
     """
     policies = {
         "dots": jax.checkpoint_policies.dots_saveable,
