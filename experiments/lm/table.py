@@ -18,6 +18,7 @@ training; --speed replaces them by a training step of every mixer that has a row
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -208,6 +209,8 @@ def make_row(
         for record in read_jsonl(run_dir / "metrics.jsonl")
         if record["kind"] == "train"
     ]
+    if result["bits_per_byte"] is None:  # each byte that is predicted is a token
+        result["bits_per_byte"] = result["validation_loss"] / math.log(2)
     kept = ("bits_per_byte", "validation_loss", "validation_accuracy", "parameters", "tokens",
             "wall_seconds", "compile_seconds", "environment", "config", "curve")  # fmt: skip
     return {

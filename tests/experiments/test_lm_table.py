@@ -71,7 +71,9 @@ def made(tmp_path_factory):
         patch.setattr(jax, "devices", lambda: first)
         patch.setattr(table, "PARAMETERS", 40_000)
         patch.setattr(table, "LAYERS", 1)
-        patch.setattr(table, "REGISTRY", {name: REGISTRY[name] for name in ("s5", *BIDIRECTIONAL)})
+        patch.setattr(
+            table, "REGISTRY", {name: REGISTRY[name] for name in ("s5", "jrt", *BIDIRECTIONAL)}
+        )
         assert table.main([*command(folder), "--mixers", "sliding_window"]) == 0
         first_row = read(folder)["rows"]["sliding_window"]
         assert table.main(command(folder)) == 0
@@ -95,7 +97,7 @@ def read(folder):
 @pytest.mark.full
 def test_rows_are_kept_and_added(made):
     result = read(made)
-    assert set(result["rows"]) == {"s5", "sliding_window"}
+    assert set(result["rows"]) == {"s5", "jrt", "sliding_window"}
     assert result["left_out"].keys() == BIDIRECTIONAL
     for row in result["rows"].values():
         assert row["bits_per_byte"] > 0
