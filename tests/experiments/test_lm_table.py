@@ -69,7 +69,7 @@ def made(tmp_path_factory):
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: first)
-        patch.setattr(table, "PARAMETERS", 40_000)
+        patch.setattr(table, "PARAMETERS", 60_000)
         patch.setattr(table, "LAYERS", 1)
         patch.setattr(
             table, "REGISTRY", {name: REGISTRY[name] for name in ("s5", "jrt", *BIDIRECTIONAL)}
@@ -102,7 +102,7 @@ def test_rows_are_kept_and_added(made):
     for row in result["rows"].values():
         assert row["bits_per_byte"] > 0
         assert row["tokens"] == result["settings"]["tokens"] == 3 * 2 * 16
-        assert abs(row["parameters"] / 40_000 - 1) < 0.03
+        assert abs(row["parameters"] / 60_000 - 1) < 0.03
         assert row["tokens_per_second"] > 0
         assert {"commit", "versions", "device", "cpu"} <= row["environment"].keys()
     assert len(result["settings"]["data_sha256"]) == 64
@@ -129,7 +129,7 @@ def test_the_table_says_how_small_its_budget_is_and_what_is_left_out(made, capsy
     ],
 )
 def test_a_wrong_command_line_is_refused(made, more, message, capsys, monkeypatch):
-    monkeypatch.setattr(table, "PARAMETERS", 40_000)
+    monkeypatch.setattr(table, "PARAMETERS", 60_000)
     monkeypatch.setattr(table, "LAYERS", 1)
     assert table.main([*command(made), *more]) == 2
     assert message in capsys.readouterr().err
