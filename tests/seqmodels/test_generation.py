@@ -87,6 +87,19 @@ def test_the_stream_after_decoding_has_seen_the_new_tokens():
     np.testing.assert_allclose(stream.logits, again.logits, **tolerances.EACH_FLOAT32_OUTPUT)
 
 
+def test_many_suffixes_go_on_from_one_prefix_that_was_read_once():
+    """All at once, as rows; and one after the other, from a copy in the host's memory."""
+    model, variables = model_and_variables()
+    prefix, suffixes = np.array([[3, 1, 4]]), np.array([[1, 5], [9, 2], [6, 5]])
+    expected = whole_logits()(np.concatenate([np.repeat(prefix, 3, axis=0), suffixes], axis=1))
+    snapshot = jax.device_get(feed(model, variables, start(model, 1), prefix))
+    rows = jax.tree.map(lambda part: jnp.repeat(part, 3, axis=0), snapshot)
+    together = feed(model, variables, rows, suffixes).logits
+    apart = [feed(model, variables, snapshot, suffix[None]).logits[0] for suffix in suffixes]
+    for found in (together, np.stack(apart)):
+        np.testing.assert_allclose(found, expected[:, -1], **tolerances.EACH_FLOAT32_OUTPUT)
+
+
 def draws(logits, sampling, count=400):
     keys = jax.random.split(jax.random.key(0), count)
     rows = jnp.asarray(logits, jnp.float32)[None]
