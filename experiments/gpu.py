@@ -47,10 +47,10 @@ RESULTS, RUNS = places.output("gpu"), Path("runs/gpu")
 BOTH = "forward+backward"
 COMPARED = "compared with the reference in float64"
 TOKENS = 200
-"""Of a checked row: several chunks, and the last one not full. The reference keeps every state."""
+"""Length of a checked row: several chunks, the last not full. The reference keeps every state."""
 
 SECONDS = {"check": 300, "peers": 120, **{f"bench-{name}": 60 for name in TABULATED}, "train": 180}
-"""At most, of each part."""
+"""Limit of time for each part."""
 if TYPE_CHECKING:
     Name = str
 else:
@@ -129,16 +129,12 @@ def gpu(arguments: Arguments) -> None:
 
 def _child(arguments: Arguments, name: Name, seconds: float) -> str | None:
     """Runs a part in a process of its own; what went wrong."""
-    options = [
-        f"--{field}={getattr(arguments, field)}" for field in ("train_minutes", "repetitions")
-    ]
-    command = [sys.executable, "-m", PROG, "--here", "--only", name, *options]
-    command += [f"--output={arguments.output}", *["--dry-run"] * arguments.dry_run]
+    command = [sys.executable, "-m", PROG, "--here", "--only", name]
+    command += ["--output", str(arguments.folder), "--repetitions", str(arguments.repetitions)]
+    command += ["--train-minutes", str(arguments.train_minutes)]
+    command += ["--dry-run"] * arguments.dry_run
     # PyTorch is beside JAX in one process: neither may take all of the memory.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms and "cpu" not in platforms:
-        environment["JAX_PLATFORMS"] = f"{platforms},cpu"  # where the reference runs
     try:
         done = subprocess.run(command, env=environment, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -148,11 +144,11 @@ def _child(arguments: Arguments, name: Name, seconds: float) -> str | None:
 
 def _finish(arguments: Arguments, name: Name, path: Path) -> None:
     """Runs a part; its file is named as finished when it is."""
-    partial = path.with_suffix(".partial.json")
-    part = Part(name, arguments.repetitions, arguments.dry_run, partial)
     if name == "train":
         _train(arguments, path)
         return
+    partial = path.with_suffix(".partial.json")
+    part = Part(name, arguments.repetitions, arguments.dry_run, partial)
     console = terminal.console()
     found = run(part, ROWS[name](part), console, peers.PACKAGES)
     if name == "check":
@@ -161,12 +157,11 @@ def _finish(arguments: Arguments, name: Name, path: Path) -> None:
             terminal.say(f"{row.case}: {errors or row.figures.get('reason')}")
     else:
         console.print(table(found))
-    partial.replace(path)
     failed = [row.case for row in found if row.kind == FAILED]
     missed = [row.case for row in found if not all(row.to_json()["met"].values())]
     if failed or missed:
-        path.replace(partial)
         raise ValueError(f"failed: {', '.join([*failed, *missed])}")
+    partial.replace(path)
 
 
 def checks(part: Part) -> Iterator[Result]:
@@ -204,17 +199,16 @@ def checked(op: Callable[..., Any], name: str, shape: Shape) -> Result:
 
 
 def reference(op: Callable[..., Any], shape: Shape, args: Sequence[Any]) -> Any:
-    """Outputs and gradients of the sequential reference in double precision, on the CPU."""
+    """Outputs and gradients of the sequential reference in double precision."""
 
     def sequential(**given: Any) -> Any:
         return op(**given, implementation="reference")
 
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in args]
-        args = jax.device_get(list(args))
-        wide = [testing.doubled(x) if w else x for w, x in zip(inexact, args, strict=True)]
-        fn = jax.jit(program(sequential, shape, BOTH)[0], compiler_options=testing.QUICK)
-        return jax.device_get(fn(*wide))
+    device, options = testing.oracle_device()
+    with jax.enable_x64(True), jax.default_device(device):
+        given = jax.device_get(list(args))
+        wide = [testing.doubled(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in given]
+        return jax.device_get(jax.jit(program(sequential, shape, BOTH)[0], **options)(*wide))
 
 
 def benchmark(part: Part) -> Iterator[Result]:

@@ -9,6 +9,7 @@ seqmodels kernels bench --only tpu    static estimates for absent TPUs
 import dataclasses
 import importlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -110,6 +111,7 @@ def run(
     machine["versions"] |= {name: installed(name) for name in packages}
     settings = {name: value for name, value in vars(config).items() if name != "traceback"}
     settings["output"] = None
+    machine["command"] = re.sub(r" --output[ =]\S+", "", machine["command"])
     config.path.parent.mkdir(parents=True, exist_ok=True)  # a bad path fails before the work
     with console.status("measuring"):
         for row in rows:

@@ -48,24 +48,33 @@ def _draw(
     rng: np.random.Generator, name: str, struct: Struct, document: int, norm: bool
 ) -> np.ndarray:
     shape = struct.shape
-    rates = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), shape))
-    normal = rng.standard_normal(shape)
-    whole = jnp.issubdtype(struct.dtype, jnp.complexfloating)
-    phases = rng.uniform(-np.pi, np.pi, shape) if whole else 0.0
+
+    def turned(modulus: np.ndarray) -> np.ndarray:
+        """With any phase, where the numbers are complex."""
+        if not jnp.issubdtype(struct.dtype, jnp.complexfloating):
+            return modulus
+        return modulus + 1j * rng.uniform(-np.pi, np.pi, shape)
+
+    def rates() -> np.ndarray:
+        return np.exp(rng.uniform(np.log(1e-3), np.log(0.1), shape))
+
     if name == "segment_ids":
         return np.broadcast_to(np.arange(shape[1]) // document + 1, shape)
     if name == "a":
-        return np.exp(-rates + (1j * phases if whole else 0.0))
+        return np.exp(turned(-rates()))
     if name in ("log_a", "log_decay"):
-        return -rates + (1j * phases if whole else 0.0)
+        return turned(-rates())
     if name == "dt":
-        return rates
+        return rates()
     if name == "A":
         return -np.arange(1, shape[1] + 1) * np.ones(shape)
+    normal = rng.standard_normal(shape)
     if name == "beta":
         return 1 / (1 + np.exp(-normal))
     if name == "k" and norm:
         return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
     if name in ("kernel", "kernel_reverse"):
         return normal * np.exp(-np.arange(shape[1]) / 200.0)
-    return normal + (1j * rng.standard_normal(shape) if whole else 0.0)
+    if jnp.issubdtype(struct.dtype, jnp.complexfloating):
+        return normal + 1j * rng.standard_normal(shape)
+    return normal

@@ -54,7 +54,7 @@ LAYERS = 4
 CONTEXTS = (256, 65_536)
 """Tokens at which the states are measured."""
 OBJECTIVES: dict[str, Objective] = {"jrt": "prefix"}
-"""Of mixers that do not predict every byte."""
+"""What mixers that do not predict every byte are trained for."""
 
 # What a table that is there must have to be read.
 TABLE: dict[str, Any] = {

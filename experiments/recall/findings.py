@@ -96,19 +96,28 @@ def small_states_saturate(results: Results) -> tuple[Verdict, str]:
     return _verdict(statistics.median(gains) >= GAP), "; ".join(evidence)
 
 
+def _gains(
+    results: Results, tasks: Sequence[str], mixer: str, other: str, multiple: int = 1
+) -> tuple[list[float], str]:
+    """By how much a mixer is ahead of another on each task, at each size that both have."""
+    gains, evidence = [], []
+    for task in tasks:
+        sizes = {r["size"]: r for r in select(results, task, (other,))}
+        for result in select(results, task, (mixer,)):
+            rival = sizes.get(result["size"])
+            if rival is not None:
+                gains.append(accuracy(result, multiple) - accuracy(rival, multiple))
+                pair = f"{named(result, multiple)} against {named(rival, multiple)}"
+                evidence.append(f"{pair} on {task}")
+    return gains, "; ".join(evidence)
+
+
 def delta_beats_decay(results: Results) -> tuple[Verdict, str]:
     """At each size, of a pair with equal matrices, decays and convolutions (GLA has none)."""
-    sizes = {r["size"]: r for r in select(results, "mqar", ("mamba2",))}
-    differences, evidence = [], []
-    for result in select(results, "mqar", ("gated_deltanet",)):
-        other = sizes.get(result["size"])
-        if other is not None:
-            differences.append(accuracy(result) - accuracy(other))
-            evidence.append(f"{named(result)} against {named(other)}")
-    if not differences:
+    gains, evidence = _gains(results, ("mqar",), "gated_deltanet", "mamba2")
+    if not gains:
         return "not run", "needs mqar with gated_deltanet and mamba2 of one size"
-    seen = statistics.mean(differences) >= GAP and min(differences) > -GAP
-    return _verdict(seen), "; ".join(evidence)
+    return _verdict(statistics.mean(gains) >= GAP and min(gains) > -GAP), evidence
 
 
 def diagonal_fails(results: Results) -> tuple[Verdict, str]:
@@ -185,22 +194,6 @@ def reading_twice_helps(results: Results) -> tuple[Verdict, str]:
     return _verdict(statistics.median(gains) >= GAP), "; ".join(evidence)
 
 
-def _gains(
-    results: Results, tasks: Sequence[str], mixer: str, other: str, multiple: int = 1
-) -> tuple[list[float], str]:
-    """By how much a mixer is ahead of another on each task, at each size that both have."""
-    gains, evidence = [], []
-    for task in tasks:
-        sizes = {r["size"]: r for r in select(results, task, (other,))}
-        for result in select(results, task, (mixer,)):
-            rival = sizes.get(result["size"])
-            if rival is not None:
-                gains.append(accuracy(result, multiple) - accuracy(rival, multiple))
-                pair = f"{named(result, multiple)} against {named(rival, multiple)}"
-                evidence.append(f"{pair} on {task}")
-    return gains, "; ".join(evidence)
-
-
 def prefix_helps(results: Results) -> tuple[Verdict, str]:
     """JRT against Based, which is its decoder alone."""
     gains, evidence = _gains(results, ("disjointness-long-first", "mqar"), "jrt", "based")
@@ -214,8 +207,7 @@ def memories_help(results: Results) -> tuple[Verdict, str]:
     gains, evidence = _gains(results, ("mqar",), "mom", "gated_deltanet")
     if not gains:
         return "not run", "needs mqar with mom and gated_deltanet of one size"
-    seen = statistics.mean(gains) >= GAP and min(gains) > -GAP
-    return _verdict(seen), evidence
+    return _verdict(statistics.mean(gains) >= GAP and min(gains) > -GAP), evidence
 
 
 def rotation_tracks_parity(results: Results) -> tuple[Verdict, str]:

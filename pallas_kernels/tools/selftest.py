@@ -83,10 +83,7 @@ def _cotangents(name: str, args: Any) -> Any:
 
 
 def _expected(name: str, args: Any, cotangents: Any) -> Any:
-    try:
-        device, options = jax.devices("cpu")[0], {"compiler_options": testing.QUICK}
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        device, options = jax.devices()[0], {}
+    device, options = testing.oracle_device()
     with jax.enable_x64(True), jax.default_device(device):
         oracle = _program(name, "reference", **options)
         return jax.device_get(oracle(testing.doubled(args), testing.doubled(cotangents)))

@@ -130,6 +130,14 @@ def _run(op: Any, static: Any, args: Any, data: Any, cotangents: Any) -> dict[st
     return {"outputs": outputs, "gradients": pullback(cotangents)[0]}
 
 
+def oracle_device() -> tuple[jax.Device, dict[str, Any]]:
+    """Where a reference in float64 runs, the CPU if JAX has it, and options of `jax.jit` there."""
+    try:
+        return jax.devices("cpu")[0], {"compiler_options": QUICK}
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return jax.devices()[0], {}
+
+
 def doubled(tree: Any) -> Any:
     """The arrays in double precision; inside `jax.enable_x64`."""
 

@@ -1,6 +1,6 @@
 """Language models at their published sizes."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -35,10 +35,10 @@ def mamba_language_model(
     float32_residual: bool = True,
 ) -> LanguageModelConfig:
     """Mamba, Mamba-2, Falcon Mamba: norm, mixer, residual; no MLP."""
-    backbone = BackboneConfig(
-        layout=(mixer.mixer,) * layers,
-        mixers=(mixer,),
-        width=width,
+    backbone = _one_mixer(
+        width,
+        layers,
+        mixer,
         norm="rms",
         norm_epsilon=norm_epsilon,
         float32_residual=float32_residual,
@@ -159,10 +159,10 @@ def m2_bert(
 
     Train it by ``seqmodels.training.masked``.
     """
-    backbone = BackboneConfig(
-        layout=(mixer.mixer,) * layers,
-        mixers=(mixer,),
-        width=width,
+    backbone = _one_mixer(
+        width,
+        layers,
+        mixer,
         norm="layer",
         norm_epsilon=1e-12,
         prenorm=False,
@@ -177,10 +177,10 @@ def hyena_language_model(
     width: int, layers: int, mixer: HyenaConfig, vocabulary_size: int
 ) -> LanguageModelConfig:
     """Hyena: norm, operator, residual, then an MLP twice as wide; no positions."""
-    backbone = BackboneConfig(
-        layout=(mixer.mixer,) * layers,
-        mixers=(mixer,),
-        width=width,
+    backbone = _one_mixer(
+        width,
+        layers,
+        mixer,
         norm="layer",
         float32_residual=True,
         final_norm=True,
@@ -188,6 +188,11 @@ def hyena_language_model(
         mlp_bias=True,
     )
     return LanguageModelConfig(backbone, vocabulary_size)
+
+
+def _one_mixer(width: int, layers: int, mixer: MixerConfig, **fields: Any) -> BackboneConfig:
+    """Blocks that all hold the same mixer; ``fields`` are the backbone's others."""
+    return BackboneConfig(layout=(mixer.mixer,) * layers, mixers=(mixer,), width=width, **fields)
 
 
 def gemma_embedding_scale(width: int) -> float:
