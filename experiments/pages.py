@@ -218,7 +218,8 @@ def language_models() -> str:
     for name, row in lm.ranked(read("lm/mixers.json")):
         speed = row.get("tokens_per_second", row["tokens_per_second_in_training"])
         counts = row["parameters"], speed, *(row["state_bytes"][str(n)] for n in lm.CONTEXTS)
-        rows.append([f"`{name}`", f"{row['bits_per_byte']:.3f}", *(f"{n:,.0f}" for n in counts)])
+        label = f"`{name}`{lm.COUNTED[lm.objective_of(name)]}"
+        rows.append([label, f"{row['bits_per_byte']:.3f}", *(f"{n:,.0f}" for n in counts)])
     states = [f"state bytes at {length:,}" for length in lm.CONTEXTS]
     return markdown(["mixer", "bits per byte", "parameters", "tokens/s", *states], rows, numbers=5)
 

@@ -6,19 +6,21 @@ their length, see ``seqmodels.parallel.shards``; this is the one place where mix
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float, Inexact, Int, Shaped
+from jaxtyping import Array, Bool, Complex, Float, Inexact, Int, Shaped
 
 import pallas_kernels as kernels
 from pallas_kernels.checkpoint_attention import Cache
 from pallas_kernels.common.dispatch import Implementation
 from seqmodels.layers import circular
 from seqmodels.layers.attention import SPLASH_FROM, attend
-from seqmodels.parallel import shards, summaries
+from seqmodels.parallel import mapping, shards, summaries
+from seqmodels.parallel.mesh import shards_of
 from seqmodels.segments import Segments, index_of, mask_padding
 
 _CHANNELS = (2, 1)
@@ -46,7 +48,7 @@ def linear_scan(
         {"b": b} if constant else {"a": a, "b": b},
         initial_state,
         segments,
-        channels=shards.elements(
+        channels=mapping.elements(
             b.shape[2], {"a": a.ndim - 1, "b": 2, "initial_state": 1}, _CHANNELS
         ),
         reverse=reverse,
@@ -83,7 +85,7 @@ def selective_scan(
         {"x": x, "dt": dt, "B": B, "C": C, "gate": gate},
         initial_state,
         segments,
-        channels=shards.elements(
+        channels=mapping.elements(
             x.shape[2],
             dict.fromkeys(("A", "D", "dt_bias"), 0)
             | dict.fromkeys(("x", "dt", "gate"), 2)
@@ -114,7 +116,7 @@ def diagonal_ssm(
         {"u": u},
         initial_state,
         segments,
-        channels=shards.elements(
+        channels=mapping.elements(
             u.shape[2], {"u": 2, "log_a": 0, "c": 0, "initial_state": 1}, _CHANNELS
         ),
         reverse=reverse,
@@ -132,9 +134,19 @@ def flip(x: Shaped[Array, "b l *d"], segments: Segments | None) -> Shaped[Array,
     return shards.channels(turned, {}, channels, index).reshape(x.shape)
 
 
+def each_shard(function: Callable[..., Any], **tokens: Any) -> Any:
+    """``function(**tokens)``; where a mesh splits the length, of each shard's tokens alone.
+
+    Args:
+      function: takes arrays by name, or None, and returns one or several, all of whose axes 0 and 1
+        are rows and tokens, or multiples of them.
+    """
+    return mapping.each_shard(function, tokens)
+
+
 def require_whole_rows(what: str, length: int) -> None:
     """Raises ValueError where the current mesh splits rows of so many tokens."""
-    shards.require_whole_rows(what, length)
+    mapping.require_whole_rows(what, length)
 
 
 def long_conv(
@@ -190,9 +202,15 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Float[Array, "b v d"] | None = None,
     segments: Segments | None = None,
+    counted: Bool[Array, "b l"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b v d"]]:
-    """The short depthwise convolution: outputs and the window after the last real token."""
+    """The short depthwise convolution: outputs and the window after the last real token.
+
+    Tokens that are not ``counted`` are in no window; they stand behind those of their document that
+    are, or where a mesh splits the length, behind those of their shard. What comes out for them is
+    unspecified.
+    """
     return shards.convolution(
         functools.partial(
             kernels.causal_conv1d, activation=activation, implementation=implementation
@@ -201,6 +219,7 @@ def causal_conv1d(
         x,
         initial_state,
         segments,
+        counted,
         width=weight.shape[0] - 1,
     )
 
@@ -236,7 +255,7 @@ def linear_attention(
 
     if reverse:
         op, read = shards.backwards(op), shards.backwards(read)
-    q, k = shards.shared_heads(q, k)
+    q, k = mapping.shared_heads(q, k)
     return shards.recurrence(
         "linear_attention",
         op,
@@ -266,7 +285,7 @@ def delta_rule(
     ``o_t = scale S_t^T q_t``: outputs and the last S."""
     op = functools.partial(kernels.delta_rule, scale=scale, implementation=implementation)
     summary = functools.partial(summaries.delta_rule, implementation=implementation)
-    q, k = shards.shared_heads(q, k)
+    q, k = mapping.shared_heads(q, k)
     return shards.recurrence(
         "delta_rule",
         op,
@@ -280,10 +299,10 @@ def delta_rule(
     )
 
 
-def _heads(op: str, v: Array, more: dict[str, int]) -> shards.Channels:
+def _heads(op: str, v: Array, more: dict[str, int]) -> mapping.Channels:
     """The heads of an op with a matrix state, of values ``v``."""
     axes = {"q": 2, "k": 2, "v": 2, "initial_state": 1} | more
-    return shards.heads(op, v.shape[2], axes, _CHANNELS)
+    return mapping.heads(op, v.shape[2], axes, _CHANNELS)
 
 
 def checkpoint_attention(
@@ -376,9 +395,9 @@ def bidirectional_mimo_scan(
     """
     if segments is not None and segments.single:
         u, segments = mask_padding(u, segments), None
-    if shards.shards_of(u.shape[1]) > 1 or shards.splits_channels():
+    if shards_of(u.shape[1]) > 1 or mapping.splits_channels():
         return _two_scans(u, decay, input_projection, output_projection, segments)
-    return shards.over_rows(
+    return mapping.over_rows(
         functools.partial(kernels.bidirectional_mimo_scan, implementation=implementation),
         {
             "decay": decay,
@@ -414,8 +433,8 @@ def s4_kernel(
     implementation: Implementation = None,
 ) -> Float[Array, "r h l"]:
     """The filter of S4: of parameters alone, there are no rows to split."""
-    return shards.over_channels(
+    return mapping.over_channels(
         functools.partial(kernels.s4_kernel, length=length, implementation=implementation),
         {"dt": dt, "eigenvalues": eigenvalues, "p": p, "b": b, "c": c},
-        shards.elements(dt.shape[0], {"dt": 0, "eigenvalues": 0, "p": 0, "b": 0, "c": 1}, 1),
+        mapping.elements(dt.shape[0], {"dt": 0, "eigenvalues": 0, "p": 0, "b": 0, "c": 1}, 1),
     )

@@ -347,7 +347,12 @@ def parameters(config: LanguageModelConfig) -> int:
 
 
 def state_bytes(config: LanguageModelConfig, length: int) -> int:
-    """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16."""
-    stack = config.backbone
-    mixers = (build(mixer, stack.width, parent=None) for mixer in stack.each_mixer())
-    return sum(mixer.state_bytes(length) for mixer in mixers)
+    """Bytes of the states of one row after so many tokens, of all blocks; caches in bfloat16.
+
+    A mixer that sees both sides has no state: it counts with its input, the whole row in bfloat16.
+    """
+    width = config.backbone.width
+    mixers = [build(mixer, width, parent=None) for mixer in config.backbone.each_mixer()]
+    return sum(
+        mixer.state_bytes(length) if mixer.stateful else 2 * length * width for mixer in mixers
+    )

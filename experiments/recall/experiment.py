@@ -4,9 +4,10 @@ import dataclasses
 import typing
 from typing import Annotated, Literal
 
+import numpy as np
 from tyro.conf import Fixed
 
-from experiments.recall.mixers import VARIANTS
+from experiments.recall.mixers import BOTH_SIDES, VARIANTS
 from seqmodels.data.recall import TASKS, TaskConfig
 from seqmodels.data.recall.base import generator
 from seqmodels.mixers import JRTConfig
@@ -23,6 +24,20 @@ _FIXED = ("kind", "group", "steps", "selective", "haystack")
 def context(data: TaskConfig) -> int:
     """Tokens of a row before its questions; 0 where a task asks while it goes on."""
     return data.example(generator(0, "train", 0)).context
+
+
+def holds_answers(data: TaskConfig) -> bool:
+    """Whether rows go on with their answers: a model that sees all of a row has but to copy them.
+
+    Told by examples: of bits or group elements some are what follows by chance, at the end of an
+    answer something else follows.
+    """
+    follows: list[bool] = []
+    for number in range(8):
+        row = data.example(generator(0, "train", number))
+        counted = row.mask[:-1]
+        follows.extend(row.inputs[1:][counted] == row.targets[:-1][counted])
+    return len(follows) > 0 and bool(np.mean(follows) > 0.7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +82,8 @@ class ExperimentConfig(Checked):
         for mixer in self.model.backbone.mixers:
             if isinstance(mixer, JRTConfig):
                 self._check_prefix(mixer.prefix)
+            elif self.mixer in BOTH_SIDES:
+                self._check_answers()
             elif not mixer.causal:
                 raise ValueError(f"mixer={self.mixer!r} must be causal: set bidirectional to False")
         if self.model.vocabulary_size < self.data.vocabulary_size:
@@ -84,6 +101,13 @@ class ExperimentConfig(Checked):
             raise ValueError(
                 f"mixer={self.mixer!r}: prefix={prefix} must be at most the {given} tokens that "
                 f"task={self.task!r} has before its questions"
+            )
+
+    def _check_answers(self) -> None:
+        if holds_answers(self.data):
+            raise ValueError(
+                f"mixer={self.mixer!r} sees the answers of task={self.task!r}, whose rows go on "
+                "with them; take a causal mixer, or a task such as mqar or parity"
             )
 
     @property

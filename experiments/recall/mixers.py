@@ -18,7 +18,10 @@ _OTHERS = ("bidirectional", "hydra", "jrt", "orchid", "parallel")
 CAUSAL = tuple(name for name in REGISTRY if name not in _OTHERS)
 """One causal mixer at a time."""
 
-NAMES = (*CAUSAL, "jrt", *VARIANTS)
+BOTH_SIDES = ("hydra", "orchid")
+"""Mixers that see whole rows: for tasks whose rows do not hold the answers."""
+
+NAMES = (*CAUSAL, "jrt", *BOTH_SIDES, *VARIANTS)
 
 
 def mixer_config(name: str, size: ModelSize, state: int, context: int) -> MixerConfig:
@@ -50,7 +53,7 @@ def mixer_config(name: str, size: ModelSize, state: int, context: int) -> MixerC
         "sliding_window": {"window": state},
     }
     heads = size.head if registered in ("attention", "sliding_window", "rat", "scout") else state
-    objective: Objective = "next"
+    objective: Objective = "mlm" if registered in BOTH_SIDES else "next"
     if registered == "jrt":
         if context == 0:
             raise UsageError(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.recall.experiment import ExperimentConfig
+from experiments.recall.mixers import BOTH_SIDES
 from experiments.run import chosen_step, locate, restore
 from pallas_kernels.common import dispatch
 from seqmodels.config import from_dict
@@ -38,7 +39,7 @@ def make_task(config: ExperimentConfig) -> Task:
         # Questions alone are trained, as for everyone: nothing of the context is masked.
         last = config.model.vocabulary_size - 1
         return prefix_language(model, labels, mask_token=last, share=0.0, packed=False)
-    return language(model, labels, packed=False)
+    return language(model, labels, packed=False, causal=config.mixer not in BOTH_SIDES)
 
 
 def predictor(config: LanguageModelConfig) -> Predict:

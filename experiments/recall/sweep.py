@@ -29,7 +29,7 @@ from experiments.command_line import changed, run_command
 from experiments.errors import UsageError
 from experiments.recall.experiment import ExperimentConfig
 from experiments.recall.memory import bytes_free, bytes_needed
-from experiments.recall.mixers import CAUSAL, VARIANTS
+from experiments.recall.mixers import BOTH_SIDES, CAUSAL, VARIANTS
 from experiments.recall.presets import experiment
 from experiments.recall.train import say, train_and_test
 from experiments.run import result_path, write_result
@@ -91,6 +91,7 @@ TRACKING = (*RECURRENT, "attention", "mamba", "mamba3", "s4d", "kda", *VARIANTS)
 COMMITTED = (
     Stage(("mqar",), (*CAUSAL, "jrt"), (8, 32)),
     Stage(("selective-copy",), (*CAUSAL, "jrt"), (16,)),
+    Stage(("mqar",), BOTH_SIDES, (8,)),
     Stage(("parity", "s5-swaps"), TRACKING, (16,)),
     Stage(("a5-2steps",), ("deltanet", "deltanet-negative", "mamba"), (16,)),
     Stage(("disjointness-long-first",), (*RECURRENT, "based", "jrt"), (16,)),

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from seqmodels import ops
 from seqmodels.segments import Segments
@@ -47,6 +47,7 @@ class ShortConv(nn.Module):
         window: Float[Array, "b w d"] | None = None,
         *,
         segments: Segments | None = None,
+        counted: Bool[Array, "b l"] | None = None,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
         """Outputs, zero on padding, and the window after each row's last real token.
 
@@ -56,6 +57,7 @@ class ShortConv(nn.Module):
             it from ``RecurrentState.reset_at_document_start``, which zeroes it at a new document.
             Zeros if None; cast to ``x``'s dtype, in which the new window comes back.
           segments: documents; None: one in each row, and no padding.
+          counted: which tokens enter windows, see ``ops.causal_conv1d``; None for all.
 
         Raises:
           ValueError: ``window`` or ``segments`` of a wrong shape.
@@ -73,6 +75,7 @@ class ShortConv(nn.Module):
             activation=self.activation,
             initial_state=None if window is None else window.astype(x.dtype),
             segments=segments,
+            counted=counted,
         )
 
 

@@ -5,6 +5,7 @@ section 3.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -99,19 +100,22 @@ MOM_340M = Published(width=1024, layers=24, config=MoMConfig())
 class Routes(NamedTuple):
     """Where the tokens of each memory stand.
 
+    A row of a batch has M rows of C tokens here. Where a mesh splits the length, each shard orders
+    its own tokens, and all numbers are places in a shard.
+
     Attributes:
       weights, chosen: ``(B, L, k)``, the shares of a token's memories, 0 behind their capacity.
-      order: ``(B, M, C)``, the tokens of a memory's rows: of each document those that take it in
+      place: ``(B, L, M)``, where a token stands that takes the memory.
+      order: ``(B M, C)``, the tokens of a memory's rows: of each document those that take it in
         front, in order.
-      takes: ``(B, M, C)``, which of these do.
-      place: ``(B, L, M)``, where in ``order`` a token stands that takes the memory.
+      takes: ``(B M, C)``, which of these do.
     """
 
     weights: Float[Array, "b l k"]
     chosen: Int[Array, "b l k"]
-    order: Int[Array, "b m c"]
-    takes: Bool[Array, "b m c"]
     place: Int[Array, "b l m"]
+    order: Int[Array, "r c"]
+    takes: Bool[Array, "r c"]
 
 
 class MoM(MatrixMixer[MoMConfig]):
@@ -166,17 +170,19 @@ class MoM(MatrixMixer[MoMConfig]):
     def mix(
         self, x: Float[Array, "b l d"], segments: Segments | None, state: RecurrentState
     ) -> tuple[Float[Array, "b l d"], dict[str, Any]]:
-        ops.require_whole_rows("mom", x.shape[1])
         config, sizes = self.config, self.sizes
         entering = state.reset_at_document_start(segments)
         common = self._common()
         q = self.project(x, self.channels["q"], "q_proj")
         routes = self._route(x, segments)
         y, after = self._memories("routed", common, x, q, routes, entering, segments)
-        o, kept = collected(y, routes), {"routed": after}
+        o = ops.each_shard(
+            collected, y=y, weights=routes.weights, chosen=routes.chosen, place=routes.place
+        )
+        kept = {"routed": after}
         if config.shared:
             y, kept["shared"] = self._memories("shared", common, x, q, None, entering, segments)
-            o = o + y[:, 0]
+            o = o + y
         gate = self.project(x, self.channels["v"], "g_proj")
         return self.output_projection(split_heads(o, sizes.value), gate), kept
 
@@ -201,28 +207,21 @@ class MoM(MatrixMixer[MoMConfig]):
         sow_load_balance(self, shares, chosen, mask)
 
         takes = jnp.any(jax.nn.one_hot(chosen, config.memories, dtype=bool), axis=2)
-        takes = jnp.moveaxis(takes, 2, 1)
-        key = jnp.where(takes, 0, jnp.int32(1))
-        if segments is not None:
-            takes = takes & segments.mask[:, None]
-            document = jnp.where(segments.mask, segments.index, length + 1)
-            key = key + 2 * document[:, None]
-        order = jnp.argsort(key, axis=2, stable=True)
-        place = jnp.moveaxis(jnp.argsort(order, axis=2), 1, 2)
-        size = length
+        if mask is not None:
+            takes = takes & mask[..., None]
+        room = length
         if config.capacity is not None:
-            size = min(
-                length, math.ceil(config.capacity * config.chosen / config.memories * length)
-            )
-        order = order[:, :, :size]
+            share = config.capacity * config.chosen / config.memories
+            room = min(length, math.ceil(share * length))
+            takes = takes & (running_count(takes) <= room)
+        index = index_of(segments)
+        place, order, taken = ops.each_shard(
+            functools.partial(ordered, room=room), takes=takes, index=index
+        )
         weights = top / jnp.sum(top, axis=2, keepdims=True)
-        fits = jnp.take_along_axis(place, chosen, axis=2) < size
+        fits = jnp.take_along_axis(takes, chosen, axis=2)
         return Routes(
-            jnp.where(fits, weights, jnp.zeros_like(weights)),
-            chosen,
-            order,
-            jnp.take_along_axis(takes, order, axis=2),
-            jnp.minimum(place, size - 1),
+            jnp.where(fits, weights, jnp.zeros_like(weights)), chosen, place, order, taken
         )
 
     def _memories(
@@ -234,26 +233,24 @@ class MoM(MatrixMixer[MoMConfig]):
         routes: Routes | None,
         entering: dict[str, Any],
         segments: Segments | None,
-    ) -> tuple[Float[Array, "b m c v"], dict[str, Array]]:
+    ) -> tuple[Float[Array, "r c v"], dict[str, Array]]:
         """Outputs of each memory of a kind, and its state; all memories are rows of one batch."""
         memories, sizes = self.config.banks[bank], self.sizes
         state = {name: folded(part) for name, part in entering[bank].items()}
-        if routes is None:
-            x, q, takes = x[:, None], q[:, None], None
-        else:
-            x, q = gathered(x, routes.order), gathered(q, routes.order)
-            takes = folded(routes.takes)
-        rows = None if segments is None else of_memories(segments, memories, x.shape[2])
-        parts = {
-            "q": q,
-            **{name[0]: self._projected(bank, name, x) for name in self.config.written},
-        }
-        parts = {name: folded(part) for name, part in parts.items()}
+        takes, rows = None, segments
+        if routes is not None:
+            takes = routes.takes
+            x, q = (ops.each_shard(gathered, x=part, order=routes.order) for part in (x, q))
+            rows = None if segments is None else of_memories(segments, routes.order)
+        x = unfolded(x, memories)
+        parts = {name[0]: self._projected(bank, name, x) for name in self.config.written}
+        parts = {"q": q} | {name: folded(part) for name, part in parts.items()}
         after = {}
         for name, conv in common.convs.items():
             window = state[f"{name}_window"]
-            after[f"{name}_window"] = recent(parts[name], window, takes, rows)
-            parts[name], _ = conv(parts[name], window, segments=rows)
+            parts[name], after[f"{name}_window"] = conv(
+                parts[name], window, segments=rows, counted=takes
+            )
         tokens = QKV(
             split_heads(parts["q"], sizes.key),
             split_heads(parts["k"], sizes.key),
@@ -261,7 +258,7 @@ class MoM(MatrixMixer[MoMConfig]):
         )
         run = self._delta if self.config.delta else self._gla
         o, after["recurrent_state"] = run(common, tokens, parts, takes, state, rows)
-        o = o.reshape(-1, memories, *o.shape[1:2], self.channels["v"])
+        o = o.reshape(*o.shape[:2], self.channels["v"])
         return o, {name: unfolded(part, memories) for name, part in after.items()}
 
     def _projected(self, bank: str, name: str, x: Float[Array, "b m c d"]) -> Array:
@@ -332,20 +329,48 @@ def unfolded(x: Shaped[Array, "r *c"], memories: int) -> Shaped[Array, "b m *c"]
     return x.reshape(-1, memories, *x.shape[1:])
 
 
-def gathered(x: Float[Array, "b l d"], order: Int[Array, "b m c"]) -> Float[Array, "b m c d"]:
+def running_count(takes: Bool[Array, "b l m"]) -> Float[Array, "b l m"]:
+    """How many tokens have taken each memory, with each token: exact, below 2^24 of them."""
+    return ops.linear_scan(jnp.ones(takes.shape[2:]), takes.astype(jnp.float32))[0]
+
+
+def ordered(
+    takes: Bool[Array, "b l m"], index: Int[Array, "b l"] | None, *, room: int
+) -> tuple[Int[Array, "b l m"], Int[Array, "r c"], Bool[Array, "r c"]]:
+    """``place``, ``order`` and ``takes`` of ``Routes``; no memory is taken more than ``room`` times
+    where there is room for fewer tokens than L."""
+    length = takes.shape[1]
+    takes = jnp.moveaxis(takes, 2, 1)
+    key = jnp.where(takes, 0, jnp.int32(1))
+    if index is not None:
+        document = jnp.where(index > 0, index, jnp.iinfo(jnp.int32).max // 4)
+        key = key + 2 * document[:, None]
+    order = jnp.argsort(key, axis=2, stable=True)
+    place = jnp.moveaxis(jnp.argsort(order, axis=2), 1, 2)
+    size = min(length, room)
+    order = order[:, :, :size]
+    takes = jnp.take_along_axis(takes, order, axis=2)
+    return jnp.minimum(place, size - 1), folded(order), folded(takes)
+
+
+def gathered(x: Float[Array, "b l d"], order: Int[Array, "r c"]) -> Float[Array, "r c d"]:
     """The tokens of each memory's rows."""
     rows = jnp.take_along_axis(x, order.reshape(x.shape[0], -1)[..., None], axis=1)
     return rows.reshape(*order.shape, -1)
 
 
-def collected(y: Float[Array, "b m c v"], routes: Routes) -> Float[Array, "b l v"]:
+def collected(
+    y: Float[Array, "r c v"],
+    weights: Float[Array, "b l k"],
+    chosen: Int[Array, "b l k"],
+    place: Int[Array, "b l m"],
+) -> Float[Array, "b l v"]:
     """Each token's outputs of its memories, weighed and summed."""
-    size = y.shape[2]
-    place = routes.chosen * size + jnp.take_along_axis(routes.place, routes.chosen, axis=2)
-    flat = y.reshape(y.shape[0], -1, y.shape[3])
-    rows = jnp.take_along_axis(flat, place.reshape(y.shape[0], -1)[..., None], axis=1)
+    place = chosen * y.shape[1] + jnp.take_along_axis(place, chosen, axis=2)
+    flat = y.reshape(chosen.shape[0], -1, y.shape[2])
+    rows = jnp.take_along_axis(flat, place.reshape(flat.shape[0], -1)[..., None], axis=1)
     rows = rows.reshape(*place.shape, -1).astype(jnp.float32)
-    return jnp.sum(rows * routes.weights[..., None], axis=2).astype(y.dtype)
+    return jnp.sum(rows * weights[..., None], axis=2).astype(y.dtype)
 
 
 def only(x: Float[Array, "r c *n"], takes: Bool[Array, "r c"] | None) -> Float[Array, "r c *n"]:
@@ -355,32 +380,14 @@ def only(x: Float[Array, "r c *n"], takes: Bool[Array, "r c"] | None) -> Float[A
     return jnp.where(takes.reshape(*takes.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
 
 
-def of_memories(segments: Segments, memories: int, size: int) -> Segments:
+def of_memories(segments: Segments, order: Int[Array, "r c"]) -> Segments:
     """The documents of the memories' rows: tokens change places only within one."""
+
+    def of_rows(part: Int[Array, "b l"], order: Int[Array, "r c"]) -> Int[Array, "r c"]:
+        return jnp.repeat(part[:, : order.shape[1]], order.shape[0] // part.shape[0], axis=0)
+
     ids, index, positions = (
-        jnp.repeat(part[:, :size], memories, axis=0)
+        ops.each_shard(of_rows, part=part, order=order)
         for part in (segments.ids, segments.index, segments.positions)
     )
     return Segments(ids, index, positions, segments.single)
-
-
-def recent(
-    x: Float[Array, "r c n"],
-    window: Float[Array, "r w n"],
-    takes: Bool[Array, "r c"] | None,
-    segments: Segments | None,
-) -> Float[Array, "r w n"]:
-    """The window after a memory's rows: the last tokens of the last document that take it."""
-    takes = jnp.ones(x.shape[:2], bool) if takes is None else takes
-    size, start = window.shape[1], jnp.zeros((x.shape[0], 1), jnp.int32)
-    index = index_of(segments)
-    if index is not None:
-        last = jnp.max(index, axis=1, keepdims=True)
-        start = jnp.sum((index > 0) & (index < last), axis=1, keepdims=True, dtype=jnp.int32)
-        takes = takes & (index == last) & (index > 0)
-    count = jnp.sum(takes, axis=1, keepdims=True, dtype=jnp.int32)
-    here = jnp.arange(size, dtype=jnp.int32)[None]
-    line = jnp.concatenate([window.astype(x.dtype), x], axis=1)
-    kept = jnp.take_along_axis(line, (start + count + here)[..., None], axis=1)
-    own = (count + here >= size) | (start == 0)
-    return jnp.where(own[..., None], kept, jnp.zeros_like(kept))

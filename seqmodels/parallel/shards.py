@@ -1,163 +1,42 @@
-"""Operators on a mesh: every device works on its rows, and on its part of their length.
-
-The compiler partitions XLA programs by itself, but not Pallas kernels, and it knows no exchange of
-states: so an operator stands inside `jax.shard_map`, and that is done here.
-"""
+"""Operators whose rows a mesh splits in their length: what each of them exchanges with others."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from pallas_kernels.common import compat, dispatch, segments
-from seqmodels.parallel import softmax
+from pallas_kernels.common import dispatch, segments
+from seqmodels.parallel import softmax, windows
 from seqmodels.parallel.checkpoints import earlier_checkpoints
 from seqmodels.parallel.collectives import token_index
 from seqmodels.parallel.documents import continues, index_and_positions
 from seqmodels.parallel.halo import halo_before
-from seqmodels.parallel.mesh import current_mesh, model_parts, shards_of
+from seqmodels.parallel.mapping import (
+    ROWS,
+    TOKENS,
+    WHOLE,
+    Arrays,
+    Channels,
+    elements,
+    heads,
+    joined,
+    model_axis,
+    over_rows,
+    over_tokens,
+    planes,
+    shared_heads,
+)
+from seqmodels.parallel.mesh import current_mesh, shards_of
 from seqmodels.parallel.state import entering_state
 from seqmodels.parallel.strategies import strategy_of
 
-ROWS = PartitionSpec("data")
-TOKENS = PartitionSpec("data", "seq")
-
-Arrays = Mapping[str, Any]
-
-
-class Channels(NamedTuple):
-    """Heads or channels, each of which an op treats by itself: the mesh's model axis splits them.
-
-    Attributes:
-      arrays: by the name of an array, its axis of them; others have none.
-      outputs: the same of what the op returns, one array or several.
-    """
-
-    arrays: Mapping[str, int] = {}
-    outputs: Any = None
-
-
-WHOLE = Channels()
-"""Every device along the model axis has all of them."""
-
-
-def splits_channels() -> bool:
-    """Whether the current mesh has a model axis."""
-    return _model_axis() > 1
-
-
-def _model_axis() -> int:
-    mesh = current_mesh()
-    return 1 if mesh is None else mesh.shape["model"]
-
-
-def heads(what: str, count: int, arrays: Mapping[str, int], outputs: Any) -> Channels:
-    """The channels of an op over so many heads.
-
-    Raises:
-      ValueError: the current mesh has a model axis that does not divide them.
-    """
-    return Channels(arrays, outputs) if model_parts(what, count) > 1 else WHOLE
-
-
-def elements(count: int, arrays: Mapping[str, int], outputs: Any) -> Channels:
-    """The channels of an op over so many elements; ``WHOLE`` where they do not divide."""
-    parts = _model_axis()
-    return WHOLE if parts == 1 or count % parts else Channels(arrays, outputs)
-
-
-def shared_heads(*arrays: Array) -> tuple[Array, ...]:
-    """Keys ``(B, L, G, K)`` that heads share, so often that the model axis divides them.
-
-    Each part of the heads finds its keys in its own part of the groups; head h reads group
-    ``h // (heads / G)``, before and after.
-    """
-    parts = _model_axis()
-    groups = arrays[0].shape[2]
-    times = math.lcm(groups, parts) // groups
-    return arrays if times == 1 else tuple(jnp.repeat(x, times, axis=2) for x in arrays)
-
-
-def over_rows(
-    op: Callable[..., Any],
-    shared: Arrays,
-    rows: Arrays,
-    *,
-    channels: Channels = WHOLE,
-    check_vma: bool = True,
-) -> Any:
-    """``op(**shared, **rows)``, rows split over the data axis of the current mesh, if any.
-
-    Args:
-      op: takes arrays by name and returns arrays whose axis 0 is the batch.
-      shared: arguments that every device has in full; their gradients are summed over devices.
-      rows: arguments ``(B, ...)``, or None.
-      channels: what the mesh's model axis splits.
-      check_vma: as in `jax.shard_map`; False for kernels that do not know of it, where nothing may
-        be replicated.
-    """
-    if current_mesh() is None:
-        return op(**shared, **rows)
-    return _mapped(
-        lambda shared, rows: op(**shared, **rows),
-        (PartitionSpec(), ROWS),
-        ROWS,
-        (shared, rows),
-        channels,
-        check_vma=check_vma,
-    )
-
-
-def over_channels(op: Callable[..., Any], shared: Arrays, channels: Channels) -> Any:
-    """``op(**shared)`` of parameters alone, whose channels the mesh's model axis splits."""
-    if current_mesh() is None:
-        return op(**shared)
-    return _mapped(
-        lambda shared: op(**shared),
-        (PartitionSpec(),),
-        PartitionSpec(),
-        (shared,),
-        channels,
-    )
-
-
-def require_whole_rows(what: str, length: int) -> None:
-    """Raises ValueError where the current mesh splits rows of so many tokens."""
-    if (size := shards_of(length)) > 1:
-        raise ValueError(
-            f"{what} needs whole rows, the mesh's seq axis splits {length} tokens into {size} "
-            "shards; use seq=1 with this mixer, and split the rows of a batch over data"
-        )
-
-
-def over_tokens(
-    op: Callable[..., Any],
-    out_specs: Any,
-    shared: Arrays,
-    rows: Arrays,
-    tokens: Arrays,
-    *,
-    channels: Channels = WHOLE,
-    check_vma: bool = True,
-) -> Any:
-    """``op(shared, rows, tokens)`` of each device's part, all of them dicts.
-
-    Args:
-      op: returns arrays that are split as ``out_specs`` says, ``ROWS`` or ``TOKENS``.
-      shared: arguments that every device has in full.
-      rows: arguments ``(B, ...)`` that all shards of a row have.
-      tokens: arguments ``(B, L, ...)``, whose length is split.
-      channels, check_vma: as ``over_rows`` has them.
-    """
-    specs = (PartitionSpec(), ROWS, TOKENS)
-    return _mapped(op, specs, out_specs, (shared, rows, tokens), channels, check_vma=check_vma)
+CONVOLUTION = {"x": 2, "weight": 1, "bias": 0, "initial_state": 2}
+"""Axes of a convolution's channels."""
 
 
 def documents(ids: Any) -> tuple[Array, Array]:
@@ -286,15 +165,21 @@ def convolution(
     x: Array,
     initial_state: Any,
     segments: Any,
+    counted: Any = None,
     *,
     width: int,
 ) -> tuple[Array, Array]:
     """``op(**shared, x=, initial_state=, segment_ids=)``, a convolution that sees ``width`` tokens
-    before each: outputs, and the window after the last real token."""
+    before each: outputs, and the window after the last real token.
+
+    ``counted (B, L)``, or None, are the tokens that windows have, see
+    ``seqmodels.ops.causal_conv1d``.
+    """
+    if counted is not None:
+        return _counted_convolution(op, shared, x, initial_state, segments, counted, width=width)
     size = shards_of(x.shape[1])
     index = None if segments is None else segments.index
-    axes = {"x": 2, "weight": 1, "bias": 0, "initial_state": 2}
-    split = elements(x.shape[2], axes, (2, 2))
+    split = elements(x.shape[2], CONVOLUTION, (2, 2))
     if size == 1:
         rows = {"x": x, "initial_state": initial_state, "segment_ids": index}
         return over_rows(op, shared, rows, channels=split)
@@ -322,6 +207,46 @@ def convolution(
     return over_tokens(local, (TOKENS, ROWS), shared, rows, tokens, channels=split)
 
 
+def _counted_convolution(
+    op: Callable[..., tuple[Array, Array]],
+    shared: Arrays,
+    x: Array,
+    initial_state: Any,
+    segments: Any,
+    counted: Array,
+    *,
+    width: int,
+) -> tuple[Array, Array]:
+    """``convolution`` whose windows have the counted tokens."""
+    size = shards_of(x.shape[1])
+    split = elements(x.shape[2], CONVOLUTION, (2, 2))
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype)
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> tuple[Array, Array]:
+        x, counted, index, positions = (
+            tokens[name] for name in ("x", "counted", "index", "positions")
+        )
+        window = rows["initial_state"]
+        if size > 1:
+            window = windows.entering(x, counted, index, positions, window, axis="seq")
+        y, _ = op(**shared, x=x, initial_state=window, segment_ids=index)
+        final = windows.after(x, counted, index, window)
+        # Padding leaves a window as it is.
+        return y, final if size == 1 else _of_shard(size - 1, final)
+
+    tokens = {
+        "x": x,
+        "counted": counted,
+        "index": None if segments is None else segments.index,
+        "positions": None if segments is None else segments.positions,
+    }
+    rows = {"initial_state": initial_state}
+    if current_mesh() is None:
+        return local(shared, rows, tokens)
+    return over_tokens(local, (TOKENS, ROWS), shared, rows, tokens, channels=split)
+
+
 def channels(
     op: Callable[..., Array], shared: Arrays, u: Array, tokens: Arrays | None = None
 ) -> Array:
@@ -339,7 +264,7 @@ def channels(
     split = elements(u.shape[2], {"u": 2} | dict.fromkeys(shared, 0), 2)
     if size == 1:
         return over_rows(op, shared, {"u": u, **tokens}, channels=split)
-    width = u.shape[2] // (_model_axis() if split.arrays else 1)
+    width = u.shape[2] // (model_axis() if split.arrays else 1)
     part = -(-width // size)
 
     def own(x: Array, axis: int) -> Array:
@@ -493,68 +418,4 @@ def _where(rows: Array, x: Array) -> Array:
 def _of_shard(shard: Any, x: Array) -> Array:
     """``x`` of one shard, on all of them; ``shard`` is a number, or one for each row."""
     here = jnp.broadcast_to(jax.lax.axis_index("seq") == shard, x.shape[:1])
-    return _joined(jax.lax.psum(_planes(_where(here, x)), "seq"))
-
-
-def _mapped(
-    op: Callable[..., Any],
-    in_specs: tuple[PartitionSpec, ...],
-    out_specs: Any,
-    parts: tuple[Arrays, ...],
-    channels: Channels,
-    *,
-    check_vma: bool = True,
-) -> Any:
-    """`jax.shard_map` of ``op(*parts)``, dicts of arrays or None, on the current mesh.
-
-    All arrays are typed to vary over the axes that any is split over, so that the gradients of
-    those that are not split are summed here, and as real numbers: XLA aborts on some sums of
-    complex ones.
-    """
-    axes = tuple(axis for axis in in_specs[-1] if axis is not None)
-    if channels.arrays:
-        axes += ("model",)
-
-    def local(*parts: Arrays) -> Any:
-        if axes:
-            index = jax.lax.axis_index(axes)
-            parts = jax.tree.map(lambda x: compat.match_vma(x, index)[0], parts)
-        return op(*({name: _joined(x) for name, x in part.items()} for part in parts))
-
-    planes = ({name: _planes(x) for name, x in part.items()} for part in parts)
-    specs = tuple(
-        {name: _split(spec, channels.arrays.get(name)) for name in part}
-        for spec, part in zip(in_specs, parts, strict=True)
-    )
-    return jax.shard_map(
-        local,
-        mesh=current_mesh(),
-        in_specs=specs,
-        out_specs=_split_outputs(out_specs, channels.outputs),
-        check_vma=check_vma,
-    )(*planes)
-
-
-def _split(spec: Any, axis: int | None) -> Any:
-    """``spec`` of an array whose ``axis`` the model axis splits too; as it is for no axis."""
-    if axis is None:
-        return spec
-    return PartitionSpec(*spec, *(None,) * (axis - len(spec)), "model")
-
-
-def _split_outputs(specs: Any, axes: Any) -> Any:
-    """``specs``, one for all outputs or one for each, with ``Channels.outputs``."""
-    if not isinstance(axes, tuple):
-        return _split(specs, axes)
-    one = isinstance(specs, PartitionSpec)
-    return tuple(map(_split, (specs,) * len(axes) if one else specs, axes))
-
-
-def _planes(x: Any) -> Any:
-    """``(re, im)`` of a complex array."""
-    return (x.real, x.imag) if x is not None and jnp.iscomplexobj(x) else x
-
-
-def _joined(x: Any) -> Any:
-    """The inverse of ``_planes``."""
-    return jax.lax.complex(*x) if isinstance(x, tuple) else x
+    return joined(jax.lax.psum(planes(_where(here, x)), "seq"))

@@ -21,6 +21,7 @@ def language(
     param_labels: Callable[[Any], Any],
     *,
     packed: bool = True,
+    causal: bool = True,
     carry_state: bool = False,
     tile: int | None = 1024,
     chunk: int | None = None,
@@ -33,6 +34,7 @@ def language(
       model: the model.
       param_labels: see ``Task.param_labels``.
       packed: whether rows may hold several documents; without, segment ids are ignored.
+      causal: whether mixers have to be; False where the inputs do not hold the targets.
       carry_state: each batch begins in the states that the one before ended in (truncated
         backpropagation through time; Williams and Peng 1990). Needs batches of streams.
       tile: tokens on a device whose logits exist at a time; None for all.
@@ -44,11 +46,12 @@ def language(
         loss of a step; evaluations leave it out.
 
     Raises:
-      ValueError: a mixer that is not causal; with ``packed`` one that takes a document a row; with
-        ``carry_state`` or ``chunk`` one without a state of a fixed size; with ``chunk`` BatchNorm,
-        whose statistics are of whole rows; a share without chunks.
+      ValueError: a mixer that is not causal where it has to be; with ``packed`` one that takes a
+        document a row; with ``carry_state`` or ``chunk`` one without a state of a fixed size; with
+        ``chunk`` BatchNorm, whose statistics are of whole rows; a share without chunks.
     """
-    check_causal(model)
+    if causal:
+        check_causal(model)
     if packed:
         check_packs(model)
     if carry_state:

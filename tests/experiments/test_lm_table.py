@@ -12,8 +12,8 @@ from seqmodels.config import from_dict, to_dict
 from seqmodels.mixers import REGISTRY
 from tests.tiers import one_of_many
 
-BIDIRECTIONAL = {"bidirectional", "hydra", "orchid"}
-CAUSAL = [name for name in REGISTRY if name not in BIDIRECTIONAL | {"jrt"}]
+LEFT_OUT = "bidirectional"
+CAUSAL = [name for name in REGISTRY if name not in {LEFT_OUT, *table.OBJECTIVES}]
 LETTERS = "the quick brown fox jumps over the lazy dog. " * 60
 
 
@@ -24,9 +24,9 @@ def _one_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mixer", one_of_many([*CAUSAL, "jrt"], ["mamba", "gated_deltanet", "scout"])
+    "mixer", one_of_many([*CAUSAL, *table.OBJECTIVES], ["mamba", "gated_deltanet", "scout"])
 )
-def test_every_causal_mixer_has_the_same_number_of_parameters(mixer):
+def test_every_mixer_has_the_same_number_of_parameters(mixer):
     size = table.size_of(mixer)
     count = presets.parameters(presets.language_model(mixer, size, table.objective_of(mixer)))
     assert abs(count / table.PARAMETERS - 1) < 0.03
@@ -40,7 +40,7 @@ def test_every_mixer_is_a_causal_preset_or_is_refused(preset):
         assert from_dict(ExperimentConfig, to_dict(config)) == config
         assert all(part.causal for part in config.model.backbone.mixers)
         assert (config.train.seed, config.train.select) == (3, "loss")
-    for mixer in BIDIRECTIONAL | {"jrt"}:
+    for mixer in (LEFT_OUT, *table.OBJECTIVES):
         with pytest.raises(UsageError, match=f"mixer='{mixer}' sees the tokens that"):
             experiment(mixer, preset)
 
@@ -49,6 +49,15 @@ def test_jrt_predicts_the_second_half_of_a_row():
     config = table.config_of("jrt", table.Arguments(length=64))
     (mixer,) = config.model.backbone.mixers
     assert (config.objective, mixer.prefix) == ("prefix", 32)
+
+
+def test_a_mixer_of_both_sides_counts_hidden_bytes_and_its_row_as_state():
+    config = table.config_of("orchid", table.Arguments(length=64))
+    assert config.objective == "mlm"
+    backbone = config.model.backbone
+    assert presets.state_bytes(config.model, 64) == table.LAYERS * 2 * 64 * backbone.width
+    assert table.name_of("orchid") == "orchid (hidden bytes)"
+    assert table.name_of("gla") == "gla"
 
 
 def test_state_bytes_of_states_and_of_caches():
@@ -69,11 +78,10 @@ def made(tmp_path_factory):
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: first)
-        patch.setattr(table, "PARAMETERS", 60_000)
+        patch.setattr(table, "PARAMETERS", 100_000)
         patch.setattr(table, "LAYERS", 1)
-        patch.setattr(
-            table, "REGISTRY", {name: REGISTRY[name] for name in ("s5", "jrt", *BIDIRECTIONAL)}
-        )
+        names = ("s5", *table.OBJECTIVES, LEFT_OUT)
+        patch.setattr(table, "REGISTRY", {name: REGISTRY[name] for name in names})
         assert table.main([*command(folder), "--mixers", "sliding_window"]) == 0
         first_row = read(folder)["rows"]["sliding_window"]
         assert table.main(command(folder)) == 0
@@ -97,12 +105,12 @@ def read(folder):
 @pytest.mark.full
 def test_rows_are_kept_and_added(made):
     result = read(made)
-    assert set(result["rows"]) == {"s5", "jrt", "sliding_window"}
-    assert result["left_out"].keys() == BIDIRECTIONAL
+    assert set(result["rows"]) == {"s5", *table.OBJECTIVES, "sliding_window"}
+    assert result["left_out"].keys() == {LEFT_OUT}
     for row in result["rows"].values():
         assert row["bits_per_byte"] > 0
         assert row["tokens"] == result["settings"]["tokens"] == 3 * 2 * 16
-        assert abs(row["parameters"] / 60_000 - 1) < 0.03
+        assert abs(row["parameters"] / 100_000 - 1) < 0.03
         assert row["tokens_per_second"] > 0
         assert {"commit", "versions", "device", "cpu"} <= row["environment"].keys()
     assert len(result["settings"]["data_sha256"]) == 64
@@ -115,7 +123,7 @@ def test_the_table_says_how_small_its_budget_is_and_what_is_left_out(made, capsy
     assert table.main(["--print-only", "--results-dir", str(made / "results")]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Bits per byte after 96 tokens: a small budget" in out
-    assert "mixer='hydra' sees the tokens" in out
+    assert "mixer='bidirectional' sees the tokens" in out
     assert "sliding_window" in out
 
 
@@ -125,11 +133,11 @@ def test_the_table_says_how_small_its_budget_is_and_what_is_left_out(made, capsy
     [
         (["--steps", "4"], "is a table of other settings"),
         (["--mixers", "s6"], "mixer='s6' is not known"),
-        (["--mixers", "hydra"], "sees the tokens that"),
+        (["--mixers", "bidirectional"], "sees the tokens that"),
     ],
 )
 def test_a_wrong_command_line_is_refused(made, more, message, capsys, monkeypatch):
-    monkeypatch.setattr(table, "PARAMETERS", 60_000)
+    monkeypatch.setattr(table, "PARAMETERS", 100_000)
     monkeypatch.setattr(table, "LAYERS", 1)
     assert table.main([*command(made), *more]) == 2
     assert message in capsys.readouterr().err

@@ -15,7 +15,7 @@ from experiments.recall import memory, report, sweep
 from experiments.recall import train as recall_train
 from experiments.recall.experiment import ExperimentConfig
 from experiments.recall.findings import FINDINGS, OF_EVALUATIONS, check
-from experiments.recall.mixers import CAUSAL, NAMES
+from experiments.recall.mixers import BOTH_SIDES, CAUSAL, NAMES
 from experiments.recall.presets import PRESETS, experiment
 from experiments.recall.result import read_result
 from experiments.recall.run import load_trained, score
@@ -184,7 +184,8 @@ def test_every_task_and_mixer_is_an_experiment(preset):
     for mixer in NAMES:
         config = experiment("mqar", mixer, preset)
         assert from_dict(ExperimentConfig, to_dict(config)) == config
-        assert all(part.causal or mixer == "jrt" for part in config.model.backbone.mixers)
+        causal = mixer not in ("jrt", *BOTH_SIDES)
+        assert all(part.causal == causal for part in config.model.backbone.mixers)
     parity = experiment("parity", "s5", preset)
     other = dataclasses.replace(parity.data, group="s3")
     with pytest.raises(ValueError, match="task='parity' does not have data"):
@@ -372,6 +373,15 @@ def test_jrt_reads_the_context_and_nothing_behind_it():
         dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
     with pytest.raises(UsageError, match="this task asks while it goes on; take 'based'"):
         experiment("parity", "jrt", "tiny")
+
+
+@pytest.mark.parametrize("mixer", BOTH_SIDES)
+def test_a_mixer_that_sees_both_sides_takes_tasks_whose_rows_hold_no_answers(mixer):
+    for task in ("mqar", "selective-copy", "parity", "induction", "disjointness"):
+        assert not experiment(task, mixer, "cpu").model.backbone.mixers[0].causal
+    for task in ("copy", "copy-suffix", "passkey", "regbench", "niah-multiquery"):
+        with pytest.raises(ValueError, match=f"mixer='{mixer}' sees the answers of task='{task}'"):
+            experiment(task, mixer, "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.tools import testing
 from seqmodels.mixers import MoMConfig, Segments, build
 from seqmodels.mixers.mom import MOM_340M
+from seqmodels.parallel import make_mesh, on_mesh, replicated, token_sharding
 from tests import tolerances
 from tests.seqmodels.mixers import matrix_oracle, oracles
 from tests.seqmodels.mixers.matrix_oracle import heads, output_projection, unit
@@ -121,3 +122,23 @@ def test_published_size_and_refusals():
     segments = Segments.from_ids(jnp.asarray([[1, 1, 2, 2]]))
     with pytest.raises(ValueError, match="several documents a row are not supported"):
         mixer.init(jax.random.key(0), x, segments=segments)
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_capacity_counts_along_the_whole_row(shards):
+    """Split rows, their windows and states, are those of whole ones."""
+    config = MoMConfig(**SIZES, capacity=0.8, rule="gla")
+    mixer = build(config, WIDTH)
+    x, more = normal(2, 12, WIDTH), normal(2, 6, WIDTH)
+    params = jax.jit(mixer.init)(jax.random.key(0), x)
+
+    def run(params, x, more):
+        y, state = mixer.apply(params, x)
+        return y, mixer.apply(params, more, state=state)
+
+    mesh = make_mesh(2, seq=shards, devices=jax.devices()[: 2 * shards])
+    expected = jax.jit(run)(params, x, more)
+    tokens = token_sharding(mesh)
+    params, x, more = jax.device_put((params, x, more), (replicated(mesh), tokens, tokens))
+    actual = jax.jit(on_mesh(run, mesh))(params, x, more)
+    testing.assert_close(actual, expected, tolerances.FLOAT32)

@@ -34,7 +34,7 @@ LENGTH, VOCABULARY, WIDTH = 24, 11, 8
 ROWS = [(24,), (12, 12), (7, 10, 7), (3, 5, 1)]
 
 
-WHOLE_ROWS = {"s4d-weighted", "mom", "mom-gla"}  # what refuses rows that are split
+WHOLE_ROWS = {"s4d-weighted"}  # what refuses rows that are split
 SERVED = [name for name in CASES if CASES[name].causal and name not in WHOLE_ROWS]
 BOTH_WAYS = [name for name in CASES if not CASES[name].causal and name not in WHOLE_ROWS]
 
