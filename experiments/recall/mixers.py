@@ -27,8 +27,8 @@ NAMES = (*CAUSAL, "jrt", *BOTH_SIDES, *VARIANTS)
 def mixer_config(name: str, size: ModelSize, state: int, context: int) -> MixerConfig:
     """A mixer whose layer has about ``state`` numbers of state for each channel of the width.
 
-    Matrix mixers have heads of ``state`` keys and values; Mamba, twice as wide inside, half as many
-    states a channel; S4 and S4D as many real ones; S5 and LRU, whose states are the layer's, four
+    Matrix mixers have heads of ``state`` keys and values; Mamba and Hydra, twice as wide inside,
+    half as many states a channel, Hydra each way; S4 and S4D as many real ones; S5 and LRU, whose states are the layer's, four
     times as many complex ones; a sliding window as many tokens. Attention, RAT, SCOUT and RG-LRU
     have the same state whatever it says, and so do Based, whose features are 16 a head, GAM and the
     long convolutions, which keep their inputs. JRT's encoder reads the ``context``, the tokens
@@ -45,6 +45,7 @@ def mixer_config(name: str, size: ModelSize, state: int, context: int) -> MixerC
         "gla": {"expand_k": 1.0},
         "mamba": {"state_size": halves},
         "mamba2": {"state_size": halves, "head_size": 16},
+        "hydra": {"state_size": halves, "head_size": 16},
         "mamba3": {"state_size": max(halves, 4), "head_size": 16},
         "s4": {"state_size": state},
         "s4d": {"state_size": state},
