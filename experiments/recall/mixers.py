@@ -28,11 +28,11 @@ def mixer_config(name: str, size: ModelSize, state: int, context: int) -> MixerC
     """A mixer whose layer has about ``state`` numbers of state for each channel of the width.
 
     Matrix mixers have heads of ``state`` keys and values; Mamba and Hydra, twice as wide inside,
-    half as many states a channel, Hydra each way; S4 and S4D as many real ones; S5 and LRU, whose states are the layer's, four
-    times as many complex ones; a sliding window as many tokens. Attention, RAT, SCOUT and RG-LRU
-    have the same state whatever it says, and so do Based, whose features are 16 a head, GAM and the
-    long convolutions, which keep their inputs. JRT's encoder reads the ``context``, the tokens
-    before the questions; in longer rows as many.
+    half as many states a channel, Hydra each way; S4 and S4D as many real ones; S5 and LRU, whose
+    states are the layer's, four times as many complex ones; a sliding window as many tokens.
+    Attention, RAT, SCOUT and RG-LRU have the same state whatever it says, and so do Based, whose
+    features are 16 a head, GAM and the long convolutions, which keep their inputs. JRT's encoder
+    reads the ``context``, the tokens before the questions; in longer rows as many.
 
     Raises:
       UsageError: an unknown name (the message has the nearest known one), a size that it cannot

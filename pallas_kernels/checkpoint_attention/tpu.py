@@ -6,8 +6,8 @@ any matmul, forward or backward. A token's own key is the first key of its onlin
 products of rows only. Heads are blocks of lanes of `(B, L, H K)`, so nothing is transposed outside.
 
 A strip of slots stays in VMEM while the tokens pass; a step of the grid takes one block of it, as
-far down as the block's last token sees. Backward sums the gradients of a strip over all tokens and
-all heads of the group, in float32.
+far down as the block's last token sees. Backward takes one strip after another, and sums the
+gradients of each over all tokens and all heads of the group, in float32.
 """
 
 from __future__ import annotations
@@ -22,199 +22,25 @@ import jax.numpy as jnp
 from pallas_kernels.checkpoint_attention import tile
 from pallas_kernels.checkpoint_attention.slots import Config, Slots
 from pallas_kernels.checkpoint_attention.slots import slots as find_slots
+from pallas_kernels.checkpoint_attention.tpu_layout import (
+    KernelShape,
+    Limits,
+    Place,
+    Tiles,
+    choose_tiles,
+    keys_spec,
+    queries_spec,
+    ranges,
+    rows_spec,
+    strips_across_spec,
+    strips_spec,
+)
 from pallas_kernels.common import compat, symbolic
 from pallas_kernels.common.backend import Backend, no_wide_numbers
 from pallas_kernels.common.compat import pl
-from pallas_kernels.common.tpu import LANES, SUBLANES, VMEM_BUDGET, VMEM_LIMIT, round_up
+from pallas_kernels.common.tpu import SUBLANES, VMEM_LIMIT, round_up
 
 _PARTS = 4  # how finely a block of slots is cut off behind the last visible one
-
-
-class Limits(NamedTuple):
-    """What a call may take of a chip.
-
-    Attributes:
-      tokens, slots: of a step of the grid, at most.
-      strip: slots kept in VMEM at most; None for as many as fit.
-      lanes: of a register, the unit of all sizes.
-      vmem_bytes: see the function of this name.
-    """
-
-    tokens: int = 1024
-    slots: int = 512
-    strip: int | None = None
-    lanes: int = LANES
-    vmem_bytes: int = VMEM_BUDGET
-
-
-class Tiles(NamedTuple):
-    """`tokens` and `slots` of a step of the grid, and `strip` slots kept in VMEM."""
-
-    tokens: int
-    slots: int
-    strip: int
-
-
-class KernelShape(NamedTuple):
-    """What is static about one call; lengths in whole tiles, widths in whole tiles of lanes."""
-
-    batch: int
-    length: int
-    slots: int
-    groups: int
-    heads: int
-    key_size: int
-    value_size: int
-    interval: int
-    scale: float
-    own: bool  # tokens see themselves
-    plain: bool  # one document from its start
-    dtype: Any
-    tiles: Tiles
-    lanes: int = LANES
-    backward: bool = False
-
-    @property
-    def group_heads(self) -> int:
-        return self.heads // self.groups
-
-    @property
-    def blocks(self) -> int:
-        return self.length // self.tiles.tokens
-
-    @property
-    def strips(self) -> int:
-        return self.slots // self.tiles.strip
-
-    @property
-    def steps(self) -> int:
-        """Blocks of a strip."""
-        return self.tiles.strip // self.tiles.slots
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        tokens, strips = (self.blocks, self.group_heads), (self.strips,)
-        inner = strips + tokens if self.backward else tokens + strips
-        return self.batch, self.groups, *inner, self.steps
-
-
-class Place(NamedTuple):
-    """A step of the grid: row, group, block of tokens, head of the group, strip and its block."""
-
-    row: Any
-    group: Any
-    block: Any
-    head: Any
-    strip: Any
-    step: Any
-
-    def heads(self, dims: KernelShape) -> Any:
-        """The head among all heads."""
-        return self.group * dims.group_heads + self.head
-
-
-def place(dims: KernelShape, *ids) -> Place:
-    row, group, *inner, step = ids
-    if dims.backward:
-        strip, block, head = inner
-    else:
-        block, head, strip = inner
-    return Place(row, group, block, head, strip, step)
-
-
-def vmem_bytes(dims: KernelShape) -> int:
-    """Bytes of VMEM of the backward kernel, the larger one.
-
-    Blocks count twice, so that the next is fetched while one is worked on; scratch counts once.
-    """
-    width = jnp.dtype(dims.dtype).itemsize
-    keys, values = dims.key_size, dims.value_size
-    summed = 4 if dims.strips > 1 else width
-    tokens = dims.tiles.tokens * ((2 * keys + 3 * values) * width + (2 * keys + values) * summed)
-    tokens += 4 * dims.tiles.tokens * 4 * SUBLANES  # first, last, lse and its cotangent
-    strip = dims.tiles.strip * (3 * keys + 2 * values) * width
-    scratch = 4 * dims.tiles.strip * (keys + values)
-    scratch += 4 * dims.tiles.tokens * (2 * keys + values + 2 * SUBLANES)
-    between = 5 * 4 * dims.tiles.tokens * dims.tiles.slots  # scores and what is made of them
-    return 2 * (tokens + strip) + scratch + between
-
-
-def choose_tiles(dims: KernelShape, limits: Limits) -> Tiles:
-    """The longest strip within the limits, of all slots if they are.
-
-    Raises:
-      ValueError: the smallest does not fit.
-    """
-    for halvings in range(dims.slots.bit_length()):
-        if dims.slots % 2**halvings or dims.slots >> halvings < dims.tiles.slots:
-            break
-        tiles = dims.tiles._replace(strip=dims.slots >> halvings)
-        short = limits.strip is None or tiles.strip <= limits.strip
-        if short and vmem_bytes(dims._replace(tiles=tiles)) <= limits.vmem_bytes:
-            return tiles
-    raise ValueError(
-        f"checkpoint_attention: a head of K={dims.key_size} and V={dims.value_size} does not fit a "
-        "TPU's memory; use implementation='xla'"
-    )
-
-
-# Tile bookkeeping: which block of which array a grid step sees.
-
-
-def _spec(dims: KernelShape, shape, index: Callable[[Place], Any]) -> pl.BlockSpec:
-    return pl.BlockSpec(block_shape=shape, index_map=lambda *ids: index(place(dims, *ids)))
-
-
-def _queries(dims: KernelShape, width: int) -> pl.BlockSpec:
-    """Block of an array `(B, L, H * width)`."""
-    shape = (None, dims.tiles.tokens, width)
-    return _spec(dims, shape, lambda at: (at.row, at.block, at.heads(dims)))
-
-
-def _keys(dims: KernelShape, width: int) -> pl.BlockSpec:
-    """Block of an array `(B, L, G * width)`."""
-    shape = (None, dims.tiles.tokens, width)
-    return _spec(dims, shape, lambda at: (at.row, at.block, at.group))
-
-
-def _strips(dims: KernelShape, width: int) -> pl.BlockSpec:
-    """Block of an array `(B, M, G * width)`."""
-    shape = (None, dims.tiles.strip, width)
-    return _spec(dims, shape, lambda at: (at.row, at.strip, at.group))
-
-
-def _strips_across(dims: KernelShape, width: int) -> pl.BlockSpec:
-    """Block of an array `(B, G * width, M)`."""
-    shape = (None, width, dims.tiles.strip)
-    return _spec(dims, shape, lambda at: (at.row, at.group, at.strip))
-
-
-def _rows(dims: KernelShape) -> pl.BlockSpec:
-    """Block of an array `(B, H, 1, L)`."""
-    shape = (None, None, 1, dims.tiles.tokens)
-    return _spec(dims, shape, lambda at: (at.row, at.heads(dims), 0, at.block))
-
-
-def _tokens(dims: KernelShape) -> pl.BlockSpec:
-    """Block of an array `(B, 1, L)`."""
-    shape = (None, 1, dims.tiles.tokens)
-    return _spec(dims, shape, lambda at: (at.row, 0, at.block))
-
-
-def _ranges(dims: KernelShape, first, last) -> dict[str, tuple[Any, pl.BlockSpec]]:
-    """`first` and `last` of each token, and the least and the greatest of each block."""
-    if dims.plain:
-        return {}
-    some = last > first
-    by_block = (dims.batch, dims.blocks, dims.tiles.tokens)
-    least = jnp.where(some, first, dims.slots).reshape(by_block).min(-1)
-    greatest = jnp.where(some, last, 0).reshape(by_block).max(-1)
-    reach = jnp.stack([least, greatest], -1).reshape(-1)
-    return {
-        "first": (first[:, None], _tokens(dims)),
-        "last": (last[:, None], _tokens(dims)),
-        "reach": (reach, pl.BlockSpec(memory_space=compat.tpu.SMEM)),
-    }
 
 
 # Inside a step.
@@ -234,19 +60,17 @@ class Step(NamedTuple):
         return None if self.last is None else self.last >= 0
 
 
-def begins(dims: KernelShape, at: Place):
+def begins(at: Place):
     """True where a block of tokens meets its first slots."""
-    start = at.step == 0
-    return start if dims.backward else start & (at.strip == 0)
+    return (at.step == 0) & (at.strip == 0)
 
 
 def ends(dims: KernelShape, at: Place):
-    end = at.step == dims.steps - 1
-    return end if dims.backward else end & (at.strip == dims.strips - 1)
+    return (at.step == dims.steps - 1) & (at.strip == dims.strips - 1)
 
 
 def _step(dims: KernelShape, refs) -> Step:
-    at = place(dims, *map(pl.program_id, range(6)))
+    at = Place(*map(pl.program_id, range(6)))
     base = at.strip * dims.tiles.strip + at.step * dims.tiles.slots
     ranges = (None, None) if dims.plain else (refs["first"][...], refs["last"][...])
     return Step(at, base, *ranges)
@@ -312,7 +136,7 @@ def own_scores(dims: KernelShape, refs):
 def forward_kernel(dims: KernelShape, refs) -> None:
     step = _step(dims, refs)
 
-    @pl.when(begins(dims, step.at))
+    @pl.when(begins(step.at))
     def _():
         refs["sum"][...] = jnp.zeros_like(refs["sum"])
         if dims.own:
@@ -357,7 +181,7 @@ def backward_kernel(dims: KernelShape, refs) -> None:
     step = _step(dims, refs)
     at = step.at
 
-    @pl.when(begins(dims, at))
+    @pl.when(begins(at))
     def _():
         refs["dq_sum"][...] = jnp.zeros_like(refs["dq_sum"])
         refs["delta"][...] = across(product(refs, "do", "o")) - refs["dlse"][...]
@@ -396,8 +220,7 @@ def _finish(dims: KernelShape, refs, step: Step) -> None:
         p = tile.probabilities(scores, real, lse)
         dp = across(product(refs, "do", "v"))
         ds = dims.scale * tile.score_gradient(p, real, dp, refs["delta"][...])
-        # Every strip meets the own keys; they count once.
-        ds, p = (down(jnp.where(step.at.strip == 0, x, 0.0)) for x in (ds, p))
+        ds, p = down(ds), down(p)
         q, k, do = (refs[name][...].astype(jnp.float32) for name in ("q", "k", "do"))
         dq = dq + only_down(step, ds * k)
         _add_up(dims, refs, step, "dk", only_down(step, ds * q))
@@ -471,12 +294,12 @@ def _lanes(x):
 
 
 def _operands(dims: KernelShape, q, k, v, slots: Slots) -> dict[str, tuple[Any, pl.BlockSpec]]:
-    operands = {"q": (_lanes(q), _queries(dims, dims.key_size))}
+    operands = {"q": (_lanes(q), queries_spec(dims, dims.key_size))}
     if dims.own:
-        operands["k"] = (_lanes(k), _keys(dims, dims.key_size))
-        operands["v"] = (_lanes(v), _keys(dims, dims.value_size))
-    operands["slot_k"] = (_lanes(slots.k), _strips(dims, dims.key_size))
-    return operands | _ranges(dims, slots.first, slots.last)
+        operands["k"] = (_lanes(k), keys_spec(dims, dims.key_size))
+        operands["v"] = (_lanes(v), keys_spec(dims, dims.value_size))
+    operands["slot_k"] = (_lanes(slots.k), strips_spec(dims, dims.key_size))
+    return operands | ranges(dims, slots.first, slots.last)
 
 
 def _struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -488,13 +311,13 @@ def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_resi
     slots = Slots(slot_k, slot_v, first, last)
     dims = _kernel_shape(config, q, k, slots)
     operands = _operands(dims, q, k, v, slots)
-    operands["slot_v"] = (_lanes(slot_v).swapaxes(1, 2), _strips_across(dims, dims.value_size))
+    operands["slot_v"] = (_lanes(slot_v).swapaxes(1, 2), strips_across_spec(dims, dims.value_size))
     tokens = dims.tiles.tokens
     wide = (dims.batch, dims.length, dims.heads * dims.value_size)
     rows = (dims.batch, dims.heads, 1, dims.length)
     out = {
-        "o": (_struct(wide, q.dtype), _queries(dims, dims.value_size)),
-        "lse": (_struct(rows), _rows(dims)),
+        "o": (_struct(wide, q.dtype), queries_spec(dims, dims.value_size)),
+        "lse": (_struct(rows), rows_spec(dims)),
     }
     scratch = dict.fromkeys(("maximum", "total", "own")[: 2 + dims.own], (1, tokens))
     scratch["sum"] = (dims.value_size, tokens)
@@ -505,53 +328,82 @@ def forward(config: Config, q, k, v, slot_k, slot_v, first, last, *, return_resi
 
 
 def backward(config: Config, residuals, cotangents):
-    """The gradients of all arguments."""
+    """The gradients of all arguments, one strip of slots after another."""
     q, k, v, slot_k, slot_v, first, last, o, lse = residuals
-    do, dlse = cotangents
     slots = Slots(slot_k, slot_v, first, last)
-    dims = _kernel_shape(config, q, k, slots)._replace(backward=True)
+    dims = _kernel_shape(config, q, k, slots)
+    run = functools.partial(_backward_strip, dims, q, o, lse, cotangents)
+    if dims.strips == 1:
+        dq, dk, dv, dslot_k, dslot_v = run(k, v, slots)
+        return dq, dk, dv, dslot_k, dslot_v, None, None
+
+    def of_strip(number) -> Slots:
+        size = dims.tiles.strip
+        keys, values = (
+            jax.lax.dynamic_slice_in_dim(x, number * size, size, axis=1) for x in (slot_k, slot_v)
+        )
+        return Slots(keys, values, *_seen(dims, first, last, number))
+
+    # The tokens' own keys are met with the first strip.
+    dq, dk, dv, *start = run(k, v, of_strip(0))
+
+    def next_strip(dq, number):
+        more, _, _, *gradients = run(None, None, of_strip(number))
+        return dq + more, gradients
+
+    dq, rest = jax.lax.scan(next_strip, dq, jnp.arange(1, dims.strips, dtype=jnp.int32))
+
+    def joined(first_part, parts):
+        parts = jnp.moveaxis(jnp.concatenate([first_part[None], parts]), 0, 1)
+        return parts.reshape(parts.shape[0], dims.slots, *parts.shape[3:])
+
+    dslot_k, dslot_v = map(joined, start, rest)
+    return dq.astype(q.dtype), dk, dv, dslot_k, dslot_v, None, None
+
+
+def _seen(dims: KernelShape, first, last, number):
+    """`first` and `last` of `Slots` in a strip."""
+    if last is None:
+        token = jnp.arange(dims.length, dtype=jnp.int32)[None]
+        last = jnp.broadcast_to(token // dims.interval, (dims.batch, dims.length))
+        first = jnp.zeros_like(last)
+    base, size = number * dims.tiles.strip, dims.tiles.strip
+    inside = jnp.clip(first - base, 0, size), jnp.clip(last - base, 0, size)
+    return inside[0], jnp.where(last < 0, -1, inside[1])
+
+
+def _backward_strip(whole: KernelShape, q, o, lse, cotangents, k, v, slots: Slots):
+    """The gradients of q, k, v, and of one strip; that of q in float32 if there are others."""
+    do, dlse = cotangents
+    dims = whole._replace(slots=whole.tiles.strip, own=k is not None, plain=slots.last is None)
     keys, values = dims.key_size, dims.value_size
     operands = _operands(dims, q, k, v, slots)
-    operands["slot_k_across"] = (_lanes(slot_k).swapaxes(1, 2), _strips_across(dims, keys))
-    operands["slot_v"] = (_lanes(slot_v), _strips(dims, values))
-    operands |= {name: (_lanes(x), _queries(dims, values)) for name, x in (("o", o), ("do", do))}
-    operands |= {"lse": (lse, _rows(dims)), "dlse": (dlse, _rows(dims))}
-
-    def by_strip(like, width: int, at_heads):
-        """A gradient that every strip adds to, `(strips, B, L, heads * width)`."""
-        dtype = q.dtype if dims.strips == 1 else jnp.float32
-        spec = _spec(
-            dims,
-            (None, None, dims.tiles.tokens, width),
-            lambda at: (at.strip, at.row, at.block, at_heads(at)),
-        )
-        return _struct((dims.strips, *_lanes(like).shape), dtype), spec
-
+    operands["slot_k_across"] = (_lanes(slots.k).swapaxes(1, 2), strips_across_spec(dims, keys))
+    operands["slot_v"] = (_lanes(slots.v), strips_spec(dims, values))
+    operands |= {
+        name: (_lanes(x), queries_spec(dims, values)) for name, x in (("o", o), ("do", do))
+    }
+    operands |= {"lse": (lse, rows_spec(dims)), "dlse": (dlse, rows_spec(dims))}
+    summed = q.dtype if whole.strips == 1 else jnp.float32
     out = {
-        "dq": by_strip(q, keys, lambda at: at.heads(dims)),
-        "dslot_k": (_struct(_lanes(slot_k).shape, q.dtype), _strips(dims, keys)),
-        "dslot_v": (_struct(_lanes(slot_v).shape, q.dtype), _strips(dims, values)),
+        "dq": (_struct(_lanes(q).shape, summed), queries_spec(dims, keys)),
+        "dslot_k": (_struct(_lanes(slots.k).shape, q.dtype), strips_spec(dims, keys)),
+        "dslot_v": (_struct(_lanes(slots.v).shape, q.dtype), strips_spec(dims, values)),
     }
     tokens, strip = dims.tiles.tokens, dims.tiles.strip
     scratch = {"dq_sum": (keys, tokens), "delta": (1, tokens)}
     scratch |= {"dslot_k_sum": (strip, keys), "dslot_v_sum": (strip, values)}
     if dims.own:
-        out["dk"] = by_strip(k, keys, lambda at: at.group)
-        out["dv"] = by_strip(v, values, lambda at: at.group)
+        out["dk"] = (_struct(_lanes(k).shape, q.dtype), keys_spec(dims, keys))
+        out["dv"] = (_struct(_lanes(v).shape, q.dtype), keys_spec(dims, values))
         if dims.group_heads > 1:
             scratch |= {"dk_sum": (tokens, keys), "dv_sum": (tokens, values)}
     flops = 2 * (3 * keys + 2 * values)
     result = _call(backward_kernel, dims, "backward", operands, out, scratch, flops)
-
-    def joined(name: str, like):
-        x = result[name]
-        return (x[0] if dims.strips == 1 else x.sum(0).astype(q.dtype)).reshape(like.shape)
-
-    dk, dv = (joined(n, x) if dims.own else None for n, x in (("dk", k), ("dv", v)))
-    dslot_k, dslot_v = (
-        result[n].reshape(x.shape) for n, x in (("dslot_k", slot_k), ("dslot_v", slot_v))
-    )
-    return joined("dq", q), dk, dv, dslot_k, dslot_v, None, None
+    likes = {"dq": q, "dk": k, "dv": v, "dslot_k": slots.k, "dslot_v": slots.v}
+    return [
+        result[name].reshape(like.shape) if name in result else None for name, like in likes.items()
+    ]
 
 
 def prepare(config: Config, q, k, v, *rest):

@@ -71,7 +71,7 @@ def on_mesh(
     Args:
       fn: a function of arrays, such as a model's ``apply``; jit what is returned, not ``fn``.
       mesh: a mesh of ``make_mesh``.
-      exchange: by the name of an op, what it takes in place of the first of
+      exchange: by the name of an op, what it takes in place of the default of
         ``strategies.STRATEGIES`` where ``mesh`` splits the length.
 
     Raises:

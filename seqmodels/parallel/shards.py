@@ -128,7 +128,7 @@ def recurrence(
     if size == 1:
         rows = {**tokens, "initial_state": initial_state, "segment_ids": index}
         return over_rows(op, shared, rows, channels=channels)
-    strategy = strategy_of(name)
+    strategy = strategy_of(name, size)
     options: dict[str, Any] = {"strategy": strategy, "matrix": matrix, "reverse": reverse}
     exchange = functools.partial(entering_state, axis="seq", size=size, **options)
 
@@ -379,7 +379,7 @@ def attention(
             f"mesh's seq axis of {size}; use seq=1, or calls without a state"
         )
     name = "attention" if options["window"] is None else "sliding_window"
-    strategy = strategy_of(name)
+    strategy = strategy_of(name, size)
 
     def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Array:
         run = functools.partial(softmax.run, strategy, **options)

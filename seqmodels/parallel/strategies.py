@@ -21,12 +21,17 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 }
 """What each operator can take, the default first.
 
-States with a decay for each element are small: one collective of all of them is the shortest way. A
-delta rule's map is a matrix, of which P at once are too many. Keys and values of attention are
-gathered, which is one collective too and knows documents; a ring holds those of two shards at a
-time, and "ulysses" gives each shard all tokens of some heads. Short convolutions take a halo,
-checkpoint attention gathers the checkpoints: there is no choice.
+States with a decay for each element are small: one collective of all of them is the shortest way,
+until there are more than ``MANY`` shards: then it is "doubling", of which a shard holds one state
+more than its own, however many there are. A delta rule's map is a matrix, of which P at once are
+too many. Keys and values of attention are gathered, which is one collective too and knows
+documents; a ring holds those of two shards at a time, and "ulysses" gives each shard all tokens of
+some heads. Short convolutions take a halo, checkpoint attention gathers the checkpoints: there is
+no choice.
 """
+
+MANY = 16
+"""More shards than these do not gather states unless they are asked to."""
 
 _chosen: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("chosen", default={})  # noqa: B039
 
@@ -55,6 +60,9 @@ def choosing(exchange: Mapping[str, str]) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def strategy_of(op: str) -> str:
-    """The strategy that ``op`` takes."""
-    return _chosen.get().get(op, STRATEGIES[op][0])
+def strategy_of(op: str, shards: int) -> str:
+    """The strategy that ``op`` takes over so many shards."""
+    default = STRATEGIES[op][0]
+    if default == "all_gather" and shards > MANY:
+        default = "doubling"
+    return _chosen.get().get(op, default)

@@ -42,7 +42,7 @@ class MeshConfig(Checked):
     """The length of each row is split over this axis."""
     exchange: dict[str, str] = dataclasses.field(default_factory=dict)
     """By the name of an op, how its shards exchange what they know where the length is split, e.g.
-    {"linear_attention": "chain"}; the others take the first in seqmodels.parallel.STRATEGIES."""
+    {"linear_attention": "chain"}; the others take the default of seqmodels.parallel.STRATEGIES."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

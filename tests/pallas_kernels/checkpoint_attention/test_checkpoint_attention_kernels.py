@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.checkpoint_attention import gpu, tpu
+from pallas_kernels.checkpoint_attention import gpu, tpu, tpu_layout
 from pallas_kernels.checkpoint_attention.shapes import SHAPES
 from pallas_kernels.common import compat
 from pallas_kernels.tools import testing
@@ -141,28 +141,28 @@ def job_of(shape):
     count = -(-(shape.length // shape.interval + shape.past) // slots) * slots
     count = slots << (count // slots - 1).bit_length()
     sizes = (shape.batch, length, count, shape.groups, shape.heads, keys, values, shape.interval)
-    tiles = tpu.Tiles(tokens, slots, count)
-    return tpu.KernelShape(*sizes, 1.0, True, False, jnp.dtype(shape.dtype), tiles)
+    tiles = tpu_layout.Tiles(tokens, slots, count)
+    return tpu_layout.KernelShape(*sizes, 1.0, True, False, jnp.dtype(shape.dtype), tiles)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tiles_fit_every_generation(chip, name):
     dims = job_of(SHAPES[name])
-    tiles = tpu.choose_tiles(dims, tpu.Limits())
+    tiles = tpu_layout.choose_tiles(dims, tpu.Limits())
     dims = dims._replace(tiles=tiles)
     capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
-    assert tpu.vmem_bytes(dims) <= capacity // 2
+    assert tpu_layout.vmem_bytes(dims) <= capacity // 2
     assert dims.strips * dims.steps * tiles.slots == dims.slots
 
 
 def test_the_chooser_obeys_the_estimator():
     dims = job_of(SHAPES["long"])
-    dims = dims._replace(tiles=tpu.choose_tiles(dims, tpu.Limits()))
-    budget = tpu.vmem_bytes(dims) - 1
-    tight = tpu.choose_tiles(dims, tpu.Limits(vmem_bytes=budget))
+    dims = dims._replace(tiles=tpu_layout.choose_tiles(dims, tpu.Limits()))
+    budget = tpu_layout.vmem_bytes(dims) - 1
+    tight = tpu_layout.choose_tiles(dims, tpu.Limits(vmem_bytes=budget))
     assert tight.strip < dims.tiles.strip
-    assert tpu.vmem_bytes(dims._replace(tiles=tight)) <= budget
+    assert tpu_layout.vmem_bytes(dims._replace(tiles=tight)) <= budget
 
 
 def test_what_does_not_fit_vmem_is_refused():

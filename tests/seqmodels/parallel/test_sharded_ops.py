@@ -22,6 +22,7 @@ from seqmodels.parallel import (
     replicated,
     token_sharding,
 )
+from seqmodels.parallel.strategies import MANY, choosing, strategy_of
 from seqmodels.segments import Segments
 from tests.seqmodels.parallel.hlo import collectives
 from tests.tiers import one_of_many
@@ -323,6 +324,14 @@ def test_explain_tells_the_exchange():
     scan = on_mesh(lambda: ops.linear_scan(b, b), mesh_of(3), {"linear_scan": "chain"})
     told = {(c.op, c.implementation) for c in kernels.explain(scan)}
     assert ("linear_scan over 3 shards", "chain") in told
+
+
+def test_many_shards_do_not_gather_all_states():
+    assert strategy_of("linear_scan", MANY) == "all_gather"
+    assert strategy_of("linear_scan", MANY + 1) == "doubling"
+    assert strategy_of("attention", MANY + 1) == "gather"
+    with choosing({"linear_scan": "all_gather"}):
+        assert strategy_of("linear_scan", MANY + 1) == "all_gather"
 
 
 def test_lengths_and_strategies_that_do_not_fit_are_refused():
