@@ -277,11 +277,12 @@ def _call(
 
 
 def _kernel_shape(config: Config, q, k, slots: Slots) -> KernelShape:
-    """The static part of a call with arguments as `prepare` leaves them."""
+    """The static part of a call with arguments in whole tiles; of slots there may be fewer."""
     batch, length, heads, key_size = q.shape
     count, groups = slots.k.shape[1:3]
     limits = config.tiles or Limits()
-    tiles = Tiles(min(limits.tokens, length), min(limits.slots, count), count)
+    block = min(limits.slots, round_up(count, limits.lanes))
+    tiles = Tiles(min(limits.tokens, length), block, block)
     dims = KernelShape(
         batch, length, count, groups, heads, key_size, slots.v.shape[3], config.interval,
         config.scale, k is not None, slots.last is None, q.dtype, tiles, limits.lanes,
@@ -409,12 +410,9 @@ def _backward_strip(whole: KernelShape, q, o, lse, cotangents, k, v, slots: Slot
 def prepare(config: Config, q, k, v, *rest):
     """The slots of the arguments, and whole tiles of everything; see `Backend.prepare`."""
     slots = find_slots(config, q, k, v, *rest)
-    length, count, value_size = q.shape[1], slots.k.shape[1], slots.v.shape[3]
+    length, value_size = q.shape[1], slots.v.shape[3]
     limits = config.tiles or Limits()
     tokens = -length % min(limits.tokens, round_up(length, limits.lanes))
-    # Whole blocks, and a power of two of them, so that strips can be halved.
-    block = min(limits.slots, round_up(count, limits.lanes))
-    blocks = 1 << (-(-count // block) - 1).bit_length()
 
     def pad(x, rows: int, value=0):
         """More rows, and whole tiles of lanes."""
@@ -424,12 +422,11 @@ def prepare(config: Config, q, k, v, *rest):
         widths += [(0, 0), (0, -x.shape[-1] % limits.lanes)] if x.ndim > 2 else []
         return jnp.pad(x, widths, constant_values=value)
 
-    arrays = (
-        *(pad(x, tokens) for x in (q, k, v)),
-        *(pad(x, blocks * block - count) for x in (slots.k, slots.v)),
-        pad(slots.first, tokens),
-        pad(slots.last, tokens, -1),
-    )
+    q, k, v = (pad(x, tokens) for x in (q, k, v))
+    tiled = Slots(*(pad(x, 0) for x in (slots.k, slots.v)), slots.first, slots.last)
+    more = -slots.k.shape[1] % _kernel_shape(config, q, k, tiled).tiles.strip
+    first, last = pad(slots.first, tokens), pad(slots.last, tokens, -1)
+    arrays = (q, k, v, pad(tiled.k, more), pad(tiled.v, more), first, last)
 
     def restore(outputs):
         o, lse = outputs

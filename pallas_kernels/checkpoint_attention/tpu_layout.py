@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import pl
-from pallas_kernels.common.tpu import LANES, SUBLANES, VMEM_BUDGET
+from pallas_kernels.common.tpu import LANES, SUBLANES, VMEM_BUDGET, round_up
 
 
 class Limits(NamedTuple):
@@ -110,17 +110,17 @@ def vmem_bytes(dims: KernelShape) -> int:
 
 
 def choose_tiles(dims: KernelShape, limits: Limits) -> Tiles:
-    """The longest strip within the limits, of all slots if they are.
+    """The longest strip within the limits: of all slots, or a share of them in whole blocks.
 
     Raises:
       ValueError: the smallest does not fit.
     """
-    for halvings in range(dims.slots.bit_length()):
-        if dims.slots % 2**halvings or dims.slots >> halvings < dims.tiles.slots:
-            break
-        tiles = dims.tiles._replace(strip=dims.slots >> halvings)
+    blocks = -(-dims.slots // dims.tiles.slots)
+    for strips in range(1, blocks + 1):
+        tiles = dims.tiles._replace(strip=-(-blocks // strips) * dims.tiles.slots)
         short = limits.strip is None or tiles.strip <= limits.strip
-        if short and vmem_bytes(dims._replace(tiles=tiles)) <= limits.vmem_bytes:
+        whole = dims._replace(tiles=tiles, slots=round_up(dims.slots, tiles.strip))
+        if short and vmem_bytes(whole) <= limits.vmem_bytes:
             return tiles
     raise ValueError(
         f"checkpoint_attention: a head of K={dims.key_size} and V={dims.value_size} does not fit a "

@@ -101,7 +101,7 @@ def test_any_segmentation(backend, lengths, padding):
 
 
 def tpu_sums_not_reset(monkeypatch):
-    monkeypatch.setattr(tpu, "begins", lambda dims, at: at.row < 0)
+    monkeypatch.setattr(tpu, "begins", lambda at: at.row < 0)
 
 
 def tpu_slots_shifted_by_one(monkeypatch):
@@ -139,7 +139,6 @@ def job_of(shape):
     tokens, slots = tpu.Limits().tokens, tpu.Limits().slots
     length = -(-shape.length // tokens) * tokens
     count = -(-(shape.length // shape.interval + shape.past) // slots) * slots
-    count = slots << (count // slots - 1).bit_length()
     sizes = (shape.batch, length, count, shape.groups, shape.heads, keys, values, shape.interval)
     tiles = tpu_layout.Tiles(tokens, slots, count)
     return tpu_layout.KernelShape(*sizes, 1.0, True, False, jnp.dtype(shape.dtype), tiles)
@@ -150,10 +149,17 @@ def job_of(shape):
 def test_tiles_fit_every_generation(chip, name):
     dims = job_of(SHAPES[name])
     tiles = tpu_layout.choose_tiles(dims, tpu.Limits())
-    dims = dims._replace(tiles=tiles)
+    dims = dims._replace(tiles=tiles, slots=-(-dims.slots // tiles.strip) * tiles.strip)
     capacity = compat.tpu.get_tpu_info_for_chip(CHIPS[chip], 1).vmem_capacity_bytes
     assert tpu_layout.vmem_bytes(dims) <= capacity // 2
     assert dims.strips * dims.steps * tiles.slots == dims.slots
+
+
+def test_strips_are_alike_and_hold_little_that_is_not_there():
+    dims = job_of(SHAPES["long"])._replace(slots=7 * 512)
+    for strip, blocks in ((None, 7), (4 * 512, 4), (3 * 512, 3), (2 * 512, 2)):
+        tiles = tpu_layout.choose_tiles(dims, tpu.Limits(strip=strip))
+        assert tiles.strip == blocks * 512
 
 
 def test_the_chooser_obeys_the_estimator():
