@@ -123,6 +123,26 @@ def diagonal_ssm(
     )
 
 
+def diagonal_ssm_filter(
+    log_a: Complex[Array, "h n"],
+    c: Complex[Array, "h n"],
+    *,
+    length: int,
+    implementation: Implementation = None,
+) -> Float[Array, "h l"]:
+    """What ``diagonal_ssm`` makes of a single 1: of parameters alone, no rows are split."""
+
+    def run(log_a: Array, c: Array) -> Array:
+        impulse = jnp.zeros((1, length, c.shape[0]), jnp.float32).at[:, 0].set(1.0)
+        return kernels.diagonal_ssm(impulse, log_a, c, implementation=implementation)[0][0].T
+
+    return mapping.over_channels(
+        run,
+        {"log_a": log_a, "c": c},
+        mapping.elements(c.shape[0], {"log_a": 0, "c": 0}, 0),
+    )
+
+
 def flip(x: Shaped[Array, "b l *d"], segments: Segments | None) -> Shaped[Array, "b l *d"]:
     """Each row's real tokens in reverse order; padding stays at the end."""
 
@@ -144,9 +164,25 @@ def each_shard(function: Callable[..., Any], **tokens: Any) -> Any:
     return mapping.each_shard(function, tokens)
 
 
-def require_whole_rows(what: str, length: int) -> None:
-    """Raises ValueError where the current mesh splits rows of so many tokens."""
-    mapping.require_whole_rows(what, length)
+def each_channel(
+    function: Callable[..., Any],
+    u: Float[Array, "b l h"],
+    *,
+    shared: dict[str, Any] | None = None,
+    rows: dict[str, Any] | None = None,
+    tokens: dict[str, Any] | None = None,
+    stateful: bool = False,
+) -> Any:
+    """``function(u=u, **shared, **rows, **tokens)``, which treats each channel by itself.
+
+    Where a mesh splits the length, channels change places for whole rows.
+
+    Args:
+      function: returns ``(B, L, H)``; if ``stateful``, and a state ``(B, H, ...)``.
+      u: inputs.
+      shared, rows, tokens: more arrays, ``(H, ...)``, ``(B, H, ...)`` and ``(B, L)``, or None.
+    """
+    return shards.channels(function, shared or {}, u, tokens, rows, stateful=stateful)
 
 
 def long_conv(
@@ -154,13 +190,26 @@ def long_conv(
     kernel: Float[Array, "h k"],
     *,
     kernel_reverse: Float[Array, "h r"] | None = None,
+    window: Float[Array, "b w h"] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "b l h"]:
-    """A convolution of every channel with a filter as long as the row; a row is one document."""
+    """A convolution of every channel with a filter as long as the row; a row is one document.
+
+    ``window`` are the inputs before ``u``, which a causal filter sees too.
+    """
+
+    def run(u: Array, window: Array | None, **filters: Any) -> Array:
+        if window is None:
+            return kernels.long_conv(u, **filters, implementation=implementation)
+        line = jnp.concatenate([jnp.moveaxis(window, 1, 2).astype(u.dtype), u], axis=1)
+        y = kernels.long_conv(line, **filters, implementation=implementation)
+        return y[:, window.shape[2] :]
+
     return shards.channels(
-        functools.partial(kernels.long_conv, implementation=implementation),
+        run,
         {"kernel": kernel, "kernel_reverse": kernel_reverse},
         u,
+        rows={"window": None if window is None else jnp.moveaxis(window, 2, 1)},
     )
 
 

@@ -10,6 +10,7 @@ from experiments.scaling import step
 from experiments.scaling.cells import Cells
 from experiments.scaling.collectives import DIRECTIONS
 from experiments.scaling.programs import EXCHANGES, WIDTH, Key
+from seqmodels.parallel.strategies import strategy_of
 
 HBM = {"v5e": 15.75 * 2**30, "v5p": 95.0 * 2**30}
 """Bytes of a chip that its compiler plans with."""
@@ -18,6 +19,7 @@ LAYERS = 24
 STATE_BYTES = 16
 """Bytes a parameter takes: itself, its gradient and Adam's two moments, float32."""
 RIVALS = ("ring", "ulysses", "gather")
+DEFAULT = "default of GLA"
 
 
 class Fit(NamedTuple):
@@ -128,14 +130,14 @@ def _grid(cells: Cells, tokens: int) -> list[tuple[str, int]]:
 
 
 def weak_scaling(cells: Cells, tokens: int) -> str:
-    """Memory on a chip when the row grows with the chips."""
+    """Memory on a chip when the row grows with the chips: of GLA by default, and each exchange."""
     rows = []
-    for name in EXCHANGES:
-        found = {
-            chips: cells[key].bytes
-            for chips in (4, 16, 64, 256)
-            if (key := Key(name, "v5e", chips, tokens, 1)) in cells
-        }
+    for name in (DEFAULT, *EXCHANGES):
+        found = {}
+        for chips in (4, 16, 64, 256):
+            taken = strategy_of("linear_attention", chips) if name == DEFAULT else name
+            if (key := Key(taken, "v5e", chips, tokens, 1)) in cells:
+                found[chips] = cells[key].bytes
         known = [value for value in found.values() if value]
         if len(known) < 2:
             continue

@@ -423,10 +423,10 @@ def prepare(config: Config, q, k, v, *rest):
         return jnp.pad(x, widths, constant_values=value)
 
     q, k, v = (pad(x, tokens) for x in (q, k, v))
-    tiled = Slots(*(pad(x, 0) for x in (slots.k, slots.v)), slots.first, slots.last)
-    more = -slots.k.shape[1] % _kernel_shape(config, q, k, tiled).tiles.strip
+    slots = slots._replace(k=pad(slots.k, 0), v=pad(slots.v, 0))
+    more = -slots.k.shape[1] % _kernel_shape(config, q, k, slots).tiles.strip
     first, last = pad(slots.first, tokens), pad(slots.last, tokens, -1)
-    arrays = (q, k, v, pad(tiled.k, more), pad(tiled.v, more), first, last)
+    arrays = (q, k, v, pad(slots.k, more), pad(slots.v, more), first, last)
 
     def restore(outputs):
         o, lse = outputs

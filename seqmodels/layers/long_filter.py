@@ -36,9 +36,6 @@ def streamed(
       window: the ``length - 1`` inputs before ``u``, the newest last; None for zeros.
       segments: one document in each row, and padding.
       length: taps of the whole filter.
-
-    Raises:
-      ValueError: a window, where a mesh splits the row.
     """
     size = u.shape[1]
     if window is None:
@@ -46,14 +43,13 @@ def streamed(
         window = start_window(u.shape[0], length, u.shape[2], u.dtype)
         line = jnp.concatenate([window, u], axis=1)
     else:
-        ops.require_whole_rows("a long convolution that continues a state", size)
         line = jnp.concatenate([window.astype(u.dtype), u], axis=1)
         if size == 1:
             wide = line.astype(jnp.float32)
             y = jnp.einsum("bkh,hk->bh", wide, jnp.flip(kernel, 1), precision="highest")
             y = y[:, None].astype(u.dtype)
         else:
-            y = ops.long_conv(line, kernel)[:, length - 1 :]
+            y = ops.long_conv(u, kernel, window=window)
     if segments is None:
         return y, line[:, size:]
     places = segments.lengths[:, None] + jnp.arange(length - 1, dtype=jnp.int32)[None]

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float
 
 from pallas_kernels.common import dispatch
 from seqmodels import ops
@@ -78,8 +78,6 @@ class S4(SISOMixer[S4Config]):
             unsupported["convolution"] = "it begins without a state"
         elif self.stateful and u.shape[1] == 1:
             unsupported["convolution"] = "one token is one step"
-        if unsupported:
-            ops.require_whole_rows("s4 that continues a state", u.shape[1])
         return dispatch.choose(
             "s4",
             {"recurrence": recurrence, "convolution": self._convolved},
@@ -122,12 +120,26 @@ def recurrence(
     if initial_state is None:
         initial_state = jnp.zeros((batch, width, model.b.shape[1]), model.b.dtype)
     real = jnp.ones((batch, length), bool) if segments is None else segments.mask
+    shared = model._replace(c=model.c[0])._asdict()
+    rows = {"initial_state": initial_state}
+    return ops.each_channel(
+        _recurrence, u, shared=shared, rows=rows, tokens={"real": real}, stateful=True
+    )
+
+
+def _recurrence(
+    u: Float[Array, "b l h"],
+    real: Bool[Array, "b l"],
+    initial_state: Complex[Array, "b h n"],
+    **parts: Array,
+) -> tuple[Float[Array, "b l h"], Complex[Array, "b h n"]]:
+    model = Model(**parts)
 
     def token(x: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         u, real = now
         after = x + jax.vmap(increment, (None, 0, 0))(model, x, u)
         x = jnp.where(real[:, None, None], after, x)
-        return x, 2 * jnp.sum(model.c[0][None] * x, axis=-1).real
+        return x, 2 * jnp.sum(model.c[None] * x, axis=-1).real
 
     final, y = jax.lax.scan(token, initial_state, (jnp.moveaxis(u, 1, 0), real.T))
     return jnp.moveaxis(y, 0, 1), final

@@ -149,18 +149,19 @@ def _run_weighted(
     u: Float[Array, "b l h"], system: System, power: Float[Array, " h"]
 ) -> Float[Array, "b l h"]:
     """The layer, each frequency times its weight; ``u`` is zero on padding."""
-    length, width = u.shape[1:]
-    ops.require_whole_rows("s4d with frequency_weight", length)
-    impulse = jnp.zeros((1, length, width), u.dtype).at[:, 0].set(1.0)
-    left, right = (ops.diagonal_ssm(impulse, system.log_a, c)[0][0] for c in system.c)
-    # Of a ring of 2 L places, those behind L are the ones before the first.
-    kernel = jnp.concatenate([left, jnp.flip(right, axis=0)])
+    length = u.shape[1]
+    left, right = (ops.diagonal_ssm_filter(system.log_a, c, length=length) for c in system.c)
     logarithm = np.log1p(np.arange(length + 1) / (2 * length)).astype(np.float32)
-    weight = jnp.exp(logarithm[:, None] * power[None])
-    spectrum = jnp.fft.rfft(kernel, axis=0)
-    spectrum = spectrum * weight.astype(spectrum.dtype)
-    rows = jnp.fft.rfft(u, n=2 * length, axis=1)
-    return jnp.fft.irfft(rows * spectrum[None], n=2 * length, axis=1)[:, :length]
+
+    def convolved(u: Array, left: Array, right: Array, power: Array) -> Array:
+        # Of a ring of 2 L places, those behind L are the ones before the first.
+        spectrum = jnp.fft.rfft(jnp.concatenate([left, jnp.flip(right, axis=1)], axis=1))
+        weight = jnp.exp(power[:, None] * logarithm[None])
+        spectrum = (spectrum * weight.astype(spectrum.dtype)).T
+        rows = jnp.fft.rfft(u, n=2 * length, axis=1)
+        return jnp.fft.irfft(rows * spectrum[None], n=2 * length, axis=1)[:, :length]
+
+    return ops.each_channel(convolved, u, shared={"left": left, "right": right, "power": power})
 
 
 def _next_token(y: Float[Array, "b l h"], segments: Segments | None) -> Float[Array, "b l h"]:

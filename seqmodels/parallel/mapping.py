@@ -151,15 +151,6 @@ def each_shard(function: Callable[..., Any], tokens: Arrays) -> Any:
     return over_tokens(lambda shared, rows, tokens: function(**tokens), TOKENS, {}, {}, tokens)
 
 
-def require_whole_rows(what: str, length: int) -> None:
-    """Raises ValueError where the current mesh splits rows of so many tokens."""
-    if (size := shards_of(length)) > 1:
-        raise ValueError(
-            f"{what} needs whole rows, the mesh's seq axis splits {length} tokens into {size} "
-            "shards; use seq=1 with this mixer, and split the rows of a batch over data"
-        )
-
-
 def _mapped(
     op: Callable[..., Any],
     in_specs: tuple[PartitionSpec, ...],

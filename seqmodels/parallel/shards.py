@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.common import dispatch, segments
+from pallas_kernels.common import compat, dispatch, segments
 from seqmodels.parallel import softmax, windows
 from seqmodels.parallel.checkpoints import earlier_checkpoints
 from seqmodels.parallel.collectives import token_index
@@ -248,22 +248,32 @@ def _counted_convolution(
 
 
 def channels(
-    op: Callable[..., Array], shared: Arrays, u: Array, tokens: Arrays | None = None
-) -> Array:
-    """``op(**shared, u=, **tokens)``, which treats each channel of ``u (B, L, H)`` by itself.
+    op: Callable[..., Any],
+    shared: Arrays,
+    u: Array,
+    tokens: Arrays | None = None,
+    rows: Arrays | None = None,
+    *,
+    stateful: bool = False,
+) -> Any:
+    """``op(**shared, **rows, u=, **tokens)``, which treats each channel of ``u (B, L, H)`` by
+    itself.
 
     Where the length is split, each shard takes whole rows of its part of the channels: they change
     places by an all-to-all, and back by another.
 
     Args:
       shared: arrays ``(H, ...)`` or None.
-      tokens: integers ``(B, L)`` or None, which all channels need.
+      tokens: arrays ``(B, L)`` or None, which all channels need.
+      rows: arrays ``(B, H, ...)``.
+      stateful: whether ``op`` returns a state ``(B, H, ...)`` too, as well as ``(B, L, H)``.
     """
     size = shards_of(u.shape[1])
-    tokens = {} if tokens is None else tokens
-    split = elements(u.shape[2], {"u": 2} | dict.fromkeys(shared, 0), 2)
+    tokens, rows = tokens or {}, rows or {}
+    axes = {"u": 2} | dict.fromkeys(shared, 0) | dict.fromkeys(rows, 1)
+    split = elements(u.shape[2], axes, (2, 1) if stateful else 2)
     if size == 1:
-        return over_rows(op, shared, {"u": u, **tokens}, channels=split)
+        return over_rows(op, shared, {"u": u, **rows, **tokens}, channels=split)
     width = u.shape[2] // (model_axis() if split.arrays else 1)
     part = -(-width // size)
 
@@ -272,24 +282,38 @@ def channels(
         padding = [(0, part * size - width if i == axis else 0) for i in range(x.ndim)]
         return jnp.pad(x, padding)
 
-    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Array:
-        rank = jax.lax.axis_index("seq")
-        mine = {
-            name: jax.lax.dynamic_slice_in_dim(own(x, 0), rank * part, part, axis=0)
-            for name, x in shared.items()
-            if x is not None
+    def mine(arrays: Arrays, axis: int) -> dict[str, Any]:
+        first = jax.lax.axis_index("seq") * part
+        return {
+            name: x if x is None else jax.lax.dynamic_slice_in_dim(own(x, axis), first, part, axis)
+            for name, x in arrays.items()
         }
-        whole = {"axis_name": "seq", "tiled": True}
+
+    def everywhere(state: Array) -> Array:
+        """The channels of all shards."""
+        whole = jnp.zeros((state.shape[0], part * size, *state.shape[2:]), state.dtype)
+        whole = compat.match_vma(whole, state)[0]
+        first = jax.lax.axis_index("seq") * part
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, state, first, axis=1)
+        return joined(jax.lax.psum(planes(whole[:, :width]), "seq"))
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Any:
+        exchanged = {"axis_name": "seq", "tiled": True}
         tokens = dict(tokens)
-        u = jax.lax.all_to_all(own(tokens.pop("u"), 2), split_axis=2, concat_axis=1, **whole)
-        rows = {
+        u = jax.lax.all_to_all(own(tokens.pop("u"), 2), split_axis=2, concat_axis=1, **exchanged)
+        whole = {
             name: x if x is None else jax.lax.all_gather(x, "seq", axis=1, tiled=True)
             for name, x in tokens.items()
         }
-        y = op(u=u, **mine, **rows)
-        return jax.lax.all_to_all(y, split_axis=1, concat_axis=2, **whole)[..., :width]
+        y = op(u=u, **mine(shared, 0), **mine(rows, 1), **whole)
+        state: Any = None
+        if stateful:
+            y, state = y
+        y = jax.lax.all_to_all(y, split_axis=1, concat_axis=2, **exchanged)[..., :width]
+        return (y, everywhere(state)) if stateful else y
 
-    return over_tokens(local, TOKENS, shared, {}, {"u": u, **tokens}, channels=split)
+    specs = (TOKENS, ROWS) if stateful else TOKENS
+    return over_tokens(local, specs, shared, rows, {"u": u, **tokens}, channels=split)
 
 
 def backwards(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -364,9 +388,6 @@ def attention(
       arrays: its arrays by name.
       options: ``causal``, ``window``, ``sinks`` and ``scale``.
       check_vma: as in `jax.shard_map`.
-
-    Raises:
-      ValueError: the length is split, and keys are not those of the queries' tokens.
     """
     length, keys = arrays["q"].shape[1], arrays["k"].shape[1]
     size = shards_of(length)
@@ -374,10 +395,7 @@ def attention(
     if size == 1:
         return over_rows(op, {}, arrays, channels=split, check_vma=check_vma)
     if length != keys:
-        raise ValueError(
-            f"attention of {length} tokens to a cache: their length cannot be split over the "
-            f"mesh's seq axis of {size}; use seq=1, or calls without a state"
-        )
+        return _attention_to_cache(op, arrays, split, causal=options["causal"], check_vma=check_vma)
     name = "attention" if options["window"] is None else "sliding_window"
     strategy = strategy_of(name, size)
 
@@ -388,6 +406,35 @@ def attention(
     names = {"q": "q", "k": "k", "v": "v", "q_segments": "segments", "k_positions": "positions"}
     tokens = {new: arrays[old] for old, new in names.items()}
     return over_tokens(local, TOKENS, {}, {}, tokens, channels=split, check_vma=check_vma)
+
+
+def _attention_to_cache(
+    op: Callable[..., Array], arrays: Arrays, split: Channels, *, causal: bool, check_vma: bool
+) -> Array:
+    """``op(**arrays)`` of queries that are split to keys of which every shard has all.
+
+    The keys behind a shard's last query go in front of the others, where nothing sees them.
+    """
+    queries = {name: arrays[name] for name in ("q", "q_segments")}
+    keys: dict[str, Any] = {name: x for name, x in arrays.items() if name not in queries}
+    shape = keys["k"].shape[:2]
+    if keys["k_segments"] is None:
+        queries["q_segments"] = jnp.ones(arrays["q"].shape[:2], jnp.int32)
+        keys["k_segments"] = jnp.ones(shape, jnp.int32)
+
+    def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> Array:
+        if not causal:
+            return op(**rows, **tokens)
+        size, rank = jax.lax.axis_size("seq"), jax.lax.axis_index("seq")
+        behind = (size - 1 - rank) * tokens["q"].shape[1]
+        turned: dict[str, Any] = dict(rows)
+        turned |= {name: jnp.roll(x, behind, axis=1) for name, x in rows.items() if x is not None}
+        unseen = jnp.arange(shape[1], dtype=jnp.int32)[None] < behind
+        nothing = jnp.iinfo(jnp.int32).min
+        turned["k_segments"] = jnp.where(unseen, nothing, turned["k_segments"])
+        return op(**turned, **tokens)
+
+    return over_tokens(local, TOKENS, {}, keys, queries, channels=split, check_vma=check_vma)
 
 
 def _heads(what: str, tokens: Arrays, past: Arrays) -> tuple[Arrays, Arrays, Channels]:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.tools import testing
-from seqmodels.mixers import build
 from seqmodels.models import (
     Backbone,
     BackboneConfig,
@@ -34,9 +33,9 @@ LENGTH, VOCABULARY, WIDTH = 24, 11, 8
 ROWS = [(24,), (12, 12), (7, 10, 7), (3, 5, 1)]
 
 
-WHOLE_ROWS = {"s4d-weighted"}  # what refuses rows that are split
-SERVED = [name for name in CASES if CASES[name].causal and name not in WHOLE_ROWS]
-BOTH_WAYS = [name for name in CASES if not CASES[name].causal and name not in WHOLE_ROWS]
+CAUSAL = [name for name in CASES if CASES[name].causal]
+BOTH_WAYS = [name for name in CASES if not CASES[name].causal]
+STATEFUL = [name for name in CASES if CASES[name].stateful]
 
 
 @functools.cache
@@ -92,7 +91,7 @@ def on_one_device(name):
 @pytest.mark.parametrize(
     ("name", "shards"),
     one_of_many(
-        [(name, shards) for name in SERVED for shards in (2, 3, 8)],
+        [(name, shards) for name in CAUSAL for shards in (2, 3, 8)],
         [("gla", 3), ("rat", 3)],
     ),
 )
@@ -103,15 +102,6 @@ def test_a_split_length_changes_nothing(name, shards):
     expected, expected_gradients = on_one_device(name)
     np.testing.assert_allclose(loss, expected, **tolerances.EACH_FLOAT32_LOSS)
     testing.assert_close(gradients, expected_gradients, tolerances.FLOAT32_SPLIT_GRADIENTS)
-
-
-@pytest.mark.parametrize("name", sorted(WHOLE_ROWS))
-def test_what_needs_whole_rows_says_so(name):
-    mixer, x = build(CASES[name], WIDTH), jnp.zeros((2, LENGTH, WIDTH))
-    mesh = make_mesh(1, seq=2, devices=jax.devices()[:2])
-    init = on_mesh(lambda key, x: mixer.init(key, x), mesh)
-    with pytest.raises(ValueError, match=r"needs? whole rows.* seq"):
-        jax.eval_shape(init, jax.random.key(0), x)
 
 
 @pytest.mark.full
@@ -174,20 +164,21 @@ def test_training_steps_are_those_of_one_device():
     testing.assert_close(steps(make_mesh(2, seq=4)), one, tolerances.FLOAT32_TRAINED)
 
 
-@pytest.mark.parametrize("name", one_of_many(["rat", "scout", "s5", "gated_deltanet", "s4d"], []))
+@pytest.mark.parametrize("name", one_of_many(STATEFUL, ["attention"]))
 def test_a_state_goes_on_over_a_split_length(name):
     """Two calls, of which the second begins inside documents: outputs and states of one device."""
     config = CASES[name]
     backbone = Backbone(BackboneConfig(layout=(config.mixer,), mixers=(config,), width=WIDTH))
     x = np.random.default_rng(0).standard_normal((4, LENGTH, WIDTH)).astype(np.float32)
     ids = np.maximum(batch()["segment_ids"], 1)  # no padding: every document may go on
+    ids = ids if config.supports_packing else np.ones_like(ids)
     params = jax.jit(backbone.init)(jax.random.key(1), jnp.zeros((1, 8, WIDTH)))
 
     def run(params, x, ids):
         state = backbone.initial_state(4, max_length=2 * LENGTH, dtype=jnp.float32)
         outputs = []
         for _ in range(2):
-            segments = Segments.from_ids(ids)
+            segments = Segments.from_ids(ids, single=not config.supports_packing)
             y, state = backbone.apply(params, x, segments=segments, state=state)
             outputs.append(y)
             ids = jnp.broadcast_to(ids[:, -1:], ids.shape)

@@ -343,12 +343,6 @@ def test_lengths_and_strategies_that_do_not_fit_are_refused():
         on_mesh(lambda: None, mesh, {"delta_rule": "ring"})
     with pytest.raises(ValueError, match=r"op 'attend' is not one of linear_scan"):
         on_mesh(lambda: None, mesh, {"attend": "ring"})
-    u = jnp.ones((2, 12, 4))
-    with pytest.raises(ValueError, match=r"s4 needs whole rows, .* 12 tokens into 3"):
-        on_mesh(lambda: ops.require_whole_rows("s4", 12), mesh)()
-    past = jnp.ones((2, 20, 1, 4))
-    with pytest.raises(ValueError, match=r"attention of 12 tokens to a cache"):
-        on_mesh(lambda: ops.attention(u[:, :, None], past, past), mesh)()
 
 
 @pytest.mark.full
