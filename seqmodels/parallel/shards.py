@@ -31,7 +31,7 @@ from seqmodels.parallel.mapping import (
     planes,
     shared_heads,
 )
-from seqmodels.parallel.mesh import current_mesh, shards_of
+from seqmodels.parallel.mesh import shards_of
 from seqmodels.parallel.state import entering_state
 from seqmodels.parallel.strategies import strategy_of
 
@@ -222,28 +222,29 @@ def _counted_convolution(
     split = elements(x.shape[2], CONVOLUTION, (2, 2))
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype)
+    index = None if segments is None else segments.index
+
+    def run(
+        *, x: Array, counted: Array, index: Any, initial_state: Array, **shared: Any
+    ) -> tuple[Array, Array]:
+        y, _ = op(**shared, x=x, initial_state=initial_state, segment_ids=index)
+        return y, windows.after(x, counted, index, initial_state)
+
+    tokens = {"x": x, "counted": counted, "index": index}
+    rows = {"initial_state": initial_state}
+    if size == 1:
+        return over_rows(run, shared, tokens | rows, channels=split)
 
     def local(shared: Arrays, rows: Arrays, tokens: Arrays) -> tuple[Array, Array]:
-        x, counted, index, positions = (
-            tokens[name] for name in ("x", "counted", "index", "positions")
+        tokens = dict(tokens)
+        positions = tokens.pop("positions")
+        window = windows.entering(
+            **tokens, positions=positions, initial=rows["initial_state"], axis="seq"
         )
-        window = rows["initial_state"]
-        if size > 1:
-            window = windows.entering(x, counted, index, positions, window, axis="seq")
-        y, _ = op(**shared, x=x, initial_state=window, segment_ids=index)
-        final = windows.after(x, counted, index, window)
-        # Padding leaves a window as it is.
-        return y, final if size == 1 else _of_shard(size - 1, final)
+        y, final = run(**shared, **tokens, initial_state=window)
+        return y, _of_shard(size - 1, final)  # padding leaves a window as it is
 
-    tokens = {
-        "x": x,
-        "counted": counted,
-        "index": None if segments is None else segments.index,
-        "positions": None if segments is None else segments.positions,
-    }
-    rows = {"initial_state": initial_state}
-    if current_mesh() is None:
-        return local(shared, rows, tokens)
+    tokens["positions"] = None if segments is None else segments.positions
     return over_tokens(local, (TOKENS, ROWS), shared, rows, tokens, channels=split)
 
 

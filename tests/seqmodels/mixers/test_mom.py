@@ -124,9 +124,9 @@ def test_published_size_and_refusals():
         mixer.init(jax.random.key(0), x, segments=segments)
 
 
-@pytest.mark.parametrize("shards", [2, 3])
-def test_capacity_counts_along_the_whole_row(shards):
-    """Split rows, their windows and states, are those of whole ones."""
+@pytest.mark.parametrize(("model", "shards"), [(1, 2), (1, 3), (2, 1)])
+def test_capacity_counts_along_the_whole_row(model, shards):
+    """On a mesh outputs, windows and states are those of one device."""
     config = MoMConfig(**SIZES, capacity=0.8, rule="gla")
     mixer = build(config, WIDTH)
     x, more = normal(2, 12, WIDTH), normal(2, 6, WIDTH)
@@ -136,7 +136,7 @@ def test_capacity_counts_along_the_whole_row(shards):
         y, state = mixer.apply(params, x)
         return y, mixer.apply(params, more, state=state)
 
-    mesh = make_mesh(2, seq=shards, devices=jax.devices()[: 2 * shards])
+    mesh = make_mesh(2, model, shards, devices=jax.devices()[: 2 * model * shards])
     expected = jax.jit(run)(params, x, more)
     tokens = token_sharding(mesh)
     params, x, more = jax.device_put((params, x, more), (replicated(mesh), tokens, tokens))

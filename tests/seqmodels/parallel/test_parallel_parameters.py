@@ -30,7 +30,7 @@ from tests import tolerances
 from tests.pallas_kernels.absent import needs_compiler
 from tests.seqmodels.mixers.cases import CASES, KINDS
 from tests.seqmodels.parallel.hlo import collectives
-from tests.seqmodels.parallel.test_sharded_models import SERVED, VOCABULARY, WIDTH, batch
+from tests.seqmodels.parallel.test_sharded_models import CAUSAL, VOCABULARY, WIDTH, batch
 from tests.tiers import one_of_many
 
 
@@ -127,13 +127,15 @@ def steps(name, mesh, config, **options):
 CONFIG = TrainConfig(batch_size=4, steps=4, learning_rate=1e-2, adam_eps=1e-3)
 
 # The norms of their heads of a few channels amplify rounding, and two layers do so twice.
-AMPLIFYING = {"gla", "retnet", "lightning", "kda", "attention-gated", "mamba3-rank"}
+AMPLIFYING = {
+    "gla", "retnet", "lightning", "kda", "attention-gated", "mamba3-rank", "mom", "mom-gla",
+}  # fmt: skip
 # A model axis of 2 does not divide their heads.
 ODD = {
     "sliding_window-sinks", "rat-chunks-of-one", "scout-mamba", "scout-window",
     "parallel-attention",
 }  # fmt: skip
-HEADS = [name for name in SERVED if name not in ODD]
+HEADS = [name for name in CAUSAL if name not in ODD]
 
 
 @pytest.mark.full
