@@ -291,8 +291,12 @@ def write(table: Mapping[str, Any], path: Path) -> None:
 
 
 def ranked(table: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Rows, the best first."""
-    return sorted(table["rows"].items(), key=lambda item: item[1]["bits_per_byte"])
+    """Rows, the best first; behind them those whose bits are not every byte's."""
+
+    def rank(item: tuple[str, Mapping[str, Any]]) -> tuple[str, float]:
+        return COUNTED[objective_of(item[0])], item[1]["bits_per_byte"]
+
+    return sorted(table["rows"].items(), key=rank)
 
 
 def printed(table: Mapping[str, Any]) -> Table:
