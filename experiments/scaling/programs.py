@@ -74,7 +74,7 @@ class Key(NamedTuple):
       exchange: of ``EXCHANGES``.
       chip, chips: which, and how many; each has one shard of the row.
       tokens: of one shard.
-      layers: blocks; of more than one, each is recomputed in the backward pass.
+      layers: blocks; several are looped over, and each is recomputed in the backward pass.
     """
 
     exchange: str
@@ -170,6 +170,7 @@ def lower(key: Key, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
         width=WIDTH,
         norm="rms",
         remat="none" if key.layers == 1 else "full",
+        scan_layers=key.layers > 1,
     )
     model = Backbone(config)
     split = NamedSharding(mesh, PartitionSpec(None, "seq"))
