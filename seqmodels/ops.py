@@ -178,7 +178,7 @@ def each_channel(
     Where a mesh splits the length, channels change places for whole rows.
 
     Args:
-      function: returns ``(B, L, H)``; if ``stateful``, and a state ``(B, H, ...)``.
+      function: returns ``(B, L, H)`` and, if ``stateful``, a state ``(B, H, ...)``.
       u: inputs.
       shared, rows, tokens: more arrays, ``(H, ...)``, ``(B, H, ...)`` and ``(B, L)``, or None.
     """

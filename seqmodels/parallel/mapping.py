@@ -1,4 +1,4 @@
-"""Functions of arrays on a mesh: each device has its rows, its part of their length, its channels.
+"""`jax.shard_map` of ops: each device has its rows, its part of their length, its channels.
 
 The compiler partitions XLA programs by itself, but not Pallas kernels, and it knows no exchange of
 states: so an operator stands inside `jax.shard_map`, and that is done here.
@@ -211,5 +211,5 @@ def planes(x: Any) -> Any:
 
 
 def joined(x: Any) -> Any:
-    """The inverse of ``_planes``."""
+    """The inverse of ``planes``."""
     return jax.lax.complex(*x) if isinstance(x, tuple) else x

@@ -267,7 +267,7 @@ def channels(
       shared: arrays ``(H, ...)`` or None.
       tokens: arrays ``(B, L)`` or None, which all channels need.
       rows: arrays ``(B, H, ...)``.
-      stateful: whether ``op`` returns a state ``(B, H, ...)`` too, as well as ``(B, L, H)``.
+      stateful: whether ``op`` returns a state ``(B, H, ...)`` beside ``(B, L, H)``.
     """
     size = shards_of(u.shape[1])
     tokens, rows = tokens or {}, rows or {}
